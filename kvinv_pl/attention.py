@@ -1,0 +1,247 @@
+"""CP-attn: Eq. 1 as a module, and how it comes into a U-Net's self-attentions and out again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from diffusers.models.attention_processor import Attention
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Sdpa
+from kvinv_pl.sites import Selection, Site, select, self_attentions
+
+__all__ = ["Attachment", "CPAttention", "Selection", "Site", "attach", "select", "self_attentions"]
+
+
+class CPAttention(nn.Module):
+    """Eq. 1 at one site. A variant is a subclass with parameters, `reset` and `forward`.
+
+    The batch axis is slots: work items that are tuned side by side and must not see each other. Parameters
+    are (slots, tokens, dim), or (slots, 1, 1) for a scalar, in fp32; k and v arrive as (branches, slots,
+    tokens, dim), so that they broadcast. Results may have any dtype: they are cast afterwards.
+    A variant that has to see the source's own K and V sets `observes` and defines `observe`.
+    """
+
+    observes: bool = False
+
+    def __init__(self, site: Site):
+        """Take the place in the U-Net: `site.slots`, `site.tokens`, `site.dim`, `site.heads`, `site.grid`."""
+        super().__init__()
+        self.site = site
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Go back to the start of a phase, where forward returns k and v as they came."""
+
+    def observe(self, k: Float[Tensor, "slots tokens dim"], v: Float[Tensor, "slots tokens dim"]) -> None:
+        """See, after reset and only if `observes`, the source's K and V of the conditional branch."""
+
+    def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
+        """Take the mask of each slot, 0 to 1 and of any size, at the start of a phase or an edit."""
+
+    def forward(
+        self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]
+    ) -> tuple[Float[Tensor, "branches slots tokens dim"], Float[Tensor, "branches slots tokens dim"]]:
+        """Eq. 1: K-bar and V-bar from K and V."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(k, v) -> (k_bar, v_bar)")
+
+    def attend(
+        self,
+        q: Float[Tensor, "branches slots tokens dim"],
+        k: Float[Tensor, "branches slots tokens dim"],
+        v: Float[Tensor, "branches slots tokens dim"],
+        sdpa: Sdpa,
+    ) -> Float[Tensor, "branches slots tokens dim"]:
+        """Eq. 2 on K-bar and V-bar; `sdpa(q, k, v, mask=None)` splits the heads, attends and merges them.
+
+        A mask is bool (True: may look) or added to the scores, and broadcasts to (branches, slots, tokens,
+        keys).
+        """
+        return sdpa(q, k, v)
+
+
+class Attachment:
+    """CP-attn in a U-Net. Outside `blend`, `frozen`, `recording` and `observing` the U-Net is as it was.
+
+    With gradient checkpointing, call `backward` inside the same context as the forward, which it repeats.
+    """
+
+    def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
+        """Put the processors in, or raise before anything is changed; see `attach`."""
+        layers = {path: _layer(unet, path, cp.site) for path, cp in psi.items()}
+        self.unet = unet
+        self.psi = dict(psi)
+        self._layers = layers
+        self._processors = {path: CPProcessor(cp.site, layers[path].processor) for path, cp in psi.items()}
+        self._attached = True
+        for path, processor in self._processors.items():
+            layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
+
+    def check(self) -> None:
+        """Make sure that every processor is still ours; diffusers replaces processors without a word."""
+        if not self._attached:
+            raise UserError("CP-attn has been detached from this U-Net: attach it again")
+        lost = [(path, cause) for path in self._processors if (cause := self._lost(path))]
+        if lost:
+            raise UserError(
+                f"CP-attn is gone from {len(lost)} of its {len(self._processors)} self-attentions: at "
+                f"{lost[0][0]} {lost[0][1]}. Do that before CP-attn is attached, or undo it and attach again"
+            )
+
+    def _lost(self, path: str) -> str | None:
+        """What was found instead of our processor, and what is known to put it there."""
+        try:
+            layer = self.unet.get_submodule(path)
+        except AttributeError:
+            return "the layer is no longer in the U-Net"
+        if layer is not self._layers[path]:
+            return f"the layer was replaced by a {type(layer).__name__}, as adapters and quantisation do"
+        found = self._layers[path].processor
+        if found is self._processors[path]:
+            return None
+        cause = PLAIN.get(type(found), "set_attn_processor or an adapter with processors of its own")
+        return f"{type(found).__name__} is there instead, as after {cause}"
+
+    def detach(self) -> None:
+        """Put back the very processors that were there; one that somebody else set since is left alone."""
+        self._attached = False
+        for path, processor in self._processors.items():
+            processor.mode = None
+            if self._layers[path].processor is processor:
+                self._layers[path].set_processor(processor.original)
+
+    def blend(self) -> AbstractContextManager[None]:
+        """Eq. 1 with the live psi."""
+
+        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+            return self._attend(site, q, self._bars(site, q, *project()), sdpa)
+
+        return self._in(mode)
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, KV]]:
+        """As `blend`; the K-bar and V-bar that were used come into the dictionary, detached."""
+        kept: dict[str, KV] = {}
+
+        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+            k_bar, v_bar = self._bars(site, q, *project())
+            kept[site.path] = k_bar.detach(), v_bar.detach()
+            return self._attend(site, q, (k_bar, v_bar), sdpa)
+
+        with self._in(mode):
+            yield kept
+
+    @contextmanager
+    def frozen(self, kv: Mapping[str, KV]) -> Iterator[None]:
+        """K-bar and V-bar are given: (1 or 2 branches, slots, tokens, dim), and serve any number of edits."""
+        missing, unknown = sorted(self.psi.keys() - kv.keys()), sorted(kv.keys() - self.psi.keys())
+        if missing or unknown:
+            raise UserError(
+                "expected K-bar and V-bar for exactly the self-attentions that CP-attn is attached to; "
+                f"missing: {missing}, not attached: {unknown}; read the run with the sites it was tuned on"
+            )
+
+        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+            k_bar, v_bar = kv[site.path]
+            return self._attend(site, q, (_for_edits(site, q, k_bar), _for_edits(site, q, v_bar)), sdpa)
+
+        with self._in(mode):
+            yield
+
+    @contextmanager
+    def observing(self) -> Iterator[dict[str, KV]]:
+        """Plain attention, psi unused; each layer's own K and V come into the dictionary, detached."""
+        kept: dict[str, KV] = {}
+
+        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+            k, v = project()
+            kept[site.path] = k.detach(), v.detach()
+            return sdpa(q, k, v)
+
+        with self._in(mode):
+            yield kept
+
+    @contextmanager
+    def _in(self, mode: Mode) -> Iterator[None]:
+        self.check()
+        before = {processor: processor.mode for processor in self._processors.values()}
+        for processor in before:
+            processor.mode = mode
+        try:
+            yield
+        finally:
+            for processor, previous in before.items():
+                processor.mode = previous if self._attached else None
+
+    def _bars(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> KV:
+        """Eq. 1 with the live psi, in the dtype of q."""
+        cp = self.psi[site.path]
+        bars = cp(k, v)
+        if not (isinstance(bars, tuple) and len(bars) == 2):
+            got = type(bars).__name__
+            raise UserError(f"{type(cp).__name__}.forward: expected (k_bar, v_bar), got a {got}")
+        return _cast(cp, "forward", bars[0], q), _cast(cp, "forward", bars[1], q)
+
+    def _attend(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
+        """Eq. 2, as the variant wants it."""
+        cp = self.psi[site.path]
+        return _cast(cp, "attend", cp.attend(q, *bars, sdpa), q)
+
+
+def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:
+    """Put each variant of `psi`, by module path, in its self-attention. Psi stays the caller's."""
+    if not psi:
+        raise UserError("there is no self-attention to attach CP-attn to: expected at least one site in psi")
+    slots = {cp.site.slots for cp in psi.values()}
+    if len(slots) > 1:
+        raise UserError(f"expected one number of slots at all sites, got {sorted(slots)}: slots are rows")
+    return Attachment(unet, psi)
+
+
+def _layer(unet: nn.Module, path: str, site: Site) -> Attention:
+    """The layer at `path`, if CP-attn made for `site` can take over from its processor."""
+    try:
+        layer = unet.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, Attention):
+        raise UserError(
+            f"{path!r} is no attention layer of this U-Net: take the paths from self_attentions()"
+        )
+    if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
+        raise UserError(
+            f"{site} does not fit {path}, which has dim={layer.inner_kv_dim} and heads={layer.heads}: "
+            "make the variant for the sites of this U-Net"
+        )
+    found = layer.processor
+    if isinstance(found, CPProcessor):
+        raise UserError(f"CP-attn is attached to {path} already: detach it first")
+    if type(found) not in PLAIN:
+        raise UserError(
+            f"{path} has a {type(found).__name__}, whose effect CP-attn would silently drop: expected one of "
+            f"{', '.join(kind.__name__ for kind in PLAIN)}; undo what put it there"
+        )
+    return layer
+
+
+def _cast(cp: CPAttention, method: str, got: Tensor, q: Tensor) -> Tensor:
+    """What a variant returned, in the dtype of q; the shape must be right already."""
+    if got.shape != q.shape:
+        raise UserError(
+            f"{type(cp).__name__}.{method} returned the shape {tuple(got.shape)} at {cp.site.path}; "
+            f"expected {tuple(q.shape)} (branches, slots, tokens, dim)"
+        )
+    return got.to(q.dtype)
+
+
+def _for_edits(site: Site, q: Tensor, stored: Tensor) -> Tensor:
+    """A stored K-bar or V-bar for all rows of q: edit after edit, each with all stored branches."""
+    if stored.ndim != 4 or stored.shape[1:] != q.shape[1:] or q.shape[0] % stored.shape[0]:
+        raise UserError(
+            f"{site.path}: K-bar and V-bar of the shape {tuple(stored.shape)} cannot serve a forward of "
+            f"{tuple(q.shape)} (branches, slots, tokens, dim): use the picture size, slots and guidance "
+            "branches of the tuning"
+        )
+    edits = q.shape[0] // stored.shape[0]
+    return stored.to(q.device, q.dtype).expand(edits, *stored.shape).flatten(0, 1)

@@ -1,0 +1,72 @@
+"""Variants are found by their entry points; nothing registers itself."""
+
+import logging
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from kvinv_pl.attention import CPAttention
+from kvinv_pl.errors import UserError
+
+GROUP = "kvinv_pl.attention"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One registered attention variant: its class, or why it could not be imported."""
+
+    name: str
+    cls: type[CPAttention] | None
+    distribution: str
+    summary: str
+    error: str | None = None
+
+
+def variants() -> dict[str, Variant]:
+    """Every variant in the entry-point group `kvinv_pl.attention`, by name; two of one name are an error."""
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = points.setdefault(point.name, point)
+        if other is not point:
+            raise UserError(
+                f"two attention variants are named {point.name!r}: {other.value} of {_owner(other)} and "
+                f"{point.value} of {_owner(point)}; uninstall one of them, or have it renamed"
+            )
+    return {name: _load(points[name]) for name in sorted(points)}
+
+
+def load_all() -> dict[str, Variant]:
+    """As `variants`, and reports the broken ones; for the start of a command, before it is parsed."""
+    found = variants()
+    for variant in found.values():
+        if variant.error:
+            log.warning("skipped the variant %r of %s: %s", variant.name, variant.distribution, variant.error)
+    return found
+
+
+def resolve(name: str) -> type[CPAttention]:
+    """The class of a variant by its registered name or its class's name; a broken one is an error now."""
+    found = variants()
+    by_class = {variant.cls.__name__: variant for variant in found.values() if variant.cls}
+    variant = found.get(name) or by_class.get(name)
+    if variant is None:
+        raise UserError(f"no attention variant {name!r}: expected one of {', '.join(found) or '(none)'}")
+    if variant.cls is None:
+        raise UserError(f"the variant {name!r} of {variant.distribution} is broken: {variant.error}")
+    return variant.cls
+
+
+def _load(point: EntryPoint) -> Variant:
+    try:
+        cls = point.load()
+    except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Variant(point.name, None, _owner(point), "", f"{point.value} cannot be imported ({reason})")
+    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
+        return Variant(point.name, None, _owner(point), "", f"{point.value} is not a subclass of CPAttention")
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    return Variant(point.name, cls, _owner(point), summary)
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

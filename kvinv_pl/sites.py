@@ -1,0 +1,184 @@
+"""Where CP-attn may sit: the self-attentions of a U-Net, and the choice among them in peft's words."""
+
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor
+
+from kvinv_pl.errors import UserError
+
+PRESETS = {
+    "encoder": re.compile(r"down_blocks\..*"),
+    "middle": re.compile(r"mid_block\..*"),
+    "decoder": re.compile(r"up_blocks\..*"),
+    "all": re.compile(r".*"),
+}
+BLOCK_LISTS = ["down_blocks", "up_blocks"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One self-attention of the U-Net, and how many work items (slots) are tuned there side by side.
+
+    Args:
+        path: The module path inside the U-Net.
+        slots: How many independent work items share a forward.
+        grid: Height and width of the feature map whose pixels are the tokens.
+        dim: Width of K and V, all heads together.
+        heads: Number of attention heads.
+    """
+
+    path: str
+    slots: int
+    grid: tuple[int, int]
+    dim: int
+    heads: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequence: the pixels of the grid, row by row."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass
+class Selection:
+    """Which self-attentions carry CP-attn, in the words of a peft configuration.
+
+    Args:
+        target_modules: "encoder", "middle", "decoder" or "all"; or a regex for the whole path; or a list of
+            paths, ends of paths and these four words. None means "decoder".
+        exclude_modules: The same forms, for what to leave out.
+        layers_to_transform: Numbers of blocks: 1 is down_blocks.1 and up_blocks.1. Not with a regex.
+        layers_pattern: The module list that `layers_to_transform` counts, if not the list of blocks.
+    """
+
+    target_modules: str | list[str] | None = "decoder"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+
+def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) -> list[Site]:
+    """Every self-attention that a forward on latents of this size meets, in the order of the forward.
+
+    A copy of the U-Net without weights (meta device) is run, so grids are seen and never inferred.
+    """
+    config: Any = unet.config
+    wants = ("class_embed_type", "num_class_embeds", "addition_embed_type")
+    extra = [name for name in wants if config.get(name)]
+    if extra:
+        raise UserError(
+            f"this U-Net needs more than a latent, a time and a prompt ({extra[0]}={config[extra[0]]!r}): "
+            "only models of the Stable Diffusion 1 and 2 kind are supported"
+        )
+    context = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    width = context if isinstance(context, int) else context[0]
+    found: dict[str, Site] = {}
+    maps: dict[str, tuple[int, int]] = {}  # the last 4-D input that each module saw
+
+    def watch(path: str):
+        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(x, Tensor) and x.ndim == 4:
+                maps[path] = (x.shape[2], x.shape[3])
+            alone = len(args) < 2 and kwargs.get("encoder_hidden_states") is None
+            if isinstance(module, Attention) and isinstance(x, Tensor) and alone:
+                tokens = x.shape[1] if x.ndim == 3 else x[0, 0].numel()
+                found[path] = Site(path, 1, _grid(path, tokens, maps), module.inner_kv_dim, module.heads)
+
+        return before
+
+    with torch.device("meta"), torch.no_grad():
+        shadow: Any = type(unet).from_config(config)
+        for path, module in shadow.named_modules():
+            module.register_forward_pre_hook(watch(path), with_kwargs=True)
+        shadow(torch.empty(1, config["in_channels"], *latent_grid), torch.zeros(1), torch.empty(1, 1, width))
+    return list(found.values())
+
+
+def _grid(path: str, tokens: int, maps: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """The feature map that the nearest module around `path` was given."""
+    around = path
+    while around:
+        if around in maps:
+            height, width = maps[around]
+            if height * width == tokens:
+                return height, width
+        around = around.rpartition(".")[0]
+    raise UserError(
+        f"the self-attention {path} has {tokens} tokens, which no feature map around it has: "
+        "CP-attn needs one token for each pixel of the map; leave it out or use another checkpoint"
+    )
+
+
+def select(sites: list[Site], selection: Selection) -> list[Site]:
+    """The sites that the selection names, in the order given; that there are none is an error."""
+    _refuse_contradictions(selection)
+    paths = [site.path for site in sites]
+    targets = selection.target_modules or "decoder"
+    words = [targets] if isinstance(targets, str) else targets
+    presets = [PRESETS[word] for word in words if word in PRESETS]
+    regex = isinstance(targets, str) and not presets
+    others = targets if regex else [word for word in words if word not in PRESETS]
+    config = SimpleNamespace(
+        exclude_modules=_spelled_out(selection.exclude_modules, paths),
+        layers_to_transform=selection.layers_to_transform,
+        layers_pattern=selection.layers_pattern or BLOCK_LISTS,
+        modules_to_save=None,
+        target_parameters=None,
+    )
+    chosen: list[Site] = []
+    for site in sites:
+        preset = any(part.match(site.path) for part in presets)
+        config.target_modules = [site.path.rpartition(".")[2]] if preset else others
+        if _peft_chooses(config, site.path):
+            chosen.append(site)
+    if not chosen:
+        raise UserError(
+            f"no self-attention matches {selection}: expected {', '.join(PRESETS)}, a regex for the whole "
+            f"path, or ends of these paths: {', '.join(paths)}"
+        )
+    return chosen
+
+
+def _refuse_contradictions(selection: Selection) -> None:
+    targets, layers = selection.target_modules, selection.layers_to_transform
+    if layers is not None and isinstance(targets, str) and targets not in PRESETS:
+        raise UserError(
+            f"layers_to_transform={layers} cannot be combined with the regex target_modules={targets!r}: "
+            f"put the numbers into the regex, or give as target_modules a list or one of {', '.join(PRESETS)}"
+        )
+    if selection.layers_pattern and layers is None:
+        raise UserError(
+            f"layers_pattern={selection.layers_pattern!r} says what layers_to_transform counts: give that too"
+        )
+    if layers == []:
+        raise UserError("layers_to_transform=[] chooses nothing: give block numbers, or leave it out")
+    if targets in ("", []):
+        raise UserError(f"target_modules={targets!r} chooses nothing: expected e.g. decoder, or leave it out")
+
+
+def _spelled_out(words: str | list[str] | None, paths: list[str]) -> str | list[str] | None:
+    """Our presets as the paths they stand for; everything else as it is."""
+    if words is None or (isinstance(words, str) and words not in PRESETS):
+        return words
+    spelled: list[str] = []
+    for word in [words] if isinstance(words, str) else words:
+        spelled += [path for path in paths if PRESETS[word].match(path)] if word in PRESETS else [word]
+    return spelled
+
+
+def _peft_chooses(config: SimpleNamespace, path: str) -> bool:
+    """Match as peft does; the one place that knows it."""
+    try:
+        return bool(check_target_module_exists(config, path))
+    except re.error as error:
+        raise UserError(
+            f"{error.pattern!r} is not a regular expression ({error}): '.*' means anything; or give a list"
+        ) from error

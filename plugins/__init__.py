@@ -1,0 +1,1 @@
+"""Attention variants of KV Inversion, one file each."""
