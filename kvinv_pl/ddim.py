@@ -1,0 +1,94 @@
+"""DDIM (Song et al., 2021) without noise: the table of steps, and one move for both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvinv_pl.errors import UserError
+
+Alpha: TypeAlias = float | Float[Tensor, ""] | Float[Tensor, " rows"]
+"""An alpha-bar in (0, 1]: one for all rows, or one a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The T steps of a schedule, counted from noise: step i leaves alphas[i] for alphas[i + 1]."""
+
+    timesteps: Int[Tensor, " T"]
+    """What the network is told at step i; descending."""
+    alphas: Float[Tensor, " T+1"]
+    """alpha-bar in float64; the last one is where the last step arrives."""
+
+    def __post_init__(self) -> None:
+        """Refuse a table that cannot be walked in both directions."""
+        if (self.timesteps.diff() >= 0).any():
+            raise UserError(f"timesteps must descend, from noise to picture, got {self.timesteps.tolist()}")
+        if self.alphas[0] == 0:
+            raise UserError(
+                "the schedule begins at alpha = 0 (zero terminal SNR): nothing of the picture is left there, "
+                "so it cannot be inverted; use timestep spacing 'leading' or rescale_betas_zero_snr false"
+            )
+        if not ((self.alphas > 0) & (self.alphas <= 1)).all() or (self.alphas.diff() < 0).any():
+            raise UserError(
+                f"alphas must rise within (0, 1] from noise to picture, got {self.alphas.tolist()}"
+            )
+
+    @classmethod
+    def through(
+        cls,
+        timesteps: Int[Tensor, " T"],
+        alphas_cumprod: Float[Tensor, " train"],
+        final_alpha: Alpha,
+    ) -> StepTable:
+        """The table in which every step goes to the next timestep, and the last one to final_alpha."""
+        timesteps = timesteps.cpu().long()
+        train = len(alphas_cumprod)
+        if len(timesteps) and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < train:
+            raise UserError(
+                f"the schedule asks for timesteps {int(timesteps.min())} to {int(timesteps.max())}, "
+                f"the model knows 0 to {train - 1}; ask for fewer steps"
+            )
+        alphas = alphas_cumprod.cpu().double()[timesteps]
+        return cls(timesteps, torch.cat([alphas, torch.tensor([float(final_alpha)], dtype=torch.float64)]))
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.timesteps)
+
+    def has_effect(self, i: int) -> bool:
+        """Whether epsilon matters at step i: it does not where a step arrives at the alpha it left."""
+        return bool(self.alphas[i] != self.alphas[i + 1])
+
+
+def move(
+    z: Float[Tensor, "rows c h w"], eps: Float[Tensor, "rows c h w"], alpha_from: Alpha, alpha_to: Alpha
+) -> Float[Tensor, "rows c h w"]:
+    """Eq. 4, towards the picture or towards noise, in fp32 (float64 where z or eps is).
+
+    The paper prints the second term without the factor sqrt(alpha_to); with it this is DDIM's own step.
+    """
+    dtype = torch.promote_types(torch.promote_types(z.dtype, eps.dtype), torch.float32)
+    a_from, a_to = (torch.as_tensor(a, dtype=torch.float64) for a in (alpha_from, alpha_to))
+    scale = (a_to / a_from).sqrt()
+    along_eps = a_to.sqrt() * ((1 / a_to - 1).sqrt() - (1 / a_from - 1).sqrt())
+    return _a_row(scale, z, dtype) * z.to(dtype) + _a_row(along_eps, z, dtype) * eps.to(dtype)
+
+
+def from_v(
+    z: Float[Tensor, "rows c h w"], v: Float[Tensor, "rows c h w"], alpha: Alpha
+) -> Float[Tensor, "rows c h w"]:
+    """Epsilon from a v-prediction (Salimans and Ho, 2022), alpha being z's own; in fp32 or float64."""
+    dtype = torch.promote_types(torch.promote_types(z.dtype, v.dtype), torch.float32)
+    a = torch.as_tensor(alpha, dtype=dtype)
+    return _a_row(a.sqrt(), z, dtype) * v.to(dtype) + _a_row((1 - a).sqrt(), z, dtype) * z.to(dtype)
+
+
+def _a_row(coefficient: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """A coefficient (one, or one a row) in a shape that multiplies z."""
+    coefficient = coefficient.to(dtype).to(z.device)
+    return coefficient.reshape(-1, *[1] * (z.ndim - 1)) if coefficient.ndim else coefficient

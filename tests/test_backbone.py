@@ -1,0 +1,416 @@
+"""kvinv_pl.backbone against diffusers' own pipeline, and against checkpoints that are not what it needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import huggingface_hub.constants
+import pytest
+import torch
+from checkpoints import KINDS, Kind, change_json, make
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from kvinv_pl.backbone import Backbone, _quiet
+from kvinv_pl.ddim import move
+from kvinv_pl.errors import UserError
+
+PROMPTS = ["a cat running on the grass", "", "A red  horse, jumping!", "a dog " * 60]
+Load: TypeAlias = Callable[[Kind], Backbone]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture
+def copy(home: Path, tmp_path: Path) -> Path:
+    """A tiny checkpoint of one's own, to be damaged."""
+    return shutil.copytree(make("tiny", home), tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def load(home: Path) -> Load:
+    loaded: dict[Kind, Backbone] = {}
+
+    def once(kind: Kind) -> Backbone:
+        if kind not in loaded:
+            loaded[kind] = Backbone.load(str(make(kind, home)))
+        return loaded[kind]
+
+    return once
+
+
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    with _quiet():
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@every_kind
+def test_pictures_that_are_not_square_become_latents_and_pictures_again(kind: Kind, load: Load) -> None:
+    backbone = load(kind)
+    h, w = backbone.multiple, 2 * backbone.multiple
+    f = 2 if kind == "tiny" else 8
+    pixels = normal(3, 3, h, w).clamp(-1, 1)
+    z = backbone.encode(pixels)
+    assert z.shape == (3, backbone.latent_channels, h // f, w // f) and z.dtype == torch.float32
+    again = backbone.decode(z)
+    assert again.shape == pixels.shape and again.abs().max() <= 1
+    assert not z.requires_grad and not again.requires_grad
+
+
+@every_kind
+def test_encoding_is_the_scaled_mean_of_the_posterior_and_the_same_in_any_batch(
+    kind: Kind, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(kind)
+    pixels = normal(3, 3, 64, 128).clamp(-1, 1)
+    z = backbone.encode(pixels)
+    with torch.no_grad():
+        posterior: Any = backbone.vae.encode(pixels)
+    torch.testing.assert_close(z, posterior.latent_dist.mean * backbone.vae.config["scaling_factor"])
+    monkeypatch.setattr("kvinv_pl.backbone.PIXELS_AT_ONCE", 1)
+    torch.testing.assert_close(backbone.encode(pixels), z)
+    torch.testing.assert_close(backbone.decode(z), torch.cat([backbone.decode(row) for row in z.split(1)]))
+
+
+@every_kind
+def test_embeddings_are_those_of_the_pipeline(kind: Kind, home: Path, load: Load) -> None:
+    with _quiet():
+        theirs = pipeline(make(kind, home)).encode_prompt(PROMPTS, torch.device("cpu"), 1, False)[0]
+    ours = load(kind).embed(PROMPTS)
+    assert ours.shape == (4, 24 if kind == "tiny" else 77, 16)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not torch.allclose(ours[0], ours[2])
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "tiny"])
+def test_guided_sampling_by_our_move_is_the_output_of_the_pipeline(
+    kind: Kind, home: Path, load: Load
+) -> None:
+    backbone, steps, w = load(kind), 4, 5.0
+    assert backbone.predicts_v == (kind == "sd21")
+    height = max(8, backbone.multiple)  # diffusers' pipeline wants multiples of 8
+    width = 2 * height
+    z_T = normal(1, 4, height // backbone.vae_factor, width // backbone.vae_factor)
+    pipe = pipeline(make(kind, home))
+    options: dict[str, Any] = {"guidance_scale": w, "num_inference_steps": steps, "output_type": "pt"}
+    theirs = cast("Any", pipe(PROMPTS[0], height=height, width=width, latents=z_T, **options)).images
+
+    prompt = backbone.embed(["", PROMPTS[0]])
+    table, z = backbone.step_table(steps), z_T
+    with torch.no_grad():
+        for i, t in enumerate(table.timesteps):
+            eps_u, eps_c = backbone.eps(torch.cat([z, z]), t.expand(2), prompt).chunk(2)
+            z = move(z, eps_u + w * (eps_c - eps_u), table.alphas[i], table.alphas[i + 1])
+    ours = backbone.decode(z) / 2 + 0.5
+    assert not torch.allclose(z, z_T, atol=0.1)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_epsilon_of_a_v_prediction_is_that_of_each_rows_own_timestep(
+    load: Load,
+) -> None:
+    backbone = load("sd21")
+    z, t = normal(2, 4, 8, 16), torch.tensor([981, 21])
+    prompt = backbone.embed(PROMPTS[:2])
+    with torch.no_grad():
+        v = backbone.unet(z, t, encoder_hidden_states=prompt, return_dict=False)[0]
+        eps = backbone.eps(z, t, prompt)
+    for row in range(2):
+        alpha = backbone.scheduler.alphas_cumprod[t[row]]
+        expected = alpha.sqrt() * v[row] + (1 - alpha).sqrt() * z[row]
+        torch.testing.assert_close(eps[row], expected)
+
+
+def test_the_steps_are_those_of_the_checkpoints_own_schedule(load: Load) -> None:
+    table = load("sd15").step_table(50)
+    assert table.timesteps.tolist() == list(range(981, 0, -20))
+    assert table.alphas[0] < 0.01 and 0.999 < table.alphas[-1] < 1
+    assert table.alphas[-1] == float(load("sd15").scheduler.alphas_cumprod[0])
+    spaced = load("anything_v3").step_table(50)
+    assert spaced.timesteps[0] == 999 and spaced.timesteps[-1] == 0 and spaced.alphas[-1] == 1
+
+
+def test_a_pndm_configuration_without_the_field_does_not_turn_clipping_on(copy: Path) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "clip_sample"}
+    path.write_text(json.dumps(config | {"_class_name": "PNDMScheduler"}))
+    assert Backbone.load(str(copy)).scheduler.config["clip_sample"] is False
+
+
+def test_trailing_spacing_never_gives_a_timestep_below_zero(copy: Path) -> None:
+    change_json(copy / "scheduler" / "scheduler_config.json", timestep_spacing="trailing")
+    backbone = Backbone.load(str(copy))
+    for steps in (10, 61, 103, 1000):
+        table = backbone.step_table(steps)
+        assert len(table) == steps and table.timesteps.min() >= 0
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_a_number_of_steps_that_the_schedule_does_not_have_is_refused(steps: int, load: Load) -> None:
+    with pytest.raises(UserError, match="1 to 1000, got"):
+        load("tiny").step_table(steps)
+
+
+def test_steps_that_an_offset_pushes_past_the_schedule_are_refused(load: Load) -> None:
+    with pytest.raises(UserError, match="ask for fewer steps"):
+        load("tiny").step_table(1000)
+
+
+def test_a_schedule_of_zero_terminal_snr_is_refused(copy: Path) -> None:
+    change = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    change_json(copy / "scheduler" / "scheduler_config.json", **change)
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        Backbone.load(str(copy)).step_table(50)
+
+
+def test_sizes_are_told_in_pixels(load: Load, copy: Path) -> None:
+    sizes = {kind: load(kind).sample_size for kind in KINDS}
+    # anything_v3 says 32 latents, as the first converters wrote for all, and was made for 64
+    assert sizes == {"sd15": (512, 512), "sd21": (768, 768), "anything_v3": (512, 512), "tiny": (16, 16)}
+    assert {kind: load(kind).multiple for kind in KINDS} == {
+        "sd15": 64,
+        "sd21": 64,
+        "anything_v3": 64,
+        "tiny": 4,
+    }
+    change_json(copy / "unet" / "config.json", sample_size=[8, 12])
+    assert Backbone.load(str(copy)).sample_size == (16, 24)
+
+
+def test_a_half_precision_unet_gives_fp32_epsilon_and_leaves_the_vae_in_fp32(home: Path, load: Load) -> None:
+    half, full = Backbone.load(str(make("sd21", home)), torch.bfloat16), load("sd21")
+    assert {p.dtype for m in (half.unet, half.text_encoder) for p in m.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    z, t = normal(2, 4, 8, 16), torch.tensor([981, 21])
+    with torch.no_grad():
+        eps = half.eps(z, t, half.embed(PROMPTS[:2]))
+        expected = full.eps(z, t, full.embed(PROMPTS[:2]))
+    assert eps.dtype == torch.float32
+    torch.testing.assert_close(eps, expected, atol=0.1, rtol=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(half.decode(z), full.decode(z))
+
+
+def test_nothing_is_trainable_and_gradients_pass_through_epsilon(load: Load) -> None:
+    backbone = load("tiny")
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert not any(m.training for m in backbone.train().modules())
+    z = normal(2, 4, 4, 6).requires_grad_()
+    backbone.eps(z, torch.tensor([981, 21]), backbone.embed(PROMPTS[:2])).sum().backward()
+    assert z.grad is not None and z.grad.abs().sum() > 0
+
+
+def test_what_a_prompt_has_too_much_is_told(load: Load) -> None:
+    backbone = load("tiny")
+    assert backbone.unread("a cat running") == "" and backbone.unread("") == ""
+    assert backbone.unread("a cat " * 11 + "on the grass") == "on the grass"
+    torch.testing.assert_close(
+        backbone.embed(["a cat " * 11]), backbone.embed(["a cat " * 11 + "on the grass"])
+    )
+
+
+def test_a_tokenizer_that_does_not_know_its_limit_is_held_to_that_of_the_text_model(copy: Path) -> None:
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({key: v for key, v in json.loads(path.read_text()).items() if "max" not in key})
+    )
+    assert Backbone.load(str(copy)).embed(["a cat"]).shape == (1, 24, 16)
+
+
+def test_pictures_that_do_not_fit_the_vae_and_latents_that_ran_away_are_refused(
+    load: Load,
+) -> None:
+    with pytest.raises(UserError, match="multiples of 8, got 64 x 70"):
+        load("sd15").encode(normal(1, 3, 64, 70))
+    with pytest.raises(UserError, match="not finite"):
+        load("tiny").decode(torch.full((1, 4, 4, 4), torch.nan))
+
+
+def test_the_identity_follows_the_contents_and_not_the_place(copy: Path, load: Load) -> None:
+    there, here = load("tiny").identity, Backbone.load(str(copy)).identity
+    assert here["checkpoint"] == str(copy) != there["checkpoint"]
+    assert here["class"] == "StableDiffusionPipeline"
+    assert here["sha256"] == there["sha256"] and len(here["sha256"]) == 64
+    (copy / "README.md").write_text("of no consequence")
+    (copy / "unet" / "diffusion_pytorch_model.bin").write_text("not what is loaded")
+    assert Backbone.load(str(copy)).identity == here
+    change_json(copy / "scheduler" / "scheduler_config.json", beta_end=0.013)
+    after_schedule = Backbone.load(str(copy)).identity["sha256"]
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.bias"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    after_weights = Backbone.load(str(copy)).identity["sha256"]
+    assert len({here["sha256"], after_schedule, after_weights}) == 3
+
+
+def test_weights_are_found_as_bin_files_and_as_an_fp16_variant(copy: Path, load: Load) -> None:
+    def rename(folder: str, old: str, new: str) -> None:
+        (copy / folder / old).rename(copy / folder / new)
+
+    rename("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+    text = copy / "text_encoder" / "model.safetensors"
+    torch.save(load_file(text), copy / "text_encoder" / "pytorch_model.bin")
+    text.unlink()
+    ours, expected = Backbone.load(str(copy)), load("tiny")
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter), name
+
+
+def test_loading_says_nothing_and_leaves_the_loggers_as_they_were(
+    copy: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with caplog.at_level(logging.DEBUG):
+        Backbone.load(str(copy)).embed(["a dog " * 60])
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.name.startswith(("diffusers", "transformers"))]
+    assert before == [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+
+
+def test_a_safety_checker_is_never_looked_at(copy: Path) -> None:
+    entry = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    change_json(copy / "model_index.json", safety_checker=entry, requires_safety_checker=True)
+    Backbone.load(str(copy))
+
+
+def refused(checkpoint: Path | str, *words: str) -> None:
+    with pytest.raises(UserError) as error:
+        Backbone.load(str(checkpoint))
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400, message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_place_without_a_checkpoint_is_refused(
+    tmp_path: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    refused(tmp_path / "nowhere", "no folder", "nowhere")
+    refused("nowhere", "no folder nowhere", "menagerie")
+    refused("./nowhere/at_all", "no folder ./nowhere/at_all")
+    refused("somebody/some-model", "no folder somebody/some-model", "hub")
+    refused(copy / "model_index.json", "is a file, expected a folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "has no model_index.json", "Stable Diffusion 1 or 2")
+
+
+def test_a_hub_id_is_read_from_the_cache_when_offline(
+    home: Path, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit, repo = "0" * 40, tmp_path / "models--somebody--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(make("tiny", home), repo / "snapshots" / commit)
+    identity = Backbone.load("somebody/tiny").identity
+    assert identity == load("tiny").identity | {"checkpoint": "somebody/tiny"}
+    (repo / "snapshots" / commit / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    refused("somebody/tiny", "FluxPipeline", "transformer")
+
+
+def test_another_kind_of_model_is_refused_by_its_name(copy: Path, tmp_path: Path) -> None:
+    refused(copy / "unet", "model_index.json", "UNet2DConditionModel alone")
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
+    refused(bert, "model_index.json", "BertModel alone")
+    index = copy / "model_index.json"
+    whole = json.loads(index.read_text())
+
+    def other(name: str, without: tuple[str, ...] = (), **entries: Any) -> None:
+        kept = {key: value for key, value in whole.items() if key not in without}
+        index.write_text(json.dumps(kept | {"_class_name": name} | entries))
+
+    index.write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    refused(copy, "PixArtAlphaPipeline", "transformer")
+    other("StableDiffusion3Pipeline", ("unet",), transformer=["diffusers", "SD3Transformer2DModel"])
+    refused(copy, "StableDiffusion3Pipeline", "transformer")
+    other("StableDiffusionXLPipeline", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+    refused(copy, "SDXL", "not supported")
+    other("AltDiffusionPipeline", text_encoder=["alt_diffusion", "RobertaSeriesModelWithTransformation"])
+    refused(copy, "AltDiffusionPipeline", "text_encoder", "Roberta")
+
+
+def test_a_unet_that_wants_more_than_a_prompt_is_refused(copy: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    for change, words in [
+        ({"in_channels": 9}, ("takes 9 channels", "inpainting")),
+        ({"time_cond_proj_dim": 8}, ("time_cond_proj_dim",)),
+        ({"cross_attention_dim": 24}, ("width 24", "gives 16")),
+    ]:
+        shutil.rmtree(copy / "unet")
+        UNet2DConditionModel(**{**unet.config, **change}).save_pretrained(copy / "unet")
+        refused(copy, *words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_file_that_is_missing_cut_or_garbled_is_named(name: str, copy: Path) -> None:
+    path = copy / name
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"\0" * 100):
+        path.write_bytes(damaged)
+        refused(copy, name.split("/")[0])
+    path.unlink()
+    refused(copy, name.split("/")[0])
+    shutil.rmtree(path.parent)
+    refused(copy, name.split("/")[0])
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(copy: Path) -> None:
+    for part, key in [("unet", "conv_in.weight"), ("text_encoder", "final_layer_norm.weight")]:
+        path = next((copy / part).glob("*.safetensors"))
+        tensors = load_file(path)
+        save_file({name: t for name, t in tensors.items() if name != key}, path, metadata={"format": "pt"})
+        refused(copy, part, "lacks", key)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_schedule_that_ddim_cannot_run_is_refused(copy: Path) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    change_json(path, prediction_type="sample")
+    refused(copy, "'sample'", "epsilon or v_prediction")
+    path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
+    refused(copy, "FlowMatchEulerDiscreteScheduler", "no betas")
+    path.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_start": 0.1, "beta_schedule": "new"}))
+    refused(copy, "scheduler", "new")
+
+
+def test_an_index_that_is_no_index_is_refused(copy: Path) -> None:
+    for text in ("{", "[1]", ""):
+        (copy / "model_index.json").write_text(text)
+        refused(copy, "model_index.json", "cannot be read")
