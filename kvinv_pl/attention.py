@@ -1,12 +1,15 @@
 """CP-attn: Eq. 1 as a module, and how it comes into a U-Net's self-attentions and out again."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Sdpa
@@ -25,6 +28,17 @@ class CPAttention(nn.Module):
     """
 
     observes: bool = False
+    options: dict[str, Any]
+    """What the variant was made with, besides the site; a run writes it down and is read back with it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments, so that no variant's author has to."""
+        made = super().__new__(cls)
+        if args or kwargs:  # copying and unpickling make one without
+            given = inspect.signature(cls).bind(*args, **kwargs)
+            given.apply_defaults()
+            made.__dict__["options"] = {name: value for name, value in given.arguments.items() if name != "site"}
+        return made
 
     def __init__(self, site: Site):
         """Take the place in the U-Net: `site.slots`, `site.tokens`, `site.dim`, `site.heads`, `site.grid`."""

@@ -150,6 +150,22 @@ class RunStore:
             if (self.folder / "steps").exists():
                 shutil.rmtree(self.folder / "steps")
 
+    def clear(self) -> None:
+        """Remove all that a run leaves, its edits too."""
+        with _reported("remove", self.folder):
+            for name in ("run.json", "trajectory.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("source", "reconstruction", "sheet", "mask"):
+                (self.folder / f"{name}.png").unlink(missing_ok=True)
+            for name in ("steps", "edits"):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
+
+    def edits(self) -> list[tuple[dict[str, Any], Path]]:
+        """Every edit's record and picture, oldest first."""
+        records = sorted((self.folder / "edits").glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        return [(_read_json(file), file.with_suffix(".png")) for file in records]
+
     def _step(self, i: int) -> Path:
         return self.folder / "steps" / f"{i}.safetensors"
 

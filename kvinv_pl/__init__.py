@@ -1,0 +1,1 @@
+"""KV Inversion: change what the subject of a picture is doing."""

@@ -1,0 +1,5 @@
+"""`python -m kvinv_pl` is `kvinv`."""
+
+from kvinv_pl.cli import main
+
+main()

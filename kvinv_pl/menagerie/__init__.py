@@ -1,0 +1,19 @@
+"""The embedded world: drawn animals, their actions, and a small diffusion model trained on them."""
+
+from pathlib import Path
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
+
+__all__ = ["ACTIONS", "COATS", "COLOURS", "GROUNDS", "SIZE", "SPECIES", "Animal", "checkpoint"]
+
+
+def checkpoint() -> Path:
+    """The folder of the shipped model, an ordinary Stable Diffusion folder as diffusers saves it."""
+    folder = Path(__file__).parent / "weights"
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"the weights of the menagerie are missing: expected them in {folder}; "
+            "install the package again, or train them with tools/train_menagerie.py"
+        )
+    return folder

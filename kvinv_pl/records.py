@@ -1,0 +1,82 @@
+"""What run.json says: everything that the files of a run depend on, and the figures that came of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kvinv_pl.attention import CPAttention
+from kvinv_pl.ddim import StepTable
+from kvinv_pl.pictures import Geometry, Picture
+
+INVERTED = ("model", "scheduler", "picture", "source", "inversion")
+"""The fields that a trajectory depends on; psi depends on these and on "tuning"."""
+LIBRARIES = ("kvinv-pl", "torch", "lightning", "diffusers", "transformers", "peft")
+
+
+def of_picture(name: str, picture: Picture, geometry: Geometry, mode: str, mask: str | None) -> dict[str, Any]:
+    """The picture: its name, what was done to read it, how it reached the model, and digests of its pixels."""
+    return {
+        "name": name,
+        "sha256": picture.sha256,
+        "notes": picture.notes,
+        "mode": mode,
+        "size": list(geometry.original),
+        "model_size": list(geometry.resized),
+        "box": list(geometry.box) if geometry.box else None,
+        "mask": mask,
+    }
+
+
+def geometry_of(record: dict[str, Any]) -> Geometry:
+    """The geometry that `of_picture` wrote down."""
+    box = record["box"]
+    return Geometry(tuple(record["size"]), tuple(record["model_size"]), tuple(box) if box else None)
+
+
+def of_table(table: StepTable, predicts_v: bool) -> dict[str, Any]:
+    """The schedule, step by step."""
+    return {
+        "steps": len(table),
+        "prediction": "v_prediction" if predicts_v else "epsilon",
+        "timesteps": table.timesteps.tolist(),
+        "alphas": table.alphas.tolist(),
+    }
+
+
+def of_variant(cp: CPAttention) -> dict[str, Any]:
+    """The variant, in the form in which a configuration names it."""
+    return {"class_path": f"{type(cp).__module__}.{type(cp).__qualname__}", "init_args": cp.options}
+
+
+def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's class and everything that it was given."""
+    defaults = {key: value for key, value in sorted(optimizer.defaults.items()) if not isinstance(value, Tensor)}
+    return {"class_path": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", **json.loads(json.dumps(defaults, default=str))}
+
+
+def versions() -> dict[str, str]:
+    """The libraries whose behaviour a run may depend on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
+    """Peak signal-to-noise ratio in dB of two tensors of pixels in -1 .. 1; 100 where they are equal."""
+    error = float((a.double() - b.double()).square().mean())
+    return min(100.0, 10 * math.log10(4 / error)) if error > 0 else 100.0
+
+
+def parameters_by_site(psi: nn.ModuleDict) -> dict[str, nn.Parameter]:
+    """Every value of psi under "<module path>.<name>", as the store keeps it."""
+    return {
+        f"{cp.site.path}.{name}": parameter
+        for cp in psi.values()
+        if isinstance(cp, CPAttention)
+        for name, parameter in cp.named_parameters()
+    }
