@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+from kvinv_pl.ddim import StepTable
+
+jaxtyping = pytest.importorskip("jaxtyping")
+pytest.importorskip("beartype")
+
+
+def test_a_shape_that_is_not_as_the_signature_says_is_noticed():
+    with pytest.raises(jaxtyping.TypeCheckError, match="alphas"):
+        StepTable(torch.tensor([2, 1, 0]), torch.ones(3, dtype=torch.float64))
+
+
+def test_the_command_line_s_classes_are_left_as_they_are_written():
+    data = pytest.importorskip("kvinv_pl.data")
+    assert not hasattr(data.SourceImages.__init__, "__wrapped__")
