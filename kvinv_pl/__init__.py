@@ -1,1 +1,29 @@
-"""KV Inversion: change what the subject of a picture is doing."""
+"""KV Inversion (arXiv 2309.16608): change what the subject of a real picture is doing, by text."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvinv_pl.api import load
+    from kvinv_pl.attention import CPAttention, Site
+    from kvinv_pl.data import SourceImages
+    from kvinv_pl.module import KVInversion
+    from kvinv_pl.store import RunStore
+
+__all__ = ["CPAttention", "KVInversion", "RunStore", "Site", "SourceImages", "load"]
+_WHERE = {
+    "load": "api",
+    "CPAttention": "attention",
+    "Site": "sites",
+    "SourceImages": "data",
+    "KVInversion": "module",
+    "RunStore": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for and no more, so that `kvinv --help` answers at once."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kvinv_pl' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"kvinv_pl.{_WHERE[name]}"), name)

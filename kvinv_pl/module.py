@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -85,14 +86,6 @@ class KVInversion(LightningModule):
         """Note the settings; the checkpoint is read when a stage begins, in the precision of the trainer."""
         super().__init__()
         self.automatic_optimization = False
-        for name, value in (("guidance", guidance), ("inversion_guidance", inversion_guidance), ("tuning_guidance", tuning_guidance)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name}: expected a number of 0 or more, got {value}")
-        for name, count in (("steps", steps), ("inner_steps", inner_steps), ("slots", slots)):
-            if count < 1:
-                raise UserError(f"{name}: expected 1 or more, got {count}")
-        if not 0 <= start <= 1:
-            raise UserError(f"start: expected a share of the steps, 0 to 1, got {start}")
         self.checkpoint = checkpoint
         self.variant = attention or registry.resolve("full_kv")
         self.selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern)
@@ -103,11 +96,28 @@ class KVInversion(LightningModule):
         self.convergence = Convergence(tolerance, tolerance_growth)
         self.carry, self.reading, self.start, self.negative = carry, reading, start, negative
         self.seed, self.slots, self.store_dtype = seed, slots, store_dtype
+        self.check_settings()
         self.watch = Progress(quiet=True)
+        self.last_edits: list[Path] = []
         self.psi = nn.ModuleDict()
         self._attachment: Attachment | None = None
         self._loaded: tuple[str, torch.dtype] | None = None
-        self._edited: dict[str, Any] | None = None
+
+    def check_settings(self) -> None:
+        """Refuse numbers that mean nothing."""
+        scales = {"guidance": self.guidance, "inversion_guidance": self.inversion_guidance, "tuning_guidance": self.tuning_guidance}
+        for name, value in scales.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name}: expected a number of 0 or more, got {value}")
+        for name, count in {"steps": self.steps, "inner_steps": self.inner_steps, "slots": self.slots}.items():
+            if count < 1:
+                raise UserError(f"{name}: expected 1 or more, got {count}")
+        if not 0 <= self.start <= 1:
+            raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+        if self.reading not in ("frozen", "blend"):
+            raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
+        if self.store_dtype not in STORE_DTYPES:
+            raise UserError(f"store_dtype: expected {', '.join(STORE_DTYPES)}, got {self.store_dtype!r}")
 
     # ------------------------------------------------------------------------------------------ the frozen model
 
@@ -511,8 +521,10 @@ class KVInversion(LightningModule):
         geometry = records.geometry_of(run["picture"])
         edits = [pictures.to_image(pixels.cpu(), geometry) for pixels in self.backbone.decode(z)]
         seconds = time.perf_counter() - began
-        for target, picture in zip(targets, edits, strict=True):
+        self.last_edits = [
             store.save_edit(target, picture, self.edit_record(run, target, seconds / len(targets)))
+            for target, picture in zip(targets, edits, strict=True)
+        ]
         store.save_picture("sheet", self._sheet(store))
         self.watch.finish()
 

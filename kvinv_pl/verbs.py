@@ -22,25 +22,30 @@ def world(out: Path = Path("world"), seed: int = 7, sheet: int = 0, size: int = 
         raise UserError(f"expected seed and sheet of 0 or more and a size of 8 or more; got {seed}, {sheet}, {size}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if sheet:
-            page = Image.new("RGB", (size * len(ACTIONS), size * sheet))
-            for row in range(sheet):
-                animal = Animal.sample(seed + row)
-                for column, action in enumerate(ACTIONS):
-                    page.paste(animal.render(action, size), (column * size, row * size))
-            page.save(out / "sheet.png")
-            print(out / "sheet.png")
-            return
-        animal = Animal.sample(seed)
-        lines = []
-        for action in ACTIONS:
-            animal.render(action, size).save(out / f"{action}.png")
-            animal.mask(action, size).save(out / f"{action}-mask.png")
-            lines.append(f"{action}.png\t{animal.prompt(action)}")
-            print(out / f"{action}.png", animal.prompt(action), sep="\t")
-        (out / "prompts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = _page(out, seed, sheet, size) if sheet else _pictures(out, seed, size)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; name another folder") from error
+    print("\n".join(lines))
+
+
+def _page(out: Path, seed: int, count: int, size: int) -> list[str]:
+    page = Image.new("RGB", (size * len(ACTIONS), size * count))
+    for row in range(count):
+        animal = Animal.sample(seed + row)
+        for column, action in enumerate(ACTIONS):
+            page.paste(animal.render(action, size), (column * size, row * size))
+    page.save(out / "sheet.png")
+    return [str(out / "sheet.png")]
+
+
+def _pictures(out: Path, seed: int, size: int) -> list[str]:
+    animal = Animal.sample(seed)
+    for action in ACTIONS:
+        animal.render(action, size).save(out / f"{action}.png")
+        animal.mask(action, size).save(out / f"{action}-mask.png")
+    lines = [f"{out / action}.png\t{animal.prompt(action)}" for action in ACTIONS]
+    (out / "prompts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
 
 
 def variants() -> None:

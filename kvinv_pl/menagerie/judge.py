@@ -66,7 +66,7 @@ class Judge(nn.Module):
             judge.load_state_dict(load_file(file))
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{file} cannot be read as a judge's weights: {reason}; export it again") from error
+            raise UserError(f"{file} cannot be read as a judge: {reason}; export it again") from error
         return judge.eval().requires_grad_(False)
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n words"]]:
@@ -78,7 +78,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def names(self, pictures: Sequence[Image.Image]) -> list[dict[str, str]]:
-        """What each picture shows, as `{"species": "cat", "colour": "red", ...}`; pictures may differ in size."""
+        """What each picture shows, as `{"species": "cat", "colour": "red", ...}`; any sizes."""
         weight = next(self.parameters())
         named = []
         for picture in pictures:
@@ -101,7 +101,8 @@ def accuracy(judge: Judge, pictures: Sequence[Image.Image], animals: Sequence[An
 def nearest_action(picture: Image.Image, animal: Animal) -> str:
     """The action whose true picture of this animal has the least mean squared error over the frame."""
     if picture.width != picture.height:
-        raise UserError(f"a picture of the menagerie is square, got {picture.width} x {picture.height} pixels")
+        size = f"{picture.width} x {picture.height}"
+        raise UserError(f"a picture of the menagerie is square, got {size} pixels")
     rgb = np.asarray(picture.convert("RGB"), np.float32)
 
     def error(action: str) -> float:
