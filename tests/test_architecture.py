@@ -137,8 +137,8 @@ def plugin_faults(source: str) -> list[str]:
 
 def public(module: str, name: str | None) -> bool:
     """Whether a plugin may rely on it."""
-    if module == "kvinv_pl" and name and f"kvinv_pl.{name}" in PUBLIC:
-        return True
+    if module == "kvinv_pl" and name in ARROWS:
+        return f"kvinv_pl.{name}" in PUBLIC
     if module not in PUBLIC or (name or "").startswith("_"):
         return False
     path = ROOT.joinpath(*module.split("."))
