@@ -105,11 +105,19 @@ class KVInversion(LightningModule):
 
     def check_settings(self) -> None:
         """Refuse numbers that mean nothing."""
-        scales = {"guidance": self.guidance, "inversion_guidance": self.inversion_guidance, "tuning_guidance": self.tuning_guidance}
+        scales = {
+            "guidance": self.guidance,
+            "inversion_guidance": self.inversion_guidance,
+            "tuning_guidance": self.tuning_guidance,
+        }
         for name, value in scales.items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name}: expected a number of 0 or more, got {value}")
-        for name, count in {"steps": self.steps, "inner_steps": self.inner_steps, "slots": self.slots}.items():
+        for name, count in {
+            "steps": self.steps,
+            "inner_steps": self.inner_steps,
+            "slots": self.slots,
+        }.items():
             if count < 1:
                 raise UserError(f"{name}: expected 1 or more, got {count}")
         if not 0 <= self.start <= 1:
@@ -142,7 +150,9 @@ class KVInversion(LightningModule):
             self.release()
             made = {site.path: self.variant(site) for site in sites}
             # a ModuleDict's keys have no dots
-            self.psi = nn.ModuleDict({path.replace(".", "/"): cp for path, cp in made.items()}).to(self.device)
+            self.psi = nn.ModuleDict({path.replace(".", "/"): cp for path, cp in made.items()}).to(
+                self.device
+            )
             self._attachment = attach(self.backbone.unet, made)
         self._attachment.check()
         return self._attachment
@@ -175,10 +185,11 @@ class KVInversion(LightningModule):
         """Jobs and step numbers stay where they are."""
         return batch
 
-    def predict_step(self, batch: Job, batch_idx: int) -> None:
-        """One stage of one picture."""
+    def predict_step(self, batch: Job, batch_idx: int) -> str:
+        """One stage of one picture; its name."""
         with torch.inference_mode(False), torch.no_grad():
             (self._invert if batch.stage == "invert" else self._edit)(batch.work)
+        return batch.work.name
 
     # ------------------------------------------------------------------------------------------ stage 1: inversion
 
@@ -194,9 +205,14 @@ class KVInversion(LightningModule):
         record = {
             "model": self.backbone.identity,
             "scheduler": records.of_table(self.table, self.backbone.predicts_v),
-            "picture": records.of_picture(work.name, picture, geometry, work.geometry, mask.sha256 if mask else None),
+            "picture": records.of_picture(
+                work.name, picture, geometry, work.geometry, mask.sha256 if mask else None
+            ),
             "source": work.source,
-            "inversion": {"guidance": self.inversion_guidance, "negative": self.negative if self.inversion_guidance != 1 else ""},
+            "inversion": {
+                "guidance": self.inversion_guidance,
+                "negative": self.negative if self.inversion_guidance != 1 else "",
+            },
             "versions": records.versions(),
         }
         return record, pixels, pictures.to_mask(mask.image, geometry) if mask else None
@@ -209,7 +225,10 @@ class KVInversion(LightningModule):
         if work.image is not None:
             store.require(self.invert_record(work)[0], records.INVERTED)
         else:
-            expected = {"model": self.backbone.identity, "scheduler": records.of_table(self.table, self.backbone.predicts_v)}
+            expected = {
+                "model": self.backbone.identity,
+                "scheduler": records.of_table(self.table, self.backbone.predicts_v),
+            }
             store.require(expected, expected)
         return store.has_trajectory()
 
@@ -227,7 +246,9 @@ class KVInversion(LightningModule):
             )  # fmt: skip
         geometry = records.geometry_of(record["picture"])
         if mask is not None:
-            work.store.save_picture("mask", pictures.to_image(mask[None].expand(3, -1, -1) * 2 - 1, geometry).convert("L"))
+            work.store.save_picture(
+                "mask", pictures.to_image(mask[None].expand(3, -1, -1) * 2 - 1, geometry).convert("L")
+            )
         work.store.save_picture("source", pictures.to_image(pixels, geometry))
         work.store.save_trajectory(z[:, 0].cpu())
         work.store.write_run(record)
@@ -267,7 +288,7 @@ class KVInversion(LightningModule):
         record = self.tuning_record()
         for work in works:
             run = work.store.read_run()
-            if "tuning" in run:
+            if "tuning" in run and work.store.done():
                 work.store.require({"tuning": record}, ["tuning"])
             else:
                 work.store.write_run({**run, "tuning": record})
@@ -278,11 +299,16 @@ class KVInversion(LightningModule):
     def setup(self, stage: str) -> None:
         """A fit has as many epochs as phases remain."""
         if stage == "fit":
-            self.trainer.fit_loop.max_epochs = len(self._plan)
+            self.trainer.fit_loop.max_epochs = 1 if self.trainer.fast_dev_run else len(self._plan)
 
     def configure_optimizers(self) -> Optimizer:
         """One optimiser for the live psi."""
-        return self.optimizer(self.psi.parameters())
+        optimizer = self.optimizer(self.psi.parameters())
+        if self.slots > 1 and _needs_closure(optimizer):
+            raise UserError(
+                f"{type(optimizer).__name__} would share its steps between the pictures side by side: use slots 1"
+            )
+        return optimizer
 
     def on_train_epoch_start(self) -> None:
         """A phase begins: z-tilde_t, its pivot, and where psi_t starts."""
@@ -310,7 +336,9 @@ class KVInversion(LightningModule):
         self._pivots = torch.stack(trajectories, 1)
         before = [work.store.step(batch.first - 1) if batch.first else None for work in works]
         self._before = before
-        self._z = torch.stack([step.z.to(self.device) if step else z[-1] for step, z in zip(before, trajectories, strict=True)])
+        self._z = torch.stack(
+            [step.z.to(self.device) if step else z[-1] for step, z in zip(before, trajectories, strict=True)]
+        )
         prompts = self.backbone.embed([self.negative] * len(works) + [work.source for work in works])
         self._contexts = prompts.unflatten(0, (2, -1))
         self._bind([work.store for work in works])
@@ -323,13 +351,21 @@ class KVInversion(LightningModule):
             picture = store.read_run()["picture"]
             if picture["mask"]:
                 mask = pictures.open_picture(store.folder / "mask.png").image
-                masks.append(pictures.to_mask(mask, records.geometry_of({**picture, "size": list(mask.size), "box": None})))
+                masks.append(
+                    pictures.to_mask(
+                        mask, records.geometry_of({**picture, "size": list(mask.size), "box": None})
+                    )
+                )
         if masks and len(masks) < len(stores):
-            raise UserError("some of the pictures tuned side by side have a mask and some have none: tune them apart")
+            raise UserError(
+                "some of the pictures tuned side by side have a mask and some have none: tune them apart"
+            )
         for cp in self.psi.values():
             assert isinstance(cp, CPAttention)
             if masks and type(cp).bind is CPAttention.bind:
-                raise UserError(f"a mask was given, but {type(cp).__name__} takes none: leave it out, or use a variant that does")
+                raise UserError(
+                    f"a mask was given, but {type(cp).__name__} takes none: leave it out, or use a variant that does"
+                )
             cp.bind(torch.stack(masks).to(self.device) if masks else None)
 
     @torch.no_grad()
@@ -370,10 +406,12 @@ class KVInversion(LightningModule):
 
     def _reconstruct(self) -> Tensor:
         """z-tilde_{t-1} for every slot."""
-        return reconstruct(self._guided_eps(self._contexts, self.tuning_guidance), self._z, self.table, self._phase.step)
+        return reconstruct(
+            self._guided_eps(self._contexts, self.tuning_guidance), self._z, self.table, self._phase.step
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """"While not converged": the phase is over when every slot has stopped."""
+        """ "While not converged": the phase is over when every slot has stopped."""
         return -1 if self._keeper.all_stopped else None
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -382,11 +420,7 @@ class KVInversion(LightningModule):
         optimizer = self._optimizer()
         with self._attachment.blend():
             errors = squared_errors(self._pivot, self._reconstruct())
-            if not errors.isfinite().all():
-                raise UserError(
-                    f"the reconstruction is no longer finite at step {self._phase.step}: use a lower learning rate "
-                    "or guidance scale, or precision 32-true"
-                )
+            self._check_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._begin_errors = means if self._begin_errors is None else self._begin_errors
             self._keeper.stop(self.convergence.reached(means, self._phase.step))
@@ -410,8 +444,20 @@ class KVInversion(LightningModule):
                 optimizer.step()
         self._keeper.restore()
 
+    def _check_finite(self, errors: Tensor) -> None:
+        if not errors.isfinite().all():
+            raise UserError(
+                f"the reconstruction is no longer finite at step {self._phase.step}: use a lower learning rate "
+                "or guidance scale, or precision 32-true"
+            )
+
     def _where(self, inner: int, means: Tensor) -> str:
-        t, loss = int(self.table.timesteps[self._phase.step]), float(means[~self._keeper.stopped].mean()) if not self._keeper.all_stopped else float(means.mean())
+        t, loss = (
+            int(self.table.timesteps[self._phase.step]),
+            float(means[~self._keeper.stopped].mean())
+            if not self._keeper.all_stopped
+            else float(means.mean()),
+        )
         return f"timestep {t}, inner step {inner}, loss {loss:.2e}"
 
     @torch.no_grad()
@@ -424,26 +470,47 @@ class KVInversion(LightningModule):
         with self._attachment.recording() as kv:
             z = self._reconstruct()
         ends = (squared_errors(self._pivot, z) / z[0].numel()).cpu()
+        self._check_finite(ends)
         begins = ends if self._begin_errors is None else self._begin_errors
         named = records.parameters_by_site(self.psi)
         for slot, (member, active) in enumerate(zip(batch.members, batch.active, strict=True)):
-            if active:
+            if active and not self.trainer.fast_dev_run:
                 self._works[member].store.save_step(
                     i,
                     {name: parameter[slot].to(dtype).cpu() for name, parameter in named.items()},
                     z[slot].cpu(),
-                    {path: (k[:, slot].to(dtype).cpu(), v[:, slot].to(dtype).cpu()) for path, (k, v) in kv.items()},
-                    {"loss_start": float(begins[slot]), "loss_end": float(ends[slot]), "inner_steps": int(self._used[slot])},
+                    {
+                        path: (k[:, slot].to(dtype).cpu(), v[:, slot].to(dtype).cpu())
+                        for path, (k, v) in kv.items()
+                    },
+                    {
+                        "loss_start": float(begins[slot]),
+                        "loss_end": float(ends[slot]),
+                        "inner_steps": int(self._used[slot]),
+                    },
                 )
         self._z = z
-        shown = {"phase/loss_start": float(begins.mean()), "phase/loss": float(ends.mean()), "phase/inner_steps": float(self._used.float().mean())}
-        for logger in self.loggers:
-            logger.log_metrics(shown, step=self._phase.batch * self.steps + i)
+        for slot, (member, active) in enumerate(zip(batch.members, batch.active, strict=True)):
+            if active:
+                shown = {
+                    "loss_start": float(begins[slot]),
+                    "loss": float(ends[slot]),
+                    "inner_steps": float(self._used[slot]),
+                }
+                name = self._works[member].store.folder.name
+                for logger in self.loggers:
+                    logger.log_metrics({f"{name}/{key}": value for key, value in shown.items()}, step=i)
         self.watch.advance(f"loss {float(ends.mean()):.2e}")
-        if i == self.steps - 1:
+        if i == self.steps - 1 and not self.trainer.fast_dev_run:
             for member, active in zip(batch.members, batch.active, strict=True):
                 if active:
                     self._certify(self._works[member])
+
+    def certify_rest(self, works: list[Work]) -> None:
+        """What a fit that was stopped after its last phase has left undone."""
+        for work in works:
+            if "reconstruction" not in work.store.read_run():
+                self._certify(work)
 
     def _certify(self, work: Work) -> None:
         """Decode the reconstruction and write what it is worth."""
@@ -478,10 +545,15 @@ class KVInversion(LightningModule):
         began = time.perf_counter()
         trajectory = store.trajectory()
         attachment = self.place((trajectory.shape[-2], trajectory.shape[-1]), 1)
-        store.require({"tuning": {**run["tuning"], "sites": list(attachment.psi)}}, ["tuning"])
+        now = self.tuning_record()
+        store.require(
+            {"tuning": {**run["tuning"], "attention": now["attention"], "sites": now["sites"]}}, ["tuning"]
+        )
         self._bind([store])
         if self.guidance != run["tuning"]["guidance"]:
-            self.watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {self.guidance:g}")
+            self.watch.note(
+                f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {self.guidance:g}"
+            )
         targets = work.targets
         texts = [text for target in targets for text in (self.negative, target)]
         contexts = self.backbone.embed(texts)  # edit-major, then unconditional and conditional
@@ -505,8 +577,12 @@ class KVInversion(LightningModule):
                     coming[i + 1] = pool.submit(store.step, i + 1)
                 if self.reading == "frozen":
                     if step.kv is None:
-                        raise UserError(f"{store.folder} holds no K-bar and V-bar: edit it with reading blend")
-                    with attachment.frozen({path: (k[:, None], v[:, None]) for path, (k, v) in step.kv.items()}):
+                        raise UserError(
+                            f"{store.folder} holds no K-bar and V-bar: edit it with reading blend"
+                        )
+                    with attachment.frozen(
+                        {path: (k[:, None], v[:, None]) for path, (k, v) in step.kv.items()}
+                    ):
                         yield
                 else:
                     self._read_psi(step, 0)
@@ -532,11 +608,17 @@ class KVInversion(LightningModule):
         """The source, the reconstruction and every edit that lies in the run folder."""
         run = store.read_run()
         done = store.edits()
-        files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
+        files = [
+            store.folder / "source.png",
+            store.folder / "reconstruction.png",
+            *[file for _, file in done],
+        ]
         quality = run["reconstruction"]["psnr_to_round_trip"]
         captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
         for record, _ in done:
-            captions.append(f"{record['target']}\n{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}")
+            captions.append(
+                f"{record['target']}\n{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
+            )
         return sheet([pictures.open_picture(file).image for file in files], captions)
 
     def edit_record(self, run: dict[str, Any], target: str, seconds: float) -> dict[str, Any]:

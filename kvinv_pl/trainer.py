@@ -16,6 +16,19 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
 
+CHATTY = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+)
+ADVICE = (
+    r"The '\w+' does not have many workers",  # there is nothing to load
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # of Lightning's own
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen model
+    r"You have overridden `transfer_batch_to_device`",  # on purpose
+    r"\w+ available but not used",  # a CPU may be asked for
+)
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -46,7 +59,7 @@ class KVTrainer(Trainer):
             precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
             logger: True: TensorBoard under the run folder's logs.
             callbacks: Any Lightning callbacks.
-            fast_dev_run: One phase of one inner step, to see that everything fits together.
+            fast_dev_run: One inner step of one phase of the first picture, of which nothing is kept.
             max_epochs: Leave it: an epoch is a phase of the curriculum, which counts them itself.
             gradient_clip_val: Leave it: it would couple pictures that are tuned side by side.
             accumulate_grad_batches: Leave it: every inner step sees the whole loss.
@@ -56,24 +69,32 @@ class KVTrainer(Trainer):
             quiet: No progress.
         """
         if max_epochs != -1:
-            raise UserError(f"max_epochs: got {max_epochs}, but an epoch is one timestep, of which model.steps says how many; leave it at -1")
+            raise UserError(
+                f"max_epochs: got {max_epochs}, but an epoch is one timestep, of which model.steps says how many; leave it at -1"
+            )
         if gradient_clip_val is not None or accumulate_grad_batches != 1:
-            raise UserError("gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: leave them out")
+            raise UserError(
+                "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: leave them out"
+            )
         if devices != 1:
-            raise UserError(f"devices: expected 1, got {devices}: plain data parallelism would average the psi of different pictures")
+            raise UserError(
+                f"devices: expected 1, got {devices}: plain data parallelism would average the psi of different pictures"
+            )
         if precision not in COMPUTE_DTYPES:
-            raise UserError(f"precision: expected {', '.join(COMPUTE_DTYPES)}, got {precision}: psi is tuned in fp32")
+            raise UserError(
+                f"precision: expected {', '.join(COMPUTE_DTYPES)}, got {precision}: psi is tuned in fp32"
+            )
         if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
             raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
-        _hush()
-        super().__init__(
-            accelerator=accelerator, devices=devices, precision=precision,  # pyright: ignore[reportArgumentType]
-            logger=False if isinstance(logger, bool) else logger,
-            callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
-            profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1,
-        )  # fmt: skip
-        self._log_to_run = logger is True
+        with _without_advice():
+            super().__init__(
+                accelerator=accelerator, devices=devices, precision=precision,  # pyright: ignore[reportArgumentType]
+                logger=False if isinstance(logger, bool) else logger,
+                callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
+                profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1,
+            )  # fmt: skip
+        self._log_to_run = logger is True and not fast_dev_run
         self.watch = Progress(quiet=quiet)
 
     def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
@@ -114,7 +135,8 @@ class KVTrainer(Trainer):
         with self._working(model, datamodule):
             self._invert(model, datamodule)
             self._fit(model, datamodule)
-            self._edit(model, datamodule)
+            if not self.fast_dev_run:
+                self._edit(model, datamodule)
         self._say_where(datamodule)
 
     # ------------------------------------------------------------------------------------------------- the stages
@@ -125,13 +147,15 @@ class KVTrainer(Trainer):
 
     def _fit(self, model: KVInversion, data: SourceImages) -> None:
         groups: dict[tuple[int, ...], list[Work]] = {}
-        for work in data.works:
+        for work in data.works[:1] if self.fast_dev_run else data.works:
             groups.setdefault(tuple(work.store.read_run()["picture"]["model_size"]), []).append(work)
         data.inner_steps = model.inner_steps
         for works in groups.values():
             if model.prepare(works):
                 self.fit_loop.epoch_progress.reset()
                 super().fit(model, datamodule=data)
+            if not self.fast_dev_run:
+                model.certify_rest(works)
 
     def _edit(self, model: KVInversion, data: SourceImages) -> None:
         self.predict(model, data.jobs("edit"), return_predictions=False)
@@ -143,22 +167,25 @@ class KVTrainer(Trainer):
         """Everything that can be wrong is found first; then the run folders are held, and left in order."""
         model.watch = self.watch
         model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
-        for work in data.works:
-            self._check(model, work, data.overwrite)
+        stale = [work for work in data.works if not self._fits(model, work, data.overwrite)]
         try:
             with ExitStack() as held:
-                held.enter_context(_quiet())
+                held.enter_context(_without_advice())
                 for work in data.works:
                     held.enter_context(work.store.lock())
+                for work in stale:
+                    work.store.clear()
                 if self._log_to_run and not self.loggers:
                     self.loggers = [TensorBoardLogger(data.out, name="logs", version="")]
                 yield
         except OSError as error:  # what Lightning and TensorBoard write beside our own files
-            raise UserError(f"cannot write {error.filename or data.out}: {error.strerror or error}; make room and give the same command again") from error
+            raise UserError(
+                f"cannot write {error.filename or data.out}: {error.strerror or error}; make room and give the same command again"
+            ) from error
 
     @staticmethod
-    def _check(model: KVInversion, work: Work, overwrite: bool) -> None:
-        """Open the picture, and see that what lies in its run folder belongs to it."""
+    def _fits(model: KVInversion, work: Work, overwrite: bool) -> bool:
+        """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
         try:
             if work.image is not None and not work.store.has_run():
                 model.invert_record(work)
@@ -168,32 +195,39 @@ class KVTrainer(Trainer):
             if not (overwrite and work.image is not None and work.store.has_run()):
                 raise
             model.invert_record(work)
-            work.store.clear()
+            return False
+        return True
 
     @staticmethod
     def _require_targets(data: SourceImages) -> None:
         for work in data.works:
             if not work.targets:
-                raise UserError(f"no target for {work.name}: say with --target what it should become (repeatable)")
+                raise UserError(
+                    f"no target for {work.name}: say with --target what it should become (repeatable)"
+                )
 
     def _say_where(self, data: SourceImages) -> None:
         for work in data.works:
-            found = [file for name in ("sheet.png", "reconstruction.png", "run.json") if (file := work.store.folder / name).exists()]
+            found = [
+                file
+                for name in ("sheet.png", "reconstruction.png", "run.json")
+                if (file := work.store.folder / name).exists()
+            ]
             self.watch.note(f"look at {found[0] if found else work.store.folder}")
 
 
-def _hush() -> None:
-    """Lightning's own advice, which speaks of training and not of this."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_advice() -> Iterator[None]:
+    """Keep back what Lightning tells those who train networks; any other warning is let through."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        warnings.filterwarnings("ignore", category=UserWarning, message=r".*(workers|isinstance\(treespec|LeafSpec).*")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
-
-
+        for message in ADVICE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Mapping
 
 Point = tuple[float, float]
 
@@ -25,6 +25,7 @@ class Build:
     tail_radius: tuple[float, float]
 
 
+# fmt: off
 BUILDS: Mapping[str, Build] = MappingProxyType(
     {
         "cat": Build(0.30, 0.52, 0.085, 0.27, 0.24, 0.11, ((-0.06, 0.14), (-0.12, 0.42)), (0.13, 0.02), 0.85, (0.07, 0.06)),
@@ -33,6 +34,7 @@ BUILDS: Mapping[str, Build] = MappingProxyType(
         "fox": Build(0.26, 0.50, 0.075, 0.25, 0.48, 0.08, ((-0.08, 0.12), (-0.14, 0.48)), (0.17, 0.02), 0.90, (0.09, 0.20)),
     }
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Pose:
     head: Point  # from the shoulder
     nod: float  # the head's turn in radians, up is positive
     legs: tuple[tuple[Point, Point], tuple[Point, Point], tuple[Point, Point], tuple[Point, Point]]
-    tail: tuple[float, float]  # direction of the tail's first and second half, radians from straight back, up positive
+    tail: tuple[
+        float, float
+    ]  # direction of the tail's first and second half, radians from straight back, up positive
     thigh: float  # radius of the hind leg's upper part, as a multiple of the leg's
 
 
@@ -56,6 +60,7 @@ def pose(action: str, build: Build) -> Pose:
         KeyError: the world has no such action.
     """
     leg, girth = build.leg, build.girth
+    # fmt: off
     poses = {
         "standing": Pose(
             hip=(-0.5, leg + 0.04), shoulder=(0.5, leg + 0.08), bend=0.02, head=(0.34, 0.40), nod=0.0,
@@ -98,6 +103,7 @@ def pose(action: str, build: Build) -> Pose:
             tail=(-0.25, 0.15), thigh=1.9,
         ),
     }
+    # fmt: on
     return poses[action]
 
 

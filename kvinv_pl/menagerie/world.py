@@ -107,7 +107,11 @@ class Animal:
         """Spots over the trunk that do not run into one another."""
         spots: list[tuple[float, float, float]] = []
         for _ in range(200):
-            spot = (float(rng.uniform(-0.15, 1.1)), float(rng.uniform(-0.08, 0.14)), float(rng.uniform(0.115, 0.145)))
+            spot = (
+                float(rng.uniform(-0.15, 1.1)),
+                float(rng.uniform(-0.08, 0.14)),
+                float(rng.uniform(0.115, 0.145)),
+            )
             if all(math.hypot(spot[0] - s[0], spot[1] - s[1]) > spot[2] + s[2] + 0.10 for s in spots):
                 spots.append(spot)
             if len(spots) == count:
@@ -174,10 +178,14 @@ class Animal:
             return np.broadcast_to(np.clip(0.5 - distance / pixel, 0, 1), canvas.covered.shape)
 
         sun_x, sun_y, sun_r = scene.sun
-        canvas.paint(cover(np.hypot(x - sun_x, y - sun_y) - sun_r), np.array([1.0, 0.95, 0.7], np.float32), False)
+        canvas.paint(
+            cover(np.hypot(x - sun_x, y - sun_y) - sun_r), np.array([1.0, 0.95, 0.7], np.float32), False
+        )
         hill_x, hill_h, hill_w = scene.hill
         canvas.paint(
-            cover(y - scene.horizon - hill_h * np.exp(-(((x - hill_x) / hill_w) ** 2) * 2)), scene.hill_colour, False
+            cover(y - scene.horizon - hill_h * np.exp(-(((x - hill_x) / hill_w) ** 2) * 2)),
+            scene.hill_colour,
+            False,
         )
         near = 1.0 - 0.12 * np.clip((scene.horizon - y) / scene.horizon, 0, 1)[..., None]
         canvas.paint(cover(y - scene.horizon), scene.ground_colour * near, False)
@@ -186,7 +194,9 @@ class Animal:
         middle = (held.hip[0] + held.shoulder[0]) / 2
         half = 0.35 + 0.45 * abs(held.shoulder[0] - held.hip[0])
         distance = np.hypot((canvas.x - middle) / half, (canvas.y + 0.02) / 0.13) - 1.0
-        canvas.paint(0.35 * np.clip(0.5 - distance / 0.6, 0, 1), np.array([0.12, 0.14, 0.2], np.float32), False)
+        canvas.paint(
+            0.35 * np.clip(0.5 - distance / 0.6, 0, 1), np.array([0.12, 0.14, 0.2], np.float32), False
+        )
 
     def _draw_animal(self, canvas: Canvas, build: Build, held: Pose) -> None:
         far, near = self.body * 0.72, self.body * 0.92
@@ -221,7 +231,9 @@ class Animal:
         first, last = build.tail_radius
         half = (first + last) / 2
         canvas.fill(Capsule(base, middle, first, half), self.body * 0.86)
-        canvas.fill(Capsule(middle, tip, half, last), self.second if self.accent == "tail" else self.body * 0.86)
+        canvas.fill(
+            Capsule(middle, tip, half, last), self.second if self.accent == "tail" else self.body * 0.86
+        )
 
     def _draw_trunk(self, canvas: Canvas, build: Build, held: Pose) -> None:
         g = build.girth
@@ -261,11 +273,18 @@ class Animal:
             dx, dy = head[0] - held.shoulder[0], head[1] - held.shoulder[1]
             k = radius * 0.62 / math.hypot(dx, dy)
             canvas.fill(
-                Capsule((middle[0] + dy * k, middle[1] - dx * k), (middle[0] - dy * k, middle[1] + dx * k), 0.085, 0.085),
+                Capsule(
+                    (middle[0] + dy * k, middle[1] - dx * k),
+                    (middle[0] - dy * k, middle[1] + dx * k),
+                    0.085,
+                    0.085,
+                ),
                 self.second,
             )
         if tip[1] > 0:  # the far ear stands behind the head
-            canvas.fill(Capsule(at(base[0] + 0.17, base[1]), at(tip[0] + 0.2, tip[1] * 0.97), r0, r1), ears * 0.85)
+            canvas.fill(
+                Capsule(at(base[0] + 0.17, base[1]), at(tip[0] + 0.2, tip[1] * 0.97), r0, r1), ears * 0.85
+            )
         canvas.fill(Capsule(at(0, 0), at(build.muzzle, -0.10), radius, build.muzzle_radius), self.body)
         canvas.fill(Capsule(head, head, radius, radius), self.body)
         canvas.fill(Capsule(at(*base), at(*tip), r0, r1), ears)

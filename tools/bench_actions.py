@@ -1,0 +1,245 @@
+"""Action editing on the embedded world, where the true picture of every edit is known.
+
+    python tools/bench_actions.py --cases 64 --seed-base 1000000
+
+prints one row for each way of editing: how often the asked action is seen, the PSNR to the true picture on the whole
+frame, on the animal and on the background, the reconstruction, and the time. Seeds from 1,000,000 up are for reporting;
+choose settings on 900,000 to 999,999 (`--model '{"inner_steps": 3}'`). Interrupted, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from PIL import Image
+
+from kvinv_pl.data import SourceImages
+from kvinv_pl.menagerie import ACTIONS, Animal
+from kvinv_pl.menagerie.judge import nearest_action
+from kvinv_pl.module import KVInversion
+from kvinv_pl.sheet import sheet
+from kvinv_pl.trainer import KVTrainer
+
+COLUMNS = (
+    "right action %",
+    "frame dB",
+    "animal dB",
+    "background dB",
+    "reconstruction dB",
+    "tune s",
+    "edit s",
+)
+
+
+@dataclass
+class Case:
+    """An animal, the action it is seen in, and the one it is to be shown in."""
+
+    animal: Animal
+    target: str
+
+    @classmethod
+    def of_seed(cls, seed: int) -> Case:
+        """The case of a seed: the target is any of the other four actions."""
+        animal = Animal.sample(seed)
+        others = [action for action in ACTIONS if action != animal.action]
+        return cls(animal, others[int(np.random.default_rng(seed + 1).integers(len(others)))])
+
+    def score(self, picture: Image.Image) -> dict[str, float]:
+        """Against the true picture: the action, and PSNR in dB on frame, animal and background."""
+        truth = self.animal.render(self.target, picture.width)
+        masks = [
+            np.array(self.animal.mask(action, picture.width)) for action in (self.target, self.animal.action)
+        ]
+        error = ((np.asarray(picture, np.float64) - np.asarray(truth, np.float64)) / 255) ** 2
+        parts = {"frame": np.ones_like(masks[0]), "animal": masks[0], "background": ~(masks[0] | masks[1])}
+        scores = {
+            f"{name} dB": -10 * float(np.log10(error[part].mean() + 1e-10)) for name, part in parts.items()
+        }
+        return {"right action %": 100.0 * (nearest_action(picture, self.animal) == self.target), **scores}
+
+
+@dataclass
+class Row:
+    """One way of editing: its pictures, one a case, and their figures."""
+
+    name: str
+    pictures: list[Image.Image]
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def means(self, cases: list[Case]) -> dict[str, float]:
+        """Every column's mean over the cases."""
+        scores = [case.score(picture) for case, picture in zip(cases, self.pictures, strict=True)]
+        return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]} | self.extra
+
+
+class Bench:
+    """Tunes and edits the cases in run folders under `work`, through the same module and trainer as the command."""
+
+    def __init__(
+        self, cases: list[Case], seed_base: int, work: Path, slots: int, model: dict[str, Any]
+    ) -> None:
+        """Draw the sources and write their list."""
+        self.cases, self.slots, self.settings = cases, slots, model
+        self.work = work / f"{seed_base}-{len(cases)}"
+        self.sources = self.work / "sources"
+        self.sources.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for case in cases:
+            file = self.sources / f"{case.animal.seed}.png"
+            if not file.exists():
+                case.animal.render().save(file)
+            rows.append(
+                {
+                    "image": file.name,
+                    "source": case.animal.prompt(),
+                    "targets": [case.animal.prompt(case.target)],
+                }
+            )
+        self.list = self.sources / "cases.jsonl"
+        self.list.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def module(self, **settings: Any) -> KVInversion:
+        """The module with the bench's settings and these on top."""
+        return KVInversion(slots=self.slots, **{**self.settings, **settings})
+
+    def data(self, model: KVInversion, tuning: dict[str, Any]) -> SourceImages:
+        """The cases, in run folders that belong to these tuning settings."""
+        told = json.dumps({**self.settings, **{k: v for k, v in tuning.items()}}, sort_keys=True, default=str)
+        name = hashlib.sha256(told.encode()).hexdigest()[:8]
+        return SourceImages(str(self.list), out=str(self.work / name))
+
+    def rows(self, label: str, tuning: dict[str, Any], edits: list[dict[str, Any]]) -> list[Row]:
+        """Tune all cases with these settings, and edit them in each of these ways."""
+        model = self.module(**tuning)
+        data = self.data(model, tuning)
+        began = time.perf_counter()
+        KVTrainer(logger=False).fit(model, datamodule=data)
+        spent = data.out / "seconds.json"
+        seconds = (json.loads(spent.read_text()) if spent.exists() else 0.0) + time.perf_counter() - began
+        spent.write_text(json.dumps(seconds))
+        quality = float(
+            np.mean([work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works])
+        )
+        rows = []
+        for ways in edits:
+            for name, value in ways.items():
+                setattr(model, name, value)
+            wanted = {"reading": model.reading, "start": model.start, "guidance": model.guidance}
+            missing = [work for work in data.works if not _edits(work, wanted)]
+            if missing:
+                data.works, everything = missing, data.works
+                KVTrainer(logger=False).edit(model, data)
+                data.works = everything
+            found = [_edits(work, wanted)[-1] for work in data.works]
+            took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
+            pictures = [Image.open(file).convert("RGB") for _, file in found]
+            way = ", ".join(f"{name} {value}" for name, value in ways.items())
+            extra = {"reconstruction dB": quality, "tune s": seconds / len(self.cases), "edit s": took}
+            rows.append(Row(f"{label}, {way}", pictures, extra))
+        return rows
+
+    def through_vae(self, draw: Callable[[Case], Image.Image], name: str) -> Row:
+        """Pictures that are only encoded and decoded."""
+        from kvinv_pl.pictures import Geometry, to_image, to_pixels
+
+        backbone = self.module().load_backbone(torch.float32)
+        pictures = []
+        for case in self.cases:
+            picture = draw(case)
+            geometry = Geometry(picture.size, picture.size)
+            z = backbone.encode(to_pixels(picture, geometry)[None])
+            pictures.append(to_image(backbone.decode(z)[0], geometry))
+        return Row(name, pictures)
+
+
+def _edits(work: Any, wanted: dict[str, Any]) -> list[tuple[dict[str, Any], Path]]:
+    return [
+        (record, file)
+        for record, file in work.store.edits()
+        if all(record[key] == value for key, value in wanted.items())
+    ]
+
+
+def table(rows: list[Row], cases: list[Case]) -> str:
+    """The figures as a Markdown table."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in rows:
+        means = row.means(cases)
+        cells = [f"{means[column]:.2f}" if column in means else "" for column in COLUMNS]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bench(
+    cases: int = 64,
+    seed_base: int = 1_000_000,
+    work: Path = Path("work_bench"),
+    starts: list[float] = [0.0, 0.1, 0.2, 0.4],  # noqa: B006
+    readings: list[str] = ["frozen", "blend"],  # noqa: B006
+    slots: int = 16,
+    model: dict[str, Any] = {},  # noqa: B006
+    untuned: bool = True,
+    sheets: int = 24,
+    threads: int = 0,
+) -> None:
+    """Print the table and write sheets of the first cases.
+
+    Args:
+        cases: How many.
+        seed_base: The first seed.
+        work: Where run folders and sheets lie; what is there is not computed again.
+        starts: Starts of CP-attn in the edit, for every reading.
+        readings: What edits read.
+        slots: Cases tuned side by side.
+        model: Settings of KVInversion, as JSON.
+        untuned: Also edit with what nothing was learned from.
+        sheets: How many cases to show.
+        threads: Of torch; 0 leaves it as it is.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
+    run = Bench(drawn, seed_base, work, slots, model)
+    rows = [
+        run.through_vae(lambda case: case.animal.render(), "source unchanged, through the VAE"),
+        run.through_vae(lambda case: case.animal.render(case.target), "truth, through the VAE"),
+    ]
+    ways = [{"reading": reading, "start": start} for reading in readings for start in starts]
+    never = {"tolerance": float("inf")}  # every phase has converged before it begins: psi stays the identity
+    if untuned:
+        rows += run.rows("plain DDIM edit", never, [{"reading": "blend", "start": 1.0}])
+        recorded = [way for way in ways if way["reading"] == "frozen"]
+        rows += run.rows("nothing learned", never, recorded)
+        rows += run.rows("nothing learned at guidance 1", {**never, "tuning_guidance": 1.0}, recorded)
+    rows += run.rows("KV Inversion", {}, ways)
+    print(table(rows, drawn))
+    shown = [rows[0], *[row for row in rows if "DDIM" in row.name or "KV Inversion" in row.name]]
+    folder = run.work / "sheets"
+    folder.mkdir(exist_ok=True)
+    for n, case in enumerate(drawn[:sheets]):
+        pictures = [
+            case.animal.render(),
+            case.animal.render(case.target),
+            *[row.pictures[n] for row in shown[1:]],
+        ]
+        captions = [
+            "source: " + case.animal.action,
+            "truth: " + case.target,
+            *[row.name for row in shown[1:]],
+        ]
+        sheet(pictures, captions).save(folder / f"{case.animal.seed}.png")
+    print(f"sheets in {folder}")
+
+
+if __name__ == "__main__":
+    auto_cli(bench, as_positional=False)
