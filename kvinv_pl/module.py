@@ -286,13 +286,15 @@ class KVInversion(LightningModule):
         grid = tuple(trajectories[0].shape[-2:])
         self.place((grid[0], grid[1]), self.slots)
         record = self.tuning_record()
-        for work in works:
+        done = [work.store.done() for work in works]
+        for work, finished in zip(works, done, strict=True):
             run = work.store.read_run()
-            if "tuning" in run and work.store.done():
+            if "tuning" in run and finished:
                 work.store.require({"tuning": record}, ["tuning"])
-            else:
+            if first_missing(finished, self.steps) < self.steps:
+                run.pop("reconstruction", None)
                 work.store.write_run({**run, "tuning": record})
-        self._batches = batches([work.store.done() for work in works], self.steps, self.slots)
+        self._batches = batches(done, self.steps, self.slots)
         self._plan = remaining(self._batches, self.steps)
         return len(self._plan)
 
