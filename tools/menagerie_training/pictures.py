@@ -1,0 +1,97 @@
+"""The training pictures: drawn once, kept in one file, read row by row."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import Animal
+
+TRAINING_SEEDS = 900_000  # 0 up; 900,000 to 999,999 are for choosing, from 1,000,000 on for reporting
+CHOOSING_SEED = 900_000
+REPORTING_SEED = 1_000_000
+
+
+def drawn(seeds: range, size: int) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, size, size) and masks (n, 1, size, size), uint8, of the animals of these seeds."""
+    animals = [Animal.sample(seed) for seed in seeds]
+    rgb = np.stack([np.asarray(animal.render(size=size)) for animal in animals])
+    mask = np.stack([np.asarray(animal.mask(size=size)) for animal in animals])
+    return torch.from_numpy(rgb).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(mask)[:, None].byte()
+
+
+def _drawn(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    rgb, mask = drawn(range(job[0], job[1]), job[2])
+    return rgb.numpy(), mask.numpy()
+
+
+def pictures(work: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Pictures and masks of the first `count` training seeds, drawn when no file holds as many."""
+    if not 1 <= count <= TRAINING_SEEDS:
+        raise UserError(f"--count must be 1 to {TRAINING_SEEDS}, the number of training seeds; got {count}")
+    larger = sorted((number, file) for file, number in _files(work, size) if number >= count)
+    file = larger[0][1] if larger else work / f"pictures-{count}-{size}.pt"
+    if not larger:
+        print(f"drawing {count} pictures of {size} pixels", flush=True)
+        jobs = [(first, min(first + 500, count), size) for first in range(0, count, 500)]
+        if len(jobs) == 1:
+            parts = [_drawn(jobs[0])]
+        else:
+            with ProcessPoolExecutor() as pool:
+                parts = list(pool.map(_drawn, jobs))
+        save(tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)), file)
+    rgb, mask = torch.load(file, mmap=True)
+    return rgb[:count], mask[:count]
+
+
+def _files(work: Path, size: int) -> list[tuple[Path, int]]:
+    return [(file, int(file.stem.split("-")[1])) for file in work.glob(f"pictures-*-{size}.pt")]
+
+
+def save(tensors: Any, file: Path) -> None:
+    """torch.save that leaves no half-written file behind under the name that is looked for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_suffix(".part")
+    torch.save(tensors, half)
+    half.replace(file)
+
+
+def unit(rgb: Tensor) -> Tensor:
+    """From 0..255 to -1..1."""
+    return rgb.float() / 127.5 - 1.0
+
+
+def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Decibels, per picture of -1..1, over the frame or where the mask (n, 1, h, w) is 1."""
+    weight = torch.ones_like(x[:, :1]) if mask is None else mask.to(x.dtype)
+    squares = (x - y).square().mean(1, keepdim=True)
+    mean = (squares * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
+    return 10 * torch.log10(4 / mean.clamp_min(1e-10))
+
+
+class Rows(Dataset[Any]):
+    """Rows of tensors that lie in memory."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        """Tensors of one length."""
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.tensors[0])
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        """A whole batch at once."""
+        return [tensor[rows] for tensor in self.tensors]
+
+
+def loader(rows: Rows, batch: int) -> DataLoader[Any]:
+    """Batches of random rows, without end."""
+    return DataLoader(rows, batch, sampler=RandomSampler(rows, num_samples=10**9), collate_fn=lambda b: b)
