@@ -31,7 +31,7 @@ class Capsule:
         return dx, dy, float(np.hypot(dx, dy))
 
     def along_across(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates that move with the capsule: 0 at a and 1 at b along it, and the signed offset across."""
+        """Coordinates that move with the capsule: 0 at a to 1 at b along it, the signed offset across."""
         dx, dy, length = self._axis
         px, py = x - self.a[0], y - self.a[1]
         u = (px * dx + py * dy) / length**2
@@ -53,6 +53,7 @@ class Canvas:
     """A square picture in which x runs right and y runs up, in units of which the side is `side` long."""
 
     def __init__(self, size: int, left: float, bottom: float, side: float) -> None:
+        """A black canvas of `size` pixels a side whose lower left corner is at (left, bottom)."""
         centres = (np.arange(size, dtype=np.float32) + 0.5) / size
         self.x = (left + side * centres)[None, :].astype(np.float32)
         self.y = (bottom + side * (1.0 - centres))[:, None].astype(np.float32)

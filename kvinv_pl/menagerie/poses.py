@@ -1,4 +1,4 @@
-"""How a body is built and how it is held in each action: joints in units of one body length, y up from the ground."""
+"""How a body is built and held in each action: joints in units of one body length, y up from the ground."""
 
 from __future__ import annotations
 
@@ -28,10 +28,22 @@ class Build:
 # fmt: off
 BUILDS: Mapping[str, Build] = MappingProxyType(
     {
-        "cat": Build(0.30, 0.52, 0.085, 0.27, 0.24, 0.11, ((-0.06, 0.14), (-0.12, 0.42)), (0.13, 0.02), 0.85, (0.07, 0.06)),
-        "dog": Build(0.33, 0.56, 0.105, 0.27, 0.44, 0.14, ((-0.16, 0.14), (-0.30, -0.22)), (0.09, 0.12), 0.50, (0.09, 0.05)),
-        "rabbit": Build(0.36, 0.44, 0.090, 0.26, 0.20, 0.12, ((-0.06, 0.18), (-0.20, 0.74)), (0.07, 0.09), 0.16, (0.15, 0.15)),
-        "fox": Build(0.26, 0.50, 0.075, 0.25, 0.48, 0.08, ((-0.08, 0.12), (-0.14, 0.48)), (0.17, 0.02), 0.90, (0.09, 0.20)),
+        "cat": Build(
+            0.30, 0.52, 0.085, 0.27, 0.24, 0.11,
+            ((-0.06, 0.14), (-0.12, 0.42)), (0.13, 0.02), 0.85, (0.07, 0.06),
+        ),
+        "dog": Build(
+            0.33, 0.56, 0.105, 0.27, 0.44, 0.14,
+            ((-0.16, 0.14), (-0.30, -0.22)), (0.09, 0.12), 0.50, (0.09, 0.05),
+        ),
+        "rabbit": Build(
+            0.36, 0.44, 0.090, 0.26, 0.20, 0.12,
+            ((-0.06, 0.18), (-0.20, 0.74)), (0.07, 0.09), 0.16, (0.15, 0.15),
+        ),
+        "fox": Build(
+            0.26, 0.50, 0.075, 0.25, 0.48, 0.08,
+            ((-0.08, 0.12), (-0.14, 0.48)), (0.17, 0.02), 0.90, (0.09, 0.20),
+        ),
     }
 )
 # fmt: on
@@ -39,7 +51,7 @@ BUILDS: Mapping[str, Build] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the joints are. A leg is (knee, foot); legs come as hind far, front far, hind near, front near."""
+    """Where the joints are. A leg is (knee, foot), in order: hind far, front far, hind near, front near."""
 
     hip: Point
     shoulder: Point

@@ -41,7 +41,7 @@ def _luma(rgb: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is behind the animal: gradient of the sky, sun, hill, horizon; shares of the picture's side, y up."""
+    """What is behind the animal: sky, sun, hill, ground; in shares of the picture's side, y up."""
 
     sky_top: np.ndarray
     sky_low: np.ndarray
@@ -57,8 +57,8 @@ class Animal:
     """One animal of the menagerie. What its prompt names is `species`, `colour`, `coat`, `ground`, `action`.
 
     Everything else is its identity, which an edit must keep and no prompt tells: the exact colours, the marks
-    (in coordinates that move with the trunk, so that a stripe is the same stripe in every action), the size, the
-    place and the scene.
+    (in coordinates that move with the trunk, so that a stripe is the same stripe in every action), the size,
+    the place and the scene.
     """
 
     seed: int
@@ -124,10 +124,14 @@ class Animal:
         top = _rgb(rng.uniform(195, 235), rng.uniform(0.25, 0.55), rng.uniform(0.8, 0.98))
         low = _rgb(rng.uniform(15, 45) if warm else rng.uniform(190, 220), rng.uniform(0.1, 0.35), 0.97)
         tint = np.array(rng.uniform(-0.04, 0.04, 3), np.float32)
+
+        def between(low: float, high: float) -> float:
+            return float(rng.uniform(low, high))
+
         return Scene(
             sky_top=top, sky_low=low,
-            sun=(float(rng.uniform(0.08, 0.92)), float(rng.uniform(0.80, 0.94)), float(rng.uniform(0.05, 0.09))),
-            hill=(float(rng.uniform(0.0, 1.0)), float(rng.uniform(0.06, 0.20)), float(rng.uniform(0.25, 0.5))),
+            sun=(between(0.08, 0.92), between(0.80, 0.94), between(0.05, 0.09)),
+            hill=(between(0.0, 1.0), between(0.06, 0.20), between(0.25, 0.5)),
             hill_colour=_rgb(rng.uniform(80, 240), rng.uniform(0.1, 0.3), rng.uniform(0.55, 0.75)),
             horizon=float(rng.uniform(0.34, 0.44)),
             ground_colour=np.clip(np.array(GROUND_COLOURS[ground], np.float32) + tint, 0, 1),
@@ -138,7 +142,7 @@ class Animal:
         return f"a {self.coat} {self.colour} {self.species} {self._known(action)} on {self.ground}"
 
     def render(self, action: str | None = None, size: int | None = None) -> Image.Image:
-        """The true picture, RGB, `size` pixels a side (None: the shipped model's), in this or its own action."""
+        """The true picture, RGB, `size` pixels a side (None: the model's), in this or its own action."""
         rgb = self._draw(action, size).rgb
         return Image.fromarray((np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8), "RGB")
 
