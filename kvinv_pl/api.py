@@ -1,10 +1,14 @@
-"""From Python: load a model, tune a picture, edit it. Inside are the same module and trainer as on the command line."""
+"""From Python: load a model, tune a picture, edit it; inside are the module and trainer of the command line."""
 
+import shutil
 import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kvinv_pl import pictures
 from kvinv_pl.data import SourceImages
@@ -12,13 +16,17 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.module import KVInversion
 from kvinv_pl.trainer import KVTrainer
 
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
 
 class Run:
     """One tuned picture and its run folder."""
 
-    def __init__(self, owner: "KVInverter", folder: Path, keep_alive: Any = None) -> None:
-        """Name the folder; `keep_alive` is what must live as long as the run."""
-        self.owner, self.folder, self._keep_alive = owner, folder, keep_alive
+    def __init__(self, owner: "KVInverter", folder: Path, temporary: bool = False) -> None:
+        """Name the folder; a temporary one goes when the run does."""
+        self.owner, self.folder = owner, folder
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     @property
     def reconstruction(self) -> Image.Image:
@@ -34,20 +42,13 @@ class Run:
         start: float | None = None,
         negative: str | None = None,
     ) -> Image.Image:
-        """The picture as `target` says; what is left out is as the model was loaded with. Nothing is tuned again."""
+        """The picture as `target` says; what is left out is as loaded. Nothing is tuned again."""
+        asked = {"guidance": guidance, "reading": reading, "start": start, "negative": negative}
+        data = SourceImages(run=str(self.folder), targets=[target])
         model = self.owner.model
-        before = (model.guidance, model.reading, model.start, model.negative)
-        changes = (guidance, reading, start, negative)
-        model.guidance, model.reading, model.start, model.negative = (
-            old if new is None else new for old, new in zip(before, changes, strict=True)
-        )
-        try:
-            model.check_settings()
-            data = SourceImages(run=str(self.folder), targets=[target])
+        with _changed(model, {name: value for name, value in asked.items() if value is not None}):
             self.owner.trainer().edit(model, data)
             return pictures.open_picture(model.last_edits[0]).image
-        finally:
-            model.guidance, model.reading, model.start, model.negative = before
 
 
 class KVInverter:
@@ -67,7 +68,7 @@ class KVInverter:
         image: Image.Image | str | Path,
         source: str = "",
         out: str | Path | None = None,
-        mask: str | Path | None = None,
+        mask: Image.Image | str | Path | None = None,
         geometry: Literal["keep", "crop"] = "keep",
     ) -> Run:
         """Invert and tune one picture.
@@ -75,23 +76,22 @@ class KVInverter:
         Args:
             image: A picture, or the path of one.
             source: What it shows; may be empty.
-            out: The run folder, gone on with if it exists; None: a temporary one that lives as long as the Run.
-            mask: Path of a mask of the subject, for variants that take one.
+            out: The run folder, gone on with if it exists; None: a temporary one, gone when the Run is.
+            mask: A mask of the subject, for variants that take one, or the path of it.
             geometry: keep, or crop.
         """
-        keep = None if out is not None else tempfile.TemporaryDirectory(prefix="kvinv-")
-        folder = Path(out) if keep is None else Path(keep.name)
+        if isinstance(image, (str, Path)) and (
+            Path(image).is_dir() or Path(image).suffix in (".csv", ".jsonl")
+        ):
+            raise UserError(f"tune takes one picture, got {image}; a folder or list is for `kvinv fit`")
+        folder = Path(tempfile.mkdtemp(prefix="kvinv-") if out is None else out)
+        run = Run(self, folder, temporary=out is None)
         with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
-            if isinstance(image, Image.Image):
-                path = Path(scratch) / "picture.png"
-                image.save(path)
-            else:
-                path = Path(image)
-            data = SourceImages(str(path), source, [], str(mask) if mask else None, str(folder), geometry)
-            if path.is_dir() or len(data.works) != 1 or data.works[0].store.folder != folder:
-                raise UserError(f"tune takes one picture, got {image}; a folder or list is for `kvinv fit`")
+            path = _file(image, Path(scratch), "picture")
+            mask_path = None if mask is None else str(_file(mask, Path(scratch), "mask"))
+            data = SourceImages(str(path), source, [], mask_path, str(folder), geometry)
             self.trainer().fit(self.model, datamodule=data)
-        return Run(self, folder, keep)
+        return run
 
 
 def load(
@@ -111,6 +111,32 @@ def load(
         quiet: Whether to keep progress to itself.
         **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1.
     """
-    return KVInverter(
-        KVInversion(str(checkpoint), **settings), accelerator=accelerator, precision=precision, quiet=quiet
-    )
+    model = KVInversion(str(checkpoint), **settings)
+    return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
+
+
+@contextmanager
+def _changed(model: KVInversion, settings: dict[str, Any]) -> Iterator[None]:
+    """The model with other settings for a while."""
+    before = {name: getattr(model, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(model, name, value)
+        model.check_settings()
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model, name, value)
+
+
+def _file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:
+    """Where a picture lies, written to `folder` if it lies nowhere; what PNG cannot hold becomes TIFF."""
+    if not isinstance(image, Image.Image):
+        return Path(image)
+    upright = ImageOps.exif_transpose(image)
+    path = folder / f"{name}.{'png' if upright.mode in PNG_MODES else 'tif'}"
+    try:
+        upright.save(path)
+    except OSError as error:
+        raise UserError(f"{name}: expected a picture, got one of mode {image.mode}: {error}") from error
+    return path

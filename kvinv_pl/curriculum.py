@@ -15,7 +15,7 @@ from kvinv_pl.errors import UserError
 
 @dataclass(frozen=True)
 class Phase:
-    """One epoch of the fit: step `step` (counted from noise) of the pictures of batch `batch`, side by side."""
+    """One epoch of the fit: step `step`, counted from noise, of the pictures of batch `batch`."""
 
     batch: int
     step: int
@@ -23,7 +23,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures tuned side by side. The last row of a ragged list is filled with copies that count for nothing."""
+    """Pictures tuned side by side. A short row is filled up with copies that count for nothing."""
 
     members: tuple[int, ...]
     active: tuple[bool, ...]
@@ -59,10 +59,10 @@ def remaining(made: Iterable[Batch], steps: int) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Convergence:
-    """Algorithm 1's "until converged": a slot stops when its mean squared error is below the step's tolerance.
+    """Algorithm 1's "until converged": a slot stops at a mean squared error within the step's tolerance.
 
-    Null-text inversion (Mokady et al., 2023) lets the tolerance grow with the step: errors late in the process
-    have fewer steps left to grow in.
+    Null-text inversion (Mokady et al., 2023) lets the tolerance grow with the step: errors late in the
+    process have fewer steps left to grow in.
     """
 
     tolerance: float
@@ -72,7 +72,8 @@ class Convergence:
         """Refuse bounds below zero."""
         if not (self.tolerance >= 0 and self.growth >= 0):
             raise UserError(
-                f"tolerance and tolerance_growth are squared errors, 0 or more; got {self.tolerance}, {self.growth}"
+                "tolerance and tolerance_growth are squared errors, 0 or more; "
+                f"got {self.tolerance}, {self.growth}"
             )
 
     def reached(self, mean_errors: Float[Tensor, " slots"], step: int) -> Bool[Tensor, " slots"]:
@@ -83,7 +84,9 @@ class Convergence:
 class SlotKeeper:
     """Psi of slots that have stopped, so that the optimiser's momentum does not carry them on."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], slots: int, stopped: Bool[Tensor, " slots"]) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], slots: int, stopped: Bool[Tensor, " slots"]
+    ) -> None:
         """Watch parameters whose first axis is slots; `stopped` slots (padding) never count."""
         self.parameters = list(parameters)
         self.stopped = stopped.clone()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TextIO
 
+REDRAWN = 0.1  # seconds, on a terminal
+REPEATED = 30.0  # seconds, where lines stay
+
 
 class Progress:
-    """One line that is rewritten on a terminal; elsewhere one line for each finished stage of a picture."""
+    """One line that is rewritten on a terminal; elsewhere a line now and then and one at the end."""
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         """Write to `stream` (None: standard error), or nothing at all if `quiet`."""
@@ -21,16 +25,20 @@ class Progress:
     def begin(self, stage: str, picture: str, total: int) -> None:
         """A stage of one picture (or several) with `total` steps begins."""
         self._task, self._total, self._done = f"{stage} {picture}", total, 0
-        self._began, self._drawn = time.monotonic(), 0.0
+        self._began = self._drawn = time.monotonic()
 
     def show(self, detail: str) -> None:
-        """Say where the stage is, at most ten times a second."""
+        """Say where the stage is, but not too often."""
         now = time.monotonic()
-        if self._interactive and now - self._drawn > 0.1:
-            self._drawn = now
-            share = self._done / self._total if self._total else 0.0
-            left = f", {_clock((now - self._began) * (1 / share - 1))} left" if share > 0.02 else ""
-            self._write(f"\r\x1b[2K{self._task}: {self._done}/{self._total} {detail}{left}")
+        if self.quiet or now - self._drawn < (REDRAWN if self._interactive else REPEATED):
+            return
+        self._drawn = now
+        left = f", {_clock((now - self._began) * (self._total / self._done - 1))} left" if self._done else ""
+        line = f"{self._task}: {self._done}/{self._total} {detail}{left}"
+        if self._interactive:  # a line that wraps could not be rewritten
+            self._write(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}")
+        else:
+            self._write(f"{line}\n")
 
     def advance(self, detail: str) -> None:
         """One step is done."""
@@ -40,16 +48,15 @@ class Progress:
     def finish(self, detail: str = "") -> None:
         """The stage is over: leave a line that stays."""
         took = _clock(time.monotonic() - self._began)
-        line = f"{self._task}: {self._done} steps in {took}{', ' if detail else ''}{detail}\n"
-        self._write(f"\r\x1b[2K{line}" if self._interactive else line)
+        self.note(f"{self._task}: {self._done} steps in {took}{', ' if detail else ''}{detail}")
 
     def note(self, text: str) -> None:
         """Something the person should know."""
-        self._write(f"{chr(13)}\x1b[2K{text}\n" if self._interactive else f"{text}\n")
+        self._write(f"\r\x1b[2K{text}\n" if self._interactive else f"{text}\n")
 
     @property
     def _interactive(self) -> bool:
-        return not self.quiet and (self.stream or sys.stderr).isatty()
+        return (self.stream or sys.stderr).isatty()
 
     def _write(self, text: str) -> None:
         if not self.quiet:
@@ -59,5 +66,8 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
+    """Seconds as a person says them: 4.2 s, 3:07 min, 2:15 h."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min" if minutes else f"{seconds:.1f} s"
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"

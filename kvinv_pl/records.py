@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvinv_pl.attention import CPAttention
 from kvinv_pl.ddim import StepTable
@@ -20,8 +20,10 @@ INVERTED = ("model", "scheduler", "picture", "source", "inversion")
 LIBRARIES = ("kvinv-pl", "torch", "lightning", "diffusers", "transformers", "peft")
 
 
-def of_picture(name: str, picture: Picture, geometry: Geometry, mode: str, mask: str | None) -> dict[str, Any]:
-    """The picture: its name, what was done to read it, how it reached the model, and digests of its pixels."""
+def of_picture(
+    name: str, picture: Picture, geometry: Geometry, mode: str, mask: str | None
+) -> dict[str, Any]:
+    """The picture: its name, how it was read and reached the model, and digests of its pixels."""
     return {
         "name": name,
         "sha256": picture.sha256,
@@ -57,8 +59,10 @@ def of_variant(cp: CPAttention) -> dict[str, Any]:
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimiser's class and everything that it was given."""
-    defaults = {key: value for key, value in sorted(optimizer.defaults.items()) if not isinstance(value, Tensor)}
-    return {"class_path": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", **json.loads(json.dumps(defaults, default=str))}
+    kind = type(optimizer)
+    given = {key: value for key, value in sorted(optimizer.defaults.items()) if not isinstance(value, Tensor)}
+    plain = json.loads(json.dumps(given, default=str))
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **plain}
 
 
 def versions() -> dict[str, str]:
@@ -70,13 +74,3 @@ def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of pixels in -1 .. 1; 100 where they are equal."""
     error = float((a.double() - b.double()).square().mean())
     return min(100.0, 10 * math.log10(4 / error)) if error > 0 else 100.0
-
-
-def parameters_by_site(psi: nn.ModuleDict) -> dict[str, nn.Parameter]:
-    """Every value of psi under "<module path>.<name>", as the store keeps it."""
-    return {
-        f"{cp.site.path}.{name}": parameter
-        for cp in psi.values()
-        if isinstance(cp, CPAttention)
-        for name, parameter in cp.named_parameters()
-    }

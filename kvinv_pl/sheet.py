@@ -7,28 +7,47 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SHORTEST_SIDE = 192  # pixels: smaller pictures are enlarged, so that captions fit and a person sees them
+SIDES = (
+    192,
+    768,
+)  # pixels, shortest and longest: small pictures are enlarged for a person to see, large ones reduced
+ACROSS = 5  # pictures in a row
+GAP, LINE, LETTER = 8, 18, 7  # pixels
 
 
 def sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """The pictures in one row, each over its caption (lines may be broken by hand)."""
-    scale = max(1, -(-SHORTEST_SIDE // min(min(picture.size) for picture in pictures)))
-    shown = [picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST) for picture in pictures]
-    font = ImageFont.load_default(13)
-    wrapped = [
-        "\n".join(
-            line for part in caption.splitlines() for line in textwrap.wrap(part, max(12, picture.width // 7)) or [""]
-        )
-        for picture, caption in zip(shown, captions, strict=True)
-    ]
-    text_height = 18 * max(caption.count("\n") + 1 for caption in wrapped) + 8
-    gap = 8
-    width = sum(picture.width for picture in shown) + gap * (len(shown) + 1)
-    height = max(picture.height for picture in shown) + text_height + 2 * gap
-    page = Image.new("RGB", (width, height), "white")
-    draw, left = ImageDraw.Draw(page), gap
-    for picture, caption in zip(shown, wrapped, strict=True):
-        page.paste(picture, (left, gap))
-        draw.multiline_text((left, gap + picture.height + 4), caption, fill="black", font=font, spacing=4)
-        left += picture.width + gap
+    """The pictures in rows, each over its caption (lines may be broken by hand)."""
+    shown = [_shown(picture) for picture in pictures]
+    texts = [_wrapped(caption, picture.width) for caption, picture in zip(captions, shown, strict=True)]
+    rows = [range(begin, min(begin + ACROSS, len(shown))) for begin in range(0, len(shown), ACROSS)]
+    pictures_high = [max(shown[n].height for n in row) for row in rows]
+    texts_high = [LINE * max(texts[n].count("\n") + 1 for n in row) + GAP for row in rows]
+    width = max(sum(shown[n].width + GAP for n in row) for row in rows) + GAP
+    page = Image.new("RGB", (width, sum(pictures_high) + sum(texts_high) + GAP * (len(rows) + 1)), "white")
+    draw, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), GAP
+    for row, picture_high, text_high in zip(rows, pictures_high, texts_high, strict=True):
+        left = GAP
+        for n in row:
+            page.paste(shown[n], (left, top))
+            draw.multiline_text(
+                (left, top + shown[n].height + 4), texts[n], fill="black", font=font, spacing=4
+            )
+            left += shown[n].width + GAP
+        top += picture_high + text_high + GAP
     return page
+
+
+def _shown(picture: Image.Image) -> Image.Image:
+    """A picture in a size to look at; enlarged by a whole number, so that its pixels stay pixels."""
+    shortest, longest = SIDES
+    scale = min(-(-shortest // min(picture.size)), longest // max(picture.size))
+    if scale > 1:
+        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    smaller = picture.copy()
+    smaller.thumbnail((longest, longest))
+    return smaller
+
+
+def _wrapped(caption: str, width: int) -> str:
+    letters = max(12, width // LETTER)
+    return "\n".join(line for part in caption.splitlines() for line in textwrap.wrap(part, letters) or [""])
