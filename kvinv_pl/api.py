@@ -1,4 +1,4 @@
-"""From Python: load a model, tune a picture, edit it; inside are the module and trainer of the command line."""
+"""From Python: load a model, tune a picture, edit it; inside are the command line's module and trainer."""
 
 import shutil
 import tempfile

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+
+from kvinv_pl.curriculum import (
+    Convergence,
+    Phase,
+    SlotKeeper,
+    batches,
+    first_missing,
+    generator,
+    remaining,
+)
+from kvinv_pl.errors import UserError
+
+
+def test_a_picture_goes_on_at_its_first_missing_step_whatever_lies_after_it() -> None:
+    assert first_missing(set(), 4) == 0
+    assert first_missing({0, 1, 3}, 4) == 2
+    assert first_missing({0, 1, 2, 3}, 4) == 4
+
+
+def test_every_unfinished_step_of_every_picture_is_exactly_one_phase() -> None:
+    done = [{0, 1}, set(), {0, 1, 2}, {0, 1}, {0}]
+    for slots in (1, 2, 3):
+        made = batches(done, 3, slots)
+        covered = [
+            (member, phase.step)
+            for phase in remaining(made, 3)
+            for member, active in zip(made[phase.batch].members, made[phase.batch].active, strict=True)
+            if active
+        ]
+        missing = [(picture, step) for picture in range(5) for step in range(3) if step >= len(done[picture])]
+        assert sorted(covered) == missing
+
+
+def test_pictures_side_by_side_go_on_at_the_same_step_and_a_short_row_is_filled_with_copies() -> None:
+    made = batches([set(), {0}, set(), set()], 2, 2)
+    assert [(batch.members, batch.active, batch.first) for batch in made] == [
+        ((0, 2), (True, True), 0),
+        ((3, 3), (True, False), 0),
+        ((1, 1), (True, False), 1),
+    ]
+
+
+def test_the_phases_of_a_batch_follow_each_other_from_noise_to_picture() -> None:
+    made = batches([{0}, set()], 3, 1)
+    assert remaining(made, 3) == [Phase(0, 1), Phase(0, 2), Phase(1, 0), Phase(1, 1), Phase(1, 2)]
+    assert remaining(batches([{0, 1, 2}], 3, 1), 3) == []
+
+
+def test_the_tolerance_grows_with_the_step_and_is_reached_by_equality() -> None:
+    rule = Convergence(0.5, 0.25)
+    errors = torch.tensor([0.4, 0.5, 0.75, 0.8])
+    assert rule.reached(errors, 0).tolist() == [True, True, False, False]
+    assert rule.reached(errors, 1).tolist() == [True, True, True, False]
+
+
+def test_an_infinite_tolerance_is_reached_at_once_and_none_by_what_is_not_a_number() -> None:
+    assert Convergence(float("inf"), 0.0).reached(torch.tensor([1e30]), 0).all()
+    assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), 0).any()
+
+
+@pytest.mark.parametrize("bounds", [(-1e-5, 0.0), (0.0, -1.0), (float("nan"), 0.0), (0.0, float("nan"))])
+def test_a_tolerance_below_zero_is_refused(bounds: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match="tolerance and tolerance_growth are squared errors, 0 or more"):
+        Convergence(*bounds)
+
+
+def test_a_stopped_slot_stays_where_it_stopped_while_momentum_would_carry_it_on() -> None:
+    psi = nn.Parameter(torch.zeros(2, 3))
+    optimizer = torch.optim.Adam([psi], lr=0.1)
+    keeper = SlotKeeper([psi], 2, torch.zeros(2, dtype=torch.bool))
+    stopped_at = psi[0].detach().clone()
+    for n in range(6):
+        if n == 3:
+            keeper.stop(torch.tensor([True, False]))
+            stopped_at = psi[0].detach().clone()
+        optimizer.zero_grad()
+        (psi - 1).square().sum(1)[~keeper.stopped].sum().backward()
+        optimizer.step()
+        if n == 3:
+            assert not torch.equal(psi[0], stopped_at)  # it is momentum that does it
+        keeper.restore()
+    assert torch.equal(psi[0], stopped_at)
+    assert not torch.equal(psi[1], stopped_at)
+    assert not keeper.all_stopped
+
+
+def test_stopping_again_does_not_move_what_was_kept() -> None:
+    psi = nn.Parameter(torch.zeros(2, 1))
+    keeper = SlotKeeper([psi], 2, torch.tensor([False, False]))
+    keeper.stop(torch.tensor([True, False]))
+    with torch.no_grad():
+        psi += 5
+    keeper.stop(torch.tensor([True, True]))
+    keeper.restore()
+    assert psi.tolist() == [[0.0], [5.0]]
+    assert keeper.all_stopped
+
+
+def test_padding_never_keeps_a_phase_going() -> None:
+    keeper = SlotKeeper([nn.Parameter(torch.zeros(2, 1))], 2, torch.tensor([False, True]))
+    assert not keeper.all_stopped
+    keeper.stop(torch.tensor([True, False]))
+    assert keeper.all_stopped
+
+
+def test_randomness_depends_on_seed_picture_and_step_and_on_nothing_else() -> None:
+    def draw(seed: int, picture: str, step: int) -> list[float]:
+        return torch.randn(3, generator=generator(seed, picture, step)).tolist()
+
+    first = draw(0, "cat", 1)
+    torch.randn(100)  # whatever else is drawn
+    assert draw(0, "cat", 1) == first
+    assert first not in (draw(1, "cat", 1), draw(0, "dog", 1), draw(0, "cat", 2))

@@ -1,0 +1,60 @@
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import fits
+import pytest
+import torch
+from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
+
+from kvinv_pl import records
+from kvinv_pl.attention import Site
+from kvinv_pl.ddim import StepTable
+from kvinv_pl.pictures import fit_geometry, open_picture
+
+
+def test_psnr_counts_pixels_from_minus_one_to_one() -> None:
+    zeros = torch.zeros(3, 8, 8)
+    assert records.psnr(zeros, zeros + 2) == pytest.approx(0)
+    assert records.psnr(zeros, zeros + 0.2) == pytest.approx(20, abs=1e-4)
+    assert records.psnr(zeros, zeros) == 100
+    assert math.isfinite(records.psnr(zeros, zeros + 1e-9))
+
+
+@pytest.mark.parametrize("mode", ["keep", "crop"])
+def test_a_geometry_comes_back_from_json_as_it_was(mode: Literal["keep", "crop"], tmp_path: Path) -> None:
+    opened = open_picture(fits.picture(tmp_path / "cat.png", (37, 23)))
+    geometry = fit_geometry(opened.image.size, (16, 16), 4, mode)
+    record = json.loads(json.dumps(records.of_picture("cat.png", opened, geometry, mode, None)))
+    assert records.geometry_of(record) == geometry
+
+
+def test_a_table_is_written_down_step_by_step_without_loss() -> None:
+    table = StepTable(
+        torch.tensor([501, 1]), torch.tensor([0.1, 0.7, 0.9991234567890123], dtype=torch.float64)
+    )
+    record = json.loads(json.dumps(records.of_table(table, predicts_v=True)))
+    assert record["prediction"] == "v_prediction" and record["steps"] == 2
+    assert record["timesteps"] == [501, 1]
+    assert torch.equal(torch.tensor(record["alphas"], dtype=torch.float64), table.alphas)
+
+
+def test_a_variant_is_written_down_as_a_configuration_names_it() -> None:
+    cp = partial(FullKV, start="noise", noise_std=0.5)(Site("up_blocks.0", 1, (2, 2), 8, 2))
+    record = json.loads(json.dumps(records.of_variant(cp)))
+    assert record["class_path"] == "kvinv_plugins.full_kv.FullKV"
+    assert record["init_args"] == {"start": "noise", "noise_std": 0.5, "scale": "layer"}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.LBFGS])
+def test_optimisers_that_differ_in_a_setting_differ_in_their_record(
+    kind: type[torch.optim.Optimizer],
+) -> None:
+    def record(lr: float) -> dict[str, object]:
+        made = kind([torch.nn.Parameter(torch.zeros(1))], lr=lr)  # pyright: ignore[reportCallIssue]
+        return json.loads(json.dumps(records.of_optimizer(made)))
+
+    assert str(record(0.1)["class_path"]).endswith(f".{kind.__name__}")
+    assert record(0.1) == record(0.1) != record(0.2)
