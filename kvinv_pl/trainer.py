@@ -24,6 +24,7 @@ CHATTY = (
 )
 ADVICE = (
     r"The '\w+' does not have many workers",  # there is nothing to load
+    "predict returned None",  # its results are in the run folder
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # of Lightning's own
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen model
     r"You have overridden `transfer_batch_to_device`",  # on purpose
