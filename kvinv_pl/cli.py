@@ -1,12 +1,21 @@
-"""The command line: `kvinv invert | fit | edit | run` through LightningCLI, and the verbs that need no model."""
+"""The command line: `kvinv run | invert | fit | edit` through LightningCLI, and the verbs without a model."""
 
+import inspect
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from argparse import ArgumentError
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from kvinv_pl import wording
 from kvinv_pl.errors import UserError
 
 STAGES = {
@@ -19,44 +28,61 @@ OTHERS = {
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed",
 }
+USAGE = {
+    "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
+    "invert": '--image PICTURE --source "what it shows" --out DIR',
+    "fit": '--image PICTURE --source "what it shows" --out DIR',
+    "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) --target "what it becomes"',
+}
 SHORT = {
-    "--image": ("data.image", "a picture, a folder of pictures, or a .csv or .jsonl list"),
-    "--source": ("data.source", "what the picture shows"),
-    "--target": ("data.targets", "what it should become; repeatable"),
-    "--mask": ("data.mask", "a mask of the subject, for variants that take one"),
-    "--out": ("data.out", "the run folder"),
-    "--overwrite": ("data.overwrite", "true: start anew where the folder holds another run"),
-    "--checkpoint": ("model.checkpoint", "menagerie, a folder as diffusers saves it, or a hub id"),
-    "--steps": ("model.steps", "DDIM steps"),
-    "--guidance": ("model.guidance", "classifier-free guidance scale"),
-    "--start": ("model.start", "share of the steps that an edit makes before CP-attn is active"),
-    "--reading": ("model.reading", "frozen or blend"),
-    "--seed": ("model.seed", "of random starts of psi"),
-    "--negative": ("model.negative", "what the unconditional branch is told"),
+    "--image": ("data.image", "FILE", "a picture, a folder of pictures, or a .csv or .jsonl list"),
+    "--source": ("data.source", "TEXT", "what the picture shows; may be empty"),
+    "--target": ("data.targets", "TEXT", "what it should become; repeatable"),
+    "--mask": ("data.mask", "FILE", "a mask of the subject, for variants that take one"),
+    "--out": ("data.out", "DIR", "the run folder (also -o)"),
+    "--overwrite": ("data.overwrite", "", "start anew where the folder holds another run"),
+    "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
+    "--steps": ("model.steps", "N", "DDIM steps"),
+    "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
+    "--start": ("model.start", "S", "share of the steps that an edit makes before CP-attn is active"),
+    "--reading": ("model.reading", "NAME", "frozen or blend"),
+    "--seed": ("model.seed", "N", "of random starts of psi"),
+    "--negative": ("model.negative", "TEXT", "what the unconditional branch is told"),
 }
 """Flags of every stage, and what they are short for."""
+RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant and settings")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; exit code 0, or 2 with one line for a user's mistake."""
+    """Run one command; exit code 0, or 2 with one line for a user's mistake, or 130 if interrupted."""
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
     try:
         _dispatch(argv)
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
-        _exit(str(error))
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"kvinv: error: {line}\n")
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        sys.stderr.write("\nkvinv: stopped; the same command goes on where it was\n")
-        raise SystemExit(130) from None
+        _interrupted()
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning gave it a code of its own
+            _interrupted()
+        raise
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
-def _exit(message: str) -> None:
-    line = " ".join(message.split())
-    sys.stderr.write(f"kvinv: error: {line}\n")
-    raise SystemExit(2)
+def _interrupted() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which Lightning leaves so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr.write("\nkvinv: stopped; the same command goes on where it was\n")
+    raise SystemExit(130) from None
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -70,18 +96,11 @@ def _dispatch(argv: list[str]) -> None:
     elif verb in STAGES:
         _stage(verb, argv[1:])
     elif verb in OTHERS:
-        from jsonargparse import auto_cli
-
-        from kvinv_pl import verbs
-
-        with _parsing(verb):
-            auto_cli(getattr(verbs, verb), args=argv[1:], as_positional=False, prog=f"kvinv {verb}", exit_on_error=False)  # pyright: ignore
+        _other(verb, argv[1:])
     else:
-        from difflib import get_close_matches
-
-        near = get_close_matches(verb, [*STAGES, *OTHERS], 1)
-        hint = f"did you mean {near[0]}?" if near else "see kvinv --help"
-        raise UserError(f"no command {verb!r}: expected one of {', '.join([*STAGES, *OTHERS])}; {hint}")
+        known = [*STAGES, *OTHERS]
+        guess = wording.near(verb, known)
+        raise UserError(f"no command {verb!r}{guess}: expected one of {', '.join(known)}; see kvinv --help")
 
 
 def _overview() -> str:
@@ -102,31 +121,36 @@ def _overview() -> str:
     )
 
 
-class _parsing:  # noqa: N801
-    """Turn what jsonargparse says of a bad command line into one line."""
+# ------------------------------------------------------------------------------ the commands without a model
 
-    def __init__(self, verb: str) -> None:
-        self.verb = verb
 
-    def __enter__(self) -> None:
-        return None
+def _other(verb: str, argv: list[str]) -> None:
+    from jsonargparse import auto_cli
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import argparse
+    from kvinv_pl import verbs
 
-        if isinstance(error, argparse.ArgumentError):
-            cause: BaseException | None = error
-            while cause is not None:
-                if isinstance(cause, UserError):
-                    raise UserError(str(cause)) from error
-                cause = cause.__cause__ or cause.__context__
-            raise UserError(f"{error}; see kvinv {self.verb} --help") from error
+    command: Callable[..., None] = getattr(verbs, verb)
+    line = _Line(["--out" if arg == "-o" else arg for arg in argv])
+    line.read_rest(argv)
+    with _in_words(verb, line, _kinds({"": command})):
+        auto_cli(
+            command,
+            args=line.argv,
+            as_positional=False,
+            prog=f"kvinv {verb}",
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the stages
 
 
 def _stage(verb: str, argv: list[str]) -> None:
     """One stage through LightningCLI, with the short flags spelled out."""
-    argv = _long(verb, argv)
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    line = _long(verb, argv)
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from kvinv_pl.data import SourceImages
     from kvinv_pl.module import KVInversion
@@ -137,72 +161,185 @@ def _stage(verb: str, argv: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     load_all()
+    kinds = _kinds({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
+    kinds["seed_everything"] = bool | int
+
+    class Parser(LightningArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            return _help(
+                verb, super().format_help(*args, **kwargs), {"data": SourceImages, "model": KVInversion}
+            )
 
     class KVCLI(LightningCLI):
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             loaders = {"train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"}
-            return {name: {"model", "datamodule", *(loaders if name == "fit" else ())} for name in STAGES}
+            return {verb: {"model", "datamodule", *(loaders if verb == "fit" else ())}}
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            with _parsing(verb):
+            with _in_words(verb, line, kinds):
                 self.config = parser.parse_args(args)
 
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            group = parser.add_argument_group("short flags")
-            for flag, (target, text) in SHORT.items():
-                group.add_argument(flag, default="==SUPPRESS==", help=f"{text} (= --{target})")
-            if verb == "edit":
-                group.add_argument("--run", default="==SUPPRESS==", help="a run folder: its checkpoint, variant and settings")
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"the settings do not fit together: {error}") from error
 
-    from typing import cast
+    strict = {"exit_on_error": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
+            KVCLI(
+                KVInversion,
+                SourceImages,
+                trainer_class=KVTrainer,
+                args=cast(Any, [verb, *line.argv]),
+                parser_class=Parser,
+                parser_kwargs={**strict, "prog": "kvinv", "allow_abbrev": False, verb: strict},
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+    except UserError as error:
+        raise UserError(wording.of_setting(str(error), line.typed)) from error
 
-    KVCLI(
-        KVInversion, SourceImages, trainer_class=KVTrainer, args=cast(Any, [verb, *argv]),
-        save_config_callback=SaveConfigCallback, save_config_kwargs={"overwrite": True},
-        seed_everything_default=False, auto_configure_optimizers=False, load_from_checkpoint_support=False,
-        parser_kwargs={"prog": "kvinv", "exit_on_error": False, **{name: {"exit_on_error": False} for name in STAGES}},
-    )  # fmt: skip
+
+def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
+    """The help of a stage with the short flags first, and without the lists of everybody's subclasses."""
+    text = text.partition("\n\n")[2]  # the usage that names every option
+    text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
+    description, _, rest = text.partition("\n\n")
+    rows = []
+    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **SHORT}.items():
+        section, _, name = target.partition(".")
+        default = inspect.signature(classes[section]).parameters[name].default
+        shown = "" if default in (None, "", False) or isinstance(default, list) else f" (default: {default})"
+        rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
+    head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
+    return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])
 
 
-def _long(verb: str, argv: list[str]) -> list[str]:
+# -------------------------------------------------------------------------------------------- what was typed
+
+
+@dataclass
+class _Line:
+    """A command line for the parser, and what the person typed for each option, by the option's full name."""
+
+    argv: list[str]
+    flags: Sequence[str] = ()
+    typed: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+
+    def note(self, key: str, flag: str, value: str) -> None:
+        self.typed[key], self.values[key] = flag, value
+
+    def read_rest(self, argv: Sequence[str]) -> None:
+        """Note the options that are passed on as they are."""
+        for arg, following in zip(argv, [*argv[1:], ""], strict=False):
+            if arg.startswith("-"):
+                flag, equals, value = arg.partition("=")
+                key = {"-c": "config", "-o": "out"}.get(flag, flag.lstrip("-"))
+                self.note(key, flag, value if equals else following)
+
+
+def _long(verb: str, argv: Sequence[str]) -> _Line:
     """Short flags as the options they stand for; --run as the settings that the run was made with."""
-    out: list[str] = []
-    targets: list[str] = []
-    base: dict[str, Any] = {}
-    rest = iter(argv)
-    for arg in rest:
-        flag, _, value = arg.partition("=")
-        if flag not in SHORT and not (flag == "--run" and verb == "edit"):
-            out.append(arg)
+    short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
+    line, targets, left = _Line([], [*short]), list[str](), deque(argv)
+    first, passed = list[str](), list[str]()  # what YAML says comes first, so that flags override it
+    while left:
+        arg = left.popleft()
+        flag, equals, value = arg.partition("=")
+        flag = {"-o": "--out", "-c": "--config"}.get(flag, flag)
+        if flag not in short and flag != "--config":
+            passed.append(arg)
             continue
-        if "=" not in arg:
-            value = next(rest, "")
-            if not value and flag != "--source" and flag != "--negative" and flag != "--target":
-                raise UserError(f"{flag} expects a value; see kvinv {verb} --help")
+        value = value if equals else _value_of(verb, flag, left)
+        key = short[flag][0] if flag in short else "config"
+        line.note(key, flag, value)
         if flag == "--target":
             targets.append(value)
         elif flag == "--run":
-            base = _settings_of(Path(value))
+            first[:0] = ["--config", json.dumps(_settings_of(Path(value).expanduser()))]
+        elif flag == "--config":
+            first += ["--config", value]
         else:
-            out.append(f"--{SHORT[flag][0]}={value}")
+            line.argv.append(f"--{key}={value}")
+    line.read_rest(passed)
     if targets:
-        out.append(f"--data.targets={json.dumps(targets)}")
-    return [*(["--config", json.dumps(base)] if base else []), *out]
+        line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")
+    line.argv[:0] = [*first, *_variant_by_name(passed)]
+    return line
+
+
+def _value_of(verb: str, flag: str, left: deque[str]) -> str:
+    """What follows a flag; the next flag does not."""
+    ours = ("--model.", "--data.", "--trainer.")
+    following = left[0] if left else None
+    flags = {*SHORT, "--run", "-o", "--config", "-c", "--help"}
+    is_flag = following is not None and (following.partition("=")[0] in flags or following.startswith(ours))
+    if flag == "--overwrite" and (following is None or following.startswith("-")):
+        return "true"
+    if following is None or is_flag:
+        raise UserError(f"{flag} expects a value, got {following or 'nothing'}; see kvinv {verb} --help")
+    return left.popleft()
+
+
+def _variant_by_name(argv: list[str]) -> list[str]:
+    """--model.attention full_kv, as `kvinv variants` lists it, by the class that it stands for."""
+    out = list(argv)
+    for at, arg in enumerate(argv):
+        flag, equals, name = arg.partition("=")
+        name = name if equals else next(iter(argv[at + 1 : at + 2]), "")
+        if flag == "--model.attention" and name.isidentifier() and name != "null":
+            from kvinv_pl.registry import resolve
+
+            cls = resolve(name)
+            out[at : at + (1 if equals else 2)] = [f"{flag}={cls.__module__}.{cls.__qualname__}"]
+    return out
+
+
+def _kinds(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """The type of every option, by its full name."""
+    return {
+        f"{prefix}{name}": parameter.annotation
+        for prefix, cls in classes.items()
+        for name, parameter in inspect.signature(cls).parameters.items()
+    }
+
+
+@contextmanager
+def _in_words(verb: str, line: _Line, kinds: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what jsonargparse says of a command line into one line."""
+    try:
+        yield
+    except ArgumentError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+            cause = cause.__cause__ or cause.__context__
+        told = wording.of_parser(str(error), line.typed, kinds, line.values, line.flags)
+        raise UserError(f"{told.rstrip(';. ')}; see kvinv {verb} --help") from error
+
+
+# ------------------------------------------------------------------------------------------ kvinv edit --run
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
     """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
-    from kvinv_pl.store import RunStore
+    from kvinv_pl.data import stores_in
 
-    stores = [RunStore(folder)] if RunStore(folder).has_run() else [RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))]
-    if not stores:
-        raise UserError(f"{folder} is no run folder: it has no run.json, nor has a folder in it")
     settings = []
-    for store in stores:
+    for store in stores_in(folder):
         run = store.read_run()
         if "tuning" not in run:
-            raise UserError(f"{store.folder} is inverted but not tuned: go on with `kvinv fit` before editing")
+            raise UserError(f"{store.folder} is not tuned: go on with `kvinv fit` before editing")
         tuning = run["tuning"]
         settings.append(
             {

@@ -1,9 +1,11 @@
-"""The pictures of a run: one, a folder of them, or a CSV or JSONL list, each with its prompts and run folder."""
+"""The pictures of a run: one, a folder, or a CSV or JSONL list, each with its prompts and its run folder."""
 
 import csv
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.store import RunStore
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+LISTS = (".csv", ".jsonl")
 COLUMNS = ("image", "source", "targets", "mask")
 
 
@@ -45,13 +48,14 @@ class SourceImages(LightningDataModule):
     """Pictures, what they show, what they are to become, and where their runs lie.
 
     Args:
-        image: A picture, a folder of pictures, or a .csv or .jsonl list with the columns image, source, targets
-            (in a CSV separated by |) and mask; what a row leaves out is taken from the other options.
+        image: A picture, a folder of pictures, or a .csv or .jsonl list with the columns image, source,
+            targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row leaves
+            out is taken from the other options, and rows of one picture and source share its run.
         source: What the picture shows, in a few words; may be empty.
         targets: What it should become, one edit for each.
         mask: A picture of the same size, white on the subject; for attention variants that use one.
         out: The run folder: of the one picture itself, or with a folder or list, of one folder for each.
-        geometry: keep: aspect kept, results in the picture's own size. crop: the middle, in the model's shape.
+        geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
         overwrite: Start runs anew where the folder holds one that was made otherwise.
         run: A run folder (or a folder of them) to go on with, in place of image, source and out.
     """
@@ -69,25 +73,29 @@ class SourceImages(LightningDataModule):
     ):
         """Read the list, if it is one; the pictures themselves are opened later, one at a time."""
         super().__init__()
-        if (image is None) == (run is None):
-            raise UserError("expected a picture: give --image FILE (a picture, a folder or a list), or --run FOLDER")
+        if image is not None and run is not None:
+            raise UserError("expected either image or run, got both: a run folder knows its picture")
+        if image is None and run is None:
+            raise UserError(
+                "no picture: give --image FILE (a picture, a folder or a list) or, to edit, --run DIR"
+            )
         self.overwrite = overwrite
-        self.out = Path(run if image is None else out)
+        self.works: list[Work]
         if run is not None:
-            self.works = list(_runs(Path(run), targets))
-        else:
-            assert image is not None
-            path = Path(image)
-            rows = list(_rows(path))
-            defaults: dict[str, Any] = {"source": source, "targets": targets, "mask": mask}
-            alone = path.suffix.lower() not in (".csv", ".jsonl") and not path.is_dir()
-            folders = [self.out] if alone else _folders(self.out, [row["image"] for row in rows])
+            self.out = Path(run).expanduser()
+            self.works = list(_runs(self.out, targets))
+        elif image is not None:
+            self.out, path = Path(out).expanduser(), Path(image).expanduser()
+            given = Path(mask).expanduser() if mask else None
+            rows = _merged(_told(row, source, targets, given) for row in _rows(path))
+            alone = path.suffix.lower() not in LISTS and not path.is_dir()
+            folders = [self.out] if alone else _folders(self.out, [row.image for row in rows])
             self.works = [
-                _work(row, defaults, folder, geometry) for row, folder in zip(rows, folders, strict=True)
+                Work(row.image.name, RunStore(folder), row.image, row.source, row.targets, row.mask, geometry)
+                for row, folder in zip(rows, folders, strict=True)
             ]
         for work in self.works:
             _check_targets(work)
-        self.fit_works: Sequence[Work] = self.works
         self.inner_steps = 1
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -96,17 +104,24 @@ class SourceImages(LightningDataModule):
 
     def jobs(self, stage: Literal["invert", "edit"]) -> DataLoader[Job]:
         """One stage of every picture, for the trainer's predict loop."""
-        return DataLoader([Job(stage, work) for work in self.works], batch_size=None, collate_fn=lambda job: job)  # pyright: ignore[reportArgumentType]
+        found: Any = [Job(stage, work) for work in self.works]
+        return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """What is to be worked on: rows with at least `image`, a Path."""
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        try:
+            files = sorted(path.iterdir())
+        except OSError as error:
+            raise UserError(f"cannot read the folder {path}: {error.strerror or error}") from error
+        found = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         if not found:
-            raise UserError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}); name a folder that does")
+            raise UserError(
+                f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}): name a folder that does"
+            )
         yield from ({"image": file} for file in found)
-    elif path.suffix.lower() in (".csv", ".jsonl"):
+    elif path.suffix.lower() in LISTS:
         read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
         try:
             with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -116,66 +131,128 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"cannot read the list {path}: {reason}") from error
         if not rows:
             raise UserError(f"the list {path} is empty: expected rows with {', '.join(COLUMNS)}")
-        for number, row in enumerate(rows, 1):
+        for number, row in rows:
             if not row.get("image"):
-                raise UserError(f"row {number} of {path} names no image: expected the columns {', '.join(COLUMNS)}")
-            for key in ("image", "mask"):  # relative to the list, wherever it is read from
-                if row.get(key):
-                    row[key] = path.parent / row[key]
+                raise UserError(f"line {number} of {path} names no image: expected {', '.join(COLUMNS)}")
+            for key in {"image", "mask"} & set(row):
+                row[key] = path.parent / Path(row[key]).expanduser()
             yield row
     else:
         yield {"image": path}
 
 
-def _csv_rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(lines, restkey="more")
-    if "image" not in (reader.fieldnames or ()):
-        raise UserError(f"{path} has the columns {reader.fieldnames}; expected {', '.join(COLUMNS)}")
-    for row in reader:
-        known = {key: value for key, value in row.items() if key in COLUMNS and value}
-        if "targets" in known:
-            known["targets"] = [target.strip() for target in known["targets"].split("|")]
-        yield known
+def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines, restkey="", restval="", strict=True)
+    try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        _check_columns(path, reader.fieldnames)
+        for row in reader:
+            if row.get(""):
+                raise UserError(
+                    f"line {reader.line_num} of {path} has more fields than there are columns: quote commas"
+                )
+            known = {key: row[key].strip() for key in COLUMNS if row.get(key, "").strip()}
+            yield (
+                reader.line_num,
+                known | ({"targets": _split(known["targets"])} if "targets" in known else {}),
+            )
+    except csv.Error as error:
+        raise UserError(f"line {reader.line_num + 1} of {path} is not CSV: {error}") from error
 
 
-def _json_rows(path: Path, lines: Any) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("targets", []), list):
-                raise UserError(f"line {number} of {path}: expected an object with {', '.join(COLUMNS)} (targets: a list)")
-            yield row
+                raise UserError(
+                    f"line {number} of {path} is not JSON ({error}): expected an object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"line {number} of {path}: expected an object with {', '.join(COLUMNS)}, got {row!r:.40}"
+                )
+            _check_columns(path, list(row))
+            row = {key: value for key in COLUMNS if (value := row.get(key)) is not None}
+            if isinstance(row.get("targets"), str):
+                row["targets"] = _split(row["targets"])
+            for key, value in row.items():
+                kind = list if key == "targets" else str
+                if not isinstance(value, kind) or not all(isinstance(text, str) for text in value):
+                    wanted = "a list of texts" if kind is list else "text"
+                    raise UserError(f"line {number} of {path}: {key}: expected {wanted}, got {value!r:.40}")
+            yield number, row
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a list without images, or with a column that is nearly one of ours; others may be there."""
+    for name in names:
+        near = get_close_matches(name, [column for column in COLUMNS if column not in names], 1, 0.8)
+        if name not in COLUMNS and near:
+            raise UserError(f"{path} has a column {name!r}: rename it to {near[0]}")
+    if "image" not in names:
+        raise UserError(
+            f"{path} has the columns {', '.join(names) or '(none)'}: expected {', '.join(COLUMNS)}"
+        )
+
+
+def _split(targets: str) -> list[str]:
+    return [target.strip() for target in targets.split("|")]
+
+
+@dataclass
+class _Told:
+    """A row with what the options say where it says nothing."""
+
+    image: Path
+    source: str
+    targets: list[str]
+    mask: Path | None
+
+
+def _told(row: dict[str, Any], source: str, targets: list[str], mask: Path | None) -> _Told:
+    return _Told(
+        row["image"], row.get("source", source), list(row.get("targets", targets)), row.get("mask", mask)
+    )
+
+
+def _merged(rows: Iterable[_Told]) -> list[_Told]:
+    """One row for each picture, source and mask: the targets of several share its tuning."""
+    merged: dict[tuple[Any, ...], _Told] = {}
+    for row in rows:
+        first = merged.setdefault((row.image.absolute(), row.source, row.mask), row)
+        if first is not row:
+            first.targets += [target for target in row.targets if target not in first.targets]
+    return list(merged.values())
 
 
 def _folders(out: Path, images: list[Path]) -> list[Path]:
     """A run folder for each picture, named after it; a second one of the same name gets a number."""
-    taken: dict[str, int] = {}
+    taken: set[str] = set()
     folders = []
     for image in images:
-        taken[image.stem] = count = taken.get(image.stem, 0) + 1
-        folders.append(out / (image.stem if count == 1 else f"{image.stem}-{count}"))
+        names = itertools.chain([image.stem], (f"{image.stem}-{n}" for n in itertools.count(2)))
+        name = next(name for name in names if name.lower() not in taken)  # as some file systems compare them
+        taken.add(name.lower())
+        folders.append(out / name)
     return folders
 
 
-def _work(row: dict[str, Any], defaults: dict[str, Any], folder: Path, geometry: Literal["keep", "crop"]) -> Work:
-    told = {**defaults, **row}
-    mask = Path(told["mask"]) if told["mask"] else None
-    return Work(
-        row["image"].name, RunStore(folder), row["image"], str(told["source"]), list(told["targets"]), mask, geometry
-    )
+def stores_in(folder: Path) -> list[RunStore]:
+    """The run folder that this is, or those that lie in it."""
+    if RunStore(folder).has_run():
+        return [RunStore(folder)]
+    stores = [RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))]
+    if not stores:
+        found = "it has no run.json, nor has a folder in it" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder} is no run folder: {found}; name one that `kvinv fit` or `kvinv run` made")
+    return stores
 
 
 def _runs(folder: Path, targets: list[str]) -> Iterator[Work]:
     """The finished or half-finished runs in a folder, or the one that it is."""
-    stores = [RunStore(folder)] if RunStore(folder).has_run() else [
-        RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))
-    ]  # fmt: skip
-    if not stores:
-        raise UserError(f"{folder} is no run folder: it has no run.json, nor has a folder in it")
-    for store in stores:
+    for store in stores_in(folder):
         record = store.read_run()
         name, source = record["picture"]["name"], record["source"]
         mask = store.folder / "mask.png" if record["picture"]["mask"] else None
@@ -184,5 +261,7 @@ def _runs(folder: Path, targets: list[str]) -> Iterator[Work]:
 
 def _check_targets(work: Work) -> None:
     for target in work.targets:
-        if not isinstance(target, str) or not target.strip():
-            raise UserError(f"an empty target for {work.name}: say in a few words what the picture should become")
+        if not target.strip():
+            raise UserError(
+                f"an empty target for {work.name}: say in a few words what the picture should become"
+            )

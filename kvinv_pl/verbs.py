@@ -1,25 +1,33 @@
 """The commands that need no model. Their docstrings are their help."""
 
+import os
 from pathlib import Path
 
 from PIL import Image
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, SIZE, Animal
-from kvinv_pl.registry import variants as found_variants
+
+LARGEST = 4096  # pixels a side
+MOST = 1000  # animals on a page
 
 
 def world(out: Path = Path("world"), seed: int = 7, sheet: int = 0, size: int = SIZE) -> None:
     """Draw an animal of the embedded world: its picture, mask and prompt in every action.
 
     Args:
-        out: The folder to write to (-o).
+        out: The folder to write to (also -o).
         seed: Which animal.
-        sheet: Write one page of this many animals, from `seed` on, in all actions, in place of single pictures.
+        sheet: Write one page of this many animals, from seed on, in all actions, in place of pictures.
         size: Pixels a side.
     """
-    if seed < 0 or sheet < 0 or size < 8:
-        raise UserError(f"expected seed and sheet of 0 or more and a size of 8 or more; got {seed}, {sheet}, {size}")
+    if seed < 0:
+        raise UserError(f"seed: expected 0 or more, got {seed}")
+    if not 0 <= sheet <= MOST:
+        raise UserError(f"sheet: expected a number of animals, 1 to {MOST}, got {sheet}")
+    if not 8 <= size <= LARGEST:
+        raise UserError(f"size: expected 8 to {LARGEST} pixels a side, got {size}")
+    out = out.expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lines = _page(out, seed, sheet, size) if sheet else _pictures(out, seed, size)
@@ -34,22 +42,36 @@ def _page(out: Path, seed: int, count: int, size: int) -> list[str]:
         animal = Animal.sample(seed + row)
         for column, action in enumerate(ACTIONS):
             page.paste(animal.render(action, size), (column * size, row * size))
-    page.save(out / "sheet.png")
-    return [str(out / "sheet.png")]
+    return [str(_save(page, out / "sheet.png"))]
 
 
 def _pictures(out: Path, seed: int, size: int) -> list[str]:
     animal = Animal.sample(seed)
+    lines = []
     for action in ACTIONS:
-        animal.render(action, size).save(out / f"{action}.png")
-        animal.mask(action, size).save(out / f"{action}-mask.png")
-    lines = [f"{out / action}.png\t{animal.prompt(action)}" for action in ACTIONS]
+        file = _save(animal.render(action, size), out / f"{action}.png")
+        _save(animal.mask(action, size), out / f"{action}-mask.png")
+        lines.append(f"{file}\t{animal.prompt(action)}")
     (out / "prompts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines
 
 
+def _save(picture: Image.Image, file: Path) -> Path:
+    """Write a picture as a whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
+
+
 def variants() -> None:
     """List the attention variants that are installed: name, class, where it comes from, what it does."""
+    from kvinv_pl.registry import variants as found_variants
+
     for variant in found_variants().values():
         where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
-        print(f"{variant.name:<12}{where}  ({variant.distribution})\n{'':<12}{variant.error or variant.summary}")
+        print(f"{variant.name:<12}{where}  ({variant.distribution})")
+        print(f"{'':<12}{variant.error or variant.summary}")

@@ -34,6 +34,7 @@ WITHOUT_PICTURES = {
 # Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "wording": {"errors"},
     "progress": {"errors"},
     "menagerie": {"errors"},
     "ddim": {"errors"},

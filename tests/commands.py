@@ -1,0 +1,71 @@
+"""Commands as a person gives them: in this process, or in one of their own."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kvinv_pl.cli import main
+
+QUICK = ("--steps", 2, "--model.inner_steps", 2)
+"""Enough to go through everything."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def kvinv(*args: object) -> Answer:
+    """`kvinv ...` in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def command(*args: object) -> list[str]:
+    """`python -m kvinv_pl ...`, as subprocess takes it."""
+    return [sys.executable, "-m", "kvinv_pl", *(str(arg) for arg in args)]
+
+
+def process(*args: object, before: Callable[[], Any] | None = None, cwd: Path | None = None) -> Answer:
+    """`python -m kvinv_pl ...` as a process of its own, which begins with `before`."""
+    done = subprocess.run(
+        command(*args), capture_output=True, text=True, timeout=200, preexec_fn=before, cwd=cwd, check=False
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def photograph(file: Path, size: tuple[int, int] = (16, 16), seed: int = 0, **options: Any) -> Path:
+    """A picture that is like no other of another seed."""
+    noise = Image.frombytes("RGB", (4, 4), bytes((seed * 37 + n * 11) % 256 for n in range(48)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    noise.resize(size, Image.Resampling.BICUBIC).save(file, **options)
+    return file
+
+
+def tree(folder: Path) -> set[str]:
+    """Every file below a folder, hidden ones too."""
+    return {str(Path(root, name).relative_to(folder)) for root, _, names in os.walk(folder) for name in names}
+
+
+def times(folder: Path, patterns: Sequence[str] = ("trajectory.safetensors", "steps/*")) -> dict[str, int]:
+    """When the files of the first two stages were written."""
+    return {str(file): file.stat().st_mtime_ns for pattern in patterns for file in folder.glob(pattern)}

@@ -1,0 +1,152 @@
+"""Pictures, folders and lists, and what a person writes into lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import photograph
+
+from kvinv_pl.data import SourceImages
+from kvinv_pl.errors import UserError
+
+
+def told(data: SourceImages) -> list[tuple[str, str, list[str], str]]:
+    return [(work.name, work.source, work.targets, work.store.folder.name) for work in data.works]
+
+
+def csv(tmp_path: Path, *lines: str) -> str:
+    file = tmp_path / "list.csv"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def jsonl(tmp_path: Path, *rows: object) -> str:
+    file = tmp_path / "list.jsonl"
+    file.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return str(file)
+
+
+def test_one_picture_has_the_out_folder_to_itself(tmp_path: Path) -> None:
+    data = SourceImages("cat.png", "a cat", ["a dog"], out=str(tmp_path))
+    (work,) = data.works
+    assert (work.store.folder, work.image, work.source, work.targets) == (
+        tmp_path,
+        Path("cat.png"),
+        "a cat",
+        ["a dog"],
+    )
+
+
+def test_a_folder_gives_its_pictures_in_order_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG"):
+        photograph(tmp_path / name, format="PNG")
+    for name in ("notes.txt", ".hidden.png"):
+        (tmp_path / name).write_text("")
+    data = SourceImages(str(tmp_path), out="out")
+    assert [(work.name, work.store.folder) for work in data.works] == [
+        ("a.JPG", Path("out/a")),
+        ("b.png", Path("out/b")),
+    ]
+
+
+def test_what_a_row_leaves_out_is_taken_from_the_options(tmp_path: Path) -> None:
+    file = csv(tmp_path, "image,source,targets,mask", "a.png,a cat,one | two,m.png", "sub/b.png,,,")
+    data = SourceImages(file, "an animal", ["three"], mask="other.png", out="out")
+    assert told(data) == [("a.png", "a cat", ["one", "two"], "a"), ("b.png", "an animal", ["three"], "b")]
+    assert [work.image for work in data.works] == [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
+    assert [work.mask for work in data.works] == [tmp_path / "m.png", Path("other.png")]
+
+
+def test_a_csv_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_bytes('\ufeffImage, Targets ,id\r\n"a, b.png",x,7\r\n\r\n'.encode())
+    assert told(SourceImages(str(file))) == [("a, b.png", "", ["x"], "a, b")]
+
+
+def test_jsonl_says_the_same_as_csv(tmp_path: Path) -> None:
+    file = jsonl(
+        tmp_path,
+        {"image": "a.png", "source": "a cat", "targets": ["one", "two"]},
+        "",
+        {"image": "b.png", "source": None, "mask": None, "targets": "three|four", "id": 3},
+    )
+    assert told(SourceImages(file, "an animal")) == [
+        ("a.png", "a cat", ["one", "two"], "a"),
+        ("b.png", "an animal", ["three", "four"], "b"),
+    ]
+
+
+def test_rows_of_one_picture_and_source_share_its_run(tmp_path: Path) -> None:
+    rows = ("a.png,a cat,one", "a.png,a cat,two", "a.png,a cat,one", "a.png,an animal,three")
+    data = SourceImages(csv(tmp_path, "image,source,targets", *rows))
+    assert told(data) == [("a.png", "a cat", ["one", "two"], "a"), ("a.png", "an animal", ["three"], "a-2")]
+
+
+def test_pictures_of_one_name_get_a_folder_each(tmp_path: Path) -> None:
+    names = ("x/cat.png", "y/Cat.png", "cat-2.png", "z/cat.jpg")
+    data = SourceImages(csv(tmp_path, "image", *names))
+    folders = [work.store.folder.name for work in data.works]
+    assert folders == ["cat", "Cat-2", "cat-2-2", "cat-3"]
+    assert len({folder.lower() for folder in folders}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["name,source", "a.png,a cat"], "has the columns name, source: expected image, source, targets, mask"),
+        (["image,target", "a.png,a dog"], "has a column 'target': rename it to targets"),
+        (["image,source", ",a cat"], "line 2 of .* names no image"),
+        (["image,source", "a.png,a cat, sitting"], "line 2 of .* has more fields than there are columns"),
+        (["image", '"a.png'], "line 2 of .* is not CSV"),
+        (["image,targets", "a.png,one||two"], "an empty target for a.png"),
+        (["image"], "is empty"),
+        ([""], r"has the columns \(none\)"),
+    ],
+)
+def test_a_csv_that_cannot_be_meant_is_refused(tmp_path: Path, lines: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        SourceImages(csv(tmp_path, *lines))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{image: a.png}", "line 2 of .* is not JSON"),
+        ("[1, 2]", r"line 2 of .* expected an object .* got \[1, 2\]"),
+        ({"source": "a cat"}, "has the columns source"),
+        ({"image": 3}, "line 2 of .* image: expected text, got 3"),
+        ({"image": "a.png", "targets": {"a": 1}}, "line 2 of .* targets: expected a list of texts"),
+        ({"image": "a.png", "targets": [3]}, r"targets: expected a list of texts, got \[3\]"),
+        ({"image": "a.png", "targets": [" "]}, "an empty target"),
+        ({"image": ""}, "line 2 of .* names no image"),
+    ],
+)
+def test_a_jsonl_that_cannot_be_meant_is_refused(tmp_path: Path, row: object, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        SourceImages(jsonl(tmp_path, {"image": "fine.png"}, row))
+
+
+def test_a_list_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the list .*nope.csv: No such file"):
+        SourceImages(str(tmp_path / "nope.csv"))
+    (tmp_path / "list.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
+        SourceImages(str(tmp_path / "list.jsonl"))
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no pictures"):
+        SourceImages(str(tmp_path))
+
+
+def test_a_picture_or_a_run_has_to_be_named_and_not_both(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no picture: give --image"):
+        SourceImages()
+    with pytest.raises(UserError, match="expected either image or run, got both"):
+        SourceImages("cat.png", run="runs/cat")
+    with pytest.raises(UserError, match=r"is no run folder: there is no such folder"):
+        SourceImages(run=str(tmp_path / "nope"))
+    with pytest.raises(UserError, match=r"is no run folder: it has no run\.json"):
+        SourceImages(run=str(tmp_path))
