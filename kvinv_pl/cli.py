@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections import deque
@@ -150,7 +151,8 @@ def _stage(verb: str, argv: list[str]) -> None:
     """One stage through LightningCLI, with the short flags spelled out."""
     line = _long(verb, argv)
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from kvinv_pl.data import SourceImages
     from kvinv_pl.module import KVInversion
@@ -169,6 +171,11 @@ def _stage(verb: str, argv: list[str]) -> None:
             return _help(
                 verb, super().format_help(*args, **kwargs), {"data": SourceImages, "model": KVInversion}
             )
+
+    class SaveConfig(SaveConfigCallback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            if trainer.logger is not None:  # otherwise it would be saved in the working directory
+                super().setup(trainer, pl_module, stage)
 
     class KVCLI(LightningCLI):
         @staticmethod
@@ -190,7 +197,7 @@ def _stage(verb: str, argv: list[str]) -> None:
 
     strict = {"exit_on_error": False}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _threads_heard():
             warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
             KVCLI(
                 KVInversion,
@@ -199,6 +206,7 @@ def _stage(verb: str, argv: list[str]) -> None:
                 args=cast(Any, [verb, *line.argv]),
                 parser_class=Parser,
                 parser_kwargs={**strict, "prog": "kvinv", "allow_abbrev": False, verb: strict},
+                save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},
                 seed_everything_default=False,
                 auto_configure_optimizers=False,
@@ -206,6 +214,28 @@ def _stage(verb: str, argv: list[str]) -> None:
             )
     except UserError as error:
         raise UserError(wording.of_setting(str(error), line.typed)) from error
+
+
+@contextmanager
+def _threads_heard() -> Iterator[None]:
+    """What a thread that writes logs could not write is said once, without a traceback, and not lost."""
+    before, failed = threading.excepthook, list[OSError]()
+
+    def hear(told: threading.ExceptHookArgs) -> None:
+        if isinstance(told.exc_value, OSError):
+            failed.append(told.exc_value)
+        else:
+            before(told)
+
+    threading.excepthook = hear
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+    if failed:
+        raise UserError(
+            f"cannot write the logs: {failed[0].strerror or failed[0]}; make room for the next ones"
+        )
 
 
 def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:

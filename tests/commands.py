@@ -61,6 +61,12 @@ def photograph(file: Path, size: tuple[int, int] = (16, 16), seed: int = 0, **op
     return file
 
 
+def size(file: Path) -> tuple[int, int]:
+    """Width and height of a picture."""
+    with Image.open(file) as picture:
+        return picture.size
+
+
 def tree(folder: Path) -> set[str]:
     """Every file below a folder, hidden ones too."""
     return {str(Path(root, name).relative_to(folder)) for root, _, names in os.walk(folder) for name in names}

@@ -68,7 +68,7 @@ def refused(answer: Answer, *words: str) -> None:
         assert word in lines[0]
 
 
-# ---------------------------------------------------------------------------------------------------- the picture
+# ---------------------------------------------------------------------------------------------- the picture
 
 
 def text(file: Path) -> None:
@@ -103,7 +103,9 @@ def test_a_picture_that_cannot_be_used_is_refused(
     good: list[object], tmp_path: Path, make: Callable[[Path], Any], says: str
 ) -> None:
     make(tmp_path / "bad.png")
-    refused(kvinv("run", *good, "--image", tmp_path / "bad.png"), "bad.png" if "8:1" not in says else "", says)
+    refused(
+        kvinv("run", *good, "--image", tmp_path / "bad.png"), "bad.png" if "8:1" not in says else "", says
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -112,8 +114,12 @@ def test_a_missing_picture_is_refused_in_a_process_of_its_own(good: list[object]
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("targets", [(), ("--target", ""), ("--target", "  "), ("--target", "a dog", "--target", "")])
-def test_no_target_or_an_empty_one_is_refused(good: list[object], tmp_path: Path, targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "targets", [(), ("--target", ""), ("--target", "  "), ("--target", "a dog", "--target", "")]
+)
+def test_no_target_or_an_empty_one_is_refused(
+    good: list[object], tmp_path: Path, targets: tuple[str, ...]
+) -> None:
     without = good[:4] + good[6:]
     refused(kvinv("run", *without, *targets), "target", "cat.png", "what")
     refused(kvinv("run", *without, "--target"), "--target expects a value, got nothing")
@@ -134,7 +140,7 @@ def test_a_mask_of_another_size_or_none_at_all_is_refused(good: list[object], tm
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------- the checkpoint
+# ------------------------------------------------------------------------------------------- the checkpoint
 
 
 def drop_weights(folder: Path) -> None:
@@ -177,7 +183,7 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------------------- the settings
+# --------------------------------------------------------------------------------------------- the settings
 
 
 @pytest.mark.parametrize(
@@ -203,8 +209,14 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
         (["cat", "standing"], "unexpected 'cat standing': put text of several words in quotes"),
         (["--out"], "--out expects a value, got nothing"),
         (["--model.attention", "nope"], "no attention variant 'nope': expected one of"),
-        (["--model.attention", "FullKV", "--model.attention.start", "none"], "start: expected one of 'zeros', "),
-        (["--model.optimizer", "Zork"], "--model.optimizer: expected the class_path of an Optimizer, got 'Zork'"),
+        (
+            ["--model.attention", "FullKV", "--model.attention.start", "none"],
+            "start: expected one of 'zeros', ",
+        ),
+        (
+            ["--model.optimizer", "Zork"],
+            "--model.optimizer: expected the class_path of an Optimizer, got 'Zork'",
+        ),
         (["--model.optimizer", "Adam", "--model.optimizer.lr", "-1"], "optimizer: Invalid learning rate: -1"),
         (["--model.target_modules", "nope"], "no self-attention matches"),
         (["--trainer.max_epochs", "3"], "an epoch is one timestep"),
@@ -229,7 +241,10 @@ def test_a_setting_that_cannot_be_meant_is_refused(
         ("steps: 5\n", "no option 'steps': did you mean model.steps"),
         ("model:\n  steps: many\n", "model.steps: expected a whole number, got 'many'"),
         ("model:\n  guidance: .nan\n", "guidance: expected a number of 0 or more, got nan"),
-        ("model:\n  attention: {class_path: nope.Nope}\n", "model.attention: expected the class_path of a CPAttention"),
+        (
+            "model:\n  attention: {class_path: nope.Nope}\n",
+            "model.attention: expected the class_path of a CPAttention",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(
@@ -251,7 +266,10 @@ def test_an_unknown_command_or_option_is_answered_with_what_was_meant() -> None:
 
 def test_a_list_without_images_or_with_broken_lines_is_refused(good: list[object], tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("picture,source\na.png,a cat\n")
-    refused(kvinv("run", *good, "--image", tmp_path / "list.csv"), "has the columns picture, source: expected image")
+    refused(
+        kvinv("run", *good, "--image", tmp_path / "list.csv"),
+        "has the columns picture, source: expected image",
+    )
     (tmp_path / "list.jsonl").write_text('{"image": "cat.png"}\n{"image"\n')
     refused(kvinv("run", *good, "--image", tmp_path / "list.jsonl"), "line 2 of", "is not JSON")
     (tmp_path / "late.csv").write_text("image\ncat.png\nnope.png\n")
@@ -259,7 +277,7 @@ def test_a_list_without_images_or_with_broken_lines_is_refused(good: list[object
     assert not (tmp_path / "out").exists()
 
 
-# -------------------------------------------------------------------------------------------------- the run folder
+# ------------------------------------------------------------------------------------------- the run folder
 
 
 def test_a_run_of_another_picture_prompt_or_model_is_refused_and_kept(
@@ -282,7 +300,9 @@ def test_a_run_of_another_picture_prompt_or_model_is_refused_and_kept(
 
 
 def test_overwrite_starts_such_a_run_anew(good: list[object], run: Path) -> None:
-    answer = kvinv("run", *good, "--out", run, "--source", "a rabbit", "--model.inner_steps", 1, "--overwrite")
+    answer = kvinv(
+        "run", *good, "--out", run, "--source", "a rabbit", "--model.inner_steps", 1, "--overwrite"
+    )
     assert answer.code == 0 and "inverting" in answer.err
     assert RunStore(run).read_run()["source"] == "a rabbit"
     answer = kvinv("run", *good, "--out", run, "--source", "a rabbit", "--overwrite", "true")
@@ -297,7 +317,10 @@ def test_an_altered_file_is_refused_by_its_name(good: list[object], run: Path, n
     data = bytearray((run / name).read_bytes())
     data[-5] ^= 1
     (run / name).write_bytes(data)
-    for verb, *options in (["run", *good, "--out", run, "--start", 0], ["edit", "--run", run, "--target", "a fox"]):
+    for verb, *options in (
+        ["run", *good, "--out", run, "--start", 0],
+        ["edit", "--run", run, "--target", "a fox"],
+    ):
         answer = kvinv(verb, *options)
         if verb == "run" or not name.startswith("trajectory"):
             refused(answer, Path(name).name, "is damaged", "delete it")
@@ -307,7 +330,9 @@ def test_an_altered_file_is_refused_by_its_name(good: list[object], run: Path, n
 
 
 @pytest.mark.parametrize("name", ["trajectory.safetensors", "steps/1.safetensors"])
-def test_a_cut_file_is_refused_by_edit_and_made_again_by_run(good: list[object], run: Path, name: str) -> None:
+def test_a_cut_file_is_refused_by_edit_and_made_again_by_run(
+    good: list[object], run: Path, name: str
+) -> None:
     (run / name).write_bytes((run / name).read_bytes()[:300])
     refused(kvinv("edit", "--run", run, "--target", "a fox"), "run", "kvinv")
     assert kvinv("run", *good, "--out", run).code == 0
@@ -315,7 +340,11 @@ def test_a_cut_file_is_refused_by_edit_and_made_again_by_run(good: list[object],
 
 
 def test_a_damaged_run_json_is_refused(good: list[object], run: Path) -> None:
-    for content, says in (("{", "is damaged"), ('{"format": 99}', "has format 99, expected 1"), ("[]", "format")):
+    for content, says in (
+        ("{", "is damaged"),
+        ('{"format": 99}', "has format 99, expected 1"),
+        ("[]", "format"),
+    ):
         (run / "run.json").write_text(content)
         refused(kvinv("edit", "--run", run, "--target", "a fox"), "run.json", says)
         refused(kvinv("run", *good, "--out", run), "run.json", says)
@@ -351,7 +380,7 @@ def test_a_run_that_another_process_holds_is_refused(good: list[object], run: Pa
     assert kvinv("edit", "--run", run, "--target", "a fox").code == 0
 
 
-# ------------------------------------------------------------------------------------------- while it is under way
+# ------------------------------------------------------------------------------------ while it is under way
 
 
 def no_room(*args: object, **kwargs: object) -> None:
@@ -363,7 +392,9 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_half_written(
 ) -> None:
     with monkeypatch.context() as injected:
         injected.setattr("kvinv_pl.store.os.fsync", no_room)
-        refused(kvinv("run", *good, "--trainer.logger", "false"), "cannot write", "No space left", "make room")
+        refused(
+            kvinv("run", *good, "--trainer.logger", "false"), "cannot write", "No space left", "make room"
+        )
     assert not [name for name in tree(tmp_path / "out") if "tmp" in name]
     assert not (tmp_path / "out" / "run.json").exists()
     assert kvinv("run", *good).code == 0
@@ -403,7 +434,9 @@ def test_an_interrupted_command_goes_on_where_it_was(good: list[object], tmp_pat
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
-    assert "Traceback" not in err and err.splitlines()[-1].startswith("kvinv: stopped; the same command goes on")
+    assert "Traceback" not in err and err.splitlines()[-1].startswith(
+        "kvinv: stopped; the same command goes on"
+    )
     before = times(tmp_path / "out")
     assert 2 <= len(before) - 1 < 30
     answer = kvinv("run", *slower)
