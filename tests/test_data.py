@@ -95,7 +95,10 @@ def test_pictures_of_one_name_get_a_folder_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["name,source", "a.png,a cat"], "has the columns name, source: expected image, source, targets, mask"),
+        (
+            ["name,source", "a.png,a cat"],
+            "has the columns name, source: expected image, source, targets, mask",
+        ),
         (["image,target", "a.png,a dog"], "has a column 'target': rename it to targets"),
         (["image,source", ",a cat"], "line 2 of .* names no image"),
         (["image,source", "a.png,a cat, sitting"], "line 2 of .* has more fields than there are columns"),
