@@ -17,6 +17,7 @@ from kvinv_pl.store import RunStore
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LISTS = (".csv", ".jsonl")
+Stage = Literal["invert", "fit", "edit"]
 COLUMNS = ("image", "source", "targets", "mask")
 
 

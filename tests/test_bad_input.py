@@ -299,15 +299,16 @@ def test_a_run_of_another_picture_prompt_or_model_is_refused_and_kept(
         assert {name: (run / name).read_bytes() for name in before} == before
 
 
-def test_overwrite_starts_such_a_run_anew(good: list[object], run: Path) -> None:
-    answer = kvinv(
-        "run", *good, "--out", run, "--source", "a rabbit", "--model.inner_steps", 1, "--overwrite"
-    )
-    assert answer.code == 0 and "inverting" in answer.err
+def test_overwrite_starts_such_a_run_anew_and_goes_on_with_its_own(good: list[object], run: Path) -> None:
+    other = [*good, "--out", run, "--source", "a rabbit", "--overwrite"]
+    answer = kvinv("run", *other)
+    assert answer.code == 0 and "inverting" in answer.err and "tuning" in answer.err
     assert RunStore(run).read_run()["source"] == "a rabbit"
-    answer = kvinv("run", *good, "--out", run, "--source", "a rabbit", "--overwrite", "true")
-    assert answer.code == 0 and "inverting" not in answer.err and "tuning" in answer.err
-    assert RunStore(run).read_run()["tuning"]["inner_steps"] == 2
+    before = times(run)
+    assert kvinv("run", *other).code == 0 and times(run) == before
+    answer = kvinv("run", *other, "true", "--model.inner_steps", 1)
+    assert answer.code == 0 and "tuning" in answer.err
+    assert RunStore(run).read_run()["tuning"]["inner_steps"] == 1
 
 
 @pytest.mark.parametrize("name", ["trajectory.safetensors", "steps/1.safetensors"])
