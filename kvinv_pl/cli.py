@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections import deque
@@ -40,7 +41,7 @@ SHORT = {
     "--source": ("data.source", "TEXT", "what the picture shows; may be empty"),
     "--target": ("data.targets", "TEXT", "what it should become; repeatable"),
     "--mask": ("data.mask", "FILE", "a mask of the subject, for variants that take one"),
-    "--out": ("data.out", "DIR", "the run folder (also -o)"),
+    "--out": ("data.out", "DIR", "the run folder; also -o"),
     "--overwrite": ("data.overwrite", "", "start anew where the folder holds another run"),
     "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
     "--steps": ("model.steps", "N", "DDIM steps"),
@@ -64,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         line = " ".join(str(error).split())
         sys.stderr.write(f"kvinv: error: {line}\n")
         raise SystemExit(2) from None
@@ -150,6 +151,7 @@ def _other(verb: str, argv: list[str]) -> None:
 def _stage(verb: str, argv: list[str]) -> None:
     """One stage through LightningCLI, with the short flags spelled out."""
     line = _long(verb, argv)
+    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -212,6 +214,9 @@ def _stage(verb: str, argv: list[str]) -> None:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        hint = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slots 1"
+        raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {hint}") from error
     except UserError as error:
         raise UserError(wording.of_setting(str(error), line.typed)) from error
 
@@ -247,7 +252,8 @@ def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
     for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **SHORT}.items():
         section, _, name = target.partition(".")
         default = inspect.signature(classes[section]).parameters[name].default
-        shown = "" if default in (None, "", False) or isinstance(default, list) else f" (default: {default})"
+        hidden = default is None or default is False or default == "" or isinstance(default, list)
+        shown = "" if hidden else f" (default: {default})"
         rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
     head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
     return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])
@@ -301,6 +307,10 @@ def _long(verb: str, argv: Sequence[str]) -> _Line:
         else:
             line.argv.append(f"--{key}={value}")
     line.read_rest(passed)
+    if "data.run" in line.typed and (also := {"--source", "--mask", "--out"} & set(line.typed.values())):
+        raise UserError(
+            f"{', '.join(sorted(also))} does not go with --run: the run folder knows; leave it out"
+        )
     if targets:
         line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")
     line.argv[:0] = [*first, *_variant_by_name(passed)]
@@ -363,7 +373,7 @@ def _in_words(verb: str, line: _Line, kinds: Mapping[str, Any]) -> Iterator[None
 
 def _settings_of(folder: Path) -> dict[str, Any]:
     """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
-    from kvinv_pl.data import stores_in
+    from kvinv_pl.data import reading, stores_in
 
     settings = []
     for store in stores_in(folder):
@@ -371,16 +381,18 @@ def _settings_of(folder: Path) -> dict[str, Any]:
         if "tuning" not in run:
             raise UserError(f"{store.folder} is not tuned: go on with `kvinv fit` before editing")
         tuning = run["tuning"]
-        settings.append(
-            {
-                "checkpoint": run["model"]["checkpoint"],
-                "attention": tuning["attention"],
-                "target_modules": tuning["sites"],
-                "steps": run["scheduler"]["steps"],
-                "guidance": tuning["guidance"] if tuning["guidance"] != 1 else 4.0,
-                "negative": tuning["negative"],
-            }
-        )
+        with reading(store):
+            settings.append(
+                {
+                    "checkpoint": run["model"]["checkpoint"],
+                    "attention": tuning["attention"],
+                    "target_modules": tuning["sites"],
+                    "steps": run["scheduler"]["steps"],
+                    "negative": tuning["negative"],
+                    # psi of the conditional branch alone says nothing of the edit's guidance
+                    **({"guidance": tuning["guidance"]} if tuning["guidance"] != 1 else {}),
+                }
+            )
     if any(other != settings[0] for other in settings):
         raise UserError(f"the runs in {folder} were made with unlike settings: edit them one by one")
     return {"model": settings[0], "data": {"run": str(folder)}}

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -251,13 +252,25 @@ def stores_in(folder: Path) -> list[RunStore]:
     return stores
 
 
+@contextmanager
+def reading(store: RunStore) -> Iterator[None]:
+    """Say which field a run.json lacks, where one is read."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        file = store.folder / "run.json"
+        raise UserError(f"{file} is damaged (it lacks {error}): remove the run and make it again") from error
+
+
 def _runs(folder: Path, targets: list[str]) -> Iterator[Work]:
     """The finished or half-finished runs in a folder, or the one that it is."""
     for store in stores_in(folder):
-        record = store.read_run()
-        name, source = record["picture"]["name"], record["source"]
-        mask = store.folder / "mask.png" if record["picture"]["mask"] else None
-        yield Work(name, store, None, source, targets, mask, record["picture"]["mode"])
+        with reading(store):
+            record = store.read_run()
+            picture, source = record["picture"], record["source"]
+            mask = store.folder / "mask.png" if picture["mask"] else None
+            work = Work(picture["name"], store, None, source, targets, mask, picture["mode"])
+        yield work
 
 
 def _check_targets(work: Work) -> None:

@@ -12,7 +12,7 @@ LARGEST = 4096  # pixels a side
 MOST = 1000  # animals on a page
 
 
-def world(out: Path = Path("world"), seed: int = 7, sheet: int = 0, size: int = SIZE) -> None:
+def world(out: str = "world", seed: int = 7, sheet: int = 0, size: int = SIZE) -> None:
     """Draw an animal of the embedded world: its picture, mask and prompt in every action.
 
     Args:
@@ -27,10 +27,10 @@ def world(out: Path = Path("world"), seed: int = 7, sheet: int = 0, size: int = 
         raise UserError(f"sheet: expected a number of animals, 1 to {MOST}, got {sheet}")
     if not 8 <= size <= LARGEST:
         raise UserError(f"size: expected 8 to {LARGEST} pixels a side, got {size}")
-    out = out.expanduser()
+    folder = Path(out).expanduser()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = _page(out, seed, sheet, size) if sheet else _pictures(out, seed, size)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _page(folder, seed, sheet, size) if sheet else _pictures(folder, seed, size)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; name another folder") from error
     print("\n".join(lines))

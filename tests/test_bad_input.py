@@ -349,6 +349,16 @@ def test_a_damaged_run_json_is_refused(good: list[object], run: Path) -> None:
         (run / "run.json").write_text(content)
         refused(kvinv("edit", "--run", run, "--target", "a fox"), "run.json", says)
         refused(kvinv("run", *good, "--out", run), "run.json", says)
+    (run / "run.json").write_text('{"format": 1, "tuning": {}, "model": {}}')
+    refused(kvinv("edit", "--run", run, "--target", "a fox"), "run.json is damaged (it lacks 'checkpoint')")
+    refused(kvinv("run", *good, "--out", run), "was made with")
+
+
+def test_what_a_run_folder_knows_is_not_asked_for_again(good: list[object], run: Path) -> None:
+    edit = ["edit", "--run", run, "--target", "a fox"]
+    refused(kvinv(*edit, "--source", "a rabbit"), "--source does not go with --run")
+    refused(kvinv(*edit, "--image", good[1]), "expected either image or run, got both")
+    refused(kvinv(*edit, "--steps", 3), "was made with scheduler.steps = 2, not 3")
 
 
 def test_an_edit_of_what_is_no_finished_run_is_refused(good: list[object], tmp_path: Path) -> None:
@@ -396,8 +406,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_half_written(
         refused(
             kvinv("run", *good, "--trainer.logger", "false"), "cannot write", "No space left", "make room"
         )
-    assert not [name for name in tree(tmp_path / "out") if "tmp" in name]
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert not (tmp_path / "out").exists()
     assert kvinv("run", *good).code == 0
 
 
@@ -446,9 +455,9 @@ def test_an_interrupted_command_goes_on_where_it_was(good: list[object], tmp_pat
 
 
 def test_debug_shows_where_an_error_came_from(good: list[object], tmp_path: Path) -> None:
-    from kvinv_pl.errors import UserError
-
-    with pytest.raises(UserError, match="found nothing"):
-        kvinv("run", *good, "--image", tmp_path / "nope.png", "--debug")
-    answer = process("world", "--seed", "-1", "--debug")
-    assert answer.code == 1 and "Traceback" in answer.err and "seed: expected 0 or more" in answer.err
+    for answer in (
+        kvinv("run", *good, "--image", tmp_path / "nope.png", "--debug"),
+        process("world", "--seed", "-1", "--debug"),
+    ):
+        assert answer.code == 2 and "Traceback" in answer.err and "UserError" in answer.err
+        assert answer.err.splitlines()[-1].startswith("kvinv: error: ")
