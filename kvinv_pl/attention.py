@@ -37,7 +37,8 @@ class CPAttention(nn.Module):
         if args or kwargs:  # copying and unpickling make one without
             given = inspect.signature(cls).bind(*args, **kwargs)
             given.apply_defaults()
-            made.__dict__["options"] = {name: value for name, value in given.arguments.items() if name != "site"}
+            given.arguments.pop("site")
+            made.__dict__["options"] = dict(given.arguments)
         return made
 
     def __init__(self, site: Site):

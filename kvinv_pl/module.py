@@ -12,11 +12,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kvinv_pl import records, registry, working
+from kvinv_pl import records, registry, stages
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
-from kvinv_pl.curriculum import Batch, Convergence, SlotKeeper, batches, remaining
-from kvinv_pl.data import Job, Work
+from kvinv_pl.curriculum import Batch, Convergence, SlotKeeper, batches, first_missing, remaining
+from kvinv_pl.data import Job, Stage, Work
 from kvinv_pl.errors import UserError
 from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
@@ -44,7 +44,7 @@ class KVInversion(LightningModule):
         tolerance: Mean squared error of the latent at which the noisiest timestep has converged.
         tolerance_growth: What is added to the tolerance at every later step.
         carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start.
-        reading: What an edit reads: frozen (the K-bar and V-bar that tuning arrived at) or blend (Eq. 1 on its own).
+        reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
         start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
         negative: What the unconditional branch is told.
         seed: Of random starts of psi.
@@ -109,9 +109,10 @@ class KVInversion(LightningModule):
         if self.reading not in ("frozen", "blend"):
             raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
         if self.store_dtype not in STORE_DTYPES:
-            raise UserError(f"store_dtype: expected {', '.join(STORE_DTYPES)}, got {self.store_dtype!r}")
+            names = ", ".join(STORE_DTYPES)
+            raise UserError(f"store_dtype: expected {names}, got {self.store_dtype!r}")
 
-    # ------------------------------------------------------------------------------------- the frozen model, once
+    # ---- the frozen model, once
 
     @property
     def network(self) -> Network:
@@ -129,24 +130,49 @@ class KVInversion(LightningModule):
         return self.network.backbone
 
     def setup(self, stage: str) -> None:
-        """Every forward runs in the trainer's precision; a fit has as many epochs as phases remain."""
+        """Run every forward in the trainer's precision; a fit has as many epochs as phases remain."""
         self.network.autocast = self.trainer.precision_plugin.forward_context
         if stage == "fit":
-            self.trainer.fit_loop.max_epochs = 1 if self.trainer.fast_dev_run else len(self._plan)  # pyright: ignore[reportAttributeAccessIssue]
+            self.trainer.fit_loop.max_epochs = 1 if self._rehearsal else len(self._plan)
+
+    @property
+    def _rehearsal(self) -> bool:
+        """Whether this is the trainer's fast_dev_run: one inner step of one phase."""
+        return bool(getattr(self.trainer, "fast_dev_run", False))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave jobs and step numbers where they are."""
         return batch
 
-    # ------------------------------------------------------------------------------------------- stages 1 and 3
+    # ---- stages 1 and 3
 
     def inversion_record(self, work: Work) -> tuple[dict[str, Any], Tensor, Tensor | None]:
         """What run.json will say of this picture's inversion, its pixels and its mask."""
-        return working.inversion_record(self.network, work, self.inversion_guidance, self.negative)
+        return stages.inversion_record(self.network, work, self.inversion_guidance, self.negative)
 
     def is_inverted(self, work: Work) -> bool:
         """Whether stage 1 is done; a run that was made otherwise is refused."""
-        return working.is_inverted(self.network, work, self.inversion_guidance, self.negative)
+        return stages.is_inverted(self.network, work, self.inversion_guidance, self.negative)
+
+    def check(self, work: Work, stage: Stage, anew: bool = False) -> None:
+        """Refuse what cannot be worked on, or is another run than its folder's, before anything is written."""
+        store, fresh = work.store, anew or not work.store.has_run()
+        ready = not fresh and self.is_inverted(work) and stages.is_tuned(self.network, store)
+        if stage == "edit" and not ready:
+            raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
+        if fresh:
+            _, pixels, mask = self.inversion_record(work)
+            (height, width), masked = pixels.shape[-2:], mask is not None
+        else:
+            picture = store.read_run()["picture"]
+            (width, height), masked = picture["model_size"], picture["mask"] is not None
+        if stage == "fit":
+            factor = self.network.backbone.vae_factor
+            self.network.place((height // factor, width // factor), self.slots)
+            self.network.bind(torch.ones(self.slots, height, width) if masked else None)
+            record = self.tuning_record()
+            if not fresh and "tuning" in store.read_run() and store.done():
+                store.require({"tuning": record}, ["tuning"])
 
     def predict_step(self, batch: Job, batch_idx: int) -> None:
         """One stage of one picture."""
@@ -154,13 +180,13 @@ class KVInversion(LightningModule):
         # what is written here is read by the tuning, where inference tensors would not do
         with torch.inference_mode(False):
             if batch.stage == "edit":
-                self.last_edits = working.edit_picture(
+                self.last_edits = stages.edit_picture(
                     self.network, work, self.guidance, self.reading, self.start, self.negative, watch
                 )
             elif not self.is_inverted(work):
-                working.invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)
+                stages.invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)
 
-    # ------------------------------------------------------------------------------------------ stage 2: the fit
+    # ---- stage 2: the fit
 
     def tuning_record(self) -> dict[str, Any]:
         """What psi depends on, besides the trajectory."""
@@ -182,23 +208,34 @@ class KVInversion(LightningModule):
         self._works = works
         height, width = works[0].store.trajectory().shape[-2:]
         self.network.place((height, width), self.slots)
-        record = self.tuning_record()
-        for work in works:
+        record, done = self.tuning_record(), [work.store.done() for work in works]
+        for work, finished in zip(works, done, strict=True):
             run = work.store.read_run()
-            if "tuning" in run:
+            if "tuning" in run and finished:
                 work.store.require({"tuning": record}, ["tuning"])
-            else:
+            if first_missing(finished, self.steps) < self.steps:
+                run.pop("reconstruction", None)
                 work.store.write_run({**run, "tuning": record})
-        self._batches = batches([work.store.done() for work in works], self.steps, self.slots)
+        self._batches = batches(done, self.steps, self.slots)
         self._plan = remaining(self._batches, self.steps)
-        for work in works:  # a kill may have come between the last phase and its certificate
-            if working.is_tuned(self.network, work.store) and "reconstruction" not in work.store.read_run():
-                working.certify(self.network, work.store)
         return len(self._plan)
+
+    def certify_rest(self, works: list[Work]) -> None:
+        """Do what a fit that was stopped after its last phase has left undone."""
+        for work in works:
+            if "reconstruction" not in work.store.read_run():
+                stages.certify(self.network, work.store)
 
     def configure_optimizers(self) -> Optimizer:
         """One optimiser for the live psi."""
-        return self.optimizer(self.network.psi.parameters())
+        try:
+            optimizer = self.optimizer(self.network.psi.parameters())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
+        if self.slots > 1 and _needs_closure(optimizer):
+            kind = type(optimizer).__name__
+            raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
+        return optimizer
 
     def _optimizer(self) -> Optimizer:
         optimizer = self.optimizers()
@@ -235,7 +272,7 @@ class KVInversion(LightningModule):
                 self.network.read(step.psi, slot)
         texts = [self.negative] * len(works) + [work.source for work in works]
         self._contexts = self.network.backbone.embed(texts).unflatten(0, (2, -1))
-        self.network.bind(working.masks_of([work.store for work in works]))
+        self.network.bind(stages.masks_of([work.store for work in works]))
         name = works[0].name if self.slots == 1 else f"{sum(batch.active)} pictures"
         self.watch.begin("tuning", name, self.steps - batch.first)
 
@@ -256,11 +293,7 @@ class KVInversion(LightningModule):
         optimizer = self._optimizer()
         with self.network.attached().blend():
             errors = squared_errors(self._pivot, self._reconstruct())
-            if not errors.isfinite().all():
-                raise UserError(
-                    f"the reconstruction is no longer finite at step {self._phase.step}: use a lower learning "
-                    "rate or guidance scale, or precision 32-true"
-                )
+            self._check_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._first_errors = means if self._first_errors is None else self._first_errors
             self._keeper.stop(self.convergence.reached(means, self._phase.step))
@@ -272,11 +305,11 @@ class KVInversion(LightningModule):
             self.watch.show(f"timestep {t}, inner step {batch_idx}, loss {loss:.2e}")
             running = running.to(self.device)
 
-            def closure() -> Tensor:
+            def closure() -> float:
                 optimizer.zero_grad()
                 loss = squared_errors(self._pivot, self._reconstruct())[running].sum()
                 self.manual_backward(loss)
-                return loss
+                return float(loss.detach())
 
             if _needs_closure(optimizer):
                 optimizer.step(closure)
@@ -285,6 +318,13 @@ class KVInversion(LightningModule):
                 self.manual_backward(errors[running].sum())
                 optimizer.step()
         self._keeper.restore()
+
+    def _check_finite(self, errors: Tensor) -> None:
+        if not errors.isfinite().all():
+            raise UserError(
+                f"the reconstruction is no longer finite at step {self._phase.step}: use a lower "
+                "learning rate or guidance scale, or precision 32-true"
+            )
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
@@ -295,29 +335,34 @@ class KVInversion(LightningModule):
         with self.network.attached().recording() as kv:
             self._z = self._reconstruct()
         ends = (squared_errors(self._pivot, self._z) / self._pivot[0].numel()).cpu()
+        self._check_finite(ends)
         begins = ends if self._first_errors is None else self._first_errors
-        for slot, (member, active) in enumerate(zip(batch.members, batch.active, strict=True)):
-            if active:
-                psi = {name: value[slot].to(dtype).cpu() for name, value in self.network.values().items()}
-                bars = {path: tuple(x[:, slot].to(dtype).cpu() for x in pair) for path, pair in kv.items()}
-                info = {
-                    "loss_start": float(begins[slot]),
-                    "loss_end": float(ends[slot]),
-                    "inner_steps": int(self._used[slot]),
-                }
-                self._works[member].store.save_step(i, psi, self._z[slot].cpu(), bars, info)  # pyright: ignore[reportArgumentType]
-        figures = {"loss_start": begins.mean(), "loss": ends.mean(), "inner_steps": self._used.float().mean()}
-        for logger in self.loggers:
-            shown = {f"phase/{name}": float(value) for name, value in figures.items()}
-            logger.log_metrics(shown, step=self._phase.batch * self.steps + i)
         self.watch.advance(f"loss {float(ends.mean()):.2e}")
+        if self._rehearsal:
+            return  # a phase cut short is not worth keeping
+        for slot, work in self._active(batch):
+            psi = {name: value[slot].to(dtype).cpu() for name, value in self.network.values().items()}
+            bars = {
+                path: (k[:, slot].to(dtype).cpu(), v[:, slot].to(dtype).cpu()) for path, (k, v) in kv.items()
+            }
+            figures = {
+                "loss_start": float(begins[slot]),
+                "loss_end": float(ends[slot]),
+                "inner_steps": int(self._used[slot]),
+            }
+            work.store.save_step(i, psi, self._z[slot].cpu(), bars, figures)
+            for logger in self.loggers:
+                name = work.store.folder.name
+                logger.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step=i)
         if i == self.steps - 1:
-            stores = [
-                self._works[m].store for m, active in zip(batch.members, batch.active, strict=True) if active
-            ]
-            worth = [working.certify(self.network, store) for store in stores]
+            worth = [stages.certify(self.network, work.store) for _, work in self._active(batch)]
             shown = ", ".join(f"{quality:.1f}" for quality in worth)
             self.watch.finish(f"reconstruction {shown} dB to the VAE round trip")
+
+    def _active(self, batch: Batch) -> list[tuple[int, Work]]:
+        """The slots of a batch that are no padding, and the pictures in them."""
+        pairs = enumerate(zip(batch.members, batch.active, strict=True))
+        return [(slot, self._works[member]) for slot, (member, active) in pairs if active]
 
 
 def _needs_closure(optimizer: Any) -> bool:

@@ -196,6 +196,11 @@ def to_pixels(image: Image.Image, geometry: Geometry) -> Float[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().contiguous() / 127.5 - 1
 
 
+def as_pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """The picture in its own size, in -1 .. 1."""
+    return to_pixels(image, Geometry(image.size, image.size))
+
+
 def to_mask(image: Image.Image, geometry: Geometry) -> Float[Tensor, "h w"]:
     """A mask (white: the subject) that lies over the model's pixels, in 0 .. 1."""
     resized = _resize(image.convert("L"), geometry, Image.Resampling.BILINEAR)

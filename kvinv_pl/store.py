@@ -163,7 +163,8 @@ class RunStore:
 
     def edits(self) -> list[tuple[dict[str, Any], Path]]:
         """Every edit's record and picture, oldest first."""
-        records = sorted((self.folder / "edits").glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        files = (self.folder / "edits").glob("*.json")
+        records = sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
         return [(_read_json(file), file.with_suffix(".png")) for file in records]
 
     def _step(self, i: int) -> Path:

@@ -1,6 +1,7 @@
-"""The trainer: invert() and edit() beside fit(), and run() for all three, over the run folders of the data."""
+"""The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from kvinv_pl.data import SourceImages, Work
+from kvinv_pl.data import SourceImages, Stage, Work
 from kvinv_pl.errors import UserError
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
@@ -71,15 +72,18 @@ class KVTrainer(Trainer):
         """
         if max_epochs != -1:
             raise UserError(
-                f"max_epochs: got {max_epochs}, but an epoch is one timestep, of which model.steps says how many; leave it at -1"
+                f"max_epochs: got {max_epochs}, but an epoch is one timestep, and model.steps says how many "
+                "there are; leave it at -1"
             )
         if gradient_clip_val is not None or accumulate_grad_batches != 1:
             raise UserError(
-                "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: leave them out"
+                "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: "
+                "leave them out"
             )
         if devices != 1:
             raise UserError(
-                f"devices: expected 1, got {devices}: plain data parallelism would average the psi of different pictures"
+                f"devices: expected 1, got {devices}: plain data parallelism would average the psi of different "
+                "pictures"
             )
         if precision not in COMPUTE_DTYPES:
             raise UserError(
@@ -93,14 +97,15 @@ class KVTrainer(Trainer):
                 logger=False if isinstance(logger, bool) else logger,
                 callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
                 profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1,
+                enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+                log_every_n_steps=1,
             )  # fmt: skip
         self._log_to_run = logger is True and not fast_dev_run
         self.watch = Progress(quiet=quiet)
 
     def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 1: find the trajectory of every picture by DDIM inversion."""
-        with self._working(model, datamodule):
+        with self._working(model, datamodule, "invert"):
             self._invert(model, datamodule)
         self._say_where(datamodule)
 
@@ -113,12 +118,12 @@ class KVTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Stage 2: learn psi_t of every picture, timestep by timestep, inverting first what is not yet inverted."""
+        """Stage 2: learn psi_t of every picture, timestep by timestep; invert first what is not inverted."""
         if not isinstance(model, KVInversion) or not isinstance(datamodule, SourceImages):
             raise UserError("fit expects a KVInversion model and SourceImages as its datamodule")
         if ckpt_path is not None or train_dataloaders is not None:
             raise UserError("the run folder is what a fit goes on from: leave ckpt_path and dataloaders out")
-        with self._working(model, datamodule):
+        with self._working(model, datamodule, "fit"):
             self._invert(model, datamodule)
             self._fit(model, datamodule)
         self._say_where(datamodule)
@@ -126,21 +131,21 @@ class KVTrainer(Trainer):
     def edit(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 3: render every tuned picture as its targets say."""
         self._require_targets(datamodule)
-        with self._working(model, datamodule):
+        with self._working(model, datamodule, "edit"):
             self._edit(model, datamodule)
         self._say_where(datamodule)
 
     def run(self, model: KVInversion, datamodule: SourceImages) -> None:
         """All three stages: invert, tune and edit, each as far as it is not yet done."""
         self._require_targets(datamodule)
-        with self._working(model, datamodule):
+        with self._working(model, datamodule, "fit"):
             self._invert(model, datamodule)
             self._fit(model, datamodule)
             if not self.fast_dev_run:
                 self._edit(model, datamodule)
         self._say_where(datamodule)
 
-    # ------------------------------------------------------------------------------------------------- the stages
+    # ---- the stages
 
     def _invert(self, model: KVInversion, data: SourceImages) -> None:
         if any(not model.is_inverted(work) for work in data.works):
@@ -161,14 +166,15 @@ class KVTrainer(Trainer):
     def _edit(self, model: KVInversion, data: SourceImages) -> None:
         self.predict(model, data.jobs("edit"), return_predictions=False)
 
-    # ------------------------------------------------------------------------------------------- what is around them
+    # ---- what is around them
 
     @contextmanager
-    def _working(self, model: KVInversion, data: SourceImages) -> Iterator[None]:
+    def _working(self, model: KVInversion, data: SourceImages, stage: Stage) -> Iterator[None]:
         """Everything that can be wrong is found first; then the run folders are held, and left in order."""
         model.watch = self.watch
         model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
-        stale = [work for work in data.works if not self._fits(model, work, data.overwrite)]
+        fresh = [work.store.folder for work in data.works if not work.store.folder.exists()]
+        stale = [work for work in data.works if not self._fits(model, work, stage, data.overwrite)]
         try:
             with ExitStack() as held:
                 held.enter_context(_without_advice())
@@ -181,21 +187,24 @@ class KVTrainer(Trainer):
                 yield
         except OSError as error:  # what Lightning and TensorBoard write beside our own files
             raise UserError(
-                f"cannot write {error.filename or data.out}: {error.strerror or error}; make room and give the same command again"
+                f"cannot write {error.filename or data.out}: {error.strerror or error}; "
+                "make room and give the same command again"
             ) from error
+        finally:
+            for folder in fresh:  # where nothing came of it, nothing is left
+                if folder.is_dir() and os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
 
     @staticmethod
-    def _fits(model: KVInversion, work: Work, overwrite: bool) -> bool:
+    def _fits(model: KVInversion, work: Work, stage: Stage, overwrite: bool) -> bool:
         """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
         try:
-            if work.image is not None and not work.store.has_run():
-                model.invert_record(work)
-            else:
-                model.is_inverted(work)
+            model.check(work, stage)
         except UserError:
             if not (overwrite and work.image is not None and work.store.has_run()):
                 raise
-            model.invert_record(work)
+            model.check(work, stage, anew=True)
             return False
         return True
 

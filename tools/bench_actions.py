@@ -2,9 +2,10 @@
 
     python tools/bench_actions.py --cases 64 --seed-base 1000000
 
-prints one row for each way of editing: how often the asked action is seen, the PSNR to the true picture on the whole
-frame, on the animal and on the background, the reconstruction, and the time. Seeds from 1,000,000 up are for reporting;
-choose settings on 900,000 to 999,999 (`--model '{"inner_steps": 3}'`). Interrupted, it goes on where it was.
+prints one row for each way of editing: how often the asked action is seen, the PSNR to the true picture on
+the whole frame, on the animal and on the background, the reconstruction, and the time. Seeds from 1,000,000
+up are for reporting; choose settings on 900,000 to 999,999 (`--model '{"inner_steps": 3}'`). Interrupted, it goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Row:
 
 
 class Bench:
-    """Tunes and edits the cases in run folders under `work`, through the same module and trainer as the command."""
+    """Tunes and edits the cases in run folders under `work`, by the same module and trainer as the command."""
 
     def __init__(
         self, cases: list[Case], seed_base: int, work: Path, slots: int, model: dict[str, Any]
