@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import checkpoints
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 
+from kvinv_pl.api import _changed
 from kvinv_pl.data import SourceImages
 from kvinv_pl.module import KVInversion
 from kvinv_pl.store import RunStore
@@ -26,17 +31,27 @@ QUICK: dict[str, Any] = {
     "tolerance_growth": 0.0,
     "store_dtype": "float32",
 }
+_home = Path(tempfile.mkdtemp(prefix="kvinv-fits-"))
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+_made: dict[str, Path] = {}
+
 UNTUNED = float("inf")
 """A tolerance at which everything has converged before it begins."""
 
 
-def adam(lr: float = 3e-2) -> Any:
+def adam(lr: float = 0.1) -> Any:
     return lambda parameters: torch.optim.Adam(parameters, lr=lr)
 
 
-def checkpoint() -> Path:
-    """The tiny checkpoint, which nobody may change."""
-    return checkpoints.make("tiny", Path(tempfile.gettempdir()) / f"kvinv-{checkpoints._home.name}")
+def checkpoint(**scheduler: Any) -> Path:
+    """The tiny checkpoint with latents of about unit variance, as a trained VAE has; nobody may change it."""
+    name = "-".join(["tiny", *(f"{key}-{value}" for key, value in scheduler.items())])
+    if name not in _made:
+        folder = checkpoints.make("tiny", _home / name)
+        checkpoints.change_json(folder / "vae" / "config.json", scaling_factor=5.0)
+        checkpoints.change_json(folder / "scheduler" / "scheduler_config.json", **scheduler)
+        _made[name] = folder
+    return _made[name]
 
 
 def picture(path: Path, size: tuple[int, int] = (16, 16), seed: int = 0) -> Path:
@@ -49,7 +64,8 @@ def picture(path: Path, size: tuple[int, int] = (16, 16), seed: int = 0) -> Path
 
 def model(**settings: Any) -> KVInversion:
     """The module on the tiny checkpoint, or on the one named."""
-    given = {"checkpoint": str(checkpoint()), "optimizer": adam(), **QUICK, **settings}
+    given: dict[str, Any] = {"optimizer": adam(), **QUICK, **settings}
+    given.setdefault("checkpoint", str(checkpoint()))
     return KVInversion(**given)
 
 
@@ -66,10 +82,31 @@ def fit(image: Path, out: Path, module: KVInversion | None = None, **settings: A
 def edit(
     store: RunStore, *targets: str, module: KVInversion | None = None, **settings: Any
 ) -> list[Image.Image]:
-    """Edit a tuned run, and open what came of it."""
-    module = module or model(**settings)
-    trainer().edit(module, SourceImages(run=str(store.folder), targets=list(targets or [TARGET])))
-    return [Image.open(path).convert("RGB") for path in module.last_edits]
+    """Edit a tuned run, and open what came of it; one loaded module serves all that ask for nothing special."""
+    special = settings.keys() - {"reading", "start", "guidance", "negative"}
+    module = module or (model(**settings) if special else _editor())
+    with _changed(module, {} if special else settings):
+        trainer().edit(module, SourceImages(run=str(store.folder), targets=list(targets or [TARGET])))
+    return [opened(path) for path in module.last_edits]
+
+
+@cache
+def _editor() -> KVInversion:
+    return model()
+
+
+def tensors(store: RunStore) -> dict[str, str]:
+    """The digest of the trajectory and of every phase: z-tilde, psi, K-bar, V-bar and the figures."""
+    digests = {}
+    for file in [store.folder / "trajectory.safetensors", *(store.folder / "steps").iterdir()]:
+        with safe_open(file, "pt") as opened:
+            digests[file.name] = opened.metadata()["digest"]
+    return digests
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def levels(a: Image.Image, b: Image.Image) -> int:

@@ -1,0 +1,160 @@
+import gc
+from pathlib import Path
+from typing import Any, Literal
+
+import fits
+import numpy as np
+import pytest
+from fits import SOURCE, TARGET
+from PIL import Image
+
+import kvinv_pl
+from kvinv_pl.api import KVInverter, Run
+from kvinv_pl.errors import UserError
+from kvinv_pl.store import RunStore
+
+SETTINGS: dict[str, Any] = {**fits.QUICK, "optimizer": fits.adam()}
+
+
+@pytest.fixture(scope="module")
+def kv() -> KVInverter:
+    return kvinv_pl.load(fits.checkpoint(), accelerator="cpu", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png", (45, 30))
+
+
+@pytest.fixture(scope="module")
+def run(kv: KVInverter, image: Path) -> Run:
+    return kv.tune(image, SOURCE)
+
+
+def test_three_lines_give_a_picture_in_the_size_of_the_source_and_say_nothing(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", **SETTINGS)
+    run = kv.tune(image, SOURCE)
+    edited = run.edit(TARGET)
+    assert edited.size == run.reconstruction.size == (45, 30) and edited.mode == "RGB"
+    assert edited.tobytes() != run.reconstruction.tobytes()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_it_is_the_same_tuning_as_the_trainers(run: Run, image: Path, tmp_path: Path) -> None:
+    store = fits.fit(image, tmp_path / "run")
+    assert fits.tensors(RunStore(run.folder)) == fits.tensors(store)
+
+
+def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVInverter, run: Run) -> None:
+    plain = run.edit(TARGET).tobytes()
+    others = [
+        run.edit(TARGET, reading="blend"),
+        run.edit(TARGET, start=1.0),
+        run.edit(TARGET, guidance=3.0),
+        run.edit(TARGET, negative="a dog"),
+    ]
+    assert len({plain, *(other.tobytes() for other in others)}) == 5
+    with pytest.raises(UserError, match="start: expected a share"):
+        run.edit(TARGET, guidance=5.0, start=2.0)
+    assert (kv.model.guidance, kv.model.reading, kv.model.start, kv.model.negative) == (
+        2.0,
+        "frozen",
+        0.1,
+        "",
+    )
+    assert run.edit(TARGET).tobytes() == plain
+
+
+def test_an_empty_target_is_refused(run: Run) -> None:
+    with pytest.raises(UserError, match="an empty target"):
+        run.edit("  ")
+
+
+def test_a_temporary_run_goes_with_its_object(kv: KVInverter, image: Path, tmp_path: Path) -> None:
+    run = kv.tune(image, SOURCE)
+    folder = run.folder
+    assert RunStore(folder).done() == {0, 1, 2}
+    del run
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_run_in_a_folder_of_its_own_stays_and_is_gone_on_with(
+    kv: KVInverter, image: Path, tmp_path: Path
+) -> None:
+    first = kv.tune(image, SOURCE, out=tmp_path / "run").edit(TARGET)
+    gc.collect()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "steps").iterdir()}
+    again = kv.tune(image, SOURCE, out=str(tmp_path / "run"))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "steps").iterdir()} == times
+    assert again.edit(TARGET).tobytes() == first.tobytes()
+
+
+def test_a_picture_in_memory_is_the_same_as_one_on_disk(kv: KVInverter, run: Run, image: Path) -> None:
+    other = kv.tune(fits.opened(image), SOURCE)
+    pictures = [RunStore(each.folder).read_run()["picture"]["sha256"] for each in (run, other)]
+    assert pictures[0] == pictures[1]
+    assert other.edit(TARGET).tobytes() == run.edit(TARGET).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_a_picture_in_memory_may_be_of_any_mode_that_a_file_may_have(mode: str, tmp_path: Path) -> None:
+    from kvinv_pl import pictures
+    from kvinv_pl.api import _file
+
+    rgb = fits.opened(fits.picture(tmp_path / "cat.png", (24, 16)))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+        assert image.mode == "I;16"
+    else:
+        image = rgb.convert(mode)
+    opened = pictures.open_picture(_file(image, tmp_path, "picture")).image
+    expected = rgb.convert("L") if mode in ("L", "LA", "I;16") else image.convert("RGB")
+    assert opened.size == (24, 16)
+    assert fits.levels(opened, expected.convert("RGB")) <= (1 if mode != "CMYK" else 60)
+
+
+def test_a_picture_in_memory_that_no_file_can_hold_is_refused(kv: KVInverter) -> None:
+    with pytest.raises(UserError, match="picture: expected a picture, got one of mode HSV"):
+        kv.tune(Image.new("HSV", (16, 16)))
+
+
+def test_a_picture_in_memory_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    from kvinv_pl.api import _file
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    fits.opened(fits.picture(tmp_path / "cat.png", (24, 16))).save(tmp_path / "cat.jpg", exif=exif)
+    with Image.open(tmp_path / "cat.jpg") as image:
+        turned = fits.opened(_file(image, tmp_path, "picture"))
+    assert turned.size == (16, 24)
+
+
+def test_a_mask_may_be_a_picture_in_memory(kv: KVInverter, image: Path) -> None:
+    with pytest.raises(UserError, match="a mask was given, but FullKV takes none"):
+        kv.tune(image, SOURCE, mask=Image.new("L", (45, 30), 255))
+
+
+def test_the_crop_is_returned_as_the_crop(kv: KVInverter, image: Path) -> None:
+    assert kv.tune(image, SOURCE, geometry="crop").edit(TARGET).size == (30, 30)
+
+
+@pytest.mark.parametrize("name", [".", "list.csv", "list.jsonl"])
+def test_tune_takes_one_picture(name: str, kv: KVInverter, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tune takes one picture"):
+        kv.tune(tmp_path / name, SOURCE)
+
+
+def test_what_is_missing_or_wrong_is_said_in_a_sentence(kv: KVInverter, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.png"):
+        kv.tune(tmp_path / "nowhere.png", SOURCE, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(TypeError, match="guidence"):
+        kvinv_pl.load(fits.checkpoint(), guidence=4.0)
+    with pytest.raises(UserError, match="steps: expected 1 or more"):
+        kvinv_pl.load(fits.checkpoint(), steps=0)
+    precision: Literal["16-mixed"] = "16-mixed"
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        kvinv_pl.load(fits.checkpoint(), accelerator="cpu", precision=precision)
