@@ -82,7 +82,7 @@ def fit(image: Path, out: Path, module: KVInversion | None = None, **settings: A
 def edit(
     store: RunStore, *targets: str, module: KVInversion | None = None, **settings: Any
 ) -> list[Image.Image]:
-    """Edit a tuned run, and open what came of it; one loaded module serves all that ask for nothing special."""
+    """Edit a tuned run, and open what came of it; one loaded module serves most."""
     special = settings.keys() - {"reading", "start", "guidance", "negative"}
     module = module or (model(**settings) if special else _editor())
     with _changed(module, {} if special else settings):

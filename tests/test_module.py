@@ -76,7 +76,7 @@ class ByHand:
         self, inner_steps: int, carry: bool
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[list[float]]]:
         """Psi and z-tilde of every step, and the mean error before each inner step."""
-        sites = select(self_attentions(self.backbone.unet, self.pivots[0].shape[-2:]), Selection("decoder"))
+        sites = select(self_attentions(self.backbone.unet, (8, 8)), Selection("decoder"))
         psi = {site.path: FullKV(site) for site in sites}
         parameters = [parameter for cp in psi.values() for parameter in cp.parameters()]
         z, stored, reached, losses = self.pivots[-1], [], [], []
@@ -260,7 +260,7 @@ def test_a_random_start_depends_on_seed_and_picture_and_not_on_who_is_tuned_besi
     fits.picture(folder / "a.png", seed=1)
     module = fits.model(tolerance=UNTUNED, attention=noise, seed=5, slots=2)
     fits.trainer().fit(module, datamodule=SourceImages(str(folder), SOURCE, out=str(tmp_path / "pair")))
-    beside, neighbour = (RunStore(tmp_path / "pair" / name).step(0).psi for name in ("b", "a"))
+    beside, neighbour = [RunStore(tmp_path / "pair" / name).step(0).psi for name in ("b", "a")]
     for name in (key for key in alone if key.endswith("k_hat")):
         assert alone[name].std() == pytest.approx(0.1, rel=0.2)
         assert torch.equal(alone[name], again[name])
@@ -287,7 +287,7 @@ def test_the_source_start_is_the_sources_own_k_and_v_of_the_conditional_branch(
         layer = by_hand.backbone.unet.get_submodule(path)
         for key in ("k", "v"):
             layer.get_submodule(f"to_{key}").register_forward_hook(
-                lambda module, args, out, name=f"{path}.{key}_hat": seen.__setitem__(name, out[0])
+                lambda module, args, out, name=f"{path}.{key}_hat": seen.update({name: out[0]})
             )
     with torch.no_grad():
         by_hand.backbone.eps(by_hand.pivots[-1], by_hand.table.timesteps[:1], by_hand.source)

@@ -44,8 +44,10 @@ class Kill(Callback):
         if (trainer.current_epoch, None) == self.at:
             raise Killed
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        if (trainer.current_epoch, rest[-1]) == self.at:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == self.at:
             raise Killed
 
 
@@ -169,7 +171,9 @@ def test_one_trainer_and_one_module_serve_stage_after_stage(image: Path, tmp_pat
 class Dtypes(Callback):
     """What psi and the U-Net are held in while they are tuned."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, KVInversion)
         network = pl_module.network
         self.psi = {value.dtype for value in network.psi.parameters()}
@@ -225,10 +229,12 @@ class Count(Callback):
     def __init__(self) -> None:
         self.epochs = self.batches = 0
 
-    def on_train_epoch_start(self, *rest: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epochs += 1
 
-    def on_train_batch_end(self, *rest: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.batches += 1
 
 
@@ -331,7 +337,7 @@ def test_lightnings_own_voice_comes_back_afterwards(
 
 def test_warnings_that_are_not_lightnings_advice_are_let_through(image: Path, tmp_path: Path) -> None:
     class Warn(Callback):
-        def on_train_start(self, *rest: Any) -> None:
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             warnings.warn("something to know", FutureWarning, stacklevel=1)
 
     trainer = fits.trainer(callbacks=[Warn()])
@@ -351,7 +357,7 @@ def test_fit_goes_on_from_the_run_folder_and_from_nothing_else(image: Path, tmp_
 
 def test_an_edit_without_a_target_is_refused_before_anything_is_done(image: Path, tmp_path: Path) -> None:
     for verb in (KVTrainer.run, KVTrainer.edit):
-        with pytest.raises(UserError, match="no target for cat.png"):
+        with pytest.raises(UserError, match=r"no target for cat\.png"):
             verb(fits.trainer(), fits.model(), data(image, tmp_path / "run", targets=[]))
     assert not (tmp_path / "run").exists()
 
