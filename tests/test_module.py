@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from fits import SOURCE, TARGET, UNTUNED
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvinv_pl import pictures
 from kvinv_pl.attention import Selection, Site, attach, select, self_attentions
@@ -191,14 +191,6 @@ def test_a_step_without_effect_is_not_tuned(image: Path, tmp_path: Path) -> None
     assert len(fits.edit(store, checkpoint=str(checkpoint))) == 1
 
 
-def test_without_carry_every_timestep_starts_from_the_variants_own_start(image: Path, tmp_path: Path) -> None:
-    store = fits.fit(image, tmp_path / "run", carry=False, optimizer=fits.adam(1e-12))
-    for i in range(3):
-        for name, value in store.step(i).psi.items():
-            expected = 0.0 if name.endswith("_hat") else 1.0
-            torch.testing.assert_close(value, torch.full_like(value, expected), rtol=0, atol=1e-9)
-
-
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -283,12 +275,14 @@ def test_the_source_start_is_the_sources_own_k_and_v_of_the_conditional_branch(
 ) -> None:
     psi = start_of(image, tmp_path / "run", attention=partial(FullKV, start="source"))
     by_hand, seen = ByHand(image), dict[str, Tensor]()
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, args, out: seen.update({name: out[0]})
+
     for path in by_hand_sites(psi):
         layer = by_hand.backbone.unet.get_submodule(path)
         for key in ("k", "v"):
-            layer.get_submodule(f"to_{key}").register_forward_hook(
-                lambda module, args, out, name=f"{path}.{key}_hat": seen.update({name: out[0]})
-            )
+            layer.get_submodule(f"to_{key}").register_forward_hook(keep(f"{path}.{key}_hat"))
     with torch.no_grad():
         by_hand.backbone.eps(by_hand.pivots[-1], by_hand.table.timesteps[:1], by_hand.source)
     assert len(seen) == 2 * len(by_hand_sites(psi))
@@ -318,12 +312,12 @@ def fit_all(folder: Path, out: Path, **settings: Any) -> dict[str, RunStore]:
 def test_two_by_two_three_pictures_come_out_as_one_by_one_and_padding_writes_nothing(
     carry: bool, three: Path, tmp_path: Path
 ) -> None:
-    pairs = fit_all(three, tmp_path / "pairs", slots=2, carry=carry)
-    singly = fit_all(three, tmp_path / "singly", slots=1, carry=carry)
+    pairs = fit_all(three, tmp_path / "pairs", slots=2, carry=carry, steps=2)
+    singly = fit_all(three, tmp_path / "singly", slots=1, carry=carry, steps=2)
     assert [*pairs] == [*singly] == ["a", "b", "c"]
     for name in "abc":
-        assert pairs[name].done() == {0, 1, 2}
-        for i in range(3):
+        assert pairs[name].done() == {0, 1}
+        for i in range(2):
             torch.testing.assert_close(pairs[name].step(i).z, singly[name].step(i).z, rtol=0, atol=2e-3)
         assert quality(pairs[name]) == pytest.approx(quality(singly[name]), abs=0.2)
 
@@ -347,12 +341,13 @@ def test_a_slot_that_has_converged_keeps_psi_while_the_other_goes_on(tmp_path: P
 def test_pictures_of_unlike_size_are_fitted_in_one_go_each_on_its_own_grid(tmp_path: Path) -> None:
     for name, size in {"wide": (32, 16), "square": (16, 16), "tall": (16, 24)}.items():
         fits.picture(tmp_path / "pictures" / f"{name}.png", size)
-    stores = fit_all(tmp_path / "pictures", tmp_path / "out", slots=2)
+    stores = fit_all(tmp_path / "pictures", tmp_path / "out", slots=2, steps=2, inner_steps=2)
     shapes = {name: tuple(store.trajectory().shape[-2:]) for name, store in stores.items()}
     assert shapes == {"square": (8, 8), "tall": (12, 8), "wide": (8, 16)}
+    editor = fits.model(steps=2)
     for store in stores.values():
-        assert store.done() == {0, 1, 2}
-        assert fits.edit(store)[0].size == fits.opened(store.folder / "source.png").size
+        assert store.done() == {0, 1}
+        assert fits.edit(store, module=editor)[0].size == fits.opened(store.folder / "source.png").size
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -564,7 +559,7 @@ def test_a_processor_that_something_else_replaced_is_noticed_before_a_phase_and_
 # --------------------------------------------------------------------------------- kinds of models
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd21", "anything_v3"])
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
 def test_every_kind_of_stable_diffusion_goes_all_the_way_with_a_picture_that_is_not_square(
     kind: checkpoints.Kind, tmp_path: Path
 ) -> None:
