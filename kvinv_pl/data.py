@@ -81,6 +81,9 @@ class SourceImages(LightningDataModule):
             raise UserError(
                 "no picture: give --image FILE (a picture, a folder or a list) or, to edit, --run DIR"
             )
+        for name, path in {"image": image, "out": out, "run": run}.items():
+            if path is not None and not path.strip():  # which would be the working directory
+                raise UserError(f"{name}: expected a path, got an empty text")
         self.overwrite = overwrite
         self.works: list[Work]
         if run is not None:

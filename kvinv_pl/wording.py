@@ -84,6 +84,10 @@ def _of_value(message: str, kind: Any, value: str | None) -> str:
         plain = {f"<class '{kind.__name__}'>": words for kind, words in PLAIN.items()}
         wanted = plain.get(wanted, wanted)
         return f"{key}: expected {wanted}, got {got.rstrip('.')!r}"
+    if unknown := re.search(
+        r"Option '([\w.]+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", message
+    ):
+        return f"{unknown.group(2)} takes no argument {unknown.group(1)!r}"
     found = re.search(r".*(?:Got|Given) value: (.*)$", message)
     if kind is None or not (found or value):
         return message

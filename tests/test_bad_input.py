@@ -214,6 +214,10 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
             "start: expected one of 'zeros', ",
         ),
         (
+            ["--model.attention", "full_kv", "--model.attention.noise", "3"],
+            "FullKV takes no argument 'noise'",
+        ),
+        (
             ["--model.optimizer", "Zork"],
             "--model.optimizer: expected the class_path of an Optimizer, got 'Zork'",
         ),

@@ -153,3 +153,9 @@ def test_a_picture_or_a_run_has_to_be_named_and_not_both(tmp_path: Path) -> None
         SourceImages(run=str(tmp_path / "nope"))
     with pytest.raises(UserError, match=r"is no run folder: it has no run\.json"):
         SourceImages(run=str(tmp_path))
+
+
+@pytest.mark.parametrize("given", [{"image": ""}, {"image": "a.png", "out": " "}, {"run": ""}])
+def test_an_empty_path_is_not_taken_for_the_working_directory(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="expected a path, got an empty text"):
+        SourceImages(**given)  # pyright: ignore[reportArgumentType]
