@@ -82,8 +82,8 @@ class KVTrainer(Trainer):
             )
         if devices != 1:
             raise UserError(
-                f"devices: expected 1, got {devices}: plain data parallelism would average the psi of different "
-                "pictures"
+                f"devices: expected 1, got {devices}: plain data parallelism would average the psi of "
+                "different pictures"
             )
         if precision not in COMPUTE_DTYPES:
             raise UserError(

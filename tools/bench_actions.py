@@ -4,17 +4,21 @@
 
 prints one row for each way of editing: how often the asked action is seen, the PSNR to the true picture on
 the whole frame, on the animal and on the background, the reconstruction, and the time. Seeds from 1,000,000
-up are for reporting; choose settings on 900,000 to 999,999 (`--model '{"inner_steps": 3}'`). Interrupted, it goes on
-where it was.
+up are for reporting; choose settings on 900,000 to 999,999
+(`--model '{"inner_steps": 3}'`). Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +88,12 @@ class Row:
 
 
 class Bench:
-    """Tunes and edits the cases in run folders under `work`, by the same module and trainer as the command."""
+    """Tunes and edits the cases in run folders under `work`, by the command's own module and trainer."""
 
-    def __init__(
-        self, cases: list[Case], seed_base: int, work: Path, slots: int, model: dict[str, Any]
-    ) -> None:
+    def __init__(self, cases: list[Case], work: Path, slots: int, model: dict[str, Any]) -> None:
         """Draw the sources and write their list."""
-        self.cases, self.slots, self.settings = cases, slots, model
-        self.work = work / f"{seed_base}-{len(cases)}"
-        self.sources = self.work / "sources"
+        self.cases, self.slots, self.settings, self.work = cases, slots, model, work
+        self.sources = work / "sources"
         self.sources.mkdir(parents=True, exist_ok=True)
         rows = []
         for case in cases:
@@ -106,7 +107,7 @@ class Bench:
                     "targets": [case.animal.prompt(case.target)],
                 }
             )
-        self.list = self.sources / "cases.jsonl"
+        self.list = self.sources / f"{cases[0].animal.seed}-{len(cases)}.jsonl"
         self.list.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def module(self, **settings: Any) -> KVInversion:
@@ -124,10 +125,9 @@ class Bench:
         model = self.module(**tuning)
         data = self.data(model, tuning)
         began = time.perf_counter()
-        KVTrainer(logger=False).fit(model, datamodule=data)
-        spent = data.out / "seconds.json"
-        seconds = (json.loads(spent.read_text()) if spent.exists() else 0.0) + time.perf_counter() - began
-        spent.write_text(json.dumps(seconds))
+        KVTrainer(logger=False, quiet=True).fit(model, datamodule=data)
+        self._note_seconds(data, time.perf_counter() - began)
+        seconds = sum(json.loads((work.store.folder / "seconds.json").read_text()) for work in data.works)
         quality = float(
             np.mean([work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works])
         )
@@ -139,7 +139,7 @@ class Bench:
             missing = [work for work in data.works if not _edits(work, wanted)]
             if missing:
                 data.works, everything = missing, data.works
-                KVTrainer(logger=False).edit(model, data)
+                KVTrainer(logger=False, quiet=True).edit(model, data)
                 data.works = everything
             found = [_edits(work, wanted)[-1] for work in data.works]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
@@ -148,6 +148,13 @@ class Bench:
             extra = {"reconstruction dB": quality, "tune s": seconds / len(self.cases), "edit s": took}
             rows.append(Row(f"{label}, {way}", pictures, extra))
         return rows
+
+    @staticmethod
+    def _note_seconds(data: SourceImages, seconds: float) -> None:
+        """Keep what tuning took, for each case; what was tuned before keeps its own figure."""
+        new = [file for work in data.works if not (file := work.store.folder / "seconds.json").exists()]
+        for file in new:
+            file.write_text(json.dumps(seconds / len(new)))
 
     def through_vae(self, draw: Callable[[Case], Image.Image], name: str) -> Row:
         """Pictures that are only encoded and decoded."""
@@ -191,7 +198,7 @@ def bench(
     model: dict[str, Any] = {},  # noqa: B006
     untuned: bool = True,
     sheets: int = 24,
-    threads: int = 0,
+    workers: int = 1,
 ) -> None:
     """Print the table and write sheets of the first cases.
 
@@ -205,12 +212,20 @@ def bench(
         model: Settings of KVInversion, as JSON.
         untuned: Also edit with what nothing was learned from.
         sheets: How many cases to show.
-        threads: Of torch; 0 leaves it as it is.
+        workers: Processes of one thread each that share the cases; times are then those of one thread.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    if workers > 1:
+        share = -(-cases // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            slices = [range(seed_base, seed_base + cases)[n : n + share] for n in range(0, cases, share)]
+            tasks = [
+                pool.submit(_quietly, len(part), part[0], work, starts, readings, slots, model, untuned)
+                for part in slices
+            ]
+            for task in tasks:
+                task.result()
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
-    run = Bench(drawn, seed_base, work, slots, model)
+    run = Bench(drawn, work, slots, model)
     rows = [
         run.through_vae(lambda case: case.animal.render(), "source unchanged, through the VAE"),
         run.through_vae(lambda case: case.animal.render(case.target), "truth, through the VAE"),
@@ -225,7 +240,7 @@ def bench(
     rows += run.rows("KV Inversion", {}, ways)
     print(table(rows, drawn))
     shown = [rows[0], *[row for row in rows if "DDIM" in row.name or "KV Inversion" in row.name]]
-    folder = run.work / "sheets"
+    folder = work / "sheets"
     folder.mkdir(exist_ok=True)
     for n, case in enumerate(drawn[:sheets]):
         pictures = [
@@ -240,6 +255,16 @@ def bench(
         ]
         sheet(pictures, captions).save(folder / f"{case.animal.seed}.png")
     print(f"sheets in {folder}")
+
+
+def _quietly(
+    cases: int, seed_base: int, work: Path, starts: list[float], readings: list[str], slots: int,
+    model: dict[str, Any], untuned: bool,
+) -> None:  # fmt: skip
+    """One worker's share: what it leaves on disk is what the table is made of."""
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        bench(cases, seed_base, work, starts, readings, slots, model, untuned, sheets=0)
 
 
 if __name__ == "__main__":
