@@ -15,27 +15,11 @@ from torch.utils.data import DataLoader
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.store import RunStore
+from kvinv_pl.work import Work
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LISTS = (".csv", ".jsonl")
-Stage = Literal["invert", "fit", "edit"]
 COLUMNS = ("image", "source", "targets", "mask")
-
-
-@dataclass(eq=False)
-class Work:
-    """One picture to be worked on, and the folder where all of it lies.
-
-    Without an `image` the folder must hold what the earlier stages left.
-    """
-
-    name: str
-    store: RunStore
-    image: Path | None
-    source: str
-    targets: list[str]
-    mask: Path | None = None
-    geometry: Literal["keep", "crop"] = "keep"
 
 
 @dataclass(eq=False)

@@ -16,11 +16,12 @@ from kvinv_pl import records, registry, stages
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.curriculum import Batch, Convergence, SlotKeeper, batches, first_missing, remaining
-from kvinv_pl.data import Job, Stage, Work
+from kvinv_pl.data import Job
 from kvinv_pl.errors import UserError
 from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
 from kvinv_pl.tuning import reconstruct, squared_errors
+from kvinv_pl.work import Stage, Work
 
 STORE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -155,7 +156,7 @@ class KVInversion(LightningModule):
         return stages.is_inverted(self.network, work, self.inversion_guidance, self.negative)
 
     def check(self, work: Work, stage: Stage, anew: bool = False) -> None:
-        """Refuse what cannot be worked on, or is another run than its folder's, before anything is written."""
+        """Refuse what cannot be worked on, or is not its folder's run, before anything is written."""
         store, fresh = work.store, anew or not work.store.has_run()
         ready = not fresh and self.is_inverted(work) and stages.is_tuned(self.network, store)
         if stage == "edit" and not ready:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kvinv_pl import pictures, records
 from kvinv_pl.curriculum import first_missing
-from kvinv_pl.data import Work
 from kvinv_pl.editing import edit, first_step
 from kvinv_pl.errors import UserError
 from kvinv_pl.inversion import invert
@@ -23,6 +22,7 @@ from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
 from kvinv_pl.sheet import sheet
 from kvinv_pl.store import RunStore
+from kvinv_pl.work import Work
 
 
 def inversion_record(

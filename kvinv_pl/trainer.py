@@ -12,10 +12,11 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from kvinv_pl.data import SourceImages, Stage, Work
+from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import UserError
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
+from kvinv_pl.work import Stage, Work
 
 CHATTY = (
     "lightning.pytorch",
@@ -36,6 +37,8 @@ COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mi
 
 class KVTrainer(Trainer):
     """A Trainer whose fit is the curriculum of KV Inversion and which has its other two stages as methods."""
+
+    fast_dev_run: int | bool  # set by Lightning
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.backbone import _quiet
+from kvinv_pl.checkpoint import quiet
 
 Kind = Literal["sd15", "sd21", "anything_v3", "tiny"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -41,7 +41,7 @@ def make(kind: Kind, folder: Path | str) -> Path:
     """The checkpoint folder/kind; built once a session, copied after that. Copy it before damaging it."""
     built, target = _home / kind, Path(folder) / kind
     if not built.exists():
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(KINDS.index(kind))
             _build(kind, built)
     if not target.exists():

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 # Who may import a library. One that is not here, nor below, has no door yet: state one, and why.
 DOORS = {
     "lightning": {"cli", "data", "module", "strategies", "trainer"},
-    "diffusers": {"attention", "backbone", "processor", "sites"},
-    "transformers": {"backbone", "masks"},
-    "huggingface_hub": {"backbone"},
+    "diffusers": {"attention", "backbone", "checkpoint", "processor", "sites"},
+    "transformers": {"backbone", "checkpoint", "masks"},
+    "huggingface_hub": {"checkpoint"},
     "peft": {"sites"},
-    "safetensors": {"menagerie", "store"},  # a run's files; the weights of the menagerie's judge
+    "safetensors": {"files", "menagerie"},  # a run's files; the weights of the menagerie's judge
     "filelock": {"store"},
     "jsonargparse": {"cli", "registry"},
 }
@@ -47,13 +47,29 @@ ARROWS: dict[str, set[str]] = {
     "attention": {"errors", "processor", "sites"},
     "registry": {"attention", "errors"},
     "testing": {"attention", "errors", "registry"},
-    "backbone": {"ddim", "errors", "menagerie"},
+    "checkpoint": {"errors", "menagerie"},
+    "backbone": {"checkpoint", "ddim", "errors"},
     "pictures": {"errors"},
     "sheet": {"errors", "pictures"},
-    "store": {"errors"},
+    "files": {"errors"},
+    "store": {"errors", "files"},
+    "work": {"store"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
+    "network": {"attention", "backbone", "curriculum", "editing", "errors"},
 }
+STAGES = {
+    "curriculum",
+    "editing",
+    "errors",
+    "inversion",
+    "network",
+    "pictures",
+    "progress",
+    "records",
+    "sheet",
+}
+ARROWS["stages"] = STAGES | {"store", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,

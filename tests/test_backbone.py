@@ -20,7 +20,8 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from kvinv_pl.backbone import Backbone, _quiet
+from kvinv_pl.backbone import Backbone
+from kvinv_pl.checkpoint import quiet
 from kvinv_pl.ddim import move
 from kvinv_pl.errors import UserError
 
@@ -53,7 +54,7 @@ def load(home: Path) -> Load:
 
 
 def pipeline(folder: Path) -> StableDiffusionPipeline:
-    with _quiet():
+    with quiet():
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
@@ -94,7 +95,7 @@ def test_encoding_is_the_scaled_mean_of_the_posterior_and_the_same_in_any_batch(
 
 @every_kind
 def test_embeddings_are_those_of_the_pipeline(kind: Kind, home: Path, load: Load) -> None:
-    with _quiet():
+    with quiet():
         theirs = pipeline(make(kind, home)).encode_prompt(PROMPTS, torch.device("cpu"), 1, False)[0]
     ours = load(kind).embed(PROMPTS)
     assert ours.shape == (4, 24 if kind == "tiny" else 77, 16)

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.store import FORMAT, DamagedError, InUseError, RunStore
+from kvinv_pl.files import FORMAT, DamagedError
+from kvinv_pl.store import InUseError, RunStore
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 Z = torch.arange(12.0).reshape(3, 2, 2) / 7

@@ -142,8 +142,8 @@ class UNetTraining(Trained):
         predicted = self.nets["unet"](alpha.sqrt() * z + (1 - alpha).sqrt() * noise, t, context).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))
         self.log("unet/loss", error.mean(), prog_bar=True)
-        # Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and the
-        # word of the action, which only tells there, would be learned last. The weight makes all times count alike.
+        # Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and
+        # the word of the action, which only tells there, would be learned last: all times count alike.
         return (error * (alpha.flatten() + 0.01) ** -0.75).mean()
 
 

@@ -1,0 +1,25 @@
+"""What the stages are told of one picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvinv_pl.store import RunStore
+
+Stage = Literal["invert", "fit", "edit"]
+
+
+@dataclass(eq=False)
+class Work:
+    """One picture to be worked on, and the folder where all of it lies.
+
+    Without an `image` the folder must hold what the earlier stages left.
+    """
+
+    name: str
+    store: RunStore
+    image: Path | None
+    source: str
+    targets: list[str]
+    mask: Path | None = None
+    geometry: Literal["keep", "crop"] = "keep"
