@@ -388,9 +388,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
                     "attention": tuning["attention"],
                     "target_modules": tuning["sites"],
                     "steps": run["scheduler"]["steps"],
-                    "negative": tuning["negative"],
-                    # psi of the conditional branch alone says nothing of the edit's guidance
-                    **({"guidance": tuning["guidance"]} if tuning["guidance"] != 1 else {}),
+                    **run["editing"],
                 }
             )
     if any(other != settings[0] for other in settings):

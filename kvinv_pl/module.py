@@ -204,6 +204,10 @@ class KVInversion(LightningModule):
             "store_dtype": self.store_dtype,
         }
 
+    def editing_record(self) -> dict[str, Any]:
+        """What an edit of the run takes where nothing else is said."""
+        return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative")}
+
     def prepare(self, works: list[Work]) -> int:
         """Make ready to fit pictures of one latent size; the number of phases that remain."""
         self._works = works
@@ -216,7 +220,7 @@ class KVInversion(LightningModule):
                 work.store.require({"tuning": record}, ["tuning"])
             if first_missing(finished, self.steps) < self.steps:
                 run.pop("reconstruction", None)
-                work.store.write_run({**run, "tuning": record})
+                work.store.write_run({**run, "tuning": record, "editing": self.editing_record()})
         self._batches = batches(done, self.steps, self.slots)
         self._plan = remaining(self._batches, self.steps)
         return len(self._plan)

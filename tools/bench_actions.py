@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
+from calling import call
+from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 
 from kvinv_pl.data import SourceImages
@@ -43,6 +44,9 @@ COLUMNS = (
     "tune s",
     "edit s",
 )
+
+
+EDITING = ("slots", "reading", "start")  # what tuning does not depend on
 
 
 @dataclass
@@ -90,9 +94,9 @@ class Row:
 class Bench:
     """Tunes and edits the cases in run folders under `work`, by the command's own module and trainer."""
 
-    def __init__(self, cases: list[Case], work: Path, slots: int, model: dict[str, Any]) -> None:
+    def __init__(self, cases: list[Case], work: Path, model: dict[str, Any]) -> None:
         """Draw the sources and write their list."""
-        self.cases, self.slots, self.settings, self.work = cases, slots, model, work
+        self.cases, self.settings, self.work = cases, model, work
         self.sources = work / "sources"
         self.sources.mkdir(parents=True, exist_ok=True)
         rows = []
@@ -112,11 +116,15 @@ class Bench:
 
     def module(self, **settings: Any) -> KVInversion:
         """The module with the bench's settings and these on top."""
-        return KVInversion(slots=self.slots, **{**self.settings, **settings})
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_lightning_class_args(KVInversion, "model")
+        told = parser.parse_object({"model": {**self.settings, **settings}})
+        return parser.instantiate(told)["model"]
 
     def data(self, model: KVInversion, tuning: dict[str, Any]) -> SourceImages:
         """The cases, in run folders that belong to these tuning settings."""
-        told = json.dumps({**self.settings, **{k: v for k, v in tuning.items()}}, sort_keys=True, default=str)
+        ours = {key: value for key, value in self.settings.items() if key not in EDITING}
+        told = json.dumps({**ours, **tuning}, sort_keys=True)
         name = hashlib.sha256(told.encode()).hexdigest()[:8]
         return SourceImages(str(self.list), out=str(self.work / name))
 
@@ -195,7 +203,7 @@ def bench(
     starts: list[float] = [0.0, 0.1, 0.2, 0.4],  # noqa: B006
     readings: list[str] = ["frozen", "blend"],  # noqa: B006
     slots: int = 16,
-    model: dict[str, Any] = {},  # noqa: B006
+    model: str = "{}",
     untuned: bool = True,
     sheets: int = 24,
     workers: int = 1,
@@ -225,7 +233,7 @@ def bench(
             for task in tasks:
                 task.result()
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
-    run = Bench(drawn, work, slots, model)
+    run = Bench(drawn, work, {"slots": slots, **json.loads(model)})
     rows = [
         run.through_vae(lambda case: case.animal.render(), "source unchanged, through the VAE"),
         run.through_vae(lambda case: case.animal.render(case.target), "truth, through the VAE"),
@@ -259,7 +267,7 @@ def bench(
 
 def _quietly(
     cases: int, seed_base: int, work: Path, starts: list[float], readings: list[str], slots: int,
-    model: dict[str, Any], untuned: bool,
+    model: str, untuned: bool,
 ) -> None:  # fmt: skip
     """One worker's share: what it leaves on disk is what the table is made of."""
     torch.set_num_threads(1)
@@ -268,4 +276,4 @@ def _quietly(
 
 
 if __name__ == "__main__":
-    auto_cli(bench, as_positional=False)
+    call(bench)

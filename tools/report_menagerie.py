@@ -7,13 +7,12 @@ often pictures sampled from noise show what their prompts ask for; the pictures 
 """
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
+from calling import call
 from menagerie_training.judging import ROUND_TRIP_BAR, TRUE_BAR, bytes_of, images
 from menagerie_training.pictures import REPORTING_SEED, drawn, psnr, unit
 from PIL import Image
@@ -201,12 +200,8 @@ def report(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Report; a user's mistake is one line and exit code 2."""
-    try:
-        auto_cli(report, args=args, as_positional=False)
-    except UserError as error:
-        print(f"report_menagerie: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Report."""
+    call(report, args)
 
 
 if __name__ == "__main__":

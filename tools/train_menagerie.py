@@ -12,13 +12,10 @@ The same commands use a GPU where there is one. `tensorboard --logdir work_menag
 Training seeds are 0 to 899,999; reports use 1,000,000 and up.
 """
 
-import os
-import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from calling import call
 
-from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import SIZE
 
 WORK = Path("work_menagerie")
@@ -120,14 +117,8 @@ def export(to: Path, work: Path = WORK) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one stage; a user's mistake is one line and exit code 2."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        stages = {"vae": vae, "unet": unet, "judge": judge, "export": export}
-        auto_cli(stages, args=args, as_positional=False)
-    except UserError as error:
-        print(f"train_menagerie: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run one stage."""
+    call({"vae": vae, "unet": unet, "judge": judge, "export": export}, args)
 
 
 if __name__ == "__main__":
