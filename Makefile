@@ -1,8 +1,8 @@
 # make demo and make test need Python 3.10 or newer and a package registry, and make .venv by themselves.
 # Another Python: make test PYTHON=python3.12. Some tests only: make test ARGS="tests/test_ddim.py -k round_trip".
 PYTHON ?= python3
-SOURCE ?= a cat standing
-TARGET ?= a cat running
+SOURCE ?= a striped blue cat standing on sand
+TARGETS ?= --target "a striped blue cat running on sand" --target "a striped blue cat lying on sand"
 ARGS ?=
 
 VENV := .venv
@@ -25,7 +25,7 @@ help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
 
 demo: $(MADE) ## Edit the action of a drawn animal and say where the pictures are
-	$(VENV)/bin/kvinv run --image examples/animal.png --source "$(SOURCE)" --target "$(TARGET)" --out demo
+	$(VENV)/bin/kvinv run --image examples/animal.png --source "$(SOURCE)" $(TARGETS) --out demo
 
 test: $(TOOLS) ## Run the tests
 	$(RUN) -m pytest $(ARGS)
