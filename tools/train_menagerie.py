@@ -25,9 +25,9 @@ def vae(
     work: Path = WORK,
     count: int = 60_000,
     size: int = SIZE,
-    channels: tuple[int, ...] = (32, 64, 64),
+    channels: tuple[int, ...] = (24, 64, 96),
     latent_channels: int = 8,
-    steps: int = 4000,
+    steps: int = 3000,
     batch: int = 16,
     lr: float = 1e-3,
     kl: float = 1e-6,
@@ -52,12 +52,12 @@ def vae(
 
 def unet(
     work: Path = WORK,
-    count: int = 60_000,
+    count: int = 40_000,
     size: int = SIZE,
     channels: tuple[int, ...] = (64, 128, 192),
     layers: int = 1,
     text_width: int = 96,
-    steps: int = 5000,
+    steps: int = 7000,
     batch: int = 64,
     lr: float = 1e-3,
 ) -> None:
