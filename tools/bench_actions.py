@@ -5,7 +5,7 @@
 prints one row for each way of editing: how often the true picture of the asked action is the nearest of the
 animal's true pictures, and how often the classifier names it; the PSNR to the true picture on the whole
 frame, on the animal and on the background; the reconstruction against the VAE's round trip; and the time.
-Seeds from 1,000,000 up are for reporting; choose settings on 900,000 to 999,999 (`--model '{"guidance": 3}'`).
+Seeds from 1,000,000 up are for reporting; choose settings on 900,000 to 999,999, by `--model`.
 Interrupted, it goes on where it was.
 """
 
