@@ -387,6 +387,8 @@ def _settings_of(folder: Path) -> dict[str, Any]:
                     "checkpoint": run["model"]["checkpoint"],
                     "attention": tuning["attention"],
                     "target_modules": tuning["sites"],
+                    "max_grid": tuning["max_grid"],
+                    "kv": tuning["kv"],
                     "steps": run["scheduler"]["steps"],
                     "negative": tuning["negative"],
                     # psi of the conditional branch alone says nothing of the edit's guidance

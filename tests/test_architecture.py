@@ -57,6 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors"},
+    "reading": {"attention", "errors", "network", "store"},
 }
 STAGES = {
     "curriculum",
@@ -69,7 +70,7 @@ STAGES = {
     "records",
     "sheet",
 }
-ARROWS["stages"] = STAGES | {"store", "work"}
+ARROWS["stages"] = STAGES | {"reading", "store", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,
