@@ -265,7 +265,17 @@ class KVInversion(LightningModule):
 
     def on_train_start(self) -> None:
         """Note the optimiser as it is when new, for every phase to begin with."""
-        self._new = deepcopy(self._optimizer().state_dict())
+        groups = self._optimizer().param_groups
+        self._new = [deepcopy({key: group[key] for key in group if key != "params"}) for group in groups]
+
+    def _renew_optimizer(self) -> None:
+        """Clear what it keeps, in its groups too; in place, because Lightning's wrapper shares it."""
+        optimizer = self._optimizer()
+        optimizer.state.clear()
+        for group, new in zip(optimizer.param_groups, self._new, strict=True):
+            for key in group.keys() - new.keys() - {"params"}:
+                del group[key]
+            group.update(deepcopy(new))
 
     def on_train_epoch_start(self) -> None:
         """A phase begins: z-tilde_t, its pivot, and where psi_t starts."""
@@ -279,7 +289,7 @@ class KVInversion(LightningModule):
             self.network.reset(self.seed, pictures, i)
             self.network.observe(self._z, self._t(i), self._contexts)
         self._pivot = self._pivots[self.steps - i - 1]
-        self._optimizer().load_state_dict(self._new)  # what some keep in their groups, too
+        self._renew_optimizer()
         learned = list(self.network.psi.parameters())
         nothing_to_do = not (learned and self.network.table.has_effect(i))
         idle = torch.tensor([not active for active in batch.active]) | nothing_to_do

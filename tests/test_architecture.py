@@ -22,7 +22,7 @@ DOORS = {
     "peft": {"sites"},
     "safetensors": {"files", "menagerie"},  # a run's files; the weights of the menagerie's judge
     "filelock": {"store"},
-    "jsonargparse": {"cli", "registry"},
+    "jsonargparse": {"cli", "naming"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
@@ -45,7 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "sites": {"errors"},
     "processor": {"errors", "sites"},
     "attention": {"errors", "processor", "sites"},
-    "registry": {"attention", "errors"},
+    "registry": {"attention", "errors", "wording"},
+    "naming": {"registry"},
     "testing": {"attention", "errors", "registry"},
     "checkpoint": {"errors", "menagerie"},
     "backbone": {"checkpoint", "ddim", "errors"},
@@ -76,10 +77,11 @@ ARROWS |= {
     "data": CORE,
     "strategies": CORE,
     "verbs": CORE,
+    "listing": CORE,
     "module": CORE | {"data"},
     "trainer": CORE | {"data", "module", "strategies"},
     "api": CORE | {"data", "module", "trainer"},
-    "cli": CORE | {"data", "module", "strategies", "trainer", "verbs"},
+    "cli": CORE | {"data", "listing", "module", "strategies", "trainer", "verbs"},
     "__init__": CORE | {"api", "data", "module"},
     "__main__": {"cli"},
 }
