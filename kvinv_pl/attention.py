@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Sdpa
+from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Sdpa, for_edits, layer_at
 from kvinv_pl.sites import Selection, Site, select, self_attentions
 
 __all__ = ["Attachment", "CPAttention", "Selection", "Site", "attach", "select", "self_attentions"]
@@ -24,10 +23,15 @@ class CPAttention(nn.Module):
     The batch axis is slots: work items that are tuned side by side and must not see each other. Parameters
     are (slots, tokens, dim), or (slots, 1, 1) for a scalar, in fp32; k and v arrive as (branches, slots,
     tokens, dim), so that they broadcast. Results may have any dtype: they are cast afterwards.
-    A variant that has to see the source's own K and V sets `observes` and defines `observe`.
+    Buffers are (slots, ...) too and are kept with the parameters, except those registered persistent=False.
+    A variant that has to see the source's own K and V sets `observes` and defines `observe`; one that learns
+    nothing has no parameters, and its phases no inner steps.
     """
 
     observes: bool = False
+    at_pivot: bool = False
+    """For a variant that learns nothing: K-bar and V-bar are those of the pass at the pivot z-hat_t, not at
+    z-tilde_t, and z-tilde is what rolls out reading them."""
     options: dict[str, Any]
     """What the variant was made with, besides the site; a run writes it down and is read back with it."""
 
@@ -35,10 +39,10 @@ class CPAttention(nn.Module):
         """Note the arguments, so that no variant's author has to."""
         made = super().__new__(cls)
         if args or kwargs:  # copying and unpickling make one without
-            given = inspect.signature(cls).bind(*args, **kwargs)
+            given = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
             given.apply_defaults()
-            given.arguments.pop("site")
-            made.__dict__["options"] = dict(given.arguments)
+            _self, _site, *options = given.arguments.items()
+            made.__dict__["options"] = dict(options)
         return made
 
     def __init__(self, site: Site):
@@ -52,6 +56,9 @@ class CPAttention(nn.Module):
     def observe(self, k: Float[Tensor, "slots tokens dim"], v: Float[Tensor, "slots tokens dim"]) -> None:
         """See, after reset and only if `observes`, the source's K and V of the conditional branch."""
 
+    def why_not(self, reading: str) -> str | None:
+        """Why an edit with this `reading` (frozen or blend) would mean nothing; None where it does not."""
+
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
         """Take the mask of each slot, 0 to 1 and of any size, at the start of a phase or an edit."""
 
@@ -59,7 +66,7 @@ class CPAttention(nn.Module):
         self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]
     ) -> tuple[Float[Tensor, "branches slots tokens dim"], Float[Tensor, "branches slots tokens dim"]]:
         """Eq. 1: K-bar and V-bar from K and V."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(k, v) -> (k_bar, v_bar)")
+        raise UserError(f"{type(self).__name__} must define forward(k, v) -> (k_bar, v_bar)")
 
     def attend(
         self,
@@ -75,16 +82,21 @@ class CPAttention(nn.Module):
         """
         return sdpa(q, k, v)
 
+    def per_channel(self, factor: Float[Tensor, "slots 1 n"]) -> Float[Tensor, "slots 1 m"]:
+        """One value a head as one value a channel; one a layer (n = 1) or a channel broadcasts as it is."""
+        count = factor.shape[-1]
+        return factor if count == 1 else factor.repeat_interleave(self.site.dim // count, dim=-1)
+
 
 class Attachment:
-    """CP-attn in a U-Net. Outside `blend`, `frozen`, `recording` and `observing` the U-Net is as it was.
+    """CP-attn in a U-Net. Outside a mode (`blend`, `frozen`, `replaying`, ...) the U-Net is as it was.
 
     With gradient checkpointing, call `backward` inside the same context as the forward, which it repeats.
     """
 
     def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
         """Put the processors in, or raise before anything is changed; see `attach`."""
-        layers = {path: _layer(unet, path, cp.site) for path, cp in psi.items()}
+        layers = {path: layer_at(unet, path, cp.site) for path, cp in psi.items()}
         self.unet = unet
         self.psi = dict(psi)
         self._layers = layers
@@ -159,10 +171,25 @@ class Attachment:
 
         def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = kv[site.path]
-            return self._attend(site, q, (_for_edits(site, q, k_bar), _for_edits(site, q, v_bar)), sdpa)
+            return self._attend(site, q, (for_edits(site, q, k_bar), for_edits(site, q, v_bar)), sdpa)
 
         with self._in(mode):
             yield
+
+    def replaying(self, sources: int) -> AbstractContextManager[None]:
+        """The first `sources` branches are the source's, under Eq. 1 with the live psi; the edits read those.
+
+        The source's rows are ordered as in tuning (uncond and cond, or cond alone); the edits' rows follow.
+        """
+
+        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+            k, v = project()
+            own, edits = q[:sources], q[sources:]
+            k_bar, v_bar = bars = self._bars(site, own, k[:sources], v[:sources])
+            read = for_edits(site, edits, k_bar), for_edits(site, edits, v_bar)
+            return torch.cat([self._attend(site, own, bars, sdpa), self._attend(site, edits, read, sdpa)])
+
+        return self._in(mode)
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
@@ -214,49 +241,17 @@ def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:
     return Attachment(unet, psi)
 
 
-def _layer(unet: nn.Module, path: str, site: Site) -> Attention:
-    """The layer at `path`, if CP-attn made for `site` can take over from its processor."""
-    try:
-        layer = unet.get_submodule(path)
-    except AttributeError:
-        layer = None
-    if not isinstance(layer, Attention):
-        raise UserError(
-            f"{path!r} is no attention layer of this U-Net: take the paths from self_attentions()"
-        )
-    if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
-        raise UserError(
-            f"{site} does not fit {path}, which has dim={layer.inner_kv_dim} and heads={layer.heads}: "
-            "make the variant for the sites of this U-Net"
-        )
-    found = layer.processor
-    if isinstance(found, CPProcessor):
-        raise UserError(f"CP-attn is attached to {path} already: detach it first")
-    if type(found) not in PLAIN:
-        raise UserError(
-            f"{path} has a {type(found).__name__}, whose effect CP-attn would silently drop: expected one of "
-            f"{', '.join(kind.__name__ for kind in PLAIN)}; undo what put it there"
-        )
-    return layer
-
-
 def _cast(cp: CPAttention, method: str, got: Tensor, q: Tensor) -> Tensor:
     """What a variant returned, in the dtype of q; the shape must be right already."""
+    if not (isinstance(got, Tensor) and got.is_floating_point()):
+        kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
+        raise UserError(
+            f"{type(cp).__name__}.{method} returned {kind} at {cp.site.path}; expected a tensor of floating "
+            "point numbers, as k and v are"
+        )
     if got.shape != q.shape:
         raise UserError(
             f"{type(cp).__name__}.{method} returned the shape {tuple(got.shape)} at {cp.site.path}; "
             f"expected {tuple(q.shape)} (branches, slots, tokens, dim)"
         )
     return got.to(q.dtype)
-
-
-def _for_edits(site: Site, q: Tensor, stored: Tensor) -> Tensor:
-    """A stored K-bar or V-bar for all rows of q: edit after edit, each with all stored branches."""
-    if stored.ndim != 4 or stored.shape[1:] != q.shape[1:] or q.shape[0] % stored.shape[0]:
-        raise UserError(
-            f"{site.path}: K-bar and V-bar of the shape {tuple(stored.shape)} cannot serve a forward of "
-            f"{tuple(q.shape)} (branches, slots, tokens, dim): use the picture size, slots and guidance "
-            "branches of the tuning"
-        )
-    edits = q.shape[0] // stored.shape[0]
-    return stored.to(q.device, q.dtype).expand(edits, *stored.shape).flatten(0, 1)

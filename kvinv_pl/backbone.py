@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.checkpoint import NEEDED, attempt, load
+from kvinv_pl.checkpoint import NEEDED, attempt, load, sizes
 from kvinv_pl.ddim import StepTable, from_v
 from kvinv_pl.errors import UserError
 
@@ -45,9 +45,9 @@ class Backbone(nn.Module):
         self.predicts_v = self.scheduler.config["prediction_type"] == "v_prediction"
         self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod.clone(), persistent=False)
         self.latent_channels = int(vae.config["latent_channels"])
-        self.vae_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        self.multiple = self.vae_factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
-        """What both sides of a picture must be multiples of, in pixels."""
+        told = sizes(unet.config, vae.config)
+        self.vae_factor, self.multiple, self.sample_size = told.vae_factor, told.multiple, told.sample
+        """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
         self.prompt_length = min(tokenizer.model_max_length, int(text_encoder.config.max_position_embeddings))
         self._refuse_other_conditions()
         self.requires_grad_(False).train(False)
@@ -60,17 +60,6 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever a trainer asks for."""
         return super().train(False)
-
-    @property
-    def sample_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the pictures that the checkpoint was made for."""
-        size = self.unet.config["sample_size"] or 64
-        if isinstance(size, int):
-            # the first converters wrote 32 for every Stable Diffusion; diffusers' pipelines correct it too
-            written_by = str(self.unet.config.get("_diffusers_version") or "1.0").split(".")
-            early = written_by[0] == "0" and int(written_by[1]) < 9
-            size = (max(size, 64), max(size, 64)) if early else (size, size)
-        return size[0] * self.vae_factor, size[1] * self.vae_factor
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c i j"]:

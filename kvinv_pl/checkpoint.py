@@ -66,7 +66,39 @@ def load(checkpoint: str, dtype: torch.dtype) -> Parts:
     return Parts(unet, vae, text_encoder, tokenizer, scheduler_config, identity)
 
 
-def _folder(checkpoint: str) -> Path:
+@dataclass(frozen=True)
+class Sizes:
+    """What pictures a checkpoint takes, in pixels: the VAE's factor, what sides divide by, and its own size."""
+
+    vae_factor: int
+    multiple: int
+    sample: tuple[int, int]
+
+
+def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
+    """The sizes (height, width) that the configurations of a U-Net and a VAE say."""
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    size = unet["sample_size"] or 64
+    if isinstance(size, int):
+        # the first converters wrote 32 for every Stable Diffusion; diffusers' pipelines correct it too
+        written_by = str(unet.get("_diffusers_version") or "1.0").split(".")
+        early = written_by[0] == "0" and int(written_by[1]) < 9
+        size = (max(size, 64), max(size, 64)) if early else (size, size)
+    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    return Sizes(factor, multiple, (size[0] * factor, size[1] * factor))
+
+
+def outline(checkpoint: str) -> tuple[UNet2DConditionModel, Sizes]:
+    """The U-Net without weights (meta device), and the sizes; only configurations are read or fetched."""
+    folder = _folder(checkpoint, configs_alone=True)
+    _refuse_other_kinds(checkpoint, _json(folder, "model_index.json"))
+    unet, vae = (_json(folder, f"{part}/config.json") for part in ("unet", "vae"))
+    with torch.device("meta"), quiet():
+        shadow = attempt(folder / "unet", lambda: UNet2DConditionModel.from_config(unet))
+    return shadow, attempt(folder / "unet", lambda: sizes(shadow.config, vae))
+
+
+def _folder(checkpoint: str, configs_alone: bool = False) -> Path:
     """Where the files of a checkpoint are, fetched from the hub if need be."""
     if checkpoint == "menagerie":
         from kvinv_pl.menagerie import checkpoint as embedded
@@ -88,6 +120,10 @@ def _folder(checkpoint: str) -> Path:
 
             path = Path(hf_hub_download(checkpoint, "model_index.json"))
             _refuse_other_kinds(checkpoint, _json(path.parent, path.name))
+            if configs_alone:
+                for part in ("unet", "vae"):
+                    hf_hub_download(checkpoint, f"{part}/config.json")
+                return path.parent
             unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
             return Path(DiffusionPipeline.download(checkpoint, **unused))
     except UserError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from kvinv_pl import wording
+from kvinv_pl import naming, wording
 from kvinv_pl.errors import UserError
 
 STAGES = {
@@ -28,7 +28,8 @@ STAGES = {
 }
 OTHERS = {
     "world": "draw animals of the embedded world in all their actions",
-    "variants": "list the attention variants that are installed",
+    "variants": "list the attention variants that are installed, or show one with its options",
+    "sites": "show the self-attentions of a checkpoint, and what psi takes there",
 }
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
@@ -129,10 +130,16 @@ def _overview() -> str:
 def _other(verb: str, argv: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from kvinv_pl import verbs
-
-    command: Callable[..., None] = getattr(verbs, verb)
-    line = _Line(["--out" if arg == "-o" else arg for arg in argv])
+    if verb == "world":
+        from kvinv_pl import verbs as module
+    else:
+        from kvinv_pl import listing as module
+    if verb == "sites":
+        naming.make_importable()
+    if verb == "variants" and argv and not argv[0].startswith("-"):
+        argv = ["--name", *argv]
+    command: Callable[..., None] = getattr(module, verb)
+    line = _Line(naming.spell_out(["--out" if arg == "-o" else arg for arg in argv], "--attention"))
     line.read_rest(argv)
     with _in_words(verb, line, _kinds({"": command})):
         auto_cli(
@@ -158,13 +165,9 @@ def _stage(verb: str, argv: list[str]) -> None:
 
     from kvinv_pl.data import SourceImages
     from kvinv_pl.module import KVInversion
-    from kvinv_pl.registry import load_all
     from kvinv_pl.trainer import KVTrainer
 
-    # a variant may lie beside the YAML that names it
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    load_all()
+    naming.make_importable(line.configs)
     kinds = _kinds({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
     kinds["seed_everything"] = bool | int
 
@@ -197,7 +200,7 @@ def _stage(verb: str, argv: list[str]) -> None:
                     raise
                 raise UserError(f"the settings do not fit together: {error}") from error
 
-    strict = {"exit_on_error": False}
+    strict = {"exit_on_error": False, "parser_mode": naming.name_variants_in_yaml()}
     try:
         with warnings.catch_warnings(), _threads_heard():
             warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
@@ -268,6 +271,7 @@ class _Line:
 
     argv: list[str]
     flags: Sequence[str] = ()
+    configs: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
 
@@ -304,6 +308,7 @@ def _long(verb: str, argv: Sequence[str]) -> _Line:
             first[:0] = ["--config", json.dumps(_settings_of(Path(value).expanduser()))]
         elif flag == "--config":
             first += ["--config", value]
+            line.configs.append(value)
         else:
             line.argv.append(f"--{key}={value}")
     line.read_rest(passed)
@@ -313,7 +318,7 @@ def _long(verb: str, argv: Sequence[str]) -> _Line:
         )
     if targets:
         line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")
-    line.argv[:0] = [*first, *_variant_by_name(passed)]
+    line.argv[:0] = [*first, *naming.spell_out(passed, "--model.attention")]
     return line
 
 
@@ -328,20 +333,6 @@ def _value_of(verb: str, flag: str, left: deque[str]) -> str:
     if following is None or is_flag:
         raise UserError(f"{flag} expects a value, got {following or 'nothing'}; see kvinv {verb} --help")
     return left.popleft()
-
-
-def _variant_by_name(argv: list[str]) -> list[str]:
-    """--model.attention full_kv, as `kvinv variants` lists it, by the class that it stands for."""
-    out = list(argv)
-    for at, arg in enumerate(argv):
-        flag, equals, name = arg.partition("=")
-        name = name if equals else next(iter(argv[at + 1 : at + 2]), "")
-        if flag == "--model.attention" and name.isidentifier() and name != "null":
-            from kvinv_pl.registry import resolve
-
-            cls = resolve(name)
-            out[at : at + (1 if equals else 2)] = [f"{flag}={cls.__module__}.{cls.__qualname__}"]
-    return out
 
 
 def _kinds(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
@@ -387,6 +378,8 @@ def _settings_of(folder: Path) -> dict[str, Any]:
                     "checkpoint": run["model"]["checkpoint"],
                     "attention": tuning["attention"],
                     "target_modules": tuning["sites"],
+                    "max_grid": tuning["max_grid"],
+                    "kv": tuning["kv"],
                     "steps": run["scheduler"]["steps"],
                     **run["editing"],
                 }

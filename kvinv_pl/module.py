@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class KVInversion(LightningModule):
         exclude_modules: What to leave out of them, in the same words.
         layers_to_transform: Numbers of the blocks to keep, as in peft.
         layers_pattern: The module list that layers_to_transform counts.
+        max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
         steps: DDIM steps T, in all stages.
         guidance: Classifier-free guidance scale w of the edit, and of tuning unless tuning_guidance is given.
         inversion_guidance: w of the inversion; 1 is the source prompt alone.
@@ -46,6 +48,8 @@ class KVInversion(LightningModule):
         tolerance_growth: What is added to the tolerance at every later step.
         carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start.
         reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
+        kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
+            and the source's pass runs beside the edits: n edits cost as n + 1).
         start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
         negative: What the unconditional branch is told.
         seed: Of random starts of psi.
@@ -61,6 +65,7 @@ class KVInversion(LightningModule):
         exclude_modules: str | list[str] | None = None,
         layers_to_transform: int | list[int] | None = None,
         layers_pattern: str | list[str] | None = None,
+        max_grid: int | None = None,
         steps: int = 50,
         guidance: float = 4.0,
         inversion_guidance: float = 1.0,
@@ -71,6 +76,7 @@ class KVInversion(LightningModule):
         tolerance_growth: float = 2e-5,
         carry: bool = True,
         reading: Literal["frozen", "blend"] = "frozen",
+        kv: Literal["stored", "replayed"] = "stored",
         start: float = 0.1,
         negative: str = "",
         seed: int = 0,
@@ -82,14 +88,16 @@ class KVInversion(LightningModule):
         self.automatic_optimization = False
         self.checkpoint = checkpoint
         self.variant = attention or registry.resolve("full_kv")
-        self.selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern)
+        self.selection = Selection(
+            target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid
+        )
         self.steps, self.inner_steps, self.slots = steps, inner_steps, slots
         self.guidance, self.inversion_guidance = float(guidance), float(inversion_guidance)
         self.tuning_guidance = self.guidance if tuning_guidance is None else float(tuning_guidance)
         self.optimizer = optimizer
         self.convergence = Convergence(tolerance, tolerance_growth)
         self.carry, self.seed, self.store_dtype = carry, seed, store_dtype
-        self.reading, self.start, self.negative = reading, float(start), negative
+        self.reading, self.kv, self.start, self.negative = reading, kv, float(start), negative
         self.check_settings()
         self.watch = Progress(quiet=True)
         self.last_edits: list[Path] = []
@@ -109,6 +117,8 @@ class KVInversion(LightningModule):
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
         if self.reading not in ("frozen", "blend"):
             raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
+        if self.kv not in ("stored", "replayed"):
+            raise UserError(f"kv: expected stored or replayed, got {self.kv!r}")
         if self.store_dtype not in STORE_DTYPES:
             names = ", ".join(STORE_DTYPES)
             raise UserError(f"store_dtype: expected {names}, got {self.store_dtype!r}")
@@ -167,9 +177,13 @@ class KVInversion(LightningModule):
         else:
             picture = store.read_run()["picture"]
             (width, height), masked = picture["model_size"], picture["mask"] is not None
+        if stage != "invert":
+            factor, slots = self.network.backbone.vae_factor, self.slots if stage == "fit" else 1
+            self.network.place((height // factor, width // factor), slots)
+            if why := self.network.why_not(self.reading):
+                other = {"frozen": "blend", "blend": "frozen"}[self.reading]
+                raise UserError(f"reading: expected {other}, got {self.reading}: {why}")
         if stage == "fit":
-            factor = self.network.backbone.vae_factor
-            self.network.place((height // factor, width // factor), self.slots)
             self.network.bind(torch.ones(self.slots, height, width) if masked else None)
             record = self.tuning_record()
             if not fresh and "tuning" in store.read_run() and store.done():
@@ -182,7 +196,7 @@ class KVInversion(LightningModule):
         with torch.inference_mode(False):
             if batch.stage == "edit":
                 self.last_edits = stages.edit_picture(
-                    self.network, work, self.guidance, self.reading, self.start, self.negative, watch
+                    self.network, work, self.guidance, self.reading, self.kv, self.start, self.negative, watch
                 )
             elif not self.is_inverted(work):
                 stages.invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)
@@ -191,13 +205,16 @@ class KVInversion(LightningModule):
 
     def tuning_record(self) -> dict[str, Any]:
         """What psi depends on, besides the trajectory."""
+        optimizer = self.configure_optimizers()
         return {
             "guidance": self.tuning_guidance,
             "negative": self.negative if self.tuning_guidance != 1 else "",
             "attention": records.of_variant(self.network.cps[0]),
             "sites": [cp.site.path for cp in self.network.cps],
-            "optimizer": records.of_optimizer(self.configure_optimizers()),
-            "inner_steps": self.inner_steps,
+            "max_grid": self.selection.max_grid,
+            "kv": self.kv,
+            "optimizer": records.of_optimizer(optimizer) if optimizer else None,
+            "inner_steps": self.inner_steps if optimizer else 0,
             "tolerance": [self.convergence.tolerance, self.convergence.growth],
             "carry": self.carry,
             "seed": self.seed,
@@ -231,10 +248,13 @@ class KVInversion(LightningModule):
             if "reconstruction" not in work.store.read_run():
                 stages.certify(self.network, work.store)
 
-    def configure_optimizers(self) -> Optimizer:
-        """One optimiser for the live psi."""
+    def configure_optimizers(self) -> Optimizer | None:
+        """One optimiser for the live psi; none for a variant that learns nothing."""
+        parameters = list(self.network.psi.parameters())
+        if not parameters:
+            return None
         try:
-            optimizer = self.optimizer(self.network.psi.parameters())
+            optimizer = self.optimizer(parameters)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
         if self.slots > 1 and _needs_closure(optimizer):
@@ -246,6 +266,20 @@ class KVInversion(LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         return optimizer  # pyright: ignore[reportReturnType]
+
+    def on_train_start(self) -> None:
+        """Note the optimiser as it is when new, for every phase to begin with."""
+        groups = self._optimizer().param_groups
+        self._new = [deepcopy({key: group[key] for key in group if key != "params"}) for group in groups]
+
+    def _renew_optimizer(self) -> None:
+        """Clear what it keeps, in its groups too; in place, because Lightning's wrapper shares it."""
+        optimizer = self._optimizer()
+        optimizer.state.clear()
+        for group, new in zip(optimizer.param_groups, self._new, strict=True):
+            for key in group.keys() - new.keys() - {"params"}:
+                del group[key]
+            group.update(deepcopy(new))
 
     def on_train_epoch_start(self) -> None:
         """A phase begins: z-tilde_t, its pivot, and where psi_t starts."""
@@ -259,9 +293,11 @@ class KVInversion(LightningModule):
             self.network.reset(self.seed, pictures, i)
             self.network.observe(self._z, self._t(i), self._contexts)
         self._pivot = self._pivots[self.steps - i - 1]
-        self._optimizer().state.clear()
-        idle = torch.tensor([not active for active in batch.active]) | (not self.network.table.has_effect(i))
-        self._keeper = SlotKeeper(self.network.psi.parameters(), self.slots, idle)
+        self._renew_optimizer()
+        learned = list(self.network.psi.parameters())
+        nothing_to_do = not (learned and self.network.table.has_effect(i))
+        idle = torch.tensor([not active for active in batch.active]) | nothing_to_do
+        self._keeper = SlotKeeper(learned, self.slots, idle)
         self._used = torch.zeros(self.slots, dtype=torch.long)
         self._first_errors: Tensor | None = None
 
@@ -284,10 +320,23 @@ class KVInversion(LightningModule):
     def _t(self, i: int) -> Tensor:
         return self.network.table.timesteps[i].to(self.device).expand(self.slots)
 
-    def _reconstruct(self) -> Tensor:
-        """z-tilde_{t-1} for every slot."""
+    def _reconstruct(self, z: Tensor | None = None) -> Tensor:
+        """z-tilde_{t-1} for every slot, from z-tilde_t or from z."""
         eps = self.network.guided_eps(self._contexts, self.tuning_guidance)
-        return reconstruct(eps, self._z, self.network.table, self._phase.step)
+        return reconstruct(eps, self._z if z is None else z, self.network.table, self._phase.step)
+
+    def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""
+        attachment = self.network.attached()
+        if not self.network.at_pivot:
+            with attachment.recording() as kv:
+                self._z = self._reconstruct()
+            return kv
+        with attachment.recording() as kv:
+            self._reconstruct(self._pivots[self.steps - self._phase.step])
+        with attachment.frozen(kv):  # as an edit to the source prompt would
+            self._z = self._reconstruct()
+        return kv
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """While not converged: the phase is over when every slot has stopped."""
@@ -335,10 +384,9 @@ class KVInversion(LightningModule):
     def on_train_epoch_end(self) -> None:
         """A phase ends: round psi_t as it is stored, advance z-tilde with it, and write both."""
         batch, i, dtype = self._batches[self._phase.batch], self._phase.step, STORE_DTYPES[self.store_dtype]
-        for value in self.network.psi.parameters():
-            value.copy_(value.to(dtype).to(value.dtype))
-        with self.network.attached().recording() as kv:
-            self._z = self._reconstruct()
+        for name, value in self.network.values().items():
+            value.copy_(rounded(name, value, dtype))
+        kv = self._advance()
         ends = (squared_errors(self._pivot, self._z) / self._pivot[0].numel()).cpu()
         self._check_finite(ends)
         begins = ends if self._first_errors is None else self._first_errors
@@ -346,16 +394,23 @@ class KVInversion(LightningModule):
         if self._rehearsal:
             return  # a phase cut short is not worth keeping
         for slot, work in self._active(batch):
-            psi = {name: value[slot].to(dtype).cpu() for name, value in self.network.values().items()}
+            psi = {
+                name: rounded(name, value[slot], dtype).cpu() for name, value in self.network.values().items()
+            }
             bars = {
-                path: (k[:, slot].to(dtype).cpu(), v[:, slot].to(dtype).cpu()) for path, (k, v) in kv.items()
+                path: (
+                    rounded(f"K-bar of {path}", k[:, slot], dtype).cpu(),
+                    rounded(f"V-bar of {path}", v[:, slot], dtype).cpu(),
+                )
+                for path, (k, v) in kv.items()
             }
             figures = {
                 "loss_start": float(begins[slot]),
                 "loss_end": float(ends[slot]),
                 "inner_steps": int(self._used[slot]),
             }
-            work.store.save_step(i, psi, self._z[slot].cpu(), bars, figures)
+            stored = bars if self.kv == "stored" else None
+            work.store.save_step(i, psi, self._z[slot].cpu(), stored, figures)
             for logger in self.loggers:
                 name = work.store.folder.name
                 logger.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step=i)
@@ -368,6 +423,20 @@ class KVInversion(LightningModule):
         """The slots of a batch that are no padding, and the pictures in them."""
         pairs = enumerate(zip(batch.members, batch.active, strict=True))
         return [(slot, self._works[member]) for slot, (member, active) in pairs if active]
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value of psi, K-bar or V-bar as it is stored; what is too large for that is refused."""
+    if not value.is_floating_point():
+        return value
+    stored = value.to(dtype)
+    if value.isfinite().all() and not stored.isfinite().all():
+        kind, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        raise UserError(
+            f"{name}: expected values within {most:g}, the most that store_dtype {kind} holds, got up to "
+            f"{float(value.abs().max()):g}; use store_dtype bfloat16 or float32"
+        )
+    return stored
 
 
 def _needs_closure(optimizer: Any) -> bool:

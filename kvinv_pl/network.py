@@ -100,9 +100,20 @@ class Network(nn.Module):
                 )
             cp.bind(None if masks is None else masks.to(self.device))
 
-    def values(self) -> dict[str, nn.Parameter]:
-        """Every value of psi under "<module path>.<name>", as the store keeps it."""
-        return {f"{cp.site.path}.{name}": value for cp in self.cps for name, value in cp.named_parameters()}
+    def values(self) -> dict[str, Tensor]:
+        """Every value of psi under "<module path>.<name>", as the store keeps it: parameters and buffers."""
+        return {f"{cp.site.path}.{name}": value for cp in self.cps for name, value in cp.state_dict().items()}
+
+    def why_not(self, reading: str) -> str | None:
+        """Why an edit with this reading would mean nothing with the variant, if it would."""
+        return next(
+            (f"with {type(cp).__name__} {why}" for cp in self.cps if (why := cp.why_not(reading))), None
+        )
+
+    @property
+    def at_pivot(self) -> bool:
+        """Whether K-bar and V-bar are those of the pass at z-hat_t."""
+        return any(cp.at_pivot for cp in self.cps)
 
     @torch.no_grad()
     def read(self, psi: Mapping[str, Tensor], slot: int) -> None:
@@ -118,8 +129,9 @@ class Network(nn.Module):
                 # one slot at a time, so that a start depends on nobody else in the batch
                 alone = self.variant(Site(cp.site.path, 1, cp.site.grid, cp.site.dim, cp.site.heads))
                 alone.reset(generator(seed, f"{picture} {cp.site.path}", step))
-                for mine, its in zip(cp.parameters(), alone.parameters(), strict=True):
-                    mine[slot] = its[0].to(mine.device)
+                its = alone.state_dict()
+                for name, mine in cp.state_dict().items():
+                    mine[slot] = its[name][0].to(mine.device)
 
     @torch.no_grad()
     def observe(self, z: Tensor, t: Tensor, contexts: Tensor) -> None:

@@ -107,15 +107,21 @@ class CPProcessor:
 
 def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
     """Eq. 2 for one layer: heads apart, softmax(Q K^T / sqrt(d)) V, heads together."""
-    branches, slots, dtype = q.shape[0], q.shape[1], q.dtype
-    rows = branches * slots
-
-    def heads(x: Tensor) -> Tensor:
-        x = x.to(dtype).expand(branches, slots, -1, -1).flatten(0, 1)
-        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    every, slots, dtype = q.shape[0], q.shape[1], q.dtype
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        scores = None if bias is None else bias.view(rows, attn.heads, -1, bias.shape[-1])
+        branches = q.shape[0]  # all, or the source's or the edits' own
+
+        def heads(x: Tensor) -> Tensor:
+            x = x.to(dtype).expand(branches, slots, -1, -1).flatten(0, 1)
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        if bias is not None and branches != every:
+            raise UserError(
+                "a U-Net that masks its own self-attention cannot run the source beside its edits: "
+                "use kv stored in place of replayed"
+            )
+        scores = None if bias is None else bias.view(every * slots, attn.heads, -1, bias.shape[-1])
         if mask is not None:
             if mask.dtype != torch.bool:
                 mask = mask.to(dtype)
@@ -128,3 +134,41 @@ def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
         return out.transpose(1, 2).flatten(2).unflatten(0, (branches, slots))
 
     return sdpa
+
+
+def layer_at(unet: nn.Module, path: str, site: Site) -> Attention:
+    """The layer at `path`, if CP-attn made for `site` can take over from its processor."""
+    try:
+        layer = unet.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, Attention):
+        raise UserError(
+            f"{path!r} is no attention layer of this U-Net: take the paths from self_attentions()"
+        )
+    if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
+        raise UserError(
+            f"{site} does not fit {path}, which has dim={layer.inner_kv_dim} and heads={layer.heads}: "
+            "make the variant for the sites of this U-Net"
+        )
+    found = layer.processor
+    if isinstance(found, CPProcessor):
+        raise UserError(f"CP-attn is attached to {path} already: detach it first")
+    if type(found) not in PLAIN:
+        raise UserError(
+            f"{path} has a {type(found).__name__}, whose effect CP-attn would silently drop: expected one of "
+            f"{', '.join(kind.__name__ for kind in PLAIN)}; undo what put it there"
+        )
+    return layer
+
+
+def for_edits(site: Site, q: Tensor, stored: Tensor) -> Tensor:
+    """A stored K-bar or V-bar for all rows of q: edit after edit, each with all stored branches."""
+    if stored.ndim != 4 or stored.shape[1:] != q.shape[1:] or q.shape[0] % stored.shape[0]:
+        raise UserError(
+            f"{site.path}: K-bar and V-bar of the shape {tuple(stored.shape)} cannot serve a forward of "
+            f"{tuple(q.shape)} (branches, slots, tokens, dim): use the picture size, slots and guidance "
+            "branches of the tuning"
+        )
+    edits = q.shape[0] // stored.shape[0]
+    return stored.to(q.device, q.dtype).expand(edits, *stored.shape).flatten(0, 1)

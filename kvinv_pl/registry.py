@@ -1,11 +1,15 @@
 """Variants are found by their entry points; nothing registers itself."""
 
+import inspect
 import logging
+import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from kvinv_pl.attention import CPAttention
 from kvinv_pl.errors import UserError
+from kvinv_pl.wording import near
 
 GROUP = "kvinv_pl.attention"
 log = logging.getLogger(__name__)
@@ -46,14 +50,53 @@ def load_all() -> dict[str, Variant]:
 
 def resolve(name: str) -> type[CPAttention]:
     """The class of a variant by its registered name or its class's name; a broken one is an error now."""
-    found = variants()
-    by_class = {variant.cls.__name__: variant for variant in found.values() if variant.cls}
-    variant = found.get(name) or by_class.get(name)
-    if variant is None:
-        raise UserError(f"no attention variant {name!r}: expected one of {', '.join(found) or '(none)'}")
+    variant = named(name)
     if variant.cls is None:
         raise UserError(f"the variant {name!r} of {variant.distribution} is broken: {variant.error}")
     return variant.cls
+
+
+def named(name: str) -> Variant:
+    """A variant, broken or not, by its registered name or its class's name."""
+    found = variants()
+    by_class = {variant.cls.__name__: variant for variant in found.values() if variant.cls}
+    if name in found or name in by_class:
+        return found.get(name) or by_class[name]
+    guess = near(name, [*found, *by_class])
+    raise UserError(f"no attention variant {name!r}: expected one of {', '.join(found) or '(none)'}{guess}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a variant: its type as written, its default, and what its docstring says of it."""
+
+    name: str
+    kind: Any
+    default: Any
+    text: str
+
+
+def options(cls: type[CPAttention]) -> list[Option]:
+    """What may be given to a variant besides the site, from its signature and the Args of its docstring."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    texts = _arguments(cls.__init__.__doc__) | _arguments(cls.__doc__)
+    return [Option(p.name, p.annotation, p.default, texts.get(p.name, "")) for p in parameters]
+
+
+def _arguments(docstring: str | None) -> dict[str, str]:
+    """The Args section of a Google-style docstring, by name."""
+    _, _, section = inspect.cleandoc(docstring or "").partition("Args:\n")
+    texts: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if found := re.match(r" {1,7}(\w+)(?: \([^)]*\))?: (.*)", line):
+            name, text = found.groups()
+            texts[name] = text.strip()
+        elif name and line.strip():
+            texts[name] += f" {line.strip()}"
+    return texts
 
 
 def _load(point: EntryPoint) -> Variant:

@@ -1,5 +1,6 @@
 """Where CP-attn may sit: the self-attentions of a U-Net, and the choice among them in peft's words."""
 
+import math
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -56,12 +57,14 @@ class Selection:
         exclude_modules: The same forms, for what to leave out.
         layers_to_transform: Numbers of blocks: 1 is down_blocks.1 and up_blocks.1. Not with a regex.
         layers_pattern: The module list that `layers_to_transform` counts, if not the list of blocks.
+        max_grid: Only self-attentions of at most max_grid x max_grid tokens, in a grid of any sides.
     """
 
     target_modules: str | list[str] | None = "decoder"
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    max_grid: int | None = None
 
 
 def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) -> list[Site]:
@@ -144,7 +147,19 @@ def select(sites: list[Site], selection: Selection) -> list[Site]:
             f"no self-attention matches {selection}: expected {', '.join(PRESETS)}, a regex for the whole "
             f"path, or ends of these paths: {', '.join(paths)}"
         )
-    return chosen
+    return _bounded(chosen, selection.max_grid)
+
+
+def _bounded(chosen: list[Site], most: int | None) -> list[Site]:
+    """Those of at most `most` x `most` tokens."""
+    found = [site for site in chosen if most is None or site.tokens <= most**2]
+    if not found:
+        height, width = min(chosen, key=lambda site: site.tokens).grid
+        raise UserError(
+            f"max_grid: expected at least {math.ceil((height * width) ** 0.5)}, got {most}: the smallest of "
+            f"the {len(chosen)} self-attentions chosen has {height} x {width} tokens"
+        )
+    return found
 
 
 def _refuse_contradictions(selection: Selection) -> None:
@@ -160,6 +175,8 @@ def _refuse_contradictions(selection: Selection) -> None:
         )
     if layers == []:
         raise UserError("layers_to_transform=[] chooses nothing: give block numbers, or leave it out")
+    if selection.max_grid is not None and selection.max_grid < 1:
+        raise UserError(f"max_grid: expected 1 or more, got {selection.max_grid}")
     if targets in ("", []):
         raise UserError(f"target_modules={targets!r} chooses nothing: expected e.g. decoder, or leave it out")
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.inversion import invert
 from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
+from kvinv_pl.reading import Reader
 from kvinv_pl.sheet import sheet
 from kvinv_pl.store import RunStore
 from kvinv_pl.work import Work
@@ -142,7 +140,14 @@ def certify(network: Network, store: RunStore) -> float:
 
 @torch.no_grad()
 def edit_picture(
-    network: Network, work: Work, guidance: float, reading: str, start: float, negative: str, watch: Progress
+    network: Network,
+    work: Work,
+    guidance: float,
+    reading: str,
+    kv: str,
+    start: float,
+    negative: str,
+    watch: Progress,
 ) -> list[Path]:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths."""
     store, table, began = work.store, network.table, time.perf_counter()
@@ -153,42 +158,20 @@ def edit_picture(
     attachment = network.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
     here = {"sites": list(attachment.psi), "attention": records.of_variant(network.cps[0])}
     store.require({"tuning": {**run["tuning"], **here}}, ["tuning"])
+    if reading == "frozen" and kv == "stored" and run["tuning"]["kv"] == "replayed":
+        raise UserError(
+            f"{store.folder} holds psi alone, without K-bar and V-bar: edit it with kv replayed, "
+            "or reading blend"
+        )
     network.bind(masks_of([store]))
     if guidance != run["tuning"]["guidance"]:
         watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
-    # rows of the U-Net: edit after edit, each unconditional, then conditional
-    contexts = network.backbone.embed([text for target in work.targets for text in (negative, target)])
+    reader = Reader(network, store, work.targets, negative, reading, kv, first_step(start, len(table)))
     watch.begin("editing", work.name, len(table))
-
-    def eps(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        with network.autocast():
-            both = network.backbone.eps(z.repeat_interleave(2, 0), t.repeat_interleave(2), contexts)
-        eps_u, eps_c = both.unflatten(0, (-1, 2)).unbind(1)
-        return eps_u, eps_c
-
-    with ThreadPoolExecutor(1) as pool:
-        first = first_step(start, len(table))
-        # one step of prefetch: the next psi_t is read while the network works
-        coming = {first: pool.submit(store.step, first)} if first < len(table) else {}
-
-        @contextmanager
-        def psi(i: int) -> Iterator[None]:
-            step = coming.pop(i).result()
-            if i + 1 < len(table):
-                coming[i + 1] = pool.submit(store.step, i + 1)
-            if reading == "blend":
-                network.read(step.psi, slot=0)
-                with attachment.blend():
-                    yield
-            elif step.kv is None:
-                raise UserError(f"{store.folder} holds no K-bar and V-bar: edit it with reading blend")
-            else:
-                with attachment.frozen({path: (k[:, None], v[:, None]) for path, (k, v) in step.kv.items()}):
-                    yield
-
-        z_T = trajectory[-1:].to(network.device).expand(len(work.targets), -1, -1, -1)
+    z_T = trajectory[-1:].to(network.device).expand(len(work.targets), -1, -1, -1)
+    with reader.reading_ahead():
         z_0 = edit(
-            eps, z_T, table, psi, guidance, start,
+            reader.eps, z_T, table, reader.psi, guidance, start,
             lambda i: watch.advance(f"timestep {int(table.timesteps[i])}"),
         )  # fmt: skip
     geometry = records.geometry_of(run["picture"])
@@ -199,6 +182,7 @@ def edit_picture(
         record = {
             "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
             "tuned_at": run["tuning"]["guidance"], "reading": reading, "start": start,
+            **({"kv": kv} if reading == "frozen" else {}),
             "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
             "tuning": run["tuning"], "figures": {"seconds": seconds},
         }  # fmt: skip

@@ -29,6 +29,7 @@ ADVICE = (
     "predict returned None",  # its results are in the run folder
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # of Lightning's own
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen model
+    r"`LightningModule.configure_optimizers` returned `None`",  # a variant may learn nothing
     r"You have overridden `transfer_batch_to_device`",  # on purpose
     r"\w+ available but not used",  # a CPU may be asked for
 )

@@ -65,13 +65,3 @@ def _save(picture: Image.Image, file: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return file
-
-
-def variants() -> None:
-    """List the attention variants that are installed: name, class, where it comes from, what it does."""
-    from kvinv_pl.registry import variants as found_variants
-
-    for variant in found_variants().values():
-        where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
-        print(f"{variant.name:<12}{where}  ({variant.distribution})")
-        print(f"{'':<12}{variant.error or variant.summary}")

@@ -70,14 +70,9 @@ class FullKV(CPAttention):
         self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]
     ) -> tuple[Float[Tensor, "branches slots tokens dim"], Float[Tensor, "branches slots tokens dim"]]:
         """Eq. 1: K-bar = lambda_k K + gamma_k K-hat, and V-bar likewise."""
-        k_bar = self._wide(self.lambda_k) * k + self._wide(self.gamma_k) * self.k_hat
-        v_bar = self._wide(self.lambda_v) * v + self._wide(self.gamma_v) * self.v_hat
+        k_bar = self.per_channel(self.lambda_k) * k + self.per_channel(self.gamma_k) * self.k_hat
+        v_bar = self.per_channel(self.lambda_v) * v + self.per_channel(self.gamma_v) * self.v_hat
         return k_bar, v_bar
-
-    def _wide(self, factor: Tensor) -> Tensor:
-        """One value a head as one value a channel; one a layer broadcasts by itself."""
-        count = factor.shape[-1]
-        return factor if count == 1 else factor.repeat_interleave(self.site.dim // count, dim=-1)
 
     def _scale(self, lambda_: float, gamma: float) -> None:
         for factor in (self.lambda_k, self.lambda_v):

@@ -22,7 +22,7 @@ DOORS = {
     "peft": {"sites"},
     "safetensors": {"files", "menagerie"},  # a run's files; the weights of the menagerie's judge
     "filelock": {"store"},
-    "jsonargparse": {"cli", "registry"},
+    "jsonargparse": {"cli", "naming"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
@@ -45,7 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "sites": {"errors"},
     "processor": {"errors", "sites"},
     "attention": {"errors", "processor", "sites"},
-    "registry": {"attention", "errors"},
+    "registry": {"attention", "errors", "wording"},
+    "naming": {"registry"},
     "testing": {"attention", "errors", "registry"},
     "checkpoint": {"errors", "menagerie"},
     "backbone": {"checkpoint", "ddim", "errors"},
@@ -57,6 +58,7 @@ ARROWS: dict[str, set[str]] = {
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors"},
+    "reading": {"attention", "errors", "network", "store"},
 }
 STAGES = {
     "curriculum",
@@ -69,16 +71,17 @@ STAGES = {
     "records",
     "sheet",
 }
-ARROWS["stages"] = STAGES | {"store", "work"}
+ARROWS["stages"] = STAGES | {"reading", "store", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,
     "strategies": CORE,
     "verbs": CORE,
+    "listing": CORE,
     "module": CORE | {"data"},
     "trainer": CORE | {"data", "module", "strategies"},
     "api": CORE | {"data", "module", "trainer"},
-    "cli": CORE | {"data", "module", "strategies", "trainer", "verbs"},
+    "cli": CORE | {"data", "listing", "module", "strategies", "trainer", "verbs"},
     "__init__": CORE | {"api", "data", "module"},
     "__main__": {"cli"},
 }

@@ -8,6 +8,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.v_only import VOnly  # pyright: ignore[reportMissingImports]
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -261,9 +264,12 @@ def test_a_bf16_unet_works_with_fp32_psi(unet: UNet2DConditionModel):
 
 
 @pytest.mark.parametrize("lora_first", [True, False])
-def test_a_lora_keeps_its_effect_and_psi_stays_trainable(unet: UNet2DConditionModel, lora_first: bool):
-    bare = run(unet, inputs(2))
-    psi = variants()
+@pytest.mark.parametrize("make", [FullKV, VOnly, LowRank, Recorded])
+def test_a_lora_keeps_its_effect_and_psi_stays_trainable(
+    unet: UNet2DConditionModel, make: type[CPAttention], lora_first: bool
+):
+    bare, before = run(unet, inputs(2)), dict(unet.attn_processors)
+    psi = variants(make=make)
 
     def add_lora() -> None:
         torch.manual_seed(3)
@@ -285,6 +291,7 @@ def test_a_lora_keeps_its_effect_and_psi_stays_trainable(unet: UNet2DConditionMo
     assert [site.path for site in self_attentions(unet, LATENT)] == list(psi)
     attachment.detach()
     assert torch.equal(run(unet, inputs(2)), with_lora)
+    assert all(unet.attn_processors[name] is processor for name, processor in before.items())
 
 
 @pytest.mark.parametrize(
@@ -389,6 +396,34 @@ def test_latents_of_another_size_and_rows_that_slots_do_not_divide_are_refused(u
         run(unet, (z.repeat(1, 1, 2, 1), t, prompt))
 
 
+@pytest.mark.parametrize("edits", [1, 3])
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_replayed_beside_its_edits_the_source_gives_what_would_have_been_stored(
+    unet: UNet2DConditionModel, edits: int, branches: int, slots: int
+):
+    attachment = attach(unet, shaken(variants(slots=slots)))
+    source = inputs(branches * slots)
+    each = [inputs(2 * slots, seed=10 + edit) for edit in range(edits)]
+    rows = cast(Any, tuple(torch.cat(part) for part in zip(*each, strict=True)))
+    with attachment.recording() as kv:
+        alone = run(unet, source)
+    with attachment.frozen(kv):
+        frozen = run(unet, rows)
+    with attachment.replaying(branches):
+        both = run(unet, cast(Any, tuple(torch.cat(part) for part in zip(source, rows, strict=True))))
+    assert close(both, torch.cat([alone, frozen]))
+    assert not close(run(unet, rows), frozen)
+
+
+def test_replayed_rows_that_are_no_whole_edits_are_refused(unet: UNet2DConditionModel):
+    with (
+        attach(unet, variants()).replaying(2),
+        pytest.raises(UserError, match="guidance branches of the tuning"),
+    ):
+        run(unet, inputs(3))
+
+
 class NoForward(CPAttention):
     """Forgets Eq. 1."""
 
@@ -407,6 +442,20 @@ class Transposed(CPAttention):
         return k, v.transpose(2, 3)
 
 
+class Whole(CPAttention):
+    """Returns whole numbers."""
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k.long(), v
+
+
+class Listed(CPAttention):
+    """Returns what is no tensor."""
+
+    def forward(self, k: Tensor, v: Tensor) -> Any:
+        return k, [v]
+
+
 class Merged(CPAttention):
     """Returns another shape from Eq. 2."""
 
@@ -418,22 +467,23 @@ class Merged(CPAttention):
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "message"),
+    ("make", "message"),
     [
-        (NoForward, NotImplementedError, r"NoForward must define forward\(k, v\)"),
-        (OneResult, UserError, r"OneResult.forward: expected \(k_bar, v_bar\), got a Tensor"),
+        (NoForward, r"NoForward must define forward\(k, v\)"),
+        (Whole, r"Whole.forward returned torch.int64 at .*expected a tensor of floating point"),
+        (Listed, r"Listed.forward returned list at .*expected a tensor of floating point"),
+        (OneResult, r"OneResult.forward: expected \(k_bar, v_bar\), got a Tensor"),
         (
             Transposed,
-            UserError,
             r"Transposed.forward returned the shape \(1, 1, 8, 128\).*expected \(1, 1, 128, 8\)",
         ),
-        (Merged, UserError, r"Merged.attend returned the shape \(1, 128, 8\).*expected \(1, 1, 128, 8\)"),
+        (Merged, r"Merged.attend returned the shape \(1, 128, 8\).*expected \(1, 1, 128, 8\)"),
     ],
 )
 def test_a_variant_that_returns_something_else_is_named(
-    unet: UNet2DConditionModel, make: type[CPAttention], kind: type[Exception], message: str
+    unet: UNet2DConditionModel, make: type[CPAttention], message: str
 ):
-    with attach(unet, variants(make=make)).blend(), pytest.raises(kind, match=message):
+    with attach(unet, variants(make=make)).blend(), pytest.raises(UserError, match=message):
         run(unet, inputs(1))
 
 

@@ -206,6 +206,86 @@ def test_any_torch_optimiser_tunes(optimizer: Any, image: Path, untuned: RunStor
     assert all(info["inner_steps"] == 3 for info in infos(store))
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a count in its group, as schedule-free optimisers do, and slows down with it."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = LR / group["count"]
+        super().step(closure)
+
+
+def test_an_optimiser_that_keeps_its_state_in_its_groups_is_new_at_every_timestep(
+    image: Path, tmp_path: Path
+) -> None:
+    """Otherwise a run that goes on would differ from one that was never stopped."""
+    settings: dict[str, Any] = {"optimizer": lambda p: Counting(p, lr=LR), "carry": False}
+    whole = fits.fit(image, tmp_path / "whole", **settings)
+    stopped = fits.fit(image, tmp_path / "stopped", **settings)
+    for i in (1, 2):
+        (stopped.folder / "steps" / f"{i}.safetensors").unlink()
+    fits.fit(image, tmp_path / "stopped", **settings)
+    assert fits.tensors(stopped) == fits.tensors(whole)
+
+
+class Buffered(FullKV):
+    """Counts how often it was run in a buffer, and notes its start in another that is not kept."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(site.slots, 1, 1))
+        self.register_buffer("scratch", torch.zeros(7), persistent=False)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        super().reset(generator)
+        if "seen" in self._buffers:  # which it is not yet when FullKV makes it
+            self.seen.zero_()
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen += 1
+        return super().forward(k, v)
+
+
+def test_a_buffer_of_a_variant_is_reset_kept_and_read_like_its_parameters(
+    image: Path, tmp_path: Path
+) -> None:
+    store = fits.fit(image, tmp_path / "run", attention=Buffered, carry=False)
+    for i in range(3):
+        seen = {name: value for name, value in store.step(i).psi.items() if name.endswith(".seen")}
+        assert seen and not any("scratch" in name for name in store.step(i).psi)
+        assert all(value.item() in (3.0, 4.0) for value in seen.values())  # the inner steps of this one alone
+    module = fits.model(attention=Buffered)
+    module.load_backbone(torch.float32)
+    module.network.place((8, 8), 1)
+    module.network.read(store.step(1).psi, slot=0)
+    torch.testing.assert_close(
+        {name: value[0] for name, value in module.network.values().items()}, store.step(1).psi
+    )
+
+
+class Loud(FullKV):
+    """Makes V-bar larger than half precision holds, where it hardly matters, and psi not."""
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k_bar, v_bar = super().forward(k, v)
+        return k_bar, v_bar * 1e6
+
+
+def test_k_bar_or_v_bar_that_the_store_cannot_hold_is_refused_and_leaves_no_phase(
+    image: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"attention": Loud, "tolerance": UNTUNED}
+    with pytest.raises(
+        UserError,
+        match=r"V-bar of up_blocks.*: expected values within 65504.*float16.*use store_dtype bfloat16",
+    ):
+        fits.fit(image, tmp_path / "run", store_dtype="float16", **settings)
+    assert not RunStore(tmp_path / "run").done()
+    assert fits.fit(image, tmp_path / "run", store_dtype="bfloat16", **settings).done() == {0, 1, 2}
+
+
 def test_an_optimiser_that_would_couple_pictures_is_refused_side_by_side(image: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="LBFGS would share its steps between pictures side by side: use slots 1"

@@ -1,0 +1,148 @@
+"""The commands that say what there is to choose from: variants and self-attentions. No weights are read."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from kvinv_pl import registry
+from kvinv_pl.attention import CPAttention, Selection, Site, select, self_attentions
+from kvinv_pl.checkpoint import outline
+from kvinv_pl.errors import UserError
+from kvinv_pl.pictures import fit_geometry
+from kvinv_pl.wording import expected
+
+MIB = 2**20
+BRANCHES = 2  # unconditional and conditional
+
+
+def variants(name: str | None = None, checkpoint: str | None = None) -> None:
+    """List the attention variants that are installed; or show one of them, with its options.
+
+    Args:
+        name: Which one to show; `kvinv variants NAME` does as well.
+        checkpoint: The model whose decoder the values of psi are counted for; menagerie, if it is not given.
+    """
+    places, unknown = list[Site](), ""
+    try:
+        unet, told = outline(checkpoint or "menagerie")
+        height, width = (side // told.vae_factor for side in told.sample)
+        places = select(self_attentions(unet, (height, width)), Selection("decoder"))
+    except UserError as error:
+        if checkpoint is not None:
+            raise
+        unknown = f"how many values of psi they have is not known: {error}"
+    shown = [registry.named(name)] if name is not None else list(registry.variants().values())
+    for variant in shown:
+        where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
+        print(f"{variant.name:<12}{where}  ({variant.distribution})")
+        print(f"{'':<12}{variant.error or variant.summary}")
+        if variant.cls and places:
+            print(f"{'':<12}{_worth(variant.cls, places, checkpoint or 'menagerie')}")
+        if variant.cls and name is not None:
+            print("\n".join(_details(variant.name, variant.cls)))
+    if unknown:
+        print(unknown)
+
+
+def _worth(cls: type[CPAttention], places: list[Site], checkpoint: str) -> str:
+    """How much a variant learns at one timestep, with its options as they are."""
+    missing = [option.name for option in registry.options(cls) if option.default is inspect.Parameter.empty]
+    if missing:
+        return f"values of psi: it depends on {', '.join(missing)}, which must be given"
+    count = sum(_values(cls(site)) for site in places)
+    return f"{count:,} values of psi for one timestep on {checkpoint} (decoder)"
+
+
+def _details(name: str, cls: type[CPAttention]) -> list[str]:
+    """The rest of a variant's docstring, and its options."""
+    rest = inspect.cleandoc(cls.__doc__ or "").partition("Args:")[0].strip().partition("\n")[2].strip()
+    lines = [*textwrap.indent(rest, " " * 12).splitlines()]
+    options = registry.options(cls)
+    lines += ["", f"options, after --model.attention {name}:" if options else "It has no options."]
+    for option in options:
+        required = option.default is inspect.Parameter.empty
+        default = "must be given" if required else f"default: {option.default}"
+        lines.append(f"  --model.attention.{option.name}  {expected(option.kind)} ({default})")
+        lines += textwrap.wrap(option.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def sites(
+    checkpoint: str = "menagerie",
+    attention: Callable[[Site], CPAttention] | None = None,
+    target_modules: str | list[str] = "decoder",
+    exclude_modules: str | list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: str | list[str] | None = None,
+    max_grid: int | None = None,
+    steps: int = 50,
+    size: str | None = None,
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+) -> None:
+    """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
+
+    Args:
+        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
+        attention: The CP-attn variant, as for --model.attention; left out, it is full_kv.
+        target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
+        exclude_modules: What to leave out of them, in the same words.
+        layers_to_transform: Numbers of the blocks to keep, as in peft.
+        layers_pattern: The module list that layers_to_transform counts.
+        max_grid: Only self-attentions of at most max_grid x max_grid tokens.
+        steps: DDIM steps T of the run.
+        size: Of the picture, as WIDTHxHEIGHT in pixels; left out, what the checkpoint was made for.
+        store_dtype: In which psi, K-bar and V-bar are kept on disk.
+    """
+    if steps < 1:
+        raise UserError(f"steps: expected 1 or more, got {steps}")
+    make = attention or registry.resolve("full_kv")
+    unet, told = outline(checkpoint)
+    picture = (told.sample[1], told.sample[0]) if size is None else _size(size)
+    width, height = fit_geometry(picture, told.sample, told.multiple, "keep").resized
+    grid = height // told.vae_factor, width // told.vae_factor
+    every = self_attentions(unet, grid)
+    selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid)
+    chosen = {site.path for site in select(every, selection)}
+    each = getattr(torch, store_dtype).itemsize * steps / MIB
+    longest = max(len(site.path) for site in every)
+    print(f"{checkpoint}: a picture of {width} x {height}, latents of {grid[1]} x {grid[0]}")
+    print(
+        f"  {'path':<{longest}}  {'grid':>9}  {'tokens':>6}  {'width':>5}  {'heads':>5}  {'psi, 1 step':>13}"
+        f"  {'psi, MiB':>9}  {'psi, K, V, MiB':>14}"
+    )
+    totals = [0, 0]
+    for site in every:
+        psi, bars = _values(make(site)), 2 * BRANCHES * site.tokens * site.dim
+        mark = "*" if site.path in chosen else " "
+        shape = f"{site.grid[0]}x{site.grid[1]}"
+        print(
+            f"{mark} {site.path:<{longest}}  {shape:>9}  {site.tokens:>6}  {site.dim:>5}  {site.heads:>5}"
+            f"  {psi:>13,}  {psi * each:>9.2f}  {(psi + bars) * each:>14.2f}"
+        )
+        if site.path in chosen:
+            totals = [totals[0] + psi, totals[1] + bars]
+    psi, bars = totals
+    print(
+        f"* {len(chosen)} of {len(every)} chosen: {psi:,} values of psi for one step; on disk after {steps} steps"
+    )
+    print(f"  with kv replayed: {psi * each:.2f} MiB of psi as {store_dtype}")
+    print(
+        f"  with kv stored: {(psi + bars) * each:.2f} MiB, K-bar and V-bar of both guidance branches with it"
+    )
+
+
+def _values(cp: CPAttention) -> int:
+    """How many values of psi the store keeps for one slot."""
+    return sum(value.numel() for value in cp.state_dict().values())
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height from WIDTHxHEIGHT."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip().lower())
+    if found is None:
+        raise UserError(f"size: expected WIDTHxHEIGHT in pixels such as 512x768, got {text!r}")
+    return int(found.group(1)), int(found.group(2))
