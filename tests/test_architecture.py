@@ -54,9 +54,15 @@ ARROWS: dict[str, set[str]] = {
     "files": {"errors"},
     "store": {"errors", "files"},
     "work": {"store"},
+    "failures": {"errors", "work"},
+    "logbook": {"errors"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors"},
+}
+ARROWS |= {
+    "certificate": {"errors", "network", "pictures", "records", "store"},
+    "memory": {"network"},
 }
 STAGES = {
     "curriculum",
