@@ -111,9 +111,8 @@ class SlotKeeper:
         self.stopped |= new
 
     def give_up(self, slots: Bool[Tensor, " slots"]) -> None:
-        """Stop slots that cannot go on, where they were last kept."""
+        """Stop slots that cannot go on; restore() takes them back to where they were last kept."""
         self.stopped |= slots
-        self.restore()
 
     @torch.no_grad()
     def silence(self, slots: Bool[Tensor, " slots"]) -> None:

@@ -432,6 +432,7 @@ class KVInversion(LightningModule):
         batch, i, dtype = self._batches[self._phase.batch], self._phase.step, STORE_DTYPES[self.store_dtype]
         if not self._active(batch):
             return
+        self._keeper.restore()
         for value in self.network.psi.parameters():
             value.copy_(value.to(dtype).to(value.dtype))
         before = self._z
@@ -456,7 +457,7 @@ class KVInversion(LightningModule):
             }
             with self.failures.of([work]):
                 work.store.save_step(i, psi, self._z[slot].cpu(), bars, figures)
-            logbook.log_phase(self.loggers, work.store.folder.name, i, figures, self.device)
+            logbook.log_phase(self.loggers, self._logged_as(work), i, figures, self.device)
             self._show_z_0(work, before[slot : slot + 1], self._z[slot : slot + 1])
         if i == self.steps - 1:
             worth = list[str]()
@@ -465,13 +466,17 @@ class KVInversion(LightningModule):
                     worth.append(self._certify(work))
             self.watch.finish(f"reconstruction {', '.join(worth)} to the VAE round trip")
 
+    def _logged_as(self, work: Work) -> str:
+        """The name of a picture in the logs; later attempts have curves of their own."""
+        return work.store.folder.name + (f"-attempt-{self._attempt + 1}" if self._attempt else "")
+
     def _show_z_0(self, work: Work, z_from: Tensor, z_to: Tensor) -> None:
         """Every few steps, hand the loggers the picture that the process believes in (the paper's Fig. 3)."""
         table, i = self.network.table, self._phase.step
         if self.loggers and self.x_0_every and i % self.x_0_every == 0 and table.has_effect(i):
             z_0 = predicted_z_0(z_from, z_to, table.alphas[i], table.alphas[i + 1])
             pixels = self.network.backbone.decode(z_0)[0].cpu()
-            logbook.log_picture(self.loggers, f"{work.store.folder.name}/predicted_x_0", i, pixels)
+            logbook.log_picture(self.loggers, f"{self._logged_as(work)}/predicted_x_0", i, pixels)
 
     def _active(self, batch: Batch) -> list[tuple[int, Work]]:
         """The slots of a batch that count, and the pictures in them: no padding, and nothing given up."""

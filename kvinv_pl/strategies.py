@@ -94,6 +94,13 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         """Whether this is a rank that another one started, and reports to."""
         return STARTER in os.environ
 
+    @property
+    def is_one_of_many(self) -> bool:
+        """Whether torchrun, SLURM or the person has started the ranks, none of which speaks for all."""
+        env = self.cluster_environment
+        external = env is not None and env.creates_processes_externally and not self.was_started
+        return self.world_size > 1 and (external or self.num_nodes > 1)
+
     @contextmanager
     def ranks(self, shares: int) -> Iterator[None]:
         """Start further ranks for so many shares of work; at the end wait for them, or stop them all."""
@@ -144,7 +151,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         """Raise where another rank has failed, or the one that started this one is gone."""
         if any(rank.poll() not in (None, 0) for rank in self._ranks):
             raise RankFailedError(
-                "another rank has failed, and all have stopped; the same command goes on once that is put right"
+                "another rank has failed, and all have stopped; put that right and give the command again"
             )
         starter = os.environ.get(STARTER)
         if starter is not None and os.getppid() != int(starter):

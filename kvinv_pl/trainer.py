@@ -179,6 +179,10 @@ class KVTrainer(Trainer):
         self._say_where(failures.left(data.works))
         if self.ranks.was_started:
             return  # who started this rank says what failed
+        if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
+            for label, reason in failures.reasons.items():  # an exit code would end the other ranks
+                self.watch.note(f"{label}: {reason}")
+            return
         failures.report()
 
     def _shares(
