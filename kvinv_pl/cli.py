@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvinv_pl import naming, wording
-from kvinv_pl.errors import UserError
+from kvinv_pl.errors import SomeFailedError, UserError
 
 STAGES = {
     "run": "all three stages for a picture: invert, tune and edit",
@@ -57,7 +57,11 @@ RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, v
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; exit code 0, or 2 with one line for a user's mistake, or 130 if interrupted."""
+    """Run one command.
+
+    Exit codes: 0; 1 where some of many pictures failed, with a line for each of them; 2 with one line for a
+    user's mistake, or where all pictures failed; 130 if interrupted.
+    """
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
@@ -67,9 +71,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as error:
         if debug:
             traceback.print_exc()
+        for picture, reason in error.reasons.items() if isinstance(error, SomeFailedError) else ():
+            sys.stderr.write(f"kvinv: {picture}: {reason}\n")
         line = " ".join(str(error).split())
         sys.stderr.write(f"kvinv: error: {line}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as error:
@@ -164,6 +170,7 @@ def _stage(verb: str, argv: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from kvinv_pl.data import SourceImages
+    from kvinv_pl.failures import MEMORY
     from kvinv_pl.module import KVInversion
     from kvinv_pl.trainer import KVTrainer
 
@@ -199,6 +206,8 @@ def _stage(verb: str, argv: list[str]) -> None:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"the settings do not fit together: {error}") from error
+            # a rank for each further device is this command once more
+            self.trainer.ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
 
     strict = {"exit_on_error": False, "parser_mode": naming.name_variants_in_yaml()}
     try:
@@ -218,8 +227,9 @@ def _stage(verb: str, argv: list[str]) -> None:
                 load_from_checkpoint_support=False,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        hint = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slots 1"
-        raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {hint}") from error
+        raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}") from error
+    except SomeFailedError:
+        raise
     except UserError as error:
         raise UserError(wording.of_setting(str(error), line.typed)) from error
 
@@ -362,28 +372,35 @@ def _in_words(verb: str, line: _Line, kinds: Mapping[str, Any]) -> Iterator[None
 # ------------------------------------------------------------------------------------------ kvinv edit --run
 
 
+def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the model that a run.json says its run was made with."""
+    if "tuning" not in run:
+        raise UserError(f"{folder} is not tuned: go on with `kvinv fit` before editing")
+    tuning = run["tuning"]
+    return {
+        "checkpoint": run["model"]["checkpoint"],
+        "attention": tuning["attention"],
+        "target_modules": tuning["sites"],
+        "max_grid": tuning["max_grid"],
+        "kv": tuning["kv"],
+        "steps": run["scheduler"]["steps"],
+        **run["editing"],
+    }
+
+
 def _settings_of(folder: Path) -> dict[str, Any]:
     """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
     from kvinv_pl.data import reading, stores_in
 
-    settings = []
+    settings, refused = [], list[UserError]()
     for store in stores_in(folder):
-        run = store.read_run()
-        if "tuning" not in run:
-            raise UserError(f"{store.folder} is not tuned: go on with `kvinv fit` before editing")
-        tuning = run["tuning"]
-        with reading(store):
-            settings.append(
-                {
-                    "checkpoint": run["model"]["checkpoint"],
-                    "attention": tuning["attention"],
-                    "target_modules": tuning["sites"],
-                    "max_grid": tuning["max_grid"],
-                    "kv": tuning["kv"],
-                    "steps": run["scheduler"]["steps"],
-                    **run["editing"],
-                }
-            )
+        try:
+            with reading(store):
+                settings.append(_settings_in(store.folder, store.read_run()))
+        except UserError as error:  # one of many is reported when the others are done
+            refused.append(error)
+    if not settings:
+        raise refused[0]
     if any(other != settings[0] for other in settings):
         raise UserError(f"the runs in {folder} were made with unlike settings: edit them one by one")
     return {"model": settings[0], "data": {"run": str(folder)}}

@@ -23,7 +23,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures tuned side by side. A short row is filled up with copies that count for nothing."""
+    """Pictures tuned side by side, each in its slot. An empty slot holds a copy that counts for nothing."""
 
     members: tuple[int, ...]
     active: tuple[bool, ...]
@@ -35,21 +35,25 @@ def first_missing(done: Set[int], steps: int) -> int:
     return next((i for i in range(steps) if i not in done), steps)
 
 
-def batches(done: Sequence[Set[int]], steps: int, slots: int) -> list[Batch]:
-    """Unfinished pictures in batches of `slots`, those that go on at the same step together."""
-    at: dict[int, list[int]] = {}
-    for index, finished in enumerate(done):
-        first = first_missing(finished, steps)
-        if first < steps:
-            at.setdefault(first, []).append(index)
-    made = []
-    for first, members in at.items():
-        for begin in range(0, len(members), slots):
-            row = members[begin : begin + slots]
-            missing = slots - len(row)
-            active = (True,) * len(row) + (False,) * missing
-            made.append(Batch((*row, *[row[-1]] * missing), active, first))
-    return made
+def batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Batch]:
+    """Unfinished pictures in batches of `slots`, those that go on at the same step together; None: leave it.
+
+    Who shares a batch, and in which slot, follows from the order alone and not from what is done, so that a
+    fit that goes on computes what it would have computed. For the same reason a picture that is one step
+    ahead, as a kill between the files of one phase leaves it, makes that step again.
+    """
+    found = []
+    for begin in range(0, len(done), slots):
+        row = enumerate(done[begin : begin + slots])
+        firsts = {slot: first_missing(made, steps) for slot, made in row if made is not None}
+        waiting = {slot: first for slot, first in firsts.items() if first < steps}
+        while waiting:
+            first = min(waiting.values())
+            active = [slot for slot, at in firsts.items() if first <= at <= first + 1]
+            members = [begin + (slot if slot in active else active[0]) for slot in range(slots)]
+            found.append(Batch(tuple(members), tuple(slot in active for slot in range(slots)), first))
+            waiting = {slot: at for slot, at in waiting.items() if slot not in active}
+    return found
 
 
 def remaining(made: Iterable[Batch], steps: int) -> list[Phase]:
@@ -105,6 +109,17 @@ class SlotKeeper:
             for kept, parameter in zip(self.kept, self.parameters, strict=True):
                 kept[new] = parameter[new]
         self.stopped |= new
+
+    def give_up(self, slots: Bool[Tensor, " slots"]) -> None:
+        """Stop slots that cannot go on; restore() takes them back to where they were last kept."""
+        self.stopped |= slots
+
+    @torch.no_grad()
+    def silence(self, slots: Bool[Tensor, " slots"]) -> None:
+        """Forget the gradients of slots that are no longer finite, which a gradient scaler would count."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad[slots] = 0.0
 
     @torch.no_grad()
     def restore(self) -> None:

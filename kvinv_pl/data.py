@@ -70,9 +70,10 @@ class SourceImages(LightningDataModule):
                 raise UserError(f"{name}: expected a path, got an empty text")
         self.overwrite = overwrite
         self.works: list[Work]
+        self.failed: dict[str, str] = {}
         if run is not None:
             self.out = Path(run).expanduser()
-            self.works = list(_runs(self.out, targets))
+            self.works = list(_runs(self.out, targets, self.failed))
         elif image is not None:
             self.out, path = Path(out).expanduser(), Path(image).expanduser()
             given = Path(mask).expanduser() if mask else None
@@ -91,9 +92,9 @@ class SourceImages(LightningDataModule):
         """The inner steps of one phase; which phase it is, the curriculum knows."""
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
-    def jobs(self, stage: Literal["invert", "edit"]) -> DataLoader[Job]:
-        """One stage of every picture, for the trainer's predict loop."""
-        found: Any = [Job(stage, work) for work in self.works]
+    def jobs(self, stage: Literal["invert", "edit"], works: Iterable[Work] | None = None) -> DataLoader[Job]:
+        """One stage of these pictures (None: of all), for the trainer's predict loop."""
+        found: Any = [Job(stage, work) for work in (self.works if works is None else works)]
         return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
 
 
@@ -249,14 +250,21 @@ def reading(store: RunStore) -> Iterator[None]:
         raise UserError(f"{file} is damaged (it lacks {error}): remove the run and make it again") from error
 
 
-def _runs(folder: Path, targets: list[str]) -> Iterator[Work]:
-    """The finished or half-finished runs in a folder, or the one that it is."""
-    for store in stores_in(folder):
-        with reading(store):
-            record = store.read_run()
-            picture, source = record["picture"], record["source"]
-            mask = store.folder / "mask.png" if picture["mask"] else None
-            work = Work(picture["name"], store, None, source, targets, mask, picture["mode"])
+def _runs(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[Work]:
+    """The finished or half-finished runs in a folder, or the one that it is; the damaged go to `failed`."""
+    stores = stores_in(folder)
+    for store in stores:
+        try:
+            with reading(store):
+                record = store.read_run()
+                picture, source = record["picture"], record["source"]
+                mask = store.folder / "mask.png" if picture["mask"] else None
+                work = Work(picture["name"], store, None, source, targets, mask, picture["mode"])
+        except UserError as error:
+            if len(stores) == 1:
+                raise
+            failed[str(store.folder)] = str(error)
+            continue
         yield work
 
 

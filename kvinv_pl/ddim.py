@@ -79,6 +79,20 @@ def move(
     return _a_row(scale, z, dtype) * z.to(dtype) + _a_row(along_eps, z, dtype) * eps.to(dtype)
 
 
+def predicted_z_0(
+    z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], alpha_from: Alpha, alpha_to: Alpha
+) -> Float[Tensor, "rows c h w"]:
+    """The picture that a step towards it believed in, from both ends of the step.
+
+    Both are sqrt(alpha) z_0 + sqrt(1 - alpha) epsilon, each with its alpha and with the same z_0 and epsilon.
+    """
+    a, b = float(alpha_from), float(alpha_to)
+    signal_from, noise_from, signal_to, noise_to = a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5
+    if (both := signal_from * noise_to - signal_to * noise_from) == 0:
+        raise UserError(f"a step from alpha {a:g} to {b:g} says nothing of the picture")
+    return (noise_to * z_from - noise_from * z_to) / both
+
+
 def from_v(
     z: Float[Tensor, "rows c h w"], v: Float[Tensor, "rows c h w"], alpha: Alpha
 ) -> Float[Tensor, "rows c h w"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kvinv_pl.errors import UserError
+from kvinv_pl.errors import NoRoomError, UserError
 
 FORMAT = 1
 TEMPORARY = ".kvinv-tmp"
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class DamagedError(UserError):
@@ -34,7 +36,8 @@ def reported(verb: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         todo = "make room or name another folder" if verb == "write" else "see to it and try again"
-        raise UserError(f"cannot {verb} {path}: {error.strerror or error}; {todo}") from error
+        kind = NoRoomError if error.errno in NO_ROOM else UserError
+        raise kind(f"cannot {verb} {path}: {error.strerror or error}; {todo}") from error
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -127,7 +127,8 @@ def sites(
             totals = [totals[0] + psi, totals[1] + bars]
     psi, bars = totals
     print(
-        f"* {len(chosen)} of {len(every)} chosen: {psi:,} values of psi for one step; on disk after {steps} steps"
+        f"* {len(chosen)} of {len(every)} chosen: {psi:,} values of psi for one step; "
+        f"on disk after {steps} steps"
     )
     print(f"  with kv replayed: {psi * each:.2f} MiB of psi as {store_dtype}")
     print(

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,17 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kvinv_pl import records, registry, stages
+from kvinv_pl import certificate, logbook, memory, records, registry, stages
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.curriculum import Batch, Convergence, SlotKeeper, batches, first_missing, remaining
 from kvinv_pl.data import Job
+from kvinv_pl.ddim import predicted_z_0
 from kvinv_pl.errors import UserError
+from kvinv_pl.failures import Failures
 from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
+from kvinv_pl.store import Step
 from kvinv_pl.tuning import reconstruct, squared_errors
 from kvinv_pl.work import Stage, Work
 
@@ -53,8 +57,11 @@ class KVInversion(LightningModule):
         start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
         negative: What the unconditional branch is told.
         seed: Of random starts of psi.
-        slots: How many pictures are tuned side by side.
+        slots: How many pictures of one size are tuned side by side; auto: what fits into memory, 8 at most.
         store_dtype: In which psi, K-bar and V-bar are kept on disk.
+        required_psnr: dB to the VAE round trip that a reconstruction must reach for its picture to pass.
+        retries: How often to tune a picture again that does not pass, each time with twice the inner steps
+            and other random starts; the best attempt is kept.
     """
 
     def __init__(
@@ -80,8 +87,10 @@ class KVInversion(LightningModule):
         start: float = 0.1,
         negative: str = "",
         seed: int = 0,
-        slots: int = 1,
+        slots: int | Literal["auto"] = "auto",
         store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        required_psnr: float = 35.0,
+        retries: int = 1,
     ):
         """Note the settings; the checkpoint is read when a stage begins, in the precision of the trainer."""
         super().__init__()
@@ -98,8 +107,10 @@ class KVInversion(LightningModule):
         self.convergence = Convergence(tolerance, tolerance_growth)
         self.carry, self.seed, self.store_dtype = carry, seed, store_dtype
         self.reading, self.kv, self.start, self.negative = reading, kv, float(start), negative
+        self.demand = certificate.Demand(float(required_psnr), retries)
         self.check_settings()
-        self.watch = Progress(quiet=True)
+        self.side_by_side = 1 if slots == "auto" else slots
+        self.watch, self.failures, self.x_0_every = Progress(quiet=True), Failures(), 0  # the trainer's
         self.last_edits: list[Path] = []
         self._network: Network | None = None
         self._loaded: tuple[str, torch.dtype] | None = None
@@ -111,8 +122,13 @@ class KVInversion(LightningModule):
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name}: expected a number of 0 or more, got {value}")
         for name in ("steps", "inner_steps", "slots"):
-            if (count := getattr(self, name)) < 1:
+            if (count := getattr(self, name)) != "auto" and count < 1:
                 raise UserError(f"{name}: expected 1 or more, got {count}")
+        if math.isnan(self.demand.psnr) or self.demand.retries < 0:
+            raise UserError(
+                "required_psnr and retries: expected dB and a number of 0 or more, got "
+                f"{self.demand.psnr} and {self.demand.retries}"
+            )
         if not 0 <= self.start <= 1:
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
         if self.reading not in ("frozen", "blend"):
@@ -165,8 +181,12 @@ class KVInversion(LightningModule):
         """Whether stage 1 is done; a run that was made otherwise is refused."""
         return stages.is_inverted(self.network, work, self.inversion_guidance, self.negative)
 
-    def check(self, work: Work, stage: Stage, anew: bool = False) -> None:
-        """Refuse what cannot be worked on, or is not its folder's run, before anything is written."""
+    def check(self, work: Work, stage: Stage, anew: bool = False) -> tuple[int, int, bool]:
+        """Refuse what cannot be worked on, or is not its folder's run, before anything is written.
+
+        Returns:
+            What pictures side by side have in common: the latents' height and width, and a mask or none.
+        """
         store, fresh = work.store, anew or not work.store.has_run()
         ready = not fresh and self.is_inverted(work) and stages.is_tuned(self.network, store)
         if stage == "edit" and not ready:
@@ -177,23 +197,25 @@ class KVInversion(LightningModule):
         else:
             picture = store.read_run()["picture"]
             (width, height), masked = picture["model_size"], picture["mask"] is not None
+        factor = self.network.backbone.vae_factor
+        grid = (height // factor, width // factor)
         if stage != "invert":
-            factor, slots = self.network.backbone.vae_factor, self.slots if stage == "fit" else 1
-            self.network.place((height // factor, width // factor), slots)
+            self.network.place(grid, self.side_by_side if stage == "fit" else 1)
             if why := self.network.why_not(self.reading):
                 other = {"frozen": "blend", "blend": "frozen"}[self.reading]
                 raise UserError(f"reading: expected {other}, got {self.reading}: {why}")
         if stage == "fit":
-            self.network.bind(torch.ones(self.slots, height, width) if masked else None)
+            self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()
             if not fresh and "tuning" in store.read_run() and store.done():
                 store.require({"tuning": record}, ["tuning"])
+        return (*grid, masked)
 
     def predict_step(self, batch: Job, batch_idx: int) -> None:
         """One stage of one picture."""
         work, watch = batch.work, self.watch
         # what is written here is read by the tuning, where inference tensors would not do
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self.failures.of([work]):
             if batch.stage == "edit":
                 self.last_edits = stages.edit_picture(
                     self.network, work, self.guidance, self.reading, self.kv, self.start, self.negative, watch
@@ -225,28 +247,72 @@ class KVInversion(LightningModule):
         """What an edit of the run takes where nothing else is said."""
         return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative")}
 
-    def prepare(self, works: list[Work]) -> int:
-        """Make ready to fit pictures of one latent size; the number of phases that remain."""
-        self._works = works
-        height, width = works[0].store.trajectory().shape[-2:]
-        self.network.place((height, width), self.slots)
-        record, done = self.tuning_record(), [work.store.done() for work in works]
-        for work, finished in zip(works, done, strict=True):
-            run = work.store.read_run()
-            if "tuning" in run and finished:
-                work.store.require({"tuning": record}, ["tuning"])
-            if first_missing(finished, self.steps) < self.steps:
-                run.pop("reconstruction", None)
-                work.store.write_run({**run, "tuning": record, "editing": self.editing_record()})
-        self._batches = batches(done, self.steps, self.slots)
+    def choose_slots(self, grid: tuple[int, int], pictures: int) -> int:
+        """How many of so many pictures of one latent size are tuned side by side; said where it was not."""
+        if self.slots == "auto":
+            self.side_by_side = 1
+            self.network.place(grid, 1)
+            if pictures > 1 and not _needs_closure(self.configure_optimizers()):
+                self.side_by_side, reason = memory.side_by_side(
+                    self.network, grid, self.tuning_guidance, pictures
+                )
+                self.watch.note(f"slots: {self.side_by_side} of {pictures} pictures side by side ({reason})")
+        return self.side_by_side
+
+    def prepare(self, works: list[Work], attempt: int = 0) -> int:
+        """Make ready to fit pictures of one latent size, at this attempt; the phases that remain."""
+        self._attempt, self._works = attempt, list[Work]()
+        done: list[set[int] | None] = []
+        for work in works:
+            with self.failures.of([work]):
+                found = replace(work, store=work.store.at_attempt(attempt))
+                done.append(self._missing(found))
+                self._works.append(found)
+        self._batches = batches(done, self.steps, self.side_by_side)
         self._plan = remaining(self._batches, self.steps)
         return len(self._plan)
 
-    def certify_rest(self, works: list[Work]) -> None:
+    def _missing(self, work: Work) -> set[int] | None:
+        """What is done of a picture's tuning, None if all is; run.json then says how the rest is made."""
+        height, width = work.store.trajectory().shape[-2:]
+        self.network.place((height, width), self.side_by_side)
+        record, finished, run = self.tuning_record(), work.store.done(), work.store.read_run()
+        if self._attempt:
+            return finished if self._is_due(work) else None
+        if "tuning" in run and finished:
+            work.store.require({"tuning": record}, ["tuning"])
+        if first_missing(finished, self.steps) < self.steps:
+            work.store.drop_attempts()
+            run.pop("reconstruction", None)
+            work.store.write_run({**run, "tuning": record, "editing": self.editing_record()})
+        return finished if self._is_due(work) else None
+
+    def _is_due(self, work: Work) -> bool:
+        """Whether this attempt at a picture's tuning is still to be made, or to be certified."""
+        if self._attempt:
+            return certificate.next_attempt(work.store, self.demand) == self._attempt
+        return not certificate.is_certified(work.store)
+
+    @property
+    def inner_steps_now(self) -> int:
+        """Optimiser steps for one timestep at most, in this attempt."""
+        return self.inner_steps * 2**self._attempt
+
+    def certify_rest(self) -> None:
         """Do what a fit that was stopped after its last phase has left undone."""
-        for work in works:
-            if "reconstruction" not in work.store.read_run():
-                stages.certify(self.network, work.store)
+        for work in self._works:
+            with self.failures.of([work]):
+                if work not in self.failures and self._is_due(work):
+                    self._certify(work)
+
+    def _certify(self, work: Work) -> str:
+        """Write the certificate of a tuned picture; what there is to say of it."""
+        record = certificate.certify(
+            self.network, work.store, self.demand, self._attempt, self.inner_steps_now
+        )
+        logbook.log_result(self.loggers, work.store.folder.name, record)
+        missed = "" if record["passed"] else f" ({self.demand.psnr:g} were asked for)"
+        return f"{record['psnr_to_round_trip']:.1f} dB{missed}"
 
     def configure_optimizers(self) -> Optimizer | None:
         """One optimiser for the live psi; none for a variant that learns nothing."""
@@ -257,7 +323,7 @@ class KVInversion(LightningModule):
             optimizer = self.optimizer(parameters)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
-        if self.slots > 1 and _needs_closure(optimizer):
+        if self.side_by_side > 1 and _needs_closure(optimizer):
             kind = type(optimizer).__name__
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
@@ -288,37 +354,59 @@ class KVInversion(LightningModule):
         self.network.attached()
         if i == batch.first:
             self._enter(batch)
+        self._first_errors: Tensor | None = None
+        idle = self._lost | (not self.network.table.has_effect(i))
+        self._used = torch.zeros(self.side_by_side, dtype=torch.long)
+        if not self._active(batch):
+            self._keeper = SlotKeeper([], self.side_by_side, torch.ones_like(idle))
+            return
         if i == 0 or not self.carry:
-            pictures = [self._works[m].store.read_run()["picture"]["sha256"] for m in batch.members]
-            self.network.reset(self.seed, pictures, i)
+            self.network.reset(self.seed + self._attempt, self._pictures, i)
             self.network.observe(self._z, self._t(i), self._contexts)
         self._pivot = self._pivots[self.steps - i - 1]
         self._renew_optimizer()
+        self._new_scale()
         learned = list(self.network.psi.parameters())
-        nothing_to_do = not (learned and self.network.table.has_effect(i))
-        idle = torch.tensor([not active for active in batch.active]) | nothing_to_do
-        self._keeper = SlotKeeper(learned, self.slots, idle)
-        self._used = torch.zeros(self.slots, dtype=torch.long)
-        self._first_errors: Tensor | None = None
+        self._keeper = SlotKeeper(learned, self.side_by_side, idle | (not learned))
+
+    def _new_scale(self) -> None:
+        """Loss scaling (16-mixed) knows nothing of the phase before, as the optimiser does not."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            self.trainer.precision_plugin.scaler = type(scaler)(self.device.type)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _enter(self, batch: Batch) -> None:
         """Take up a batch of pictures at the step where it goes on."""
-        works = [self._works[m] for m in batch.members]
-        self._pivots = torch.stack([work.store.trajectory() for work in works], 1).to(self.device)
-        self._z = self._pivots[-1]
-        if batch.first:
-            before = [work.store.step(batch.first - 1) for work in works]
-            self._z = torch.stack([step.z for step in before]).to(self.device)
-            for slot, step in enumerate(before):  # psi_(t+1), as it was stored
-                self.network.read(step.psi, slot)
+        self._lost = ~torch.tensor(batch.active)
+        found: list[tuple[Work, Tensor, Step | None, Tensor | None] | None] = [None] * len(batch.members)
+        for slot, work in self._active(batch):
+            with self.failures.of([work]):
+                before = work.store.step(batch.first - 1) if batch.first else None
+                found[slot] = (work, work.store.trajectory(), before, stages.mask_of(work.store))
+        spare = next((one for one in found if one is not None), None)
+        if spare is None:
+            return
+        self._lost |= torch.tensor([one is None for one in found])
+        rows = [one or spare for one in found]  # an empty slot is a copy that counts for nothing
+        self._pivots = torch.stack([trajectory for _, trajectory, _, _ in rows], 1).to(self.device)
+        self._z = self._pivots[-1].clone()
+        for slot, (_, _, before, _) in enumerate(rows):
+            if before is not None:
+                self._z[slot] = before.z.to(self.device)
+                self.network.read(before.psi, slot)  # psi_(t+1), as it was stored
+        works = [work for work, _, _, _ in rows]
+        self._pictures = [work.store.read_run()["picture"]["sha256"] for work in works]
         texts = [self.negative] * len(works) + [work.source for work in works]
         self._contexts = self.network.backbone.embed(texts).unflatten(0, (2, -1))
-        self.network.bind(stages.masks_of([work.store for work in works]))
-        name = works[0].name if self.slots == 1 else f"{sum(batch.active)} pictures"
-        self.watch.begin("tuning", name, self.steps - batch.first)
+        masks = [mask for _, _, _, mask in rows if mask is not None]
+        self.network.bind(torch.stack(masks) if masks else None)
+        active = self._active(batch)
+        name = active[0][1].name if len(active) == 1 else f"{len(active)} pictures"
+        again = f" again, with {self.inner_steps_now} inner steps" if self._attempt else ""
+        self.watch.begin("tuning", f"{name}{again}", self.steps - batch.first)
 
     def _t(self, i: int) -> Tensor:
-        return self.network.table.timesteps[i].to(self.device).expand(self.slots)
+        return self.network.table.timesteps[i].to(self.device).expand(self.side_by_side)
 
     def _reconstruct(self, z: Tensor | None = None) -> Tensor:
         """z-tilde_{t-1} for every slot, from z-tilde_t or from z."""
@@ -347,7 +435,7 @@ class KVInversion(LightningModule):
         optimizer = self._optimizer()
         with self.network.attached().blend():
             errors = squared_errors(self._pivot, self._reconstruct())
-            self._check_finite(errors)
+            self._give_up_unless_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._first_errors = means if self._first_errors is None else self._first_errors
             self._keeper.stop(self.convergence.reached(means, self._phase.step))
@@ -370,27 +458,42 @@ class KVInversion(LightningModule):
             else:
                 optimizer.zero_grad()
                 self.manual_backward(errors[running].sum())
+                if bool(self._lost.any()):
+                    self._keeper.silence(self._lost)
                 optimizer.step()
         self._keeper.restore()
 
-    def _check_finite(self, errors: Tensor) -> None:
-        if not errors.isfinite().all():
-            raise UserError(
-                f"the reconstruction is no longer finite at step {self._phase.step}: use a lower "
-                "learning rate or guidance scale, or precision 32-true"
-            )
+    def _give_up_unless_finite(self, errors: Tensor) -> None:
+        """A picture whose latents have run away is given up; those beside it go on."""
+        batch, lost = self._batches[self._phase.batch], ~errors.detach().isfinite().cpu() & ~self._lost
+        if not bool(lost.any()):
+            return
+        for slot, work in self._active(batch):
+            if lost[slot]:
+                self.failures.note(
+                    work.label,
+                    f"the reconstruction is no longer finite at step {self._phase.step}: use a lower "
+                    "learning rate or guidance scale, or precision 32-true",
+                )
+        self._lost |= lost
+        self._keeper.give_up(lost)
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
         """A phase ends: round psi_t as it is stored, advance z-tilde with it, and write both."""
         batch, i, dtype = self._batches[self._phase.batch], self._phase.step, STORE_DTYPES[self.store_dtype]
+        if not self._active(batch):
+            return
+        self._keeper.restore()
         for name, value in self.network.values().items():
             value.copy_(rounded(name, value, dtype))
+        before = self._z
         kv = self._advance()
         ends = (squared_errors(self._pivot, self._z) / self._pivot[0].numel()).cpu()
-        self._check_finite(ends)
+        self._give_up_unless_finite(ends)
+        self._z = torch.where(self._lost.to(self.device)[:, None, None, None], self._pivot, self._z)
         begins = ends if self._first_errors is None else self._first_errors
-        self.watch.advance(f"loss {float(ends.mean()):.2e}")
+        self.watch.advance(f"loss {float(ends[~self._lost].mean()):.2e}")
         if self._rehearsal:
             return  # a phase cut short is not worth keeping
         for slot, work in self._active(batch):
@@ -410,19 +513,34 @@ class KVInversion(LightningModule):
                 "inner_steps": int(self._used[slot]),
             }
             stored = bars if self.kv == "stored" else None
-            work.store.save_step(i, psi, self._z[slot].cpu(), stored, figures)
-            for logger in self.loggers:
-                name = work.store.folder.name
-                logger.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step=i)
+            with self.failures.of([work]):
+                work.store.save_step(i, psi, self._z[slot].cpu(), stored, figures)
+            logbook.log_phase(self.loggers, self._logged_as(work), i, figures, self.device)
+            self._show_z_0(work, before[slot : slot + 1], self._z[slot : slot + 1])
         if i == self.steps - 1:
-            worth = [stages.certify(self.network, work.store) for _, work in self._active(batch)]
-            shown = ", ".join(f"{quality:.1f}" for quality in worth)
-            self.watch.finish(f"reconstruction {shown} dB to the VAE round trip")
+            worth = list[str]()
+            for _, work in self._active(batch):
+                with self.failures.of([work]):
+                    worth.append(self._certify(work))
+            self.watch.finish(f"reconstruction {', '.join(worth)} to the VAE round trip")
+
+    def _logged_as(self, work: Work) -> str:
+        """The name of a picture in the logs; later attempts have curves of their own."""
+        return work.store.folder.name + (f"-attempt-{self._attempt + 1}" if self._attempt else "")
+
+    def _show_z_0(self, work: Work, z_from: Tensor, z_to: Tensor) -> None:
+        """Every few steps, hand the loggers the picture that the process believes in (the paper's Fig. 3)."""
+        table, i = self.network.table, self._phase.step
+        if self.loggers and self.x_0_every and i % self.x_0_every == 0 and table.has_effect(i):
+            z_0 = predicted_z_0(z_from, z_to, table.alphas[i], table.alphas[i + 1])
+            pixels = self.network.backbone.decode(z_0)[0].cpu()
+            logbook.log_picture(self.loggers, f"{self._logged_as(work)}/predicted_x_0", i, pixels)
 
     def _active(self, batch: Batch) -> list[tuple[int, Work]]:
-        """The slots of a batch that are no padding, and the pictures in them."""
+        """The slots of a batch that count, and the pictures in them: no padding, and nothing given up."""
         pairs = enumerate(zip(batch.members, batch.active, strict=True))
-        return [(slot, self._works[member]) for slot, (member, active) in pairs if active]
+        found = [(slot, self._works[member]) for slot, (member, active) in pairs if active]
+        return [(slot, work) for slot, work in found if work not in self.failures]
 
 
 def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

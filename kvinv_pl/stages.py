@@ -1,4 +1,4 @@
-"""Stages 1 and 3 of one picture, from its run folder and back into it, and what a tuned picture is worth."""
+"""Stages 1 and 3 of one picture, from its run folder and back into it."""
 
 from __future__ import annotations
 
@@ -103,39 +103,14 @@ def invert_picture(network: Network, work: Work, guidance: float, negative: str,
     watch.finish()
 
 
-def masks_of(stores: list[RunStore]) -> Tensor | None:
-    """The masks of pictures tuned side by side, (slots, h, w) in 0..1, or None if they have none."""
-    masks = []
-    for store in stores:
-        picture = store.read_run()["picture"]
-        if picture["mask"]:
-            mask = pictures.open_picture(store.folder / "mask.png").image
-            geometry = records.geometry_of({**picture, "size": list(mask.size), "box": None})
-            masks.append(pictures.to_mask(mask, geometry))
-    if masks and len(masks) < len(stores):
-        raise UserError("some pictures tuned side by side have a mask and some have none: tune them apart")
-    return torch.stack(masks) if masks else None
-
-
-@torch.no_grad()
-def certify(network: Network, store: RunStore) -> float:
-    """Decode the reconstruction, write what it is worth, and return its PSNR in dB to the VAE round trip."""
-    run, steps = store.read_run(), len(network.table)
-    z = torch.stack([store.trajectory()[0], store.step(steps - 1).z]).to(network.device)
-    round_trip, tuned = network.backbone.decode(z).cpu()
-    picture = pictures.to_image(tuned, records.geometry_of(run["picture"]))
-    source = pictures.open_picture(store.folder / "source.png").image
-    infos = [store.step_info(i) for i in range(steps)]
-    quality = round(records.psnr(tuned, round_trip), 2)
-    figures = {
-        "psnr_to_round_trip": quality,
-        "psnr_to_source": round(records.psnr(pictures.as_pixels(picture), pictures.as_pixels(source)), 2),
-        "inner_steps": sum(info["inner_steps"] for info in infos),
-        "phases": infos,
-    }
-    store.save_picture("reconstruction", picture)
-    store.write_run({**run, "reconstruction": figures})
-    return quality
+def mask_of(store: RunStore) -> Tensor | None:
+    """The mask of a picture as the model takes it, (h, w) in 0..1, or None if it has none."""
+    picture = store.read_run()["picture"]
+    if not picture["mask"]:
+        return None
+    mask = pictures.open_picture(store.folder / "mask.png").image
+    geometry = records.geometry_of({**picture, "size": list(mask.size), "box": None})
+    return pictures.to_mask(mask, geometry)
 
 
 @torch.no_grad()
@@ -163,7 +138,8 @@ def edit_picture(
             f"{store.folder} holds psi alone, without K-bar and V-bar: edit it with kv replayed, "
             "or reading blend"
         )
-    network.bind(masks_of([store]))
+    mask = mask_of(store)
+    network.bind(None if mask is None else mask[None])
     if guidance != run["tuning"]["guidance"]:
         watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
     reader = Reader(network, store, work.targets, negative, reading, kv, first_step(start, len(table)))

@@ -43,6 +43,32 @@ class RunStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Name the folder; it is made when something is first written to it."""
         self.folder = Path(folder)
+        self._steps = self.folder / "steps"
+
+    def at_attempt(self, number: int) -> RunStore:
+        """The same run with the phases of a later attempt at tuning, apart from those of the run (0)."""
+        other = RunStore(self.folder)
+        other._steps = self.folder / "attempts" / str(number) / "steps" if number else other._steps
+        return other
+
+    def settle(self) -> None:
+        """Put the attempt that run.json keeps into the run's place, and drop the others.
+
+        A crash on the way leaves either the attempt's folder, from which this goes on, or all of it done.
+        """
+        kept = self.read_run().get("reconstruction", {}).get("kept", 0)
+        better = self.at_attempt(kept)._steps
+        if kept and better.exists():
+            with files.reported("write", self.folder):
+                shutil.rmtree(self.folder / "steps", ignore_errors=True)
+                os.replace(better, self.folder / "steps")
+            self.drop_attempts()
+
+    def drop_attempts(self) -> None:
+        """Remove what later attempts at tuning have left."""
+        with files.reported("remove", self.folder / "attempts"):
+            if (self.folder / "attempts").exists():
+                shutil.rmtree(self.folder / "attempts")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -58,8 +84,8 @@ class RunStore:
                 raise InUseError(message) from None
         with held:
             with files.reported("write", self.folder):
-                for folder in (self.folder, self.folder / "steps", self.folder / "edits"):
-                    for leftover in folder.glob(f".*{files.TEMPORARY}"):
+                for place in ("", "steps/", "edits/", "attempts/*/steps/"):
+                    for leftover in self.folder.glob(f"{place}.*{files.TEMPORARY}"):
                         leftover.unlink()
                 owner.write_text(str(os.getpid()))
             try:
@@ -129,7 +155,7 @@ class RunStore:
 
     def done(self) -> set[int]:
         """Phases whose file is whole, by its header; a cut file is not done."""
-        steps = self.folder.glob("steps/*.safetensors")
+        steps = self._steps.glob("*.safetensors")
         found = {int(file.stem) for file in steps if re.fullmatch(r"0|[1-9][0-9]*", file.stem)}
         return {i for i in found if files.is_whole(self._step(i), f"step {i}")}
 
@@ -146,7 +172,7 @@ class RunStore:
                 (self.folder / name).unlink(missing_ok=True)
             for name in ("source", "reconstruction", "sheet", "mask"):
                 (self.folder / f"{name}.png").unlink(missing_ok=True)
-            for name in ("steps", "edits"):
+            for name in ("steps", "attempts", "edits"):
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
 
@@ -157,7 +183,7 @@ class RunStore:
         return [(files.read_json(file), file.with_suffix(".png")) for file in records]
 
     def _step(self, i: int) -> Path:
-        return self.folder / "steps" / f"{i}.safetensors"
+        return self._steps / f"{i}.safetensors"
 
     def save_picture(self, name: str, picture: Image.Image) -> Path:
         """Write <name>.png."""

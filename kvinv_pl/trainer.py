@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from kvinv_pl.certificate import next_attempt
 from kvinv_pl.data import SourceImages
-from kvinv_pl.errors import UserError
+from kvinv_pl.errors import NoRoomError, UserError
+from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
+from kvinv_pl.strategies import ImageParallelStrategy
 from kvinv_pl.work import Stage, Work
 
 CHATTY = (
@@ -45,6 +48,8 @@ class KVTrainer(Trainer):
         self,
         accelerator: str = "auto",
         devices: int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
         precision: str = "32-true",
         logger: Logger | bool = True,
         callbacks: list[Callback] | Callback | None = None,
@@ -56,12 +61,15 @@ class KVTrainer(Trainer):
         profiler: str | None = None,
         default_root_dir: str | None = None,
         quiet: bool = False,
+        x_0_every: int = 10,
     ):
         """Take Lightning's own options, as far as they have a meaning here.
 
         Args:
             accelerator: cpu, gpu, mps or auto.
-            devices: How many; tuning runs on one.
+            devices: How many of this machine, -1 for all; each picture is tuned on one of them.
+            num_nodes: How many machines, each with as many devices.
+            strategy: auto, which is image_parallel: every picture on one device, and nothing is averaged.
             precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
             logger: True: TensorBoard under the run folder's logs.
             callbacks: Any Lightning callbacks.
@@ -73,6 +81,8 @@ class KVTrainer(Trainer):
             profiler: As Lightning has it.
             default_root_dir: As Lightning has it.
             quiet: No progress.
+            x_0_every: Every so many timesteps the predicted x_0 is decoded and logged, at the price of one
+                decoding for each picture; 0: never.
         """
         if max_epochs != -1:
             raise UserError(
@@ -84,11 +94,15 @@ class KVTrainer(Trainer):
                 "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: "
                 "leave them out"
             )
-        if devices != 1:
+        if strategy not in ("auto", ImageParallelStrategy.strategy_name):
             raise UserError(
-                f"devices: expected 1, got {devices}: plain data parallelism would average the psi of "
-                "different pictures"
+                f"strategy: expected auto or image_parallel, got {strategy}: data parallelism would average "
+                "the psi of different pictures, and psi is of one picture alone"
             )
+        if (devices < 1 and devices != -1) or num_nodes < 1:
+            raise UserError(f"devices and num_nodes: expected 1 or more, got {devices} and {num_nodes}")
+        if x_0_every < 0:
+            raise UserError(f"x_0_every: expected 0 or more, got {x_0_every}")
         if precision not in COMPUTE_DTYPES:
             raise UserError(
                 f"precision: expected {', '.join(COMPUTE_DTYPES)}, got {precision}: psi is tuned in fp32"
@@ -101,17 +115,23 @@ class KVTrainer(Trainer):
                 logger=False if isinstance(logger, bool) else logger,
                 callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
                 profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
+                num_nodes=num_nodes, strategy=ImageParallelStrategy(), use_distributed_sampler=False,
                 enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
                 log_every_n_steps=1,
             )  # fmt: skip
         self._log_to_run = logger is True and not fast_dev_run
-        self.watch = Progress(quiet=quiet)
+        self._x_0_every = x_0_every
+        self.watch = Progress(quiet=quiet or not self.ranks.is_global_zero)
+
+    @property
+    def ranks(self) -> ImageParallelStrategy:
+        """Who works on which pictures."""
+        assert isinstance(self.strategy, ImageParallelStrategy)
+        return self.strategy
 
     def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 1: find the trajectory of every picture by DDIM inversion."""
-        with self._working(model, datamodule, "invert"):
-            self._invert(model, datamodule)
-        self._say_where(datamodule)
+        self._work(model, datamodule, ["invert"])
 
     def fit(
         self,
@@ -127,101 +147,182 @@ class KVTrainer(Trainer):
             raise UserError("fit expects a KVInversion model and SourceImages as its datamodule")
         if ckpt_path is not None or train_dataloaders is not None:
             raise UserError("the run folder is what a fit goes on from: leave ckpt_path and dataloaders out")
-        with self._working(model, datamodule, "fit"):
-            self._invert(model, datamodule)
-            self._fit(model, datamodule)
-        self._say_where(datamodule)
+        self._work(model, datamodule, ["invert", "fit"])
 
     def edit(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 3: render every tuned picture as its targets say."""
-        self._require_targets(datamodule)
-        with self._working(model, datamodule, "edit"):
-            self._edit(model, datamodule)
-        self._say_where(datamodule)
+        self._work(model, datamodule, ["edit"])
 
     def run(self, model: KVInversion, datamodule: SourceImages) -> None:
         """All three stages: invert, tune and edit, each as far as it is not yet done."""
-        self._require_targets(datamodule)
-        with self._working(model, datamodule, "fit"):
-            self._invert(model, datamodule)
-            self._fit(model, datamodule)
-            if not self.fast_dev_run:
-                self._edit(model, datamodule)
-        self._say_where(datamodule)
+        self._work(model, datamodule, ["invert", "fit", "edit"])
 
-    # ---- the stages
+    # ---- from the pictures to those that are worked on side by side
 
-    def _invert(self, model: KVInversion, data: SourceImages) -> None:
-        if any(not model.is_inverted(work) for work in data.works):
-            self.predict(model, data.jobs("invert"), return_predictions=False)
+    def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
+        """Everything that can be wrong is found first; then share after share goes through its stages."""
+        model.watch, model.x_0_every = self.watch, self._x_0_every
+        failures = model.failures = Failures(len(data.works) + len(data.failed))
+        failures.reasons |= data.failed
+        if "edit" in stages:
+            self._require_targets(data, failures)
+        model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
+        with _without_advice(), self._writing(data):
+            shares = self._shares(model, data, stages, failures)
+            with self.ranks.ranks(len(shares)):
+                for n in self.ranks.mine(len(shares)):
+                    slots, works = shares[n]
+                    model.side_by_side = slots
+                    with self._held(model, works, data, stages, failures):
+                        self._through(model, failures.left(works), data, stages, failures)
+                self.ranks.report(failures.reasons)
+        failures.reasons |= self.ranks.reported
+        self._say_where(failures.left(data.works))
+        if self.ranks.was_started:
+            return  # who started this rank says what failed
+        if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
+            for label, reason in failures.reasons.items():  # an exit code would end the other ranks
+                self.watch.note(f"{label}: {reason}")
+            return
+        failures.report()
 
-    def _fit(self, model: KVInversion, data: SourceImages) -> None:
-        groups: dict[tuple[int, ...], list[Work]] = {}
-        for work in data.works[:1] if self.fast_dev_run else data.works:
-            groups.setdefault(tuple(work.store.read_run()["picture"]["model_size"]), []).append(work)
-        data.inner_steps = model.inner_steps
-        for works in groups.values():
-            if model.prepare(works):
-                self.fit_loop.epoch_progress.reset()
-                super().fit(model, datamodule=data)
-            if not self.fast_dev_run:
-                model.certify_rest(works)
+    def _shares(
+        self, model: KVInversion, data: SourceImages, stages: Sequence[Stage], failures: Failures
+    ) -> list[tuple[int, list[Work]]]:
+        """Pictures that are worked on side by side, and their slots; what cannot be worked on is given up."""
+        alike: dict[tuple[int, int, bool], list[Work]] = {}
+        for work in data.works[:1] if self.fast_dev_run else failures.left(data.works):
+            with failures.of([work]):
+                alike.setdefault(self._check(model, work, stages, data.overwrite), []).append(work)
+        if len(failures.reasons) == failures.total:
+            failures.report()
+        shares = []
+        for (height, width, _), works in alike.items():
+            slots = 1
+            if "fit" in stages:
+                model.to(self.ranks.root_device)
+                slots = model.choose_slots((height, width), len(works))
+            shares += [(slots, works[begin : begin + slots]) for begin in range(0, len(works), slots)]
+        return shares
 
-    def _edit(self, model: KVInversion, data: SourceImages) -> None:
-        self.predict(model, data.jobs("edit"), return_predictions=False)
-
-    # ---- what is around them
+    @staticmethod
+    def _check(
+        model: KVInversion, work: Work, stages: Sequence[Stage], overwrite: bool
+    ) -> tuple[int, int, bool]:
+        """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
+        stage: Stage = "fit" if "fit" in stages else stages[-1]
+        try:
+            return model.check(work, stage)
+        except UserError:
+            if not (overwrite and work.image is not None and work.store.has_run()):
+                raise
+            return model.check(work, stage, anew=True)
 
     @contextmanager
-    def _working(self, model: KVInversion, data: SourceImages, stage: Stage) -> Iterator[None]:
-        """Everything that can be wrong is found first; then the run folders are held, and left in order."""
-        model.watch = self.watch
-        model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
-        fresh = [work.store.folder for work in data.works if not work.store.folder.exists()]
-        stale = [work for work in data.works if not self._fits(model, work, stage, data.overwrite)]
+    def _held(
+        self,
+        model: KVInversion,
+        works: list[Work],
+        data: SourceImages,
+        stages: Sequence[Stage],
+        failures: Failures,
+    ) -> Iterator[None]:
+        """Hold the run folders, and leave none where nothing came of it."""
+        fresh = [work.store.folder for work in works if not work.store.folder.exists()]
         try:
             with ExitStack() as held:
-                held.enter_context(_without_advice())
-                for work in data.works:
-                    held.enter_context(work.store.lock())
-                for work in stale:
-                    work.store.clear()
+                for work in works:
+                    with failures.of([work]):
+                        held.enter_context(work.store.lock())
+                        if data.overwrite and self._is_stale(model, work, stages):
+                            work.store.clear()
+                        elif work.store.has_run():
+                            work.store.settle()
                 if self._log_to_run and not self.loggers:
-                    self.loggers = [TensorBoardLogger(data.out, name="logs", version="")]
+                    self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
                 yield
-        except OSError as error:  # what Lightning and TensorBoard write beside our own files
-            raise UserError(
-                f"cannot write {error.filename or data.out}: {error.strerror or error}; "
-                "make room and give the same command again"
-            ) from error
         finally:
-            for folder in fresh:  # where nothing came of it, nothing is left
+            for folder in fresh:
                 if folder.is_dir() and os.listdir(folder) == [".lock"]:
                     (folder / ".lock").unlink()
                     folder.rmdir()
 
-    @staticmethod
-    def _fits(model: KVInversion, work: Work, stage: Stage, overwrite: bool) -> bool:
-        """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
+    @property
+    def _version(self) -> str:
+        """A folder of logs for each rank, where there are several."""
+        return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
+
+    def _is_stale(self, model: KVInversion, work: Work, stages: Sequence[Stage]) -> bool:
+        """Whether what lies in the run folder is of something else."""
         try:
-            model.check(work, stage)
+            self._check(model, work, stages, overwrite=False)
         except UserError:
-            if not (overwrite and work.image is not None and work.store.has_run()):
-                raise
-            model.check(work, stage, anew=True)
-            return False
-        return True
+            return work.image is not None and work.store.has_run()
+        return False
+
+    # ---- the stages of pictures side by side
+
+    def _through(
+        self,
+        model: KVInversion,
+        works: list[Work],
+        data: SourceImages,
+        stages: Sequence[Stage],
+        failures: Failures,
+    ) -> None:
+        """Take these pictures through the stages, each as far as it is not yet done."""
+        if "invert" in stages:
+            missing = list[Work]()
+            for work in works:
+                with failures.of([work]):
+                    missing += [] if model.is_inverted(work) else [work]
+            if missing:
+                self.predict(model, data.jobs("invert", missing), return_predictions=False)
+        if "fit" in stages:
+            with failures.of(works):
+                self._fit(model, failures.left(works), data, failures)
+        if "edit" in stages and not self.fast_dev_run and (left := failures.left(works)):
+            self.predict(model, data.jobs("edit", left), return_predictions=False)
+
+    def _fit(self, model: KVInversion, works: list[Work], data: SourceImages, failures: Failures) -> None:
+        """Tune pictures side by side, and those again that do not pass."""
+        attempt: int | None = 0
+        while attempt is not None:
+            phases = model.prepare(failures.left(works), attempt)
+            data.inner_steps = model.inner_steps_now
+            if phases:
+                self.fit_loop.epoch_progress.reset()
+                super().fit(model, datamodule=data)
+            if self.fast_dev_run:
+                return
+            model.certify_rest()
+            due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
+            attempt = min((number for number in due if number is not None), default=None)
+
+    # ---- what is around them
+
+    @contextmanager
+    def _writing(self, data: SourceImages) -> Iterator[None]:
+        """Report what Lightning and TensorBoard cannot write beside our own files."""
+        try:
+            yield
+        except OSError as error:
+            raise NoRoomError(
+                f"cannot write {error.filename or data.out}: {error.strerror or error}; "
+                "make room and give the same command again"
+            ) from error
 
     @staticmethod
-    def _require_targets(data: SourceImages) -> None:
+    def _require_targets(data: SourceImages, failures: Failures) -> None:
         for work in data.works:
             if not work.targets:
-                raise UserError(
-                    f"no target for {work.name}: say with --target what it should become (repeatable)"
+                failures.note(
+                    work.label,
+                    f"no target for {work.name}: say with --target what it should become (repeatable)",
                 )
 
-    def _say_where(self, data: SourceImages) -> None:
-        for work in data.works:
+    def _say_where(self, works: Sequence[Work]) -> None:
+        for work in works:
             found = [
                 file
                 for name in ("sheet.png", "reconstruction.png", "run.json")

@@ -23,3 +23,8 @@ class Work:
     targets: list[str]
     mask: Path | None = None
     geometry: Literal["keep", "crop"] = "keep"
+
+    @property
+    def label(self) -> str:
+        """What the person knows the picture by: its path, or its run folder."""
+        return str(self.image or self.store.folder)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from kvinv_pl.cli import main
 
-QUICK = ("--steps", 2, "--model.inner_steps", 2)
+QUICK = ("--steps", 2, "--model.inner_steps", 2, "--model.retries", 0)
 """Enough to go through everything."""
 
 

@@ -30,6 +30,7 @@ QUICK: dict[str, Any] = {
     "tolerance": 0.0,
     "tolerance_growth": 0.0,
     "store_dtype": "float32",
+    "retries": 0,
 }
 _home = Path(tempfile.mkdtemp(prefix="kvinv-fits-"))
 atexit.register(shutil.rmtree, _home, ignore_errors=True)

@@ -55,10 +55,16 @@ ARROWS: dict[str, set[str]] = {
     "files": {"errors"},
     "store": {"errors", "files"},
     "work": {"store"},
+    "failures": {"errors", "work"},
+    "logbook": {"errors"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors"},
     "reading": {"attention", "errors", "network", "store"},
+}
+ARROWS |= {
+    "certificate": {"errors", "network", "pictures", "records", "store"},
+    "memory": {"network"},
 }
 STAGES = {
     "curriculum",

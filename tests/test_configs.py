@@ -41,6 +41,7 @@ TUNED_AS_MEASURED = (
     "start",
     "inversion_guidance",
 )
+TRAINERS = ("trainer/one_gpu", "trainer/many_gpus", "trainer/many_nodes")
 SITE = Site("up_blocks.0.attn1", 1, (2, 2), 8, 2)
 every_config = pytest.mark.parametrize("name", KIND_OF)
 
@@ -78,10 +79,11 @@ def at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def test_every_file_in_configs_is_covered_here() -> None:
-    assert {path.name for path in CONFIGS.iterdir()} == {f"{name}.yaml" for name in KIND_OF}
+    found = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")}
+    assert found == {*KIND_OF, *TRAINERS}
 
 
-@every_config
+@pytest.mark.parametrize("name", [*KIND_OF, *TRAINERS])
 def test_every_key_of_a_config_is_an_option(name: str) -> None:
     config = read(name)
     assert config.keys() <= SECTIONS.keys()
@@ -90,7 +92,7 @@ def test_every_key_of_a_config_is_an_option(name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@every_config
+@pytest.mark.parametrize("name", [*KIND_OF, *TRAINERS])
 def test_every_stage_takes_every_value_of_a_config(
     name: str, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,26 +21,38 @@ def test_a_picture_goes_on_at_its_first_missing_step_whatever_lies_after_it() ->
 
 
 def test_every_unfinished_step_of_every_picture_is_exactly_one_phase() -> None:
-    done = [{0, 1}, set(), {0, 1, 2}, {0, 1}, {0}]
+    done = [{0, 1}, set(), {0, 1, 2, 3}, {0, 1}, {0}]
     for slots in (1, 2, 3):
-        made = batches(done, 3, slots)
+        made = batches(done, 4, slots)
         covered = [
             (member, phase.step)
-            for phase in remaining(made, 3)
+            for phase in remaining(made, 4)
             for member, active in zip(made[phase.batch].members, made[phase.batch].active, strict=True)
             if active
         ]
-        missing = [(picture, step) for picture in range(5) for step in range(3) if step >= len(done[picture])]
-        assert sorted(covered) == missing
+        missing = [(picture, step) for picture in range(5) for step in range(4) if step >= len(done[picture])]
+        assert len(covered) == len({*covered}) and {*missing} <= {*covered}
+        again = {*covered} - {*missing}
+        assert all(step == len(done[picture]) - 1 for picture, step in again)
 
 
-def test_pictures_side_by_side_go_on_at_the_same_step_and_a_short_row_is_filled_with_copies() -> None:
-    made = batches([set(), {0}, set(), set()], 2, 2)
+def test_pictures_side_by_side_go_on_at_the_same_step_each_in_its_slot_beside_copies() -> None:
+    made = batches([set(), {0, 1}, set(), {0, 1, 2}, set()], 3, 2)
     assert [(batch.members, batch.active, batch.first) for batch in made] == [
-        ((0, 2), (True, True), 0),
-        ((3, 3), (True, False), 0),
-        ((1, 1), (True, False), 1),
+        ((0, 0), (True, False), 0),
+        ((1, 1), (False, True), 2),
+        ((2, 2), (True, False), 0),
+        ((4, 4), (True, False), 0),
     ]
+
+
+def test_a_picture_that_is_one_step_ahead_makes_that_step_again_beside_the_others() -> None:
+    made = batches([{0, 1}, {0}, {0, 1, 2}], 3, 3)
+    assert [(batch.members, batch.active, batch.first) for batch in made] == [
+        ((0, 1, 0), (True, True, False), 1)
+    ]
+    assert batches([{0, 1}, {0, 1, 2}], 3, 2)[0].active == (True, True)  # the last step of both
+    assert batches([{0, 1}, None], 3, 2)[0].active == (True, False)  # a picture that is to be left
 
 
 def test_the_phases_of_a_batch_follow_each_other_from_noise_to_picture() -> None:

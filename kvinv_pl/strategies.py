@@ -1,0 +1,193 @@
+"""Many devices: every picture is tuned by one process, on one device, and nothing is averaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from kvinv_pl.errors import UserError
+
+STARTER = "KVINV_STARTED_BY"
+"""Set in a rank that this program started: the process that did."""
+BOARD = "KVINV_BOARD"
+"""Set beside it: the folder where the ranks of one machine say what they have taken, and what failed."""
+PATIENCE = 10.0
+"""Seconds that a rank has to end after it was asked to."""
+
+
+class RankFailedError(UserError):
+    """Another rank of the same command has ended with an error, which it has said itself."""
+
+
+class ImageParallelStrategy(SingleDeviceStrategy):
+    """One process for each device, without a process group: ranks share nothing but the run folders.
+
+    A picture's psi belongs to that picture alone, so there is nothing to reduce, and ranks never wait for one
+    another. Ranks are those of torchrun or SLURM where one of these is at work, and then every rank has its
+    share of the pictures from the start. Otherwise they are the same command, started once more for each
+    further device, and a rank that is free takes the next pictures. When one rank fails, all stop.
+    """
+
+    strategy_name = "image_parallel"
+
+    def __init__(self) -> None:
+        """Devices and environment are set by the trainer."""
+        super().__init__()
+        self.parallel_devices: list[torch.device] = []
+        self.cluster_environment: ClusterEnvironment | None = None
+        self.num_nodes = 1
+        self.command = [sys.executable, *sys.orig_argv[1:]]
+        self.reported: dict[str, str] = {}
+        self._board = Path(os.environ[BOARD]) if BOARD in os.environ else None
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._looked = 0.0
+
+    def set_world_ranks(self) -> None:
+        """Take rank and device from the environment, as Lightning reads it."""
+        env = self.cluster_environment
+        if isinstance(env, LightningEnvironment) and env.node_rank() >= self.num_nodes:
+            raise UserError(f"NODE_RANK: expected 0 to {self.num_nodes - 1}, got {env.node_rank()}")
+        if env is not None:
+            self.local_rank, here = env.local_rank(), len(self.parallel_devices)
+            self.world_size = here * self.num_nodes
+            self.global_rank = env.node_rank() * here + self.local_rank
+            env.set_world_size(self.world_size)
+            env.set_global_rank(self.global_rank)
+        if not self.local_rank < len(self.parallel_devices):
+            raise UserError(
+                f"devices: this is process {self.local_rank + 1} on its machine, but there are "
+                f"{len(self.parallel_devices)} devices: ask for as many as there are processes"
+            )
+        self._root_device = self.parallel_devices[self.local_rank]
+        rank_zero_only.rank = 0  # every rank logs the pictures that it works on
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self.global_rank == 0
+
+    def teardown(self) -> None:
+        """Leave the model on its device: the next pictures need it there."""
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    # ---- the ranks of this machine
+
+    @property
+    def was_started(self) -> bool:
+        """Whether this is a rank that another one started, and reports to."""
+        return STARTER in os.environ
+
+    @property
+    def is_one_of_many(self) -> bool:
+        """Whether torchrun, SLURM or the person has started the ranks, none of which speaks for all."""
+        env = self.cluster_environment
+        external = env is not None and env.creates_processes_externally and not self.was_started
+        return self.world_size > 1 and (external or self.num_nodes > 1)
+
+    @contextmanager
+    def ranks(self, shares: int) -> Iterator[None]:
+        """Start further ranks for so many shares of work; at the end wait for them, or stop them all."""
+        env, here = self.cluster_environment, len(self.parallel_devices)
+        if here > 1 and self.root_device.type == "cpu":
+            self._share_cores()
+        started = env is None or env.creates_processes_externally
+        with tempfile.TemporaryDirectory(prefix="kvinv-ranks-") as board:
+            try:
+                if not started and here > 1:
+                    self._board = Path(board)
+                    node_shares = len(range(self.global_rank // here, shares, self.num_nodes))
+                    for local_rank in range(1, min(here, node_shares)):
+                        self._ranks.append(self._start(local_rank))
+                yield
+                while any(rank.poll() is None for rank in self._ranks):
+                    self.look()
+                    time.sleep(0.05)
+                self.look()
+                for report in sorted(Path(board).glob("*.json")):
+                    self.reported |= json.loads(report.read_text(encoding="utf-8"))
+            finally:
+                self._stop()
+                self._board = None
+
+    def mine(self, shares: int) -> Iterator[int]:
+        """The shares of the work that are this rank's, one after the other; each is one rank's alone."""
+        here = len(self.parallel_devices)
+        for share in range(shares):
+            self.look()
+            if self._board is None:
+                if share % self.world_size == self.global_rank:
+                    yield share
+            elif share % self.num_nodes == self.global_rank // here:
+                try:
+                    (self._board / f"{share}.taken").touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                yield share
+
+    def report(self, reasons: Mapping[str, str]) -> None:
+        """Tell the rank that started this one which pictures have failed."""
+        if self._board is not None:
+            file = self._board / f"{self.local_rank}.json"
+            file.write_text(json.dumps(dict(reasons)), encoding="utf-8")
+
+    def look(self) -> None:
+        """Raise where another rank has failed, or the one that started this one is gone."""
+        if any(rank.poll() not in (None, 0) for rank in self._ranks):
+            raise RankFailedError(
+                "another rank has failed, and all have stopped; put that right and give the command again"
+            )
+        starter = os.environ.get(STARTER)
+        if starter is not None and os.getppid() != int(starter):
+            raise RankFailedError("the process that started this rank is gone")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Look around, a few times in a second at most."""
+        if self._looked + 0.2 < (now := time.monotonic()):
+            self._looked = now
+            self.look()
+
+    def _start(self, local_rank: int) -> subprocess.Popen[bytes]:
+        """This command once more, as another rank of this machine."""
+        node = self.cluster_environment.node_rank() if self.cluster_environment else 0
+        told = {"LOCAL_RANK": local_rank, "NODE_RANK": node, STARTER: os.getpid(), BOARD: self._board}
+        return subprocess.Popen(
+            self.command, env={**os.environ, **{name: str(value) for name, value in told.items()}}
+        )
+
+    def _share_cores(self) -> None:
+        """As many threads for each rank as there are cores for it, unless somebody has said how many."""
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            threads = max(1, cores // len(self.parallel_devices))
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # ranks that are started read it
+            torch.set_num_threads(threads)
+
+    def _stop(self) -> None:
+        """End what still runs, first by asking."""
+        running, self._ranks = [rank for rank in self._ranks if rank.poll() is None], []
+        for rank in running:
+            rank.terminate()
+        ends = time.monotonic() + PATIENCE
+        for rank in running:
+            try:
+                rank.wait(max(0.0, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()

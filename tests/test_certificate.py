@@ -1,0 +1,135 @@
+"""What a tuned picture is worth, and what is done where that is not enough."""
+
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+import torch
+from fits import SOURCE, tensors
+
+from kvinv_pl.certificate import Demand, certify, next_attempt
+from kvinv_pl.data import SourceImages
+from kvinv_pl.errors import UserError
+from kvinv_pl.pictures import as_pixels
+from kvinv_pl.records import psnr
+from kvinv_pl.store import RunStore
+
+DEMANDING: dict[str, Any] = {"required_psnr": 99.0, "retries": 2, "inner_steps": 2, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
+
+
+@pytest.fixture(scope="module")
+def tuned(image: Path, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    """A picture that does not pass after all its attempts."""
+    return fits.fit(image, tmp_path_factory.mktemp("run"), **DEMANDING)
+
+
+def test_the_certificate_holds_the_figures_that_its_files_give(tuned: RunStore) -> None:
+    record, source = tuned.read_run()["reconstruction"], fits.opened(tuned.folder / "source.png")
+    network = fits.model(steps=2)
+    backbone = network.load_backbone(torch.float32)
+    z = torch.stack([tuned.trajectory()[0], tuned.step(1).z])
+    round_trip, tuned_pixels = backbone.decode(z)
+    assert record["psnr_to_round_trip"] == round(psnr(tuned_pixels, round_trip), 2)
+    reconstruction = fits.opened(tuned.folder / "reconstruction.png")
+    assert record["psnr_to_source"] == round(psnr(as_pixels(reconstruction), as_pixels(source)), 2)
+    assert record["psnr_of_round_trip_to_source"] > 0
+    assert record["phases"] == [tuned.step_info(i) for i in range(2)]
+    assert record["inner_steps"] == sum(info["inner_steps"] for info in record["phases"])
+
+
+def test_a_picture_that_does_not_pass_is_tuned_again_with_more_steps_and_the_best_is_kept(
+    tuned: RunStore, image: Path, tmp_path: Path
+) -> None:
+    record = tuned.read_run()["reconstruction"]
+    assert record["psnr_demanded"] == 99 and not record["passed"]
+    assert [attempt["inner_steps_at_most"] for attempt in record["attempts"]] == [2, 4, 8]
+    worth = [attempt["psnr_to_round_trip"] for attempt in record["attempts"]]
+    assert record["psnr_to_round_trip"] == max(worth) == worth[record["kept"]]
+    longest = fits.fit(image, tmp_path / "run", **{**DEMANDING, "retries": 0, "inner_steps": 8})
+    assert record["kept"] == 2 and tensors(tuned) == tensors(longest)
+    assert tuned.read_run()["tuning"]["inner_steps"] == 2  # what was asked for
+    assert not (tuned.folder / "attempts").exists()
+
+
+def test_a_picture_that_passes_is_not_tuned_again(image: Path, tmp_path: Path) -> None:
+    record = fits.fit(image, tmp_path / "run", required_psnr=1.0, retries=2).read_run()["reconstruction"]
+    assert record["passed"] and len(record["attempts"]) == 1 and record["kept"] == 0
+
+
+def test_a_finished_run_is_tried_again_only_where_more_is_asked_of_it(image: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 2, "inner_steps": 1}
+    store = fits.fit(image, tmp_path / "run", **settings, required_psnr=1.0, retries=1)
+    before = tensors(store)
+    fits.fit(image, tmp_path / "run", **settings, required_psnr=1.0, retries=1)
+    assert tensors(store) == before
+    fits.fit(image, tmp_path / "run", **settings, required_psnr=99.0, retries=1)
+    record = store.read_run()["reconstruction"]
+    assert len(record["attempts"]) == 2 and not record["passed"]
+
+
+def test_an_attempt_that_is_worse_changes_nothing(tuned: RunStore, image: Path, tmp_path: Path) -> None:
+    store = fits.fit(image, tmp_path / "run", **{**DEMANDING, "retries": 0, "inner_steps": 8})
+    module, before = fits.model(steps=2), tensors(store)
+    module.load_backbone(torch.float32)
+    untuned = store.trajectory()[0] + 1
+    for i in range(2):
+        step = store.step(i)
+        store.at_attempt(1).save_step(i, step.psi, untuned, step.kv, step.info)
+    picture = (store.folder / "reconstruction.png").read_bytes()
+    record = certify(module.network, store.at_attempt(1), Demand(99.0, 1), 1, 16)
+    assert record["kept"] == 0 and len(record["attempts"]) == 2
+    assert record["attempts"][1]["psnr_to_round_trip"] < record["psnr_to_round_trip"]
+    assert tensors(store) == before and (store.folder / "reconstruction.png").read_bytes() == picture
+    assert next_attempt(store, Demand(99.0, 1)) is None and next_attempt(store, Demand(99.0, 2)) == 2
+
+
+def test_a_crash_while_the_better_attempt_is_put_in_place_is_made_good(
+    tuned: RunStore, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*rest: Any) -> None:
+        raise KeyError("the end of the process")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("kvinv_pl.store.os.replace", only_directories(crash))
+        fits.fit(image, tmp_path / "run", **DEMANDING)
+    store = RunStore(tmp_path / "run")
+    assert not store.done() and store.read_run()["reconstruction"]["kept"] == 1
+    fits.fit(image, tmp_path / "run", **DEMANDING)
+    assert tensors(store) == tensors(tuned)
+    assert store.read_run()["reconstruction"] == tuned.read_run()["reconstruction"]
+
+
+def only_directories(crash: Any) -> Any:
+    """os.replace that crashes where it is given a folder."""
+    import os
+
+    replace = os.replace
+    return lambda there, here: crash() if Path(there).is_dir() else replace(there, here)
+
+
+def test_of_pictures_side_by_side_only_those_that_do_not_pass_are_tuned_again(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    settings: dict[str, Any] = {"steps": 2, "inner_steps": 2, "slots": 2}
+
+    def fit(out: str, **more: Any) -> list[dict[str, Any]]:
+        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / out))
+        fits.trainer().fit(fits.model(**settings, **more), datamodule=data)
+        return [work.store.read_run()["reconstruction"] for work in data.works]
+
+    worth = [record["psnr_to_round_trip"] for record in fit("first")]
+    between = sum(worth) / 2
+    again = fit("again", required_psnr=between, retries=1)
+    assert [len(record["attempts"]) for record in again] == [1 + (value < between) for value in worth]
+
+
+@pytest.mark.parametrize("demand", [{"required_psnr": float("nan")}, {"retries": -1}])
+def test_a_demand_that_means_nothing_is_refused(demand: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="required_psnr and retries: expected"):
+        fits.model(**demand)

@@ -1,0 +1,157 @@
+"""One bad picture among many: it is reported with its reason, and the others are done."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+import torch
+from commands import QUICK, kvinv
+from fits import SOURCE, TARGET
+
+from kvinv_pl import files
+from kvinv_pl.data import SourceImages
+from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
+from kvinv_pl.failures import Failures
+from kvinv_pl.module import KVInversion
+from kvinv_pl.store import RunStore
+from kvinv_pl.work import Work
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, of which the second is none."""
+    for seed, name in enumerate("acd"):
+        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    return tmp_path / "in"
+
+
+def tune(folder: Path, module: KVInversion, verb: str = "run") -> SourceImages:
+    data = SourceImages(str(folder), SOURCE, [TARGET], out=str(folder.parent / "out"))
+    if verb == "fit":
+        fits.trainer().fit(module, datamodule=data)
+    else:
+        getattr(fits.trainer(), verb)(module, data)
+    return data
+
+
+def test_of_many_pictures_those_that_fail_are_reported_and_the_rest_is_done(folder: Path) -> None:
+    answer = kvinv(
+        "run", "--image", folder, "--source", SOURCE, "--target", TARGET, "--out", folder.parent / "out",
+        "--checkpoint", fits.checkpoint(), *QUICK, "--trainer.accelerator", "cpu",
+    )  # fmt: skip
+    last = answer.err.splitlines()[-2:]
+    assert answer.code == 1 and "Traceback" not in answer.err
+    assert last[0].startswith(f"kvinv: {folder / 'b.png'}: ") and "cannot be read as a picture" in last[0]
+    assert last[1].startswith("kvinv: error: 1 of 4 pictures could not be worked on")
+    for name in "acd":
+        assert len(RunStore(folder.parent / "out" / name).edits()) == 1
+    assert not (folder.parent / "out" / "b").exists()
+
+
+def test_where_all_fail_for_one_reason_it_is_said_once(folder: Path) -> None:
+    (folder / "b.png").unlink()
+    with pytest.raises(UserError, match=r"^no self-attention matches") as raised:
+        tune(folder, fits.model(target_modules="nope", slots=2))
+    assert not isinstance(raised.value, SomeFailedError) and raised.value.exit_code == 2
+
+
+def test_a_damaged_run_among_many_does_not_stop_the_edits_of_the_others(folder: Path) -> None:
+    (folder / "b.png").unlink()
+    module = fits.model(steps=2, inner_steps=1)
+    data = SourceImages(str(folder), SOURCE, out=str(folder.parent / "out"))
+    fits.trainer().fit(module, datamodule=data)
+    (data.works[0].store.folder / "run.json").write_text("{")
+    step = data.works[1].store.folder / "steps" / "1.safetensors"
+    step.write_bytes(step.read_bytes()[:-1] + b"x")
+    with pytest.raises(SomeFailedError) as raised:
+        fits.trainer().edit(module, SourceImages(run=str(data.out), targets=[TARGET]))
+    said = {Path(label).name: reason for label, reason in raised.value.reasons.items()}
+    assert said.keys() == {"a", "c"} and all("is damaged" in reason for reason in said.values())
+    assert len(data.works[2].store.edits()) == 1
+
+
+def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
+    """From this phase on, one picture's pivot is not finite."""
+    enter = KVInversion._enter
+
+    def patched(self: KVInversion, batch: Any) -> None:
+        enter(self, batch)
+        for slot, work in self._active(batch):
+            if work.name == name:
+                self._pivots[self.steps - at_step - 1, slot] = float("nan")
+
+    monkeypatch.setattr(KVInversion, "_enter", patched)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_picture_that_runs_away_is_given_up_and_those_beside_it_come_out_the_same(
+    folder: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "b.png").unlink()
+    module = fits.model(slots=slots)
+    whole = SourceImages(str(folder), SOURCE, out=str(folder.parent / "whole"))
+    fits.trainer().fit(module, datamodule=whole)
+    blow_up(monkeypatch, "c.png", 1)
+    data = SourceImages(str(folder), SOURCE, out=str(folder.parent / "out"))
+    with pytest.raises(SomeFailedError, match="1 of 3 pictures") as raised:
+        fits.trainer().fit(module, datamodule=data)
+    ((label, reason),) = raised.value.reasons.items()
+    assert Path(label).name == "c.png" and "no longer finite at step 1" in reason
+    assert data.works[1].store.done() == {0}
+    for n in (0, 2):
+        assert fits.tensors(data.works[n].store) == fits.tensors(whole.works[n].store)
+
+
+def test_a_full_disk_stops_everything_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kvinv_pl.store.os.fsync", full)
+    with pytest.raises(NoRoomError, match=r"No space left.*make room"):
+        tune(folder, fits.model(), "invert")
+    assert files.TEMPORARY not in "".join(os.listdir(folder.parent))
+
+
+def test_a_picture_in_use_is_left_to_whoever_uses_it(folder: Path) -> None:
+    (folder / "b.png").unlink()
+    with RunStore(folder.parent / "out" / "a").lock(), pytest.raises(SomeFailedError) as raised:
+        tune(folder, fits.model(steps=1, inner_steps=1), "invert")
+    (reason,) = raised.value.reasons.values()
+    assert "is in use by process" in reason
+    assert all(RunStore(folder.parent / "out" / name).has_trajectory() for name in "cd")
+
+
+def test_pictures_with_and_without_a_mask_are_not_tuned_side_by_side(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "list.csv").write_text("image,mask\na.png,\nb.png,b.png\n")
+    with pytest.raises(SomeFailedError) as raised:
+        tune(tmp_path / "list.csv", fits.model(slots=2, steps=1, inner_steps=1), "fit")
+    ((label, reason),) = raised.value.reasons.items()
+    assert Path(label).name == "b.png" and "takes none" in reason  # of FullKV
+
+
+def test_out_of_memory_is_the_matter_of_the_picture_that_is_too_large() -> None:
+    small, large = (Work(name, RunStore(name), Path(name), "", []) for name in ("small", "large"))
+    failures = Failures(2)
+    with failures.of([large]):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert failures.left([small, large]) == [small]
+    assert "out of memory (CUDA out of memory): take a smaller picture" in failures.reasons["large"]
+    with pytest.raises(SomeFailedError):
+        failures.report()
+    with pytest.raises(torch.OutOfMemoryError), Failures(1).of([large]):
+        raise torch.OutOfMemoryError
+
+
+def test_where_all_fail_the_line_names_three_and_counts_the_rest() -> None:
+    failures = Failures(5)
+    for n in range(5):
+        failures.note(f"{n}.png", f"reason {n}")
+    with pytest.raises(UserError, match=r"none of 5 .*0\.png: reason 0; .*2\.png: reason 2; and 2 more$"):
+        failures.report()

@@ -1,0 +1,105 @@
+"""What half precision changes: little, and nothing of what is held from one phase to the next."""
+
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+import torch
+from fits import SOURCE
+from lightning import Callback, LightningModule, Trainer
+
+from kvinv_pl import module as module_of_fits
+from kvinv_pl.data import SourceImages
+from kvinv_pl.pictures import as_pixels
+from kvinv_pl.records import psnr
+from kvinv_pl.store import RunStore
+
+AGREE = 30.0
+"""dB between the reconstructions of fp32 and of bf16-mixed, at least."""
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
+
+
+def test_fp32_and_bf16_mixed_agree(image: Path, tmp_path: Path) -> None:
+    shown, worth = [], []
+    for precision in ("32-true", "bf16-mixed"):
+        data = SourceImages(str(image), SOURCE, out=str(tmp_path / precision))
+        fits.trainer(precision=precision).fit(fits.model(inner_steps=10), datamodule=data)
+        store = RunStore(data.out)
+        shown.append(as_pixels(fits.opened(store.folder / "reconstruction.png")))
+        worth.append(store.read_run()["reconstruction"]["psnr_to_source"])
+    assert psnr(*shown) > AGREE
+    assert abs(worth[0] - worth[1]) < 0.5
+
+
+class Scales(Callback):
+    """The loss scaling of every inner step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        scaler: Any = trainer.precision_plugin.scaler  # pyright: ignore[reportAttributeAccessIssue]
+        self.seen.append((trainer.current_epoch, batch_idx, scaler.get_scale()))
+        scaler.update(1024.0)  # as if it had overflown
+
+
+def test_loss_scaling_starts_anew_in_every_phase_and_changes_no_result(image: Path, tmp_path: Path) -> None:
+    scales = Scales()
+    trainer = fits.trainer(precision="bf16-mixed", callbacks=[scales])
+    plugin: Any = trainer.precision_plugin
+    plugin.scaler = torch.amp.GradScaler("cpu")  # pyright: ignore[reportPrivateImportUsage]
+    trainer.fit(fits.model(), datamodule=SourceImages(str(image), SOURCE, out=str(tmp_path / "scaled")))
+    assert [scale for _, step, scale in scales.seen if step == 0] == [65536.0] * 3
+    assert [scale for _, step, scale in scales.seen if step > 0] == [1024.0] * 6
+    plain = fits.trainer(precision="bf16-mixed")
+    plain.fit(fits.model(), datamodule=SourceImages(str(image), SOURCE, out=str(tmp_path / "plain")))
+    z = [RunStore(tmp_path / name).step(2).z for name in ("scaled", "plain")]
+    torch.testing.assert_close(*z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Everything in float64, psi as it is stored, too."""
+    monkeypatch.setitem(module_of_fits.STORE_DTYPES, "float32", torch.float64)
+    monkeypatch.setattr("kvinv_pl.trainer.COMPUTE_DTYPES", {"32-true": torch.float64})
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double")
+def test_in_float64_psi_of_a_picture_does_not_depend_on_who_shares_its_batch(tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    stores: list[list[RunStore]] = []
+    for slots in (1, 2):
+        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / str(slots)))
+        fits.trainer().fit(fits.model(slots=slots), datamodule=data)
+        stores.append([work.store for work in data.works])
+    for alone, beside in zip(*stores, strict=True):
+        for i in range(3):
+            one, other = alone.step(i), beside.step(i)
+            assert {value.dtype for value in one.psi.values()} == {torch.float64}
+            for name, value in one.psi.items():
+                torch.testing.assert_close(value, other.psi[name], rtol=1e-7, atol=1e-9)
+
+
+def test_in_fp32_z_tilde_and_the_reconstruction_of_a_picture_hardly_depend_on_it(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    stores: list[list[RunStore]] = []
+    for slots in (1, 2):
+        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / str(slots)))
+        fits.trainer().fit(fits.model(slots=slots), datamodule=data)
+        stores.append([work.store for work in data.works])
+    for alone, beside in zip(*stores, strict=True):
+        torch.testing.assert_close(alone.step(2).z, beside.step(2).z, rtol=0, atol=2e-3)
+        worth = [store.read_run()["reconstruction"]["psnr_to_round_trip"] for store in (alone, beside)]
+        assert abs(worth[0] - worth[1]) <= 0.1

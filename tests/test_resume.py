@@ -1,0 +1,132 @@
+"""A fit that is killed, wherever that is, goes on to the files of one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+from commands import command, kvinv
+from fits import SOURCE
+
+from kvinv_pl import files
+from kvinv_pl.data import SourceImages
+from kvinv_pl.store import RunStore
+
+
+class Crash(BaseException):
+    """The end of the process, as far as a test can have it."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """So many files are written whole; of the next one a part is, under its temporary name."""
+    write, left = files._write, [writes]
+
+    def patched(file: Path, data: bytes) -> None:
+        if not left[0]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.with_name(f".{file.name}.0{files.TEMPORARY}").write_bytes(data[: len(data) // 2])
+            raise Crash
+        left[0] -= 1
+        write(file, data)
+
+    monkeypatch.setattr(files, "_write", patched)
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Everything that a fit leaves, but for the logs and the locks."""
+    stores = [RunStore(file.parent) for file in sorted(out.rglob("run.json"))]
+    found: dict[str, Any] = {f"{store.folder.name}": fits.tensors(store) for store in stores}
+    found |= {f"{store.folder.name}/run": store.read_run() for store in stores}
+    names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    return found | {"names": {name for name in names if ".lock" not in name and "logs" not in name}}
+
+
+@pytest.mark.parametrize("carry", [True, False], ids=["carry", "no_carry"])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_crash_before_and_after_every_write_changes_no_bit(
+    slots: int, carry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process writes one file and crashes at the next: there is a crash between any two writes."""
+    for seed in range(slots):
+        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    module = fits.model(
+        slots=slots, carry=carry, steps=2, inner_steps=1, required_psnr=99.0, retries=1, store_dtype="float16"
+    )
+
+    def fit(out: str) -> None:
+        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / out))
+        fits.trainer().fit(module, datamodule=data)
+
+    fit("whole")
+    crashes = 0
+    while True:
+        with monkeypatch.context() as patch:
+            crash_after(patch, 1)
+            try:
+                fit("crashed")
+            except Crash:
+                crashes += 1
+            else:
+                break
+        assert crashes < 50, "it does not get any further"
+    assert (
+        crashes >= 12 * slots
+    )  # three files of the inversion, and two attempts with two steps and two figures
+    assert contents(tmp_path / "crashed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("precision", "slots"), [("32-true", 1), ("bf16-mixed", 2)])
+def test_three_kills_lose_a_phase_each_at_most_and_change_no_bit(
+    precision: str, slots: int, tmp_path: Path
+) -> None:
+    for seed in range(slots):
+        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    given = [
+        "fit", "--image", tmp_path / "in", "--source", SOURCE, "--checkpoint", fits.checkpoint(),
+        "--steps", 16, "--model.inner_steps", 4, "--model.tolerance_growth", 0, "--model.retries", 0,
+        "--model.slots", slots, "--trainer.accelerator", "cpu", "--trainer.precision", precision,
+        "--trainer.logger", "false",
+    ]  # fmt: skip
+    assert kvinv(*given, "--out", tmp_path / "whole").code == 0
+    store = RunStore(tmp_path / "killed" / "0")
+    for step in (0, 5, 10):
+        child = subprocess.Popen(command(*given, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
+        wait_for(store.folder / "steps" / f"{step}.safetensors", child)
+        before = store.done()
+        child.send_signal(signal.SIGKILL)
+        child.wait(60)
+        assert before <= store.done() != {*range(16)}, "it was over before it was killed"
+    assert kvinv(*given, "--out", tmp_path / "killed").code == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def wait_for(file: Path, child: subprocess.Popen[Any]) -> None:
+    ends = time.monotonic() + 200
+    while not file.exists():
+        assert child.poll() is None and time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_pictures_side_by_side_of_which_one_is_a_step_ahead_go_on_together(tmp_path: Path) -> None:
+    for seed in range(2):
+        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    module = fits.model(slots=2)
+    data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
+    fits.trainer().fit(module, datamodule=data)
+    whole = contents(tmp_path / "out")
+    for work, kept in zip(data.works, (2, 1), strict=True):
+        record = work.store.read_run()
+        record.pop("reconstruction")
+        work.store.write_run(record)
+        for i in range(kept, 3):
+            os.remove(work.store.folder / "steps" / f"{i}.safetensors")
+    fits.trainer().fit(
+        module, datamodule=SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
+    )
+    assert contents(tmp_path / "out") == whole

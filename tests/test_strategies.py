@@ -1,0 +1,158 @@
+"""Two ranks on the CPU: every picture is tuned by one of them, as a single process would have tuned it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fits
+import pytest
+import torch
+from commands import command, process
+from fits import SOURCE
+
+from kvinv_pl.cli import main
+from kvinv_pl.errors import UserError
+from kvinv_pl.store import RunStore
+from kvinv_pl.strategies import BOARD, STARTER, ImageParallelStrategy
+from kvinv_pl.trainer import KVTrainer
+
+UNLIKE = ("--steps", 3, "--model.inner_steps", 4, "--model.tolerance", 0.002, "--model.retries", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures, one of which is none and one of another size: with slots 2, ragged shares."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate("abcde"):
+        fits.picture(folder / f"{name}.png", seed=seed, size=(24, 16) if name == "e" else (16, 16))
+    (folder / "bad.png").write_text("no picture")
+    return folder
+
+
+def given(folder: Path, out: Path, devices: int, *more: object) -> list[object]:
+    return [
+        "fit", "--image", folder, "--source", SOURCE, "--out", out, "--checkpoint", fits.checkpoint(),
+        *UNLIKE, "--model.slots", 2, "--trainer.accelerator", "cpu", "--trainer.devices", devices, *more,
+    ]  # fmt: skip
+
+
+def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    answers = {ranks: process(*given(folder, tmp_path / str(ranks), ranks)) for ranks in (1, 2)}
+    for answer in answers.values():
+        assert answer.code == 1 and "Traceback" not in answer.err, answer.err
+        assert answer.err.splitlines()[-1].startswith("kvinv: error: 1 of 6 pictures could not")
+        assert sum("bad.png: " in line for line in answer.err.splitlines()) == 1
+    used = set[int]()
+    for name in "abcde":
+        one, two = (RunStore(tmp_path / str(ranks) / name) for ranks in (1, 2))
+        assert fits.tensors(one) == fits.tensors(two) and len(fits.tensors(one)) == 4
+        used |= {two.step_info(i)["inner_steps"] for i in range(3)}
+    assert len(used) > 1  # of unlike convergence
+    assert {path.name for path in (tmp_path / "2" / "logs").iterdir() if path.is_dir()} == {"rank0", "rank1"}
+
+
+def test_when_a_rank_is_killed_all_stop_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
+    args = given(folder, tmp_path / "out", 2, "--steps", 40)
+    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True) as first:
+        ends, ranks = time.monotonic() + 200, list[int]()
+        while time.monotonic() < ends and not ranks:
+            ranks = [
+                int(file.read_text())
+                for file in tmp_path.glob("out/*/.lock.pid")
+                if file.read_text().isdigit() and int(file.read_text()) != first.pid
+            ]
+            assert first.poll() is None
+            time.sleep(0.05)
+        os.kill(ranks[0], signal.SIGKILL)
+        _, err = first.communicate(timeout=100)
+    assert first.returncode == 2 and "another rank has failed, and all have stopped" in err, err
+    for file in tmp_path.glob("out/*/.lock.pid"):  # of the killed one
+        assert int(file.read_text()) == ranks[0]
+    for name in "abcde":
+        with RunStore(tmp_path / "out" / name).lock():
+            pass
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """Variables that a launcher sets, taken back afterwards."""
+    before = dict(os.environ)
+    yield os.environ  # pyright: ignore[reportReturnType]
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def trainer(devices: int, **options: int) -> KVTrainer:
+    return fits.trainer(devices=devices, **options)
+
+
+def test_shares_are_each_one_ranks_alone_under_torchrun(environment: dict[str, str]) -> None:
+    taken = list[int]()
+    for rank in range(4):
+        environment |= {
+            "TORCHELASTIC_RUN_ID": "job", "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2),
+            "GROUP_RANK": str(rank // 2), "LOCAL_WORLD_SIZE": "2",
+        }  # fmt: skip
+        ranks = trainer(2, num_nodes=2).ranks
+        assert (ranks.global_rank, ranks.local_rank, ranks.world_size) == (rank, rank % 2, 4)
+        assert ranks.is_one_of_many and ranks.is_global_zero == (rank == 0)
+        taken += ranks.mine(7)
+    assert sorted(taken) == [*range(7)]
+
+
+def test_ranks_are_those_of_slurm_in_a_job_of_slurm(environment: dict[str, str]) -> None:
+    environment |= {
+        "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "kvinv", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NODELIST": "a,b",
+    }  # fmt: skip
+    ranks = trainer(2, num_nodes=2).ranks
+    assert (ranks.global_rank, ranks.local_rank, ranks.world_size) == (3, 1, 4)
+    assert [*ranks.mine(9)] == [3, 7]
+
+
+def test_ranks_of_one_machine_take_what_is_free(environment: dict[str, str], tmp_path: Path) -> None:
+    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
+    one, other = trainer(2).ranks.mine(5), trainer(2).ranks.mine(5)
+    assert [next(one), next(other), next(other), next(one)] == [0, 1, 2, 3]
+    assert [*one, *other] == [4]
+
+
+def test_what_failed_reaches_the_rank_that_started_this_one(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
+    ranks = trainer(2).ranks
+    ranks.report({"a.png": "is no picture"})
+    assert ranks.was_started and (tmp_path / "1.json").read_text() == '{"a.png": "is no picture"}'
+    environment[STARTER] = "1" if os.getppid() != 1 else "2"
+    with pytest.raises(UserError, match="the process that started this rank is gone"):
+        ranks.look()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed", "ddp_spawn"])
+def test_data_parallelism_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UserError, match=f"got {name}: data parallelism would average the psi of different"):
+        fits.trainer(strategy=name)
+
+
+def test_more_ranks_than_devices_are_refused(environment: dict[str, str]) -> None:
+    environment["LOCAL_RANK"] = "2"
+    with pytest.raises(UserError, match=r"process 3 .* there are 2 devices"):
+        trainer(2)
+
+
+def test_the_model_stays_on_its_device_and_nothing_is_reduced() -> None:
+    strategy = ImageParallelStrategy()
+    psi = torch.ones(2)
+    assert strategy.reduce(psi) is psi and strategy.all_gather(psi) is psi and strategy.launcher is None
+
+
+def test_the_devices_of_a_command_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--image", "cat.png", "--trainer.devices", "0"])
+    assert "devices and num_nodes: expected 1 or more, got 0 and 1" in capsys.readouterr().err
