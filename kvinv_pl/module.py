@@ -248,6 +248,7 @@ class KVInversion(LightningModule):
         self._phase = self._plan[self.current_epoch]
         batch, i = self._batches[self._phase.batch], self._phase.step
         self.network.attached()
+        self.network.front.forget()
         if i == batch.first:
             self._enter(batch)
         if i == 0 or not self.carry:
@@ -292,7 +293,7 @@ class KVInversion(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step of Eq. 3 for the slots that have not converged."""
         optimizer = self._optimizer()
-        with self.network.attached().blend():
+        with self.network.attached().blend(), self.network.front.kept():
             errors = squared_errors(self._pivot, self._reconstruct())
             self._check_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
@@ -333,8 +334,9 @@ class KVInversion(LightningModule):
         batch, i, dtype = self._batches[self._phase.batch], self._phase.step, STORE_DTYPES[self.store_dtype]
         for value in self.network.psi.parameters():
             value.copy_(value.to(dtype).to(value.dtype))
-        with self.network.attached().recording() as kv:
+        with self.network.attached().recording() as kv, self.network.front.kept():
             self._z = self._reconstruct()
+        self.network.front.forget()
         ends = (squared_errors(self._pivot, self._z) / self._pivot[0].numel()).cpu()
         self._check_finite(ends)
         begins = ends if self._first_errors is None else self._first_errors

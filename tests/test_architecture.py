@@ -28,7 +28,7 @@ ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
 WITHOUT_PICTURES = {
     *("ddim", "curriculum", "inversion", "tuning", "editing"),
-    *("sites", "processor", "attention", "registry", "testing", "backbone"),
+    *("sites", "processor", "attention", "front", "registry", "testing", "backbone"),
 }
 
 # Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "sites": {"errors"},
     "processor": {"errors", "sites"},
     "attention": {"errors", "processor", "sites"},
+    "front": set(),
     "registry": {"attention", "errors"},
     "testing": {"attention", "errors", "registry"},
     "checkpoint": {"errors", "menagerie"},
@@ -56,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "work": {"store"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
-    "network": {"attention", "backbone", "curriculum", "editing", "errors"},
+    "network": {"attention", "backbone", "curriculum", "editing", "errors", "front"},
 }
 STAGES = {
     "curriculum",
