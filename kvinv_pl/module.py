@@ -352,6 +352,7 @@ class KVInversion(LightningModule):
         self._phase = self._plan[self.current_epoch]
         batch, i = self._batches[self._phase.batch], self._phase.step
         self.network.attached()
+        self.network.front.forget()
         if i == batch.first:
             self._enter(batch)
         self._first_errors: Tensor | None = None
@@ -417,7 +418,7 @@ class KVInversion(LightningModule):
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""
         attachment = self.network.attached()
         if not self.network.at_pivot:
-            with attachment.recording() as kv:
+            with attachment.recording() as kv, self.network.front.kept():
                 self._z = self._reconstruct()
             return kv
         with attachment.recording() as kv:
@@ -433,7 +434,7 @@ class KVInversion(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step of Eq. 3 for the slots that have not converged."""
         optimizer = self._optimizer()
-        with self.network.attached().blend():
+        with self.network.attached().blend(), self.network.front.kept():
             errors = squared_errors(self._pivot, self._reconstruct())
             self._give_up_unless_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
@@ -489,6 +490,7 @@ class KVInversion(LightningModule):
             value.copy_(rounded(name, value, dtype))
         before = self._z
         kv = self._advance()
+        self.network.front.forget()
         ends = (squared_errors(self._pivot, self._z) / self._pivot[0].numel()).cpu()
         self._give_up_unless_finite(ends)
         self._z = torch.where(self._lost.to(self.device)[:, None, None, None], self._pivot, self._z)

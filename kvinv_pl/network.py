@@ -14,6 +14,7 @@ from kvinv_pl.backbone import Backbone
 from kvinv_pl.curriculum import generator
 from kvinv_pl.editing import guided
 from kvinv_pl.errors import UserError
+from kvinv_pl.front import Front
 
 
 class Network(nn.Module):
@@ -29,6 +30,7 @@ class Network(nn.Module):
         self.psi = nn.ModuleDict()
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         self.attachment: Attachment | None = None
+        self.front = Front(backbone.unet, [])
         self._found: dict[tuple[int, int], list[Site]] = {}
 
     @property
@@ -54,6 +56,7 @@ class Network(nn.Module):
                 self.device
             )
             self.attachment = attach(self.backbone.unet, made)
+            self.front = Front(self.backbone.unet, made.values())
         self.attachment.check()
         return self.attachment
 
@@ -62,6 +65,7 @@ class Network(nn.Module):
         if self.attachment is not None:
             self.attachment.detach()
             self.attachment, self.psi = None, nn.ModuleDict()
+            self.front = Front(self.backbone.unet, [])
 
     def attached(self) -> Attachment:
         """The attachment, which must be there and whole."""

@@ -1,0 +1,181 @@
+"""The frozen front: what a forward computes before psi comes in is computed once and then given back.
+
+While psi_t is tuned, z-tilde_t, t and the prompts stay what they are, and so does everything that the U-Net
+computes before the first upgraded layer. Nothing here knows how a U-Net is built: the order in which its
+modules finish is seen in the first forward, and the largest of those that finish before psi is met are not
+run again. What lies between modules (joining feature maps, reshaping) runs every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+Forward = Callable[..., Any]
+
+
+class Front:
+    """The outputs of a network's modules that finish before one of `late` is first called.
+
+    Args:
+        network: The network, frozen and deterministic; outside `kept` it is as it was.
+        late: Modules whose parameters change between forwards.
+    """
+
+    def __init__(self, network: nn.Module, late: Iterable[nn.Module]) -> None:
+        """Nothing is kept yet."""
+        self._network, self._late = network, list(late)
+        self._inputs: tuple[Any, ...] | None = None
+        self._kept: dict[nn.Module, list[_Call]] = {}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that are not run again."""
+        return [module for module, calls in self._kept.items() if any(call.whole for call in calls)]
+
+    def forget(self) -> None:
+        """Drop what is kept; the next forward is watched again."""
+        self._inputs, self._kept = None, {}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Let the forwards of the network in here share their front; no gradient reaches it.
+
+        A forward on other inputs than the last has a front of its own, and later ones share that.
+        """
+        with _in_place_of({self._network: partial(self._enter, self._network.forward)}):
+            yield
+
+    def _enter(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """The network's own forward, with its front watched or given back."""
+        if self._inputs is not None and _same(self._inputs, (args, kwargs)):
+            replays = {
+                module: partial(_give_back, iter(calls), module.forward)
+                for module, calls in self._kept.items()
+            }
+            with _in_place_of(replays):
+                return forward(*args, **kwargs)
+        self.forget()
+        inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
+        watch = _Watch()
+        watched = {
+            module: partial(watch.call, module, module.forward)
+            for module in self._network.modules()
+            if module is not self._network
+        }
+        met = {module: partial(watch.meet, module.forward) for module in self._late}
+        with _in_place_of({**watched, **met}):
+            output = forward(*args, **kwargs)
+        for call in watch.front:
+            call.inspect()
+            self._kept.setdefault(call.module, []).append(call)
+        self._inputs = inputs
+        return output
+
+
+class _Call:
+    """One call of a module that is watched."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Begin the call."""
+        self.module = module
+        self.inside: list[_Call] = []
+        """Calls made by this one that have come to their end, until it does itself."""
+        self.whole = False
+        """Whether the output can be given back."""
+
+    def finish(self, output: Any) -> None:
+        """Keep what the module returned; what happened inside matters no more."""
+        self.inside = []
+        self.output = tree_map_only(Tensor, Tensor.detach, output)
+        self.versions = _versions(self.output)
+
+    def inspect(self) -> None:
+        """After the forward: an output that was changed in place is not what the module returned."""
+        self.whole = self.versions is not None and self.versions == _versions(self.output)
+        if not self.whole:
+            self.output = None
+
+
+class _Watch:
+    """The calls of one forward, until a late module is met."""
+
+    def __init__(self) -> None:
+        """The forward has not begun."""
+        self.front: list[_Call] = []
+        """What had finished when a late module was met, and was part of nothing that had; in order."""
+        self._outside: list[_Call] = []
+        self._open: list[_Call] = []
+        self._met = False
+
+    def call(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """A module of the network is called."""
+        if self._met:
+            return forward(*args, **kwargs)
+        call = _Call(module)
+        self._open.append(call)
+        output = forward(*args, **kwargs)
+        if not self._met:
+            self._open.pop()
+            call.finish(output)
+            (self._open[-1].inside if self._open else self._outside).append(call)
+        return output
+
+    def meet(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """A late module is called: from here on, everything may change."""
+        if not self._met:
+            self._met = True
+            self.front = [*self._outside, *(call for around in self._open for call in around.inside)]
+        return forward(*args, **kwargs)
+
+
+def _give_back(calls: Iterator[_Call], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """What the module returned when it was called in this place; the module itself, where it must run."""
+    call = next(calls, None)
+    if call is None or not call.whole:
+        return forward(*args, **kwargs)
+    return tree_map_only(Tensor, Tensor.detach, call.output)  # containers of its own for every forward
+
+
+@contextmanager
+def _in_place_of(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Other forwards for some modules; afterwards each has the very one that it had."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is not None:  # an instance's own forward, as other libraries put there
+                module.forward = own
+            elif "forward" in vars(module):
+                del module.forward
+
+
+def _versions(output: Any) -> list[int] | None:
+    """How often each tensor has been changed in place; None if there is more than tensors in it."""
+    leaves = tree_leaves(output)
+    if not all(isinstance(leaf, Tensor | bool | int | float | str | None) for leaf in leaves):
+        return None
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a forward is given what it was given before, to the last bit."""
+    (leaves, spec), (others, other_spec) = tree_flatten(before), tree_flatten(now)
+    return spec == other_spec and all(map(_equal, leaves, others))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+    if (a.dtype, a.device, a.shape) != (b.dtype, b.device, b.shape):
+        return False
+    return a.is_meta or torch.equal(a, b)  # there are no values on meta
