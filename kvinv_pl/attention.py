@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class CPAttention(nn.Module):
     """
 
     observes: bool = False
+    exempt: Mapping[str, str] = MappingProxyType({})
+    """Checks of `kvinv_pl.testing` that the variant cannot pass, by name, each with the reason."""
     options: dict[str, Any]
     """What the variant was made with, besides the site; a run writes it down and is read back with it."""
 

@@ -29,6 +29,8 @@ STAGES = {
 OTHERS = {
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed",
+    "check": "check that an attention variant does what every variant must",
+    "new-variant": "write a variant to start from, its configuration and its test",
 }
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
@@ -106,7 +108,7 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _overview() -> str:
-    rows = [f"  {name:<10}{text}" for name, text in {**STAGES, **OTHERS}.items()]
+    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **OTHERS}.items()]
     return "\n".join(
         [
             "usage: kvinv COMMAND [options]      (kvinv COMMAND --help for its options)",
@@ -131,14 +133,14 @@ def _other(verb: str, argv: list[str]) -> None:
 
     from kvinv_pl import verbs
 
-    command: Callable[..., None] = getattr(verbs, verb)
+    command: Callable[..., None] = getattr(verbs, verb.replace("-", "_"))
     line = _Line(["--out" if arg == "-o" else arg for arg in argv])
     line.read_rest(argv)
     with _in_words(verb, line, _kinds({"": command})):
         auto_cli(
             command,
             args=line.argv,
-            as_positional=False,
+            as_positional=True,  # what has no default
             prog=f"kvinv {verb}",
             exit_on_error=False,
             allow_abbrev=False,
