@@ -38,10 +38,10 @@ class CPAttention(nn.Module):
         """Note the arguments, so that no variant's author has to."""
         made = super().__new__(cls)
         if args or kwargs:  # copying and unpickling make one without
-            given = inspect.signature(cls).bind(*args, **kwargs)
+            given = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
             given.apply_defaults()
-            given.arguments.pop("site")
-            made.__dict__["options"] = dict(given.arguments)
+            _, _, *options = given.arguments.items()  # self and site
+            made.__dict__["options"] = dict(options)
         return made
 
     def __init__(self, site: Site):

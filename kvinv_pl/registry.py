@@ -115,7 +115,9 @@ def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
         return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(read).attention
     except Exception as error:  # ArgumentError, and what its parts let through
         reason = wording.of_parser(str(error), {}, {}, {})
-        raise UserError(f"{record['class_path']} cannot be made from {record['init_args']}: {reason}") from error
+        raise UserError(
+            f"{record['class_path']} cannot be made from {record['init_args']}: {reason}"
+        ) from error
 
 
 def _load(point: EntryPoint) -> Variant:

@@ -10,6 +10,8 @@ from string import Template
 
 from kvinv_pl.errors import UserError
 
+TAKEN = {"CPAttention", "Float", "Site", "Tensor", "Trial", "UserError"}
+"""Names that the files import; no class may have them."""
 VARIANT = '''"""A variant of CP-attn: V is learned behind a gate for every head."""
 
 import torch
@@ -98,17 +100,21 @@ def write(name: str, folder: Path) -> list[Path]:
         raise UserError(
             f"name: expected small letters, digits and _, such as my_variant, got {name!r}: it names a module"
         )
+    cls = "".join(word.capitalize() for word in name.split("_"))
+    if cls in TAKEN:
+        raise UserError(
+            f"name: the class of {name} would be {cls}, which there is already: choose another one"
+        )
     texts = {f"{name}.py": VARIANT, f"{name}.yaml": CONFIG, f"test_{name}.py": TEST}
     files = {folder / file: text for file, text in texts.items()}
     if there := [file for file in files if file.exists()]:
         raise UserError(f"{there[0]} is there already: choose another name or folder, or remove it")
     if (other := find_spec(name)) is not None:
         raise UserError(f"name: {name} is the name of another module ({other.origin}): choose another one")
-    words = {"name": name, "cls": "".join(word.capitalize() for word in name.split("_"))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
-            file.write_text(Template(text).substitute(words), encoding="utf-8")
+            file.write_text(Template(text).substitute(name=name, cls=cls), encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {folder}: {reason}; name another folder") from error

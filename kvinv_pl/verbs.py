@@ -79,9 +79,7 @@ def variants() -> None:
 
 
 def check(target: str, options: dict[str, Any] | None = None) -> None:
-    """Check that an attention variant does what every variant must.
-
-    Exit code 0 if it does, 1 if it does not, 2 if there is no such variant.
+    """Check that an attention variant does what every variant must; the exit code is 1 if it does not.
 
     Args:
         target: FILE.py:CLASS, a class path, or a name that `kvinv variants` lists.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pytest
@@ -57,6 +58,11 @@ class Idle(Sound):
     def __init__(self, site: Site):
         super().__init__(site)
         self.k_hat = nn.Parameter(torch.zeros(site.slots, site.tokens, site.dim))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        super().reset(generator)
+        self.k_hat.zero_()
 
 
 class Dicey(Sound):
@@ -221,6 +227,73 @@ BROKEN: dict[str, type[CPAttention]] = {
 ALSO = {"alive at reset": {"every parameter learns"}}  # what never gets away learns nothing
 
 
+class Choosy(Sound):
+    """Has options with few values; one of them breaks it, and one does not go with the defaults.
+
+    Args:
+        site: The self-attention to upgrade.
+        start: Where V-hat begins.
+        wide: Whether V-hat is wide.
+    """
+
+    def __init__(self, site: Site, start: Literal["zeros", "ones"] = "zeros", wide: bool = False):
+        super().__init__(site)
+        if wide and start == "zeros":
+            raise UserError("wide: expected start ones")
+        self.start = start
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        super().reset(generator)
+        self.v_hat.fill_(float(self.start == "ones"))
+
+
+class Excused(Saddle):
+    """Says why it has no gradient at the start."""
+
+    exempt: Mapping[str, str] = MappingProxyType(
+        dict.fromkeys(("alive at reset", "every parameter learns"), "so")
+    )
+
+
+class Boastful(Sound):
+    """Is declared exempt from what it does."""
+
+    exempt: Mapping[str, str] = MappingProxyType({"slots apart": "it need not be"})
+
+
+class Misnamed(Sound):
+    """Is exempt from a check that there is not."""
+
+    exempt: Mapping[str, str] = MappingProxyType({"slot apart": "it need not be"})
+
+
+class Wrapping(CPAttention):
+    """Is another variant.
+
+    Args:
+        site: The self-attention to upgrade.
+        inner: The variant inside.
+    """
+
+    def __init__(self, site: Site, inner: Callable[[Site], CPAttention] = Sound):
+        super().__init__(site)
+        self.inner = inner(site)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        self.inner.reset(generator)
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(k, v)
+
+
+class Bare(CPAttention):
+    """Has nothing to learn."""
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
 @cache
 def failing(variant: type[CPAttention]) -> dict[str, str]:
     """The checks that a variant fails, and what each says."""
@@ -231,7 +304,7 @@ def test_there_is_a_broken_variant_for_every_check() -> None:
     assert list(BROKEN) == [check.name for check in CHECKS]
 
 
-@pytest.mark.parametrize("variant", [Sound, Masking])
+@pytest.mark.parametrize("variant", [Sound, Masking, Bare, Wrapping, Excused])
 def test_a_sound_variant_fails_no_check(variant: type[CPAttention]) -> None:
     assert not failing(variant)
 
@@ -239,3 +312,81 @@ def test_a_sound_variant_fails_no_check(variant: type[CPAttention]) -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_variant_fails_the_check_of_its_fault_and_no_other(name: str) -> None:
     assert failing(BROKEN[name]).keys() == {name} | ALSO.get(name, set())
+
+
+def test_every_check_says_in_a_sentence_why_it_is_asked() -> None:
+    for check in CHECKS:
+        assert check.why.endswith(".") and 30 < len(check.why) < 90
+
+
+def test_a_failure_names_the_check_what_happened_and_why_it_matters() -> None:
+    with pytest.raises(NonconformingError) as error:
+        check_variant(Idle)
+    assert "every parameter learns: k_hat has no gradient after the first step" in str(error.value)
+    assert "A parameter without a gradient fills the disk" in str(error.value)
+
+
+def test_a_choice_among_the_options_is_checked_by_itself_unless_it_is_refused() -> None:
+    assert {trial.options for trial in trials(Choosy)} == {"", "start=ones"}
+    lines, failed = report([trial for trial in trials(Choosy) if trial.check.name != "compiles"])
+    assert failed == 1 and lines[0].startswith("FAILED  identity at reset: ")
+    assert lines[1].startswith("        - with start=ones: attention after reset")
+
+
+def test_options_that_are_given_are_the_only_ones_checked() -> None:
+    assert {trial.options for trial in trials(Choosy, start="ones")} == {"start=ones"}
+    assert {trial.options for trial in trials(partial(Choosy, start="ones"))} == {""}
+    with pytest.raises(UserError, match="expected start ones"):
+        trials(Choosy, wide=True)
+
+
+def test_an_exemption_is_shown_with_its_reason() -> None:
+    lines, failed = report([trial for trial in trials(Excused) if trial.check.name == "alive at reset"])
+    assert not failed and lines[1].startswith("exempt  alive at reset: ") and lines[2] == "        - so"
+
+
+def test_an_exemption_that_is_not_needed_or_not_known_is_refused() -> None:
+    assert failing(Boastful)["slots apart"].startswith("it is declared exempt, and passes")
+    with pytest.raises(UserError, match=r"no check 'slot apart'; expected one of .*slots apart"):
+        trials(Misnamed)
+
+
+@pytest.mark.parametrize("name", ["Sound", "Idle"])
+def test_kvinv_check_tells_every_check_and_ends_with_1_for_a_variant_that_fails_one(name: str) -> None:
+    answer = kvinv("check", f"{__file__}:{name}")
+    assert answer.code == (name == "Idle") and not answer.err
+    verdicts = [line.split()[0] for line in answer.out.splitlines() if not line.startswith(" ")]
+    assert verdicts[:-1] == [
+        "FAILED" if name == "Idle" and check.name == "every parameter learns" else "ok" for check in CHECKS
+    ]
+    assert answer.out.splitlines()[-1] == (
+        "Idle fails 1 of 15 checks" if name == "Idle" else "Sound passes 15 checks"
+    )
+
+
+def test_kvinv_check_takes_options_as_yaml_names_them() -> None:
+    answer = kvinv("check", "test_testing.Choosy", "--options", '{"start": "ones"}')
+    assert answer.code == 1 and "FAILED  identity at reset" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nope"], "no attention variant 'nope'"),
+        (["nope.Nope"], "nope cannot be imported (ModuleNotFoundError"),
+        (["nope.py"], "nope.py is a file: name a class in it, nope.py:CLASS"),
+        (["nope.py:Nope"], "there is no file nope.py"),
+        (["test_testing.Site"], "test_testing has no variant 'Site'; expected one of Sound, "),
+        (["full_kv", "--options", '{"stat": 1}'], "kvinv_plugins.full_kv.FullKV takes no argument 'stat'"),
+        (["full_kv", "--options", '{"start": "ones"}'], "'ones'"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_line(args: list[str], message: str) -> None:
+    answer = kvinv("check", *args)
+    assert answer.code == 2 and answer.err.count("\n") == 1 and message in answer.err
+
+
+def test_a_file_with_the_name_of_another_module_is_refused(tmp_path: Any) -> None:
+    (tmp_path / "checkpoints.py").write_text("")
+    answer = kvinv("check", f"{tmp_path / 'checkpoints.py'}:Sound")
+    assert answer.code == 2 and "has the name of another module" in answer.err

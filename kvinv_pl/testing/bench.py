@@ -25,9 +25,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def features(
-    branches: int, site: Site = SITE, seed: int = 0
-) -> Float[Tensor, "branches slots tokens dim"]:
+def features(branches: int, site: Site = SITE, seed: int = 0) -> Float[Tensor, "branches slots tokens dim"]:
     """What reaches the self-attention; fewer branches are the first of many."""
     return torch.randn(8, site.slots, site.tokens, site.dim, generator=seeded(seed))[:branches]
 
@@ -73,12 +71,18 @@ class Bench:
                 own += 0.3 * torch.randn(own.shape, generator=seeded(100 + slot))
         return self
 
+    @torch.no_grad()
+    def read(self, other: Bench) -> Bench:
+        """Take psi from another bench, slot by slot, as far as there are slots here."""
+        for name, value in self.values().items():
+            value.copy_(other.values()[name][: self.site.slots])
+        return self
+
     def mask(self) -> Bench:
         """Bind a mask to each slot, of another size than the grid; each slot another part of the picture."""
-        height, width = 2 * self.site.grid[0], 3 * self.site.grid[1]
-        masks = torch.zeros(self.site.slots, height, width)
-        for slot in range(self.site.slots):
-            masks[slot, :, : width * (slot + 1) // (self.site.slots + 1)] = 1
+        masks = torch.zeros(self.site.slots, 2 * self.site.grid[0], 12)
+        for slot, mask in enumerate(masks):
+            mask[:, : 3 * (slot + 1)] = 1
         self.cp.bind(masks)
         return self
 
@@ -118,12 +122,12 @@ def attention(heads: int, core: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What `CPAttention.attend` is given as `sdpa`: `core` on heads, with the same rules for masks."""
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        def apart(x: Tensor) -> Tensor:
-            return x.expand(*q.shape[:2], -1, -1).unflatten(-1, (heads, -1)).transpose(-3, -2)
-
         if mask is not None:
             mask = mask.expand(*q.shape[:3], k.shape[2]).unsqueeze(2)
-        return core(apart(q), apart(k), apart(v), mask).transpose(-3, -2).flatten(-2)
+        apart = [
+            x.expand(*q.shape[:2], -1, -1).unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k, v)
+        ]
+        return core(*apart, mask).transpose(-3, -2).flatten(-2)
 
     return sdpa
 

@@ -74,7 +74,9 @@ def _slots_first(bench: Bench) -> None:
 def _benches(variant: Factory, site: Site = SITE) -> list[tuple[str, Bench]]:
     """The variant as tuning leaves it, without a mask and, if it takes one, with one."""
     plain = [("", Bench(variant, site).start().shake())]
-    masked = [(" with a mask", Bench(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
+    masked = (
+        [(" with a mask", Bench(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
+    )
     return plain + masked
 
 
@@ -133,14 +135,9 @@ def _slots(variant: Factory) -> None:
         x = features(2)
         _slots_first(bench)
         out = bench.blend(x)
-        alone = Bench(variant, replace(SITE, slots=1)).start()
+        alone = Bench(variant, replace(SITE, slots=1)).start().read(bench)
         if how:
-            masks = torch.zeros(1, 2 * SITE.grid[0], 3 * SITE.grid[1])
-            masks[..., : masks.shape[-1] // (SITE.slots + 1)] = 1
-            alone.cp.bind(masks)
-        with torch.no_grad():
-            for name, value in alone.values().items():
-                value[0] = bench.values()[name][0]
+            alone.mask()
         _same(alone.blend(x[:, :1]), out[:, :1], f"slot 0 by itself{how}")
 
         x.requires_grad_()
@@ -158,7 +155,9 @@ def _slots(variant: Factory) -> None:
             _same(bench.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
 
 
-@_check("any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all.")
+@_check(
+    "any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all."
+)
 def _branches(variant: Factory) -> None:
     for how, bench in _benches(variant):
         x = features(4)
@@ -180,14 +179,17 @@ def _saved(variant: Factory) -> None:
             for name, value in fresh.values().items():
                 value[slot] = store.step(slot).psi[f"{PATH}.{name}"]
     if not torch.equal(fresh.blend(x), out):
-        raise NonconformingError("a variant that reads the saved psi attends otherwise: keep all in parameters")
+        raise NonconformingError(
+            "a variant that reads the saved psi attends otherwise: keep all in parameters"
+        )
 
 
 @_check("half precision", "The U-Net may be held in bfloat16 or float16, while psi is in float32.")
 def _half(variant: Factory) -> None:
-    wanted = Bench(variant).start().shake().blend(features(2))
+    single = Bench(variant).start().shake()
+    wanted = single.blend(features(2))
     for dtype in (torch.bfloat16, torch.float16):
-        bench, x = Bench(variant, dtype=dtype).start().shake(), features(2).to(dtype)
+        bench, x = Bench(variant, dtype=dtype).start().read(single), features(2).to(dtype)
         for name, value in bench.values().items():
             if value.dtype != torch.float32:
                 raise NonconformingError(f"{name} is in {value.dtype}, expected torch.float32")
@@ -202,9 +204,7 @@ def _kernels(variant: Factory) -> None:
     for how, bench in _benches(variant):
         q, k, v = (features(2, seed=seed) for seed in (2, 3, 4))
         bars = bench.cp(k, v)
-        one, other = (
-            bench.cp.attend(q, *bars, attention(SITE.heads, core)) for core in (written_out, fused)
-        )
+        one, other = (bench.cp.attend(q, *bars, attention(SITE.heads, core)) for core in (written_out, fused))
         _same(one, other, f"softmax(Q K^T / sqrt(d)) V against torch's fused attention{how}")
 
 
@@ -247,7 +247,7 @@ def _documented(variant: Factory) -> None:
         raise NonconformingError(f"{cls.__name__} has no docstring")
     args = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
     said = re.findall(r"^\s+(\w+)(?: \([^)]*\))?: \S", args.group(1) if args else "", re.MULTILINE)
-    options = [name for name in inspect.signature(cls).parameters if name != "site"]
+    options = list(inspect.signature(cls.__init__).parameters)[2:]  # without self and site
     if missing := [name for name in options if name not in said]:
         raise NonconformingError(f"the docstring's Args say nothing of {', '.join(missing)}")
 

@@ -116,7 +116,7 @@ def _choices(cls: type[CPAttention]) -> list[Mapping[str, Any]]:
     except NameError:  # types that were imported for the type checker alone
         hints = {}
     found = []
-    for name, parameter in inspect.signature(cls).parameters.items():
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
         kind = hints.get(name)
         values = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
         found += [{name: value} for value in values if value != parameter.default]
