@@ -107,7 +107,7 @@ def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
     """What makes a variant, from its class_path and init_args, as a configuration is read."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False)
+    parser: Any = ArgumentParser(exit_on_error=False)
     parser.add_argument("--attention", type=Callable[[Site], CPAttention])
     try:
         read = parser.parse_object({"attention": dict(record)})
