@@ -268,6 +268,18 @@ class Misnamed(Sound):
     exempt: Mapping[str, str] = MappingProxyType({"slot apart": "it need not be"})
 
 
+class Demanding(Sound):
+    """Has an option without a default.
+
+    Args:
+        site: The self-attention to upgrade.
+        rank: How many.
+    """
+
+    def __init__(self, site: Site, rank: int):
+        super().__init__(site)
+
+
 class Wrapping(CPAttention):
     """Is another variant.
 
@@ -377,6 +389,7 @@ def test_kvinv_check_takes_options_as_yaml_names_them() -> None:
         (["nope.py"], "nope.py is a file: name a class in it, nope.py:CLASS"),
         (["nope.py:Nope"], "there is no file nope.py"),
         (["test_testing.Site"], "test_testing has no variant 'Site'; expected one of Sound, "),
+        (["test_testing.Demanding"], "Demanding cannot be made with its defaults (TypeError: missing"),
         (["full_kv", "--options", '{"stat": 1}'], "kvinv_plugins.full_kv.FullKV takes no argument 'stat'"),
         (["full_kv", "--options", '{"start": "ones"}'], "'ones'"),
     ],

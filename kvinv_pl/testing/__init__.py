@@ -7,7 +7,8 @@ A variant of your own is checked by pytest in three lines, and by `kvinv check F
         trial()
 """
 
-from kvinv_pl.testing.checks import CHECKS, Check, NonconformingError
+from kvinv_pl.testing.check import Check, NonconformingError
+from kvinv_pl.testing.checks import CHECKS
 from kvinv_pl.testing.trials import Trial, check_variant, report, trials
 
 __all__ = ["CHECKS", "Check", "NonconformingError", "Trial", "check_variant", "report", "trials"]

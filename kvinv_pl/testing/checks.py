@@ -6,8 +6,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import config
@@ -17,48 +16,11 @@ from kvinv_pl import records, registry
 from kvinv_pl.attention import Site
 from kvinv_pl.store import RunStore
 from kvinv_pl.testing.bench import PATH, SITE, Bench, Factory, attention, features, fused, seeded, written_out
+from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
 
-CHECKS: list[Check] = []
-"""Every check, in the order in which they are run."""
+__all__ = ["CHECKS"]
 SILENT = 1e-7  # a gradient below this is none
 GRIDS = ((3, 5), (6, 2), (1, 7))
-
-
-class NonconformingError(AssertionError):
-    """A variant does not pass a check."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One property of a variant.
-
-    Args:
-        name: What is asked.
-        why: In one sentence, what would go wrong in a run without it.
-        ask: Raises NonconformingError, or whatever the variant raises, if it does not hold.
-    """
-
-    name: str
-    why: str
-    ask: Callable[[Factory], None]
-
-
-def _check(name: str, why: str) -> Callable[[Callable[[Factory], None]], Callable[[Factory], None]]:
-    def listed(ask: Callable[[Factory], None]) -> Callable[[Factory], None]:
-        CHECKS.append(Check(name, why, ask))
-        return ask
-
-    return listed
-
-
-def _same(got: Tensor, wanted: Tensor, what: str, tolerance: float = 2e-5) -> None:
-    """Raise if two tensors differ by more than rounding, or are not finite."""
-    got, wanted = got.detach().float(), wanted.detach().float()
-    if not got.isfinite().all():
-        raise NonconformingError(f"{what}: the result is not finite")
-    difference = float((got - wanted).abs().max())
-    if not difference <= tolerance * (1 + float(wanted.abs().max())):
-        raise NonconformingError(f"{what}: differs by up to {difference:.2g}")
 
 
 def _slots_first(bench: Bench) -> None:
@@ -80,14 +42,14 @@ def _benches(variant: Factory, site: Site = SITE) -> list[tuple[str, Bench]]:
     return plain + masked
 
 
-@_check("identity at reset", "Tuning starts from the model's own attention, where nothing has been learned.")
+@check("identity at reset", "Tuning starts from the model's own attention, where nothing has been learned.")
 def _identity(variant: Factory) -> None:
     bench, x = Bench(variant).start().shake(), features(2)
     bench.cp.reset(seeded(0))
-    _same(bench.blend(x), bench.bare(x), "attention after reset against the model's own")
+    same(bench.blend(x), bench.bare(x), "attention after reset against the model's own")
 
 
-@_check("alive at reset", "From a start without any gradient no optimiser ever gets away.")
+@check("alive at reset", "From a start without any gradient no optimiser ever gets away.")
 def _alive(variant: Factory) -> None:
     bench = Bench(variant).start()
     _slots_first(bench)
@@ -97,7 +59,7 @@ def _alive(variant: Factory) -> None:
             raise NonconformingError(f"no parameter has a gradient at the start (slot {slot})")
 
 
-@_check("every parameter learns", "A parameter without a gradient fills the disk and does nothing.")
+@check("every parameter learns", "A parameter without a gradient fills the disk and does nothing.")
 def _learning(variant: Factory) -> None:
     bench, x = Bench(variant).start(), features(2)
     if not bench.values():
@@ -111,7 +73,7 @@ def _learning(variant: Factory) -> None:
             raise NonconformingError(f"{name} has no gradient after the first step")
 
 
-@_check("reset is deterministic", "A run can be repeated, and gone on with, only from the same start.")
+@check("reset is deterministic", "A run can be repeated, and gone on with, only from the same start.")
 def _deterministic(variant: Factory) -> None:
     def started(noise: int) -> tuple[dict[str, Tensor], Tensor]:
         bench = Bench(variant)
@@ -126,10 +88,10 @@ def _deterministic(variant: Factory) -> None:
     for name, value in first.items():
         if not torch.equal(value, second[name]):
             raise NonconformingError(f"{name} is not the same after reset with the same generator")
-    _same(again, out, "attention after reset with the same generator")
+    same(again, out, "attention after reset with the same generator")
 
 
-@_check("slots apart", "Pictures that are tuned side by side must not see each other.")
+@check("slots apart", "Pictures that are tuned side by side must not see each other.")
 def _slots(variant: Factory) -> None:
     for how, bench in _benches(variant):
         x = features(2)
@@ -138,7 +100,7 @@ def _slots(variant: Factory) -> None:
         alone = Bench(variant, replace(SITE, slots=1)).start().read(bench)
         if how:
             alone.mask()
-        _same(alone.blend(x[:, :1]), out[:, :1], f"slot 0 by itself{how}")
+        same(alone.blend(x[:, :1]), out[:, :1], f"slot 0 by itself{how}")
 
         x.requires_grad_()
         wanted = [x, *bench.values().values()]
@@ -152,21 +114,19 @@ def _slots(variant: Factory) -> None:
             for value in bench.values().values():
                 value[1:] += 1
             x[:, 1:] -= 1
-            _same(bench.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
+            same(bench.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
 
 
-@_check(
-    "any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all."
-)
+@check("any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all.")
 def _branches(variant: Factory) -> None:
     for how, bench in _benches(variant):
         x = features(4)
         together = bench.blend(x)
         for some in (slice(0, 1), slice(0, 2), slice(3, 4)):
-            _same(bench.blend(x[some]), together[some], f"the same branch among {len(x[some])} and 4{how}")
+            same(bench.blend(x[some]), together[some], f"the same branch among {len(x[some])} and 4{how}")
 
 
-@_check("saved and loaded exactly", "An edit, and a run that goes on, know of psi what the disk holds.")
+@check("saved and loaded exactly", "An edit, and a run that goes on, know of psi what the disk holds.")
 def _saved(variant: Factory) -> None:
     bench, x = Bench(variant).start(seed=1).shake(), features(2)
     out, fresh = bench.blend(x), Bench(variant).start(seed=2)
@@ -184,7 +144,7 @@ def _saved(variant: Factory) -> None:
         )
 
 
-@_check("half precision", "The U-Net may be held in bfloat16 or float16, while psi is in float32.")
+@check("half precision", "The U-Net may be held in bfloat16 or float16, while psi is in float32.")
 def _half(variant: Factory) -> None:
     single = Bench(variant).start().shake()
     wanted = single.blend(features(2))
@@ -193,13 +153,13 @@ def _half(variant: Factory) -> None:
         for name, value in bench.values().items():
             if value.dtype != torch.float32:
                 raise NonconformingError(f"{name} is in {value.dtype}, expected torch.float32")
-        _same(bench.blend(x), wanted, f"attention in {dtype}", tolerance=0.05)
+        same(bench.blend(x), wanted, f"attention in {dtype}", tolerance=0.05)
         for name, gradient in bench.gradients(x).items():
             if not gradient.isfinite().all():
                 raise NonconformingError(f"the gradient of {name} in {dtype} is not finite")
 
 
-@_check("any kernel", "Eq. 2 is computed by whatever kernel is fastest; all of them must mean the same.")
+@check("any kernel", "Eq. 2 is computed by whatever kernel is fastest; all of them must mean the same.")
 def _kernels(variant: Factory) -> None:
     for how, bench in _benches(variant):
         q, k, v = (features(2, seed=seed) for seed in (2, 3, 4))
@@ -207,10 +167,10 @@ def _kernels(variant: Factory) -> None:
         one, other = (
             bench.cp.attend(q, k_bar, v_bar, attention(SITE.heads, core)) for core in (written_out, fused)
         )
-        _same(one, other, f"softmax(Q K^T / sqrt(d)) V against torch's fused attention{how}")
+        same(one, other, f"softmax(Q K^T / sqrt(d)) V against torch's fused attention{how}")
 
 
-@_check("compiles", "torch.compile turns tuning into one graph, unless the variant breaks it.")
+@check("compiles", "torch.compile turns tuning into one graph, unless the variant breaks it.")
 def _compiles(variant: Factory) -> None:
     bench = Bench(variant).start().shake()
     sdpa = attention(SITE.heads, fused)
@@ -228,10 +188,10 @@ def _compiles(variant: Factory) -> None:
     finally:
         config.update("jaxtyping_disable", checking)
         torch.compiler.reset()
-    _same(compiled, attend(q, k, v), "compiled against not compiled")
+    same(compiled, attend(q, k, v), "compiled against not compiled")
 
 
-@_check("built from its own record", "run.json names the variant; an edit builds it from there.")
+@check("built from its own record", "run.json names the variant; an edit builds it from there.")
 def _built(variant: Factory) -> None:
     cp = variant(SITE)
     record = json.loads(json.dumps(records.of_variant(cp)))
@@ -242,7 +202,7 @@ def _built(variant: Factory) -> None:
         raise NonconformingError(f"from {record['init_args']} it comes back as {built['init_args']}")
 
 
-@_check("every option documented", "`kvinv variants` and the help show what the docstring says.")
+@check("every option documented", "`kvinv variants` and the help show what the docstring says.")
 def _documented(variant: Factory) -> None:
     cls = type(variant(SITE))
     text = inspect.cleandoc(cls.__doc__ or "")
@@ -255,7 +215,7 @@ def _documented(variant: Factory) -> None:
         raise NonconformingError(f"the docstring's Args say nothing of {', '.join(missing)}")
 
 
-@_check("grids that are not square", "A photograph is rarely square, and neither is its grid of tokens.")
+@check("grids that are not square", "A photograph is rarely square, and neither is its grid of tokens.")
 def _grids(variant: Factory) -> None:
     for grid in GRIDS:
         site = replace(SITE, grid=grid)
@@ -264,7 +224,7 @@ def _grids(variant: Factory) -> None:
                 raise NonconformingError(f"on a grid of {grid}{how} the result is not finite")
 
 
-@_check("reading frozen", "By default an edit reads K-bar and V-bar from disk, and neither psi nor Eq. 1.")
+@check("reading frozen", "By default an edit reads K-bar and V-bar from disk, and neither psi nor Eq. 1.")
 def _frozen(variant: Factory) -> None:
     for how, bench in _benches(variant):
         x = features(4)
@@ -273,15 +233,15 @@ def _frozen(variant: Factory) -> None:
         if how:
             editing.mask()
         edited = editing.frozen(x, kv)
-        _same(edited[:2], out, f"an edit of the source itself{how}")
+        same(edited[:2], out, f"an edit of the source itself{how}")
         if not edited.isfinite().all():
             raise NonconformingError(f"a second edit is not finite{how}")
 
 
-@_check("a mask comes off", "A mask belongs to one picture; the next one may have none.")
+@check("a mask comes off", "A mask belongs to one picture; the next one may have none.")
 def _unmasked(variant: Factory) -> None:
     bench, x = Bench(variant).start().shake(), features(2)
     if bench.takes_masks:
         out = bench.blend(x)
         bench.mask().cp.bind(None)
-        _same(bench.blend(x), out, "attention after bind(None)")
+        same(bench.blend(x), out, "attention after bind(None)")

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from kvinv_pl.attention import CPAttention
 from kvinv_pl.errors import UserError
 from kvinv_pl.testing.bench import SITE, Factory
-from kvinv_pl.testing.checks import CHECKS, Check, NonconformingError
+from kvinv_pl.testing.check import Check, NonconformingError
+from kvinv_pl.testing.checks import CHECKS
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,23 @@ def trials(variant: type[CPAttention] | Factory, **options: Any) -> list[Trial]:
     found = []
     for chosen in choices:
         make = partial(variant, **chosen) if chosen else variant
+        words = ", ".join(f"{name}={value}" for name, value in chosen.items())
         try:
             exempt = make(SITE).exempt
         except UserError:
             if not chosen or options:
                 raise
             continue
+        except Exception as error:  # whatever a variant does
+            made = (
+                f"{getattr(variant, '__name__', 'the variant')} cannot be made with {words or 'its defaults'}"
+            )
+            raise UserError(
+                f"{made} ({type(error).__name__}: {error}): give it options, or mend it"
+            ) from error
         if unknown := exempt.keys() - {check.name for check in CHECKS}:
             names = ", ".join(check.name for check in CHECKS)
             raise UserError(f"exempt: no check {sorted(unknown)[0]!r}; expected one of {names}")
-        words = ", ".join(f"{name}={value}" for name, value in chosen.items())
         found += [Trial(check, make, words, exempt.get(check.name)) for check in CHECKS]
     return found
 
