@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class CPAttention(nn.Module):
     at_pivot: bool = False
     """For a variant that learns nothing: K-bar and V-bar are those of the pass at the pivot z-hat_t, not at
     z-tilde_t, and z-tilde is what rolls out reading them."""
+    exempt: Mapping[str, str] = MappingProxyType({})
+    """Checks of `kvinv_pl.testing` that the variant cannot pass, by name, each with the reason."""
     options: dict[str, Any]
     """What the variant was made with, besides the site; a run writes it down and is read back with it."""
 
@@ -41,7 +44,7 @@ class CPAttention(nn.Module):
         if args or kwargs:  # copying and unpickling make one without
             given = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
             given.apply_defaults()
-            _self, _site, *options = given.arguments.items()
+            _, _, *options = given.arguments.items()  # self and site
             made.__dict__["options"] = dict(options)
         return made
 

@@ -30,6 +30,8 @@ OTHERS = {
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed, or show one with its options",
     "sites": "show the self-attentions of a checkpoint, and what psi takes there",
+    "check": "check that an attention variant does what every variant must",
+    "new-variant": "write a variant to start from, its configuration and its test",
 }
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
@@ -113,7 +115,7 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _overview() -> str:
-    rows = [f"  {name:<10}{text}" for name, text in {**STAGES, **OTHERS}.items()]
+    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **OTHERS}.items()]
     return "\n".join(
         [
             "usage: kvinv COMMAND [options]      (kvinv COMMAND --help for its options)",
@@ -136,22 +138,22 @@ def _overview() -> str:
 def _other(verb: str, argv: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    if verb == "world":
-        from kvinv_pl import verbs as module
-    else:
+    if verb in ("variants", "sites"):
         from kvinv_pl import listing as module
+    else:
+        from kvinv_pl import verbs as module
     if verb == "sites":
         naming.make_importable()
     if verb == "variants" and argv and not argv[0].startswith("-"):
         argv = ["--name", *argv]
-    command: Callable[..., None] = getattr(module, verb)
+    command: Callable[..., None] = getattr(module, verb.replace("-", "_"))
     line = _Line(naming.spell_out(["--out" if arg == "-o" else arg for arg in argv], "--attention"))
     line.read_rest(argv)
     with _in_words(verb, line, _kinds({"": command})):
         auto_cli(
             command,
             args=line.argv,
-            as_positional=False,
+            as_positional=True,  # what has no default
             prog=f"kvinv {verb}",
             exit_on_error=False,
             allow_abbrev=False,

@@ -54,7 +54,11 @@ def of_table(table: StepTable, predicts_v: bool) -> dict[str, Any]:
 
 def of_variant(cp: CPAttention) -> dict[str, Any]:
     """The variant, in the form in which a configuration names it."""
-    return {"class_path": f"{type(cp).__module__}.{type(cp).__qualname__}", "init_args": cp.options}
+    # an option that makes a variant is one inside another
+    options = {
+        name: of_variant(value(cp.site)) if callable(value) else value for name, value in cp.options.items()
+    }
+    return {"class_path": f"{type(cp).__module__}.{type(cp).__qualname__}", "init_args": options}
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

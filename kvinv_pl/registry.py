@@ -2,12 +2,19 @@
 
 import inspect
 import logging
+import os
 import re
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from kvinv_pl.attention import CPAttention
+from kvinv_pl import wording
+from kvinv_pl.attention import CPAttention, Site
 from kvinv_pl.errors import UserError
 from kvinv_pl.wording import near
 
@@ -97,6 +104,62 @@ def _arguments(docstring: str | None) -> dict[str, str]:
         elif name and line.strip():
             texts[name] += f" {line.strip()}"
     return texts
+
+
+def locate(target: str) -> type[CPAttention]:
+    """The class that a person names: a registered name, a class path, or FILE.py:CLASS."""
+    place, colon, name = target.rpartition(":")
+    if not (colon and place.endswith(".py")):
+        place, _, name = target.rpartition(".")
+        if not place:
+            return resolve(target)
+        if name == "py":
+            raise UserError(f"{target} is a file: name a class in it, {target}:CLASS")
+        module = _import(place, Path.cwd())
+    else:
+        file = Path(place).expanduser().resolve()
+        if not file.is_file():
+            raise UserError(f"there is no file {place}; expected FILE.py:CLASS")
+        module = _import(file.stem, file.parent)
+        if module.__file__ is None or Path(module.__file__).resolve() != file:
+            raise UserError(f"{place} has the name of another module, {module.__file__}: rename the file")
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
+        there = [key for key, value in vars(module).items() if _is_defined_in(value, module)]
+        raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(there) or '(none)'}")
+    return cls
+
+
+def _is_defined_in(value: object, module: ModuleType) -> bool:
+    return isinstance(value, type) and issubclass(value, CPAttention) and value.__module__ == module.__name__
+
+
+def _import(name: str, folder: Path) -> ModuleType:
+    """A module that may lie in `folder`, as one beside a YAML does."""
+    if os.fspath(folder) not in sys.path:
+        sys.path.insert(0, os.fspath(folder))
+    try:
+        return import_module(name)
+    except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name} cannot be imported ({reason})") from error
+
+
+def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
+    """What makes a variant, from its class_path and init_args, as a configuration is read."""
+    from jsonargparse import ArgumentParser
+
+    parser: Any = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--attention", type=Callable[[Site], CPAttention])
+    try:
+        read = parser.parse_object({"attention": dict(record)})
+        # the second is its name before 4.49
+        return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(read).attention
+    except Exception as error:  # ArgumentError, and what its parts let through
+        reason = wording.of_parser(str(error), {}, {}, {})
+        raise UserError(
+            f"{record['class_path']} cannot be made from {record['init_args']}: {reason}"
+        ) from error
 
 
 def _load(point: EntryPoint) -> Variant:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -65,3 +66,36 @@ def _save(picture: Image.Image, file: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return file
+
+
+def check(target: str, options: dict[str, Any] | None = None) -> None:
+    """Check that an attention variant does what every variant must; the exit code is 1 if it does not.
+
+    Args:
+        target: FILE.py:CLASS, a class path, or a name that `kvinv variants` lists.
+        options: What to make the variant with, such as '{"rank": 4}'; left out, its defaults are checked, and
+            each other choice among its options.
+    """
+    from kvinv_pl import registry, testing
+
+    cls = registry.locate(target)
+    record = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
+    lines, failed = testing.report(testing.trials(registry.build(record) if options else cls))
+    print("\n".join(lines))
+    if failed:
+        print(f"{cls.__name__} fails {failed} of {len(testing.CHECKS)} checks")
+        raise SystemExit(1)
+    print(f"{cls.__name__} passes {len(testing.CHECKS)} checks")
+
+
+def new_variant(name: str, out: str = ".") -> None:
+    """Write an attention variant to start from, its configuration and its test; they work as they are.
+
+    Args:
+        name: What to call it, in small letters, such as my_variant; the class is MyVariant then.
+        out: The folder to write to (also -o).
+    """
+    from kvinv_pl import scaffold
+
+    for file in scaffold.write(name, Path(out).expanduser()):
+        print(file)

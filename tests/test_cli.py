@@ -51,12 +51,20 @@ def test_help_answers_without_the_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("run", "invert", "fit", "edit", "world", "variants"):
+    for verb in ("run", "invert", "fit", "edit", "world", "variants", "check", "new-variant"):
         assert f"\n  {verb}" in done.stdout
 
 
 def test_no_arguments_and_help_end_well() -> None:
-    for args in ((), ("--help",), ("-h",), ("run", "--help"), ("world", "--help"), ("variants", "-h")):
+    for args in (
+        (),
+        ("--help",),
+        ("-h",),
+        ("run", "--help"),
+        ("world", "--help"),
+        ("variants", "-h"),
+        ("check", "-h"),
+    ):
         answer = kvinv(*args)
         assert answer.code == 0 and answer.out and not answer.err
     assert kvinv("--version").out.startswith("kvinv ")

@@ -1,0 +1,247 @@
+"""What every variant must do: one function a check, and why it matters."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import tempfile
+from dataclasses import replace
+
+import torch
+from jaxtyping import config
+from torch import Tensor
+
+from kvinv_pl import records, registry
+from kvinv_pl.attention import Site
+from kvinv_pl.store import RunStore
+from kvinv_pl.testing.bench import PATH, SITE, Bench, Factory, attention, features, fused, seeded, written_out
+from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
+
+__all__ = ["CHECKS"]
+SILENT = 1e-7  # a gradient below this is none
+GRIDS = ((3, 5), (6, 2), (1, 7))
+
+
+def _slots_first(bench: Bench) -> None:
+    """Raise unless the first axis of every parameter is slots."""
+    for name, value in bench.values().items():
+        if value.ndim == 0 or len(value) != bench.site.slots:
+            shape = tuple(value.shape)
+            raise NonconformingError(
+                f"{name} has the shape {shape} for {bench.site.slots} slots: slots come first"
+            )
+
+
+def _benches(variant: Factory, site: Site = SITE) -> list[tuple[str, Bench]]:
+    """The variant as tuning leaves it, without a mask and, if it takes one, with one."""
+    plain = [("", Bench(variant, site).start().shake())]
+    masked = (
+        [(" with a mask", Bench(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
+    )
+    return plain + masked
+
+
+@check("identity at reset", "Tuning starts from the model's own attention, where nothing has been learned.")
+def _identity(variant: Factory) -> None:
+    bench, x = Bench(variant).start().shake(), features(2)
+    bench.cp.reset(seeded(0))
+    same(bench.blend(x), bench.bare(x), "attention after reset against the model's own")
+
+
+@check("alive at reset", "From a start without any gradient no optimiser ever gets away.")
+def _alive(variant: Factory) -> None:
+    bench = Bench(variant).start()
+    _slots_first(bench)
+    gradients = bench.gradients(features(2))
+    for slot in range(SITE.slots):
+        if gradients and max(float(gradient[slot].abs().max()) for gradient in gradients.values()) < SILENT:
+            raise NonconformingError(f"no parameter has a gradient at the start (slot {slot})")
+
+
+@check("every parameter learns", "A parameter without a gradient fills the disk and does nothing.")
+def _learning(variant: Factory) -> None:
+    bench, x = Bench(variant).start(), features(2)
+    if not bench.values():
+        return
+    optimizer = torch.optim.Adam(bench.values().values(), lr=0.05)
+    for name, gradient in bench.gradients(x).items():
+        bench.values()[name].grad = gradient
+    optimizer.step()
+    for name, gradient in bench.gradients(x).items():
+        if float(gradient.abs().max()) < SILENT:
+            raise NonconformingError(f"{name} has no gradient after the first step")
+
+
+@check("reset is deterministic", "A run can be repeated, and gone on with, only from the same start.")
+def _deterministic(variant: Factory) -> None:
+    def started(noise: int) -> tuple[dict[str, Tensor], Tensor]:
+        bench = Bench(variant)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(noise)
+            if noise:
+                bench.shake()
+            bench.start(seed=7)
+        return {name: value.detach() for name, value in bench.values().items()}, bench.blend(features(2))
+
+    (first, out), (second, again) = started(noise=0), started(noise=1)
+    for name, value in first.items():
+        if not torch.equal(value, second[name]):
+            raise NonconformingError(f"{name} is not the same after reset with the same generator")
+    same(again, out, "attention after reset with the same generator")
+
+
+@check("slots apart", "Pictures that are tuned side by side must not see each other.")
+def _slots(variant: Factory) -> None:
+    for how, bench in _benches(variant):
+        x = features(2)
+        _slots_first(bench)
+        out = bench.blend(x)
+        alone = Bench(variant, replace(SITE, slots=1)).start().read(bench)
+        if how:
+            alone.mask()
+        same(alone.blend(x[:, :1]), out[:, :1], f"slot 0 by itself{how}")
+
+        x.requires_grad_()
+        wanted = [x, *bench.values().values()]
+        found = torch.autograd.grad(
+            bench.blend(x)[:, 0].square().sum(), wanted, allow_unused=True, materialize_grads=True
+        )
+        if found[0][:, 1:].any() or any(gradient[1:].any() for gradient in found[1:]):
+            raise NonconformingError(f"the gradient of slot 0 reaches another slot{how}")
+
+        with torch.no_grad():
+            for value in bench.values().values():
+                value[1:] += 1
+            x[:, 1:] -= 1
+            same(bench.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
+
+
+@check("any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all.")
+def _branches(variant: Factory) -> None:
+    for how, bench in _benches(variant):
+        x = features(4)
+        together = bench.blend(x)
+        for some in (slice(0, 1), slice(0, 2), slice(3, 4)):
+            same(bench.blend(x[some]), together[some], f"the same branch among {len(x[some])} and 4{how}")
+
+
+@check("saved and loaded exactly", "An edit, and a run that goes on, know of psi what the disk holds.")
+def _saved(variant: Factory) -> None:
+    bench, x = Bench(variant).start(seed=1).shake(), features(2)
+    out, fresh = bench.blend(x), Bench(variant).start(seed=2)
+    _slots_first(fresh)
+    with tempfile.TemporaryDirectory(prefix="kvinv-check-") as folder, torch.no_grad():
+        store = RunStore(folder)
+        for slot in range(SITE.slots):  # a file a picture, as in a run
+            psi = {f"{PATH}.{name}": value[slot] for name, value in bench.values().items()}
+            store.save_step(slot, psi, torch.zeros(1, 1, 1), None, {})
+            for name, value in fresh.values().items():
+                value[slot] = store.step(slot).psi[f"{PATH}.{name}"]
+    if not torch.equal(fresh.blend(x), out):
+        raise NonconformingError(
+            "a variant that reads the saved psi attends otherwise: keep all in parameters"
+        )
+
+
+@check("half precision", "The U-Net may be held in bfloat16 or float16, while psi is in float32.")
+def _half(variant: Factory) -> None:
+    single = Bench(variant).start().shake()
+    wanted = single.blend(features(2))
+    for dtype in (torch.bfloat16, torch.float16):
+        bench, x = Bench(variant, dtype=dtype).start().read(single), features(2).to(dtype)
+        for name, value in bench.values().items():
+            if value.dtype != torch.float32:
+                raise NonconformingError(f"{name} is in {value.dtype}, expected torch.float32")
+        same(bench.blend(x), wanted, f"attention in {dtype}", tolerance=0.05)
+        for name, gradient in bench.gradients(x).items():
+            if not gradient.isfinite().all():
+                raise NonconformingError(f"the gradient of {name} in {dtype} is not finite")
+
+
+@check("any kernel", "Eq. 2 is computed by whatever kernel is fastest; all of them must mean the same.")
+def _kernels(variant: Factory) -> None:
+    for how, bench in _benches(variant):
+        q, k, v = (features(2, seed=seed) for seed in (2, 3, 4))
+        k_bar, v_bar = bench.cp(k, v)
+        one, other = (
+            bench.cp.attend(q, k_bar, v_bar, attention(SITE.heads, core)) for core in (written_out, fused)
+        )
+        same(one, other, f"softmax(Q K^T / sqrt(d)) V against torch's fused attention{how}")
+
+
+@check("compiles", "torch.compile turns tuning into one graph, unless the variant breaks it.")
+def _compiles(variant: Factory) -> None:
+    bench = Bench(variant).start().shake()
+    sdpa = attention(SITE.heads, fused)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k_bar, v_bar = bench.cp(k, v)
+        return bench.cp.attend(q, k_bar, v_bar, sdpa)
+
+    q, k, v = (features(2, seed=seed) for seed in (2, 3, 4))
+    checking = config.jaxtyping_disable
+    torch.compiler.reset()
+    try:  # with the variant, and not the shape checks that tests may have put around it
+        config.update("jaxtyping_disable", True)
+        compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v)
+    finally:
+        config.update("jaxtyping_disable", checking)
+        torch.compiler.reset()
+    same(compiled, attend(q, k, v), "compiled against not compiled")
+
+
+@check("built from its own record", "run.json names the variant; an edit builds it from there.")
+def _built(variant: Factory) -> None:
+    cp = variant(SITE)
+    record = json.loads(json.dumps(records.of_variant(cp)))
+    again = registry.build(record)(SITE)
+    if type(again) is not type(cp):
+        raise NonconformingError(f"{record['class_path']} is another class")
+    if (built := json.loads(json.dumps(records.of_variant(again)))) != record:
+        raise NonconformingError(f"from {record['init_args']} it comes back as {built['init_args']}")
+
+
+@check("every option documented", "`kvinv variants` and the help show what the docstring says.")
+def _documented(variant: Factory) -> None:
+    cls = type(variant(SITE))
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if not text:
+        raise NonconformingError(f"{cls.__name__} has no docstring")
+    args = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
+    said = re.findall(r"^\s+(\w+)(?: \([^)]*\))?: \S", args.group(1) if args else "", re.MULTILINE)
+    options = list(inspect.signature(cls.__init__).parameters)[2:]  # without self and site
+    if missing := [name for name in options if name not in said]:
+        raise NonconformingError(f"the docstring's Args say nothing of {', '.join(missing)}")
+
+
+@check("grids that are not square", "A photograph is rarely square, and neither is its grid of tokens.")
+def _grids(variant: Factory) -> None:
+    for grid in GRIDS:
+        site = replace(SITE, grid=grid)
+        for how, bench in _benches(variant, site):
+            if not bench.blend(features(2, site)).isfinite().all():
+                raise NonconformingError(f"on a grid of {grid}{how} the result is not finite")
+
+
+@check("reading frozen", "By default an edit reads K-bar and V-bar from disk, and neither psi nor Eq. 1.")
+def _frozen(variant: Factory) -> None:
+    for how, bench in _benches(variant):
+        x = features(4)
+        out, kv = bench.record(x[:2])
+        editing = Bench(variant)
+        if how:
+            editing.mask()
+        edited = editing.frozen(x, kv)
+        same(edited[:2], out, f"an edit of the source itself{how}")
+        if not edited.isfinite().all():
+            raise NonconformingError(f"a second edit is not finite{how}")
+
+
+@check("a mask comes off", "A mask belongs to one picture; the next one may have none.")
+def _unmasked(variant: Factory) -> None:
+    bench, x = Bench(variant).start().shake(), features(2)
+    if bench.takes_masks:
+        out = bench.blend(x)
+        bench.mask().cp.bind(None)
+        same(bench.blend(x), out, "attention after bind(None)")

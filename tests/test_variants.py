@@ -1,0 +1,23 @@
+"""Every registered variant conforms, by being registered."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvinv_pl.registry import variants
+from kvinv_pl.testing import Trial, trials
+
+EVERY = [
+    (name, trial) for name, variant in variants().items() if variant.cls for trial in trials(variant.cls)
+]
+
+
+@pytest.mark.parametrize(
+    "trial", [trial for _, trial in EVERY], ids=[f"{name}: {trial}" for name, trial in EVERY]
+)
+def test_a_registered_variant_conforms(trial: Trial) -> None:
+    trial()
+
+
+def test_the_shipped_variant_is_among_them() -> None:
+    assert "full_kv" in {name for name, _ in EVERY}
