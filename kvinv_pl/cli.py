@@ -32,7 +32,10 @@ OTHERS = {
     "sites": "show the self-attentions of a checkpoint, and what psi takes there",
     "check": "check that an attention variant does what every variant must",
     "new-variant": "write a variant to start from, its configuration and its test",
+    "mask": "find the subject of a picture, by SAM or by a word, and show it",
 }
+FIRST = {"mask": "image", "variants": "name", "check": "target", "new-variant": "name"}
+"""What a command's first argument means, where it may stand without a name."""
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
     "invert": '--image PICTURE --source "what it shows" --out DIR',
@@ -144,20 +147,39 @@ def _other(verb: str, argv: list[str]) -> None:
         from kvinv_pl import verbs as module
     if verb == "sites":
         naming.make_importable()
-    if verb == "variants" and argv and not argv[0].startswith("-"):
-        argv = ["--name", *argv]
     command: Callable[..., None] = getattr(module, verb.replace("-", "_"))
-    line = _Line(naming.spell_out(["--out" if arg == "-o" else arg for arg in argv], "--attention"))
-    line.read_rest(argv)
-    with _in_words(verb, line, _kinds({"": command})):
+    kinds = _kinds({"": command})
+    spelled = _spelled_out(verb, argv, [key for key, kind in kinds.items() if kind == list[str]])
+    line = _Line(naming.spell_out(spelled, "--attention"))
+    line.read_rest(line.argv)
+    with _in_words(verb, line, kinds):
         auto_cli(
             command,
             args=line.argv,
-            as_positional=True,  # what has no default
+            as_positional=False,
             prog=f"kvinv {verb}",
             exit_on_error=False,
             allow_abbrev=False,
         )
+
+
+def _spelled_out(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """-o as --out, a first argument without a name as what it means, and an option given often as a list."""
+    out, left, several = list[str](), deque(argv), dict[str, list[str]]()
+    while left:
+        arg = left.popleft()
+        flag, equals, value = arg.partition("=")
+        flag = "--out" if flag == "-o" else flag
+        if not arg.startswith("-"):
+            named = verb in FIRST and not any(one.startswith(f"--{FIRST[verb]}=") for one in out)
+            out.append(f"--{FIRST[verb]}={arg}" if named else arg)
+        elif flag.removeprefix("--") in lists and (equals or left):
+            several.setdefault(flag, []).append(value if equals else left.popleft())
+        else:
+            out.append(f"{flag}{equals}{value}")
+            if not equals and left and flag not in ("-h", "--help"):
+                out.append(left.popleft())
+    return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in several.items())]
 
 
 # ------------------------------------------------------------------------------------------------ the stages

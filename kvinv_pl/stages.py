@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl import pictures, records
+from kvinv_pl import masks, pictures, records
 from kvinv_pl.curriculum import first_missing
 from kvinv_pl.editing import edit, first_step
 from kvinv_pl.errors import UserError
@@ -36,7 +36,7 @@ def inversion_record(
     geometry = pictures.fit_geometry(
         picture.image.size, backbone.sample_size, backbone.multiple, work.geometry
     )
-    mask = pictures.open_picture(work.mask) if work.mask else None
+    mask = masks.open_mask(work.mask) if work.mask else None
     record = {
         "model": backbone.identity,
         "scheduler": records.of_table(network.table, backbone.predicts_v),
@@ -52,7 +52,7 @@ def inversion_record(
     return (
         record,
         pictures.to_pixels(picture.image, geometry),
-        pictures.to_mask(mask.image, geometry) if mask else None,
+        masks.fitted(mask.image, geometry, f"the mask {work.mask}") if mask else None,
     )
 
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 DOORS = {
     "lightning": {"cli", "data", "module", "strategies", "trainer"},
     # testing: the conformance kit puts variants into a layer as they will be used, and not into one like it
-    "diffusers": {"attention", "backbone", "checkpoint", "processor", "sites", "testing"},
-    "transformers": {"backbone", "checkpoint", "masks"},
+    "diffusers": {"attention", "backbone", "checkpoint", "crossattention", "processor", "sites", "testing"},
+    "transformers": {"backbone", "checkpoint", "segmenter"},
     "huggingface_hub": {"checkpoint"},
     "peft": {"sites"},
     "safetensors": {"files", "menagerie"},  # a run's files; the weights of the menagerie's judge
@@ -29,7 +29,7 @@ ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
 WITHOUT_PICTURES = {
     *("ddim", "curriculum", "inversion", "tuning", "editing"),
-    *("sites", "processor", "attention", "front", "registry", "testing", "backbone"),
+    *("sites", "processor", "attention", "crossattention", "front", "registry", "testing", "backbone"),
 }
 
 # Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "front": set(),
     "testing": {"attention", "errors", "records", "registry", "store"},
     "scaffold": {"errors"},
+    "crossattention": {"errors", "sites"},
     "checkpoint": {"errors", "menagerie"},
     "backbone": {"checkpoint", "ddim", "errors"},
     "pictures": {"errors"},
@@ -61,7 +62,8 @@ ARROWS: dict[str, set[str]] = {
     "failures": {"errors", "work"},
     "logbook": {"errors"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
-    "masks": {"attention", "backbone", "errors", "pictures"},
+    "masks": {"backbone", "crossattention", "errors", "pictures"},
+    "segmenter": {"checkpoint", "errors", "menagerie"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors", "front"},
     "reading": {"attention", "errors", "network", "store"},
 }
@@ -74,6 +76,7 @@ STAGES = {
     "editing",
     "errors",
     "inversion",
+    "masks",
     "network",
     "pictures",
     "progress",
