@@ -3,9 +3,15 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kvinv_pl import wording
+from kvinv_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from kvinv_pl.attention import CPAttention, Site
 
 YAML = "yaml with variants"
 """The name under which jsonargparse knows the loader of `name_variants_in_yaml`."""
@@ -78,3 +84,22 @@ def _class_path(name: Any) -> Any:
 
     cls = resolve(name)
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def build(record: Mapping[str, Any]) -> "Callable[[Site], CPAttention]":
+    """What makes a variant, from its class_path and init_args, as a configuration is read."""
+    from jsonargparse import ArgumentParser
+
+    from kvinv_pl.attention import CPAttention, Site
+
+    parser: Any = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--attention", type=Callable[[Site], CPAttention])
+    try:
+        read = parser.parse_object({"attention": dict(record)})
+        # the second is its name before 4.49
+        return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(read).attention
+    except Exception as error:  # ArgumentError, and what its parts let through
+        reason = wording.of_parser(str(error), {}, {}, {})
+        raise UserError(
+            f"{record['class_path']} cannot be made from {record['init_args']}: {reason}"
+        ) from error

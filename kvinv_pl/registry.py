@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -14,9 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from kvinv_pl import wording
-from kvinv_pl.attention import CPAttention, Site
+from kvinv_pl.attention import CPAttention
 from kvinv_pl.errors import UserError
-from kvinv_pl.wording import near
 
 GROUP = "kvinv_pl.attention"
 log = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ def named(name: str) -> Variant:
     by_class = {variant.cls.__name__: variant for variant in found.values() if variant.cls}
     if name in found or name in by_class:
         return found.get(name) or by_class[name]
-    guess = near(name, [*found, *by_class])
+    guess = wording.near(name, [*found, *by_class])
     raise UserError(f"no attention variant {name!r}: expected one of {', '.join(found) or '(none)'}{guess}")
 
 
@@ -143,23 +141,6 @@ def _import(name: str, folder: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{name} cannot be imported ({reason})") from error
-
-
-def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
-    """What makes a variant, from its class_path and init_args, as a configuration is read."""
-    from jsonargparse import ArgumentParser
-
-    parser: Any = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--attention", type=Callable[[Site], CPAttention])
-    try:
-        read = parser.parse_object({"attention": dict(record)})
-        # the second is its name before 4.49
-        return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(read).attention
-    except Exception as error:  # ArgumentError, and what its parts let through
-        reason = wording.of_parser(str(error), {}, {}, {})
-        raise UserError(
-            f"{record['class_path']} cannot be made from {record['init_args']}: {reason}"
-        ) from error
 
 
 def _load(point: EntryPoint) -> Variant:

@@ -79,11 +79,11 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
         options: What to make the variant with, such as '{"rank": 4}'; left out, its defaults are checked, and
             each other choice among its options.
     """
-    from kvinv_pl import registry, testing
+    from kvinv_pl import naming, registry, testing
 
     cls = registry.locate(target)
     record = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
-    lines, failed = testing.report(testing.trials(registry.build(record) if options else cls))
+    lines, failed = testing.report(testing.trials(naming.build(record) if options else cls))
     print("\n".join(lines))
     if failed:
         print(f"{cls.__name__} fails {failed} of {len(testing.CHECKS)} checks")

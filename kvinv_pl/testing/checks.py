@@ -12,7 +12,7 @@ import torch
 from jaxtyping import config
 from torch import Tensor
 
-from kvinv_pl import records, registry
+from kvinv_pl import naming, records
 from kvinv_pl.attention import Site
 from kvinv_pl.store import RunStore
 from kvinv_pl.testing.bench import PATH, SITE, Bench, Factory, attention, features, fused, seeded, written_out
@@ -195,7 +195,7 @@ def _compiles(variant: Factory) -> None:
 def _built(variant: Factory) -> None:
     cp = variant(SITE)
     record = json.loads(json.dumps(records.of_variant(cp)))
-    again = registry.build(record)(SITE)
+    again = naming.build(record)(SITE)
     if type(again) is not type(cp):
         raise NonconformingError(f"{record['class_path']} is another class")
     if (built := json.loads(json.dumps(records.of_variant(again)))) != record:
