@@ -15,7 +15,10 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Sdpa, for_edits, layer_at
 from kvinv_pl.sites import Selection, Site, select, self_attentions
 
-__all__ = ["Attachment", "CPAttention", "Selection", "Site", "attach", "select", "self_attentions"]
+__all__ = ["Attachment", "CPAttention", "Sdpa", "Selection", "Site", "attach", "select", "self_attentions"]
+
+Looks = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"]]
+"""looks(grid): where the rows of the edits look for the subject's word, see CPAttention.attend_edit."""
 
 
 class CPAttention(nn.Module):
@@ -33,6 +36,10 @@ class CPAttention(nn.Module):
     at_pivot: bool = False
     """For a variant that learns nothing: K-bar and V-bar are those of the pass at the pivot z-hat_t, not at
     z-tilde_t, and z-tilde is what rolls out reading them."""
+    wants_mask: bool = False
+    """Whether the variant means nothing without a mask of the subject."""
+    follows: bool = False
+    """Whether edits tell it where they look for the subject's word, by `attend_edit`."""
     exempt: Mapping[str, str] = MappingProxyType({})
     """Checks of `kvinv_pl.testing` that the variant cannot pass, by name, each with the reason."""
     options: dict[str, Any]
@@ -85,6 +92,21 @@ class CPAttention(nn.Module):
         """
         return sdpa(q, k, v)
 
+    def attend_edit(
+        self,
+        q: Float[Tensor, "branches slots tokens dim"],
+        k: Float[Tensor, "branches slots tokens dim"],
+        v: Float[Tensor, "branches slots tokens dim"],
+        sdpa: Sdpa,
+        subject: Float[Tensor, "branches slots h w"] | None = None,
+    ) -> Float[Tensor, "branches slots tokens dim"]:
+        """Eq. 2 of an edit in reading `frozen`: q is the edit's, K-bar and V-bar are the source's.
+
+        If the variant `follows`, `subject` is the edit's own cross-attention to the subject's word on the
+        site's grid, as far as it is known, each row from 0 where it is least to 1 where it is most.
+        """
+        return self.attend(q, k, v, sdpa)
+
     def per_channel(self, factor: Float[Tensor, "slots 1 n"]) -> Float[Tensor, "slots 1 m"]:
         """One value a head as one value a channel; one a layer (n = 1) or a channel broadcasts as it is."""
         count = factor.shape[-1]
@@ -105,6 +127,7 @@ class Attachment:
         self._layers = layers
         self._processors = {path: CPProcessor(cp.site, layers[path].processor) for path, cp in psi.items()}
         self._attached = True
+        self._looks: Looks | None = None
         for path, processor in self._processors.items():
             layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
 
@@ -174,7 +197,7 @@ class Attachment:
 
         def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = kv[site.path]
-            return self._attend(site, q, (for_edits(site, q, k_bar), for_edits(site, q, v_bar)), sdpa)
+            return self._attend_edit(site, q, (k_bar, v_bar), sdpa)
 
         with self._in(mode):
             yield
@@ -188,11 +211,21 @@ class Attachment:
         def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
             k, v = project()
             own, edits = q[:sources], q[sources:]
-            k_bar, v_bar = bars = self._bars(site, own, k[:sources], v[:sources])
-            read = for_edits(site, edits, k_bar), for_edits(site, edits, v_bar)
-            return torch.cat([self._attend(site, own, bars, sdpa), self._attend(site, edits, read, sdpa)])
+            bars = self._bars(site, own, k[:sources], v[:sources])
+            return torch.cat(
+                [self._attend(site, own, bars, sdpa), self._attend_edit(site, edits, bars, sdpa)]
+            )
 
         return self._in(mode)
+
+    @contextmanager
+    def following(self, looks: Looks) -> Iterator[None]:
+        """Tell the variants that follow it where the edits' rows look for the subject's word."""
+        self._looks = looks
+        try:
+            yield
+        finally:
+            self._looks = None
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
@@ -232,6 +265,12 @@ class Attachment:
         """Eq. 2, as the variant wants it."""
         cp = self.psi[site.path]
         return _cast(cp, "attend", cp.attend(q, *bars, sdpa), q)
+
+    def _attend_edit(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
+        """Eq. 2 of the edits' rows with the source's K-bar and V-bar."""
+        cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
+        subject = self._looks(site.grid) if self._looks is not None and cp.follows else None
+        return _cast(cp, "attend_edit", cp.attend_edit(q, k_bar, v_bar, sdpa, subject), q)
 
 
 def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:

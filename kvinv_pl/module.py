@@ -56,6 +56,8 @@ class KVInversion(LightningModule):
             and the source's pass runs beside the edits: n edits cost as n + 1).
         start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
         negative: What the unconditional branch is told.
+        subject: The word for the subject in the targets, for variants that follow it through an edit; left
+            out, it is the last word that source and target have in common before they differ.
         seed: Of random starts of psi.
         slots: How many pictures of one size are tuned side by side; auto: what fits into memory, 8 at most.
         store_dtype: In which psi, K-bar and V-bar are kept on disk.
@@ -86,6 +88,7 @@ class KVInversion(LightningModule):
         kv: Literal["stored", "replayed"] = "stored",
         start: float = 0.1,
         negative: str = "",
+        subject: str | None = None,
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
         store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
@@ -107,6 +110,7 @@ class KVInversion(LightningModule):
         self.convergence = Convergence(tolerance, tolerance_growth)
         self.carry, self.seed, self.store_dtype = carry, seed, store_dtype
         self.reading, self.kv, self.start, self.negative = reading, kv, float(start), negative
+        self.subject = subject
         self.demand = certificate.Demand(float(required_psnr), retries)
         self.check_settings()
         self.side_by_side = 1 if slots == "auto" else slots
@@ -204,6 +208,17 @@ class KVInversion(LightningModule):
             if why := self.network.why_not(self.reading):
                 other = {"frozen": "blend", "blend": "frozen"}[self.reading]
                 raise UserError(f"reading: expected {other}, got {self.reading}: {why}")
+            variant = self.network.cps[0]
+            if variant.wants_mask and not masked:
+                raise UserError(
+                    f"{type(variant).__name__} needs a mask of the subject: "
+                    "give --mask (`kvinv mask` makes one)"
+                )
+            if self.subject and not variant.follows:
+                raise UserError(
+                    f"subject: got {self.subject!r}, but {type(variant).__name__} does not follow it: "
+                    "leave it out"
+                )
         if stage == "fit":
             self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()
@@ -218,7 +233,15 @@ class KVInversion(LightningModule):
         with torch.inference_mode(False), self.failures.of([work]):
             if batch.stage == "edit":
                 self.last_edits = stages.edit_picture(
-                    self.network, work, self.guidance, self.reading, self.kv, self.start, self.negative, watch
+                    self.network,
+                    work,
+                    self.guidance,
+                    self.reading,
+                    self.kv,
+                    self.start,
+                    self.negative,
+                    self.subject,
+                    watch,
                 )
             elif not self.is_inverted(work):
                 stages.invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)
@@ -245,7 +268,7 @@ class KVInversion(LightningModule):
 
     def editing_record(self) -> dict[str, Any]:
         """What an edit of the run takes where nothing else is said."""
-        return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative")}
+        return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative", "subject")}
 
     def choose_slots(self, grid: tuple[int, int], pictures: int) -> int:
         """How many of so many pictures of one latent size are tuned side by side; said where it was not."""

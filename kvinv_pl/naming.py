@@ -72,7 +72,10 @@ def _spelled(attention: Any) -> Any:
     """A variant as a configuration names it, and in its arguments any other that it wraps."""
     if not isinstance(attention, dict):
         return _class_path(attention)
-    inner = {key: _spelled(value) if isinstance(value, dict) else value for key, value in attention.items()}
+    inner = {
+        key: _spelled(value) if isinstance(value, dict) or key == "inner" else value
+        for key, value in attention.items()
+    }
     return {**inner, "class_path": _class_path(inner["class_path"])} if "class_path" in inner else inner
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, cat
 
 from kvinv_pl.attention import Attachment
+from kvinv_pl.crossattention import Maps, watching
 from kvinv_pl.errors import UserError
+from kvinv_pl.masks import START, word_positions
 from kvinv_pl.network import Network
 from kvinv_pl.store import RunStore, Step
 
@@ -28,6 +30,32 @@ class Source:
     z: Float[Tensor, "1 c h w"] | None = None
 
 
+STRUCTURE = frozenset(
+    ["a", "an", "the", "is", "are", "was", "were", "that", "which", "of", "in", "on", "at", "and"]
+)
+"""Words that no picture is of."""
+
+
+def subject_of(source: str, target: str) -> str:
+    """The word for the subject where none is given: the last that both prompts have before they differ.
+
+    "a cat standing on grass" and "a cat running on grass" are both of a cat. Raises UserError where both
+    begin with nothing in common.
+    """
+    common = []
+    for said, asked in zip(source.split(), target.split(), strict=False):
+        if said.strip(",.;:").lower() != asked.strip(",.;:").lower():
+            break
+        common.append(asked.strip(",.;:"))
+    words = [word for word in common if word.lower() not in STRUCTURE]
+    if not words:
+        raise UserError(
+            f"subject: which word of {target!r} is the subject cannot be told from {source!r}: "
+            "give --model.subject"
+        )
+    return words[-1]
+
+
 class Reader:
     """The network under the target prompts, and what was tuned for it to read; the steps are read ahead."""
 
@@ -40,6 +68,7 @@ class Reader:
         reading: str,
         kv: str,
         first: int,
+        subject: str | None = None,
     ) -> None:
         """Embed the prompts.
 
@@ -51,6 +80,8 @@ class Reader:
             reading: frozen or blend.
             kv: Where frozen has K-bar and V-bar from: stored ones, or the source's pass beside the edits.
             first: The first step, counted from noise, at which something is read.
+            subject: The word for the subject in the targets, for variants that follow it; None: see
+                `subject_of`.
         """
         self.network, self.store, self.first = network, store, first
         self.reading: str = reading
@@ -58,6 +89,24 @@ class Reader:
         self.contexts = network.backbone.embed([text for target in targets for text in (negative, target)])
         self.source = self._source() if (reading, kv) == ("frozen", "replayed") else None
         self._coming: dict[int, Future[Step]] = {}
+        follows = reading == "frozen" and any(cp.follows for cp in network.cps)
+        self._positions = self._subjects(targets, subject) if follows else None
+        self._open = ExitStack()
+
+    def _subjects(self, targets: Sequence[str], subject: str | None) -> list[list[int]]:
+        """Where the subject's word stands in each row's prompt; the unconditional ones have none."""
+        source = self.store.read_run()["source"]
+        words = [subject or subject_of(source, target) for target in targets]
+        pairs = zip(targets, words, strict=True)
+        found = [word_positions(self.network.backbone, target, word) for target, word in pairs]
+        return [positions for each in found for positions in ([], each)]
+
+    def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
+        """From here on, variants are told where the edits look for the subject's word."""
+        extra = 0 if self.source is None else len(self.source.contexts)
+        unet = self.network.backbone.unet
+        maps = self._open.enter_context(watching(unet, [[]] * extra + positions, START))
+        self._open.enter_context(attachment.following(lambda grid: _looks(maps, extra, grid)))
 
     def _source(self) -> Source:
         """The branches that tuning ran, under the prompts that it ran them with."""
@@ -86,7 +135,8 @@ class Reader:
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
             self._expect(self.first)
-            yield
+            with self._open:
+                yield
 
     def _expect(self, i: int) -> None:
         if i < len(self.network.table):
@@ -98,6 +148,8 @@ class Reader:
         step = self._coming.pop(i).result()
         self._expect(i + 1)
         attachment = self.network.attached()
+        if i == self.first and self._positions is not None:
+            self._follow(self._positions, attachment)
         if self.reading == "blend":
             self.network.read(step.psi, slot=0)
             with attachment.blend():
@@ -127,3 +179,14 @@ class Reader:
         with attachment.replaying(len(source.contexts)):
             yield
         source.z = step.z[None].to(self.network.device)  # z-tilde of the next step
+
+
+def _looks(maps: Maps, extra: int, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"]:
+    """Where each edit's row looks for its word: this forward so far and those before, in equal parts."""
+    known = [seen for seen in (maps.now(grid), maps.average(grid)) if seen is not None]
+    if not known:
+        raise UserError("CP-attn sits before every cross-attention: take masked with queries source")
+    # only the conditional rows have the word, and speak for their edits' unconditional ones
+    seen = (sum(known[1:], known[0]) / len(known))[extra:][1::2].repeat_interleave(2, 0)
+    least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
+    return ((seen - least) / (most - least).clamp_min(1e-12))[:, None]

@@ -122,6 +122,7 @@ def edit_picture(
     kv: str,
     start: float,
     negative: str,
+    subject: str | None,
     watch: Progress,
 ) -> list[Path]:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths."""
@@ -142,7 +143,9 @@ def edit_picture(
     network.bind(None if mask is None else mask[None])
     if guidance != run["tuning"]["guidance"]:
         watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
-    reader = Reader(network, store, work.targets, negative, reading, kv, first_step(start, len(table)))
+    reader = Reader(
+        network, store, work.targets, negative, reading, kv, first_step(start, len(table)), subject
+    )
     watch.begin("editing", work.name, len(table))
     z_T = trajectory[-1:].to(network.device).expand(len(work.targets), -1, -1, -1)
     with reader.reading_ahead():
@@ -159,6 +162,7 @@ def edit_picture(
             "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
             "tuned_at": run["tuning"]["guidance"], "reading": reading, "start": start,
             **({"kv": kv} if reading == "frozen" else {}),
+            **({"subject": subject} if subject else {}),
             "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
             "tuning": run["tuning"], "figures": {"seconds": seconds},
         }  # fmt: skip

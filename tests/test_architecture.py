@@ -65,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"backbone", "crossattention", "errors", "pictures"},
     "segmenter": {"checkpoint", "errors", "menagerie"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors", "front"},
-    "reading": {"attention", "errors", "network", "store"},
+    "reading": {"attention", "crossattention", "errors", "masks", "network", "store"},
 }
 ARROWS |= {
     "certificate": {"errors", "network", "pictures", "records", "store"},
@@ -98,7 +98,7 @@ ARROWS |= {
     "__main__": {"cli"},
 }
 # What a plugin may import of ours, by names without an underscore, and in __all__ where there is one.
-PUBLIC = {"kvinv_pl", "kvinv_pl.attention", "kvinv_pl.errors"}
+PUBLIC = {"kvinv_pl", "kvinv_pl.attention", "kvinv_pl.errors", "kvinv_pl.registry"}
 
 PACKAGE = sorted((ROOT / "kvinv_pl").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

@@ -1,0 +1,132 @@
+"""Eq. 2 between the subjects, and between the backgrounds, of a picture and its edit."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kvinv_pl.attention import CPAttention, Sdpa, Site
+from kvinv_pl.errors import UserError
+from kvinv_pl.registry import resolve
+
+
+class Masked(CPAttention):
+    """Another variant, of which edits read the subject's keys with the subject's queries alone.
+
+    Tuning is the other variant's own. Mask-guided as in MasaCtrl (Cao et al., 2023), which is this around
+    `recorded`.
+
+    Args:
+        site: The self-attention to upgrade.
+        inner: The variant that learns K-bar and V-bar; left out, it is the paper's own, full_kv.
+        queries: Which queries are the subject's. source: where the source has it, by the mask. words: where
+            the edit's cross-attention looks for the subject's word. union: both, because the subject moves.
+        separate: Whether the other queries read the background's keys alone, or all keys.
+    """
+
+    wants_mask = True
+
+    def __init__(
+        self,
+        site: Site,
+        inner: Callable[[Site], CPAttention] | None = None,
+        queries: Literal["source", "words", "union"] = "union",
+        separate: bool = True,
+    ):
+        """Make the other variant for the same site."""
+        super().__init__(site)
+        if queries not in ("source", "words", "union"):
+            raise UserError(f"queries: expected source, words or union, got {queries!r}")
+        make = inner or resolve("full_kv")
+        self.options = {**self.options, "inner": make}
+        self.inner = make(site)
+        self.queries, self.separate = queries, separate
+        self.observes, self.at_pivot = self.inner.observes, self.inner.at_pivot
+        self.follows = queries != "source"
+        self.exempt = {
+            **self.inner.exempt,
+            "reading frozen": "an edit's queries are parted, the source's are not",
+        }
+        self._subject: Bool[Tensor, "slots tokens"] | None = None
+        self._background: Bool[Tensor, "slots tokens"] | None = None
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Reset the other variant."""
+        self.inner.reset(generator)
+
+    def observe(self, k: Float[Tensor, "slots tokens dim"], v: Float[Tensor, "slots tokens dim"]) -> None:
+        """Show the source's K and V to the other variant."""
+        self.inner.observe(k, v)
+
+    def why_not(self, reading: str) -> str | None:
+        """Refuse blend, and what the other variant refuses."""
+        if reading == "blend":
+            return "the mask says which of the source's keys are read, and blend reads the edit's own"
+        return self.inner.why_not(reading)
+
+    def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
+        """Take the masks on the site's grid; a subject too small for it keeps the pixels it covers most."""
+        if type(self.inner).bind is not CPAttention.bind:
+            self.inner.bind(mask)
+        self._subject = self._background = None
+        if mask is not None:
+            share = F.interpolate(mask[:, None].float(), self.site.grid, mode="area")[:, 0].flatten(1)
+            most, least = share.amax(1, keepdim=True), share.amin(1, keepdim=True)
+            self._subject = (share > 0.5) | (share == most)
+            self._background = (share <= 0.5) | (share == least)
+
+    def forward(
+        self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]
+    ) -> tuple[Float[Tensor, "branches slots tokens dim"], Float[Tensor, "branches slots tokens dim"]]:
+        """Eq. 1 as the other variant has it."""
+        return self.inner(k, v)
+
+    def attend(
+        self,
+        q: Float[Tensor, "branches slots tokens dim"],
+        k: Float[Tensor, "branches slots tokens dim"],
+        v: Float[Tensor, "branches slots tokens dim"],
+        sdpa: Sdpa,
+    ) -> Float[Tensor, "branches slots tokens dim"]:
+        """Eq. 2 of the source's own pass, without a mask: it is what tuning reconstructs."""
+        return self.inner.attend(q, k, v, sdpa)
+
+    def attend_edit(
+        self,
+        q: Float[Tensor, "branches slots tokens dim"],
+        k: Float[Tensor, "branches slots tokens dim"],
+        v: Float[Tensor, "branches slots tokens dim"],
+        sdpa: Sdpa,
+        subject: Float[Tensor, "branches slots h w"] | None = None,
+    ) -> Float[Tensor, "branches slots tokens dim"]:
+        """Eq. 2 of an edit, once for the subject's queries and once for the others."""
+        if self._subject is None or self._background is None:
+            return self.inner.attend_edit(q, k, v, sdpa, subject)
+
+        def among(keys: Bool[Tensor, "slots tokens"] | None) -> Tensor:
+            def restricted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+                if keys is None:
+                    return sdpa(q, k, v, mask)
+                allowed = keys[None, :, None]
+                if mask is None:
+                    return sdpa(q, k, v, allowed)
+                if mask.dtype == torch.bool:
+                    return sdpa(q, k, v, mask & allowed)
+                return sdpa(q, k, v, mask.masked_fill(~allowed, -torch.inf))
+
+            return self.inner.attend_edit(q, k, v, restricted, subject)
+
+        apart = among(self._background if self.separate else None)
+        return torch.where(self._queries(subject)[..., None], among(self._subject), apart)
+
+    def _queries(self, subject: Tensor | None) -> Bool[Tensor, "branches slots tokens"]:
+        """The subject's queries; where no words are followed, those of the source."""
+        assert self._subject is not None
+        there = self._subject[None]
+        if self.queries == "source" or subject is None:
+            return there
+        looked_for = subject.flatten(2) > 0.5
+        return looked_for if self.queries == "words" else looked_for | there
