@@ -68,7 +68,7 @@ def load(checkpoint: str, dtype: torch.dtype) -> Parts:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What pictures a checkpoint takes, in pixels: the VAE's factor, what sides divide by, and its own size."""
+    """What pictures a checkpoint takes, in pixels: the VAE's factor, what sides divide by, its own size."""
 
     vae_factor: int
     multiple: int
