@@ -106,33 +106,30 @@ def sites(
     grid = height // told.vae_factor, width // told.vae_factor
     every = self_attentions(unet, grid)
     selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid)
-    chosen = {site.path for site in select(every, selection)}
+    chosen = select(every, selection)
     each = getattr(torch, store_dtype).itemsize * steps / MIB
+    psi = {site: _values(make(site)) for site in every}
+    bars = {site: 2 * BRANCHES * site.tokens * site.dim for site in every}
     longest = max(len(site.path) for site in every)
     print(f"{checkpoint}: a picture of {width} x {height}, latents of {grid[1]} x {grid[0]}")
     print(
         f"  {'path':<{longest}}  {'grid':>9}  {'tokens':>6}  {'width':>5}  {'heads':>5}  {'psi, 1 step':>13}"
         f"  {'psi, MiB':>9}  {'psi, K, V, MiB':>14}"
     )
-    totals = [0, 0]
     for site in every:
-        psi, bars = _values(make(site)), 2 * BRANCHES * site.tokens * site.dim
-        mark = "*" if site.path in chosen else " "
         shape = f"{site.grid[0]}x{site.grid[1]}"
         print(
-            f"{mark} {site.path:<{longest}}  {shape:>9}  {site.tokens:>6}  {site.dim:>5}  {site.heads:>5}"
-            f"  {psi:>13,}  {psi * each:>9.2f}  {(psi + bars) * each:>14.2f}"
+            f"{'*' if site in chosen else ' '} {site.path:<{longest}}  {shape:>9}  {site.tokens:>6}  "
+            f"{site.dim:>5}  {site.heads:>5}  {psi[site]:>13,}  {psi[site] * each:>9.2f}  "
+            f"{(psi[site] + bars[site]) * each:>14.2f}"
         )
-        if site.path in chosen:
-            totals = [totals[0] + psi, totals[1] + bars]
-    psi, bars = totals
+    values, both = (sum(counts[site] for site in chosen) for counts in (psi, bars))
     print(
-        f"* {len(chosen)} of {len(every)} chosen: {psi:,} values of psi for one step; "
-        f"on disk after {steps} steps"
+        f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi for one step; {steps} steps on disk:"
     )
-    print(f"  with kv replayed: {psi * each:.2f} MiB of psi as {store_dtype}")
+    print(f"  with kv replayed: {values * each:.2f} MiB of psi as {store_dtype}")
     print(
-        f"  with kv stored: {(psi + bars) * each:.2f} MiB, K-bar and V-bar of both guidance branches with it"
+        f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar of both guidance branches with it"
     )
 
 

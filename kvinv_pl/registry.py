@@ -83,7 +83,11 @@ class Option:
 
 def options(cls: type[CPAttention]) -> list[Option]:
     """What may be given to a variant besides the site, from its signature and the Args of its docstring."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    try:
+        signature = inspect.signature(cls.__init__, eval_str=True)
+    except NameError:  # types that are imported for the type checker alone
+        signature = inspect.signature(cls.__init__)
+    parameters = list(signature.parameters.values())[2:]  # without self and the site
     texts = _arguments(cls.__init__.__doc__) | _arguments(cls.__doc__)
     return [Option(p.name, p.annotation, p.default, texts.get(p.name, "")) for p in parameters]
 

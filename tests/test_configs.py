@@ -30,6 +30,9 @@ KIND_OF: dict[str, Kind] = {
     "sd21": "sd21",
     "anything_v3": "anything_v3",
     "paper": "sd15",
+    "variants/v_only": "tiny",
+    "variants/low_rank": "tiny",
+    "variants/recorded": "tiny",
 }
 SECTIONS = {"model": KVInversion, "data": SourceImages, "trainer": KVTrainer}
 TUNED_AS_MEASURED = (
@@ -206,12 +209,14 @@ def test_a_config_edits_a_picture_with_a_checkpoint_of_its_kind(
     assert run["scheduler"]["steps"] == len(run["reconstruction"]["phases"]) == 3
     assert run["scheduler"]["prediction"] == ("v_prediction" if kind == "sd21" else "epsilon")
     assert run["inversion"]["guidance"] == model.get("inversion_guidance", 1.0)
-    assert run["tuning"]["guidance"] == (model.get("tuning_guidance") or model["guidance"])
+    assert run["tuning"]["guidance"] == (model.get("tuning_guidance") or model.get("guidance", 4.0))
     assert run["tuning"]["carry"] == model.get("carry", True)
     (edit,) = [json.loads(file.read_text(encoding="utf-8")) for file in (out / "edits").glob("*.json")]
-    assert (edit["target"], edit["guidance"]) == ("a cat running", model["guidance"])
+    assert (edit["target"], edit["guidance"]) == ("a cat running", model.get("guidance", 4.0))
     assert edit["reading"] == model.get("reading", "frozen")
     assert edit["start"] == model.get("start", 0.1)
+    assert run["tuning"]["attention"]["class_path"].endswith(model.get("attention", {}).get("class_path", ""))
+    assert run["tuning"]["kv"] == model.get("kv", "stored")
     pictures = {file.relative_to(out).as_posix() for file in out.rglob("*.png")}
     assert {"source.png", "reconstruction.png", "sheet.png", "edits/a-cat-running.png"} <= pictures
 

@@ -205,3 +205,19 @@ def test_no_match_lists_what_could_have_matched(sites: list[Site], selection: Se
     assert all(site.path in str(error.value) for site in sites)
     assert "encoder, middle, decoder, all" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("most", "largest"), [(100, (16, 24)), (20, (16, 24)), (19, (8, 12)), (5, (4, 6))])
+def test_a_bound_on_the_grid_keeps_sites_of_at_most_its_square_of_tokens(
+    sites: list[Site], most: int, largest: tuple[int, int]
+):
+    kept, every = (select(sites, Selection("all", max_grid=bound)) for bound in (most, None))
+    assert kept == [site for site in every if site.tokens <= most**2]
+    assert max(site.grid for site in kept) == largest
+
+
+def test_a_bound_that_leaves_nothing_says_how_large_it_would_have_to_be(sites: list[Site]):
+    with pytest.raises(UserError, match=r"max_grid: expected at least 10, got 9: .* 8 x 12 tokens"):
+        select(sites, Selection("up_blocks.2.attentions.*attn1", max_grid=9))
+    with pytest.raises(UserError, match="max_grid: expected 1 or more, got 0"):
+        select(sites, Selection("all", max_grid=0))
