@@ -56,6 +56,7 @@ ARROWS: dict[str, set[str]] = {
     "work": {"store"},
     "failures": {"errors", "work"},
     "logbook": {"errors"},
+    "advice": set(),
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors"},

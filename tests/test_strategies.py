@@ -126,6 +126,8 @@ def test_what_failed_reaches_the_rank_that_started_this_one(
     environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
     ranks = trainer(2).ranks
     ranks.report({"a.png": "is no picture"})
+    (tmp_path / "shares").write_text("[[2, [0, 1]], [2, [3]]]")
+    assert ranks.given_shares() == [[2, [0, 1]], [2, [3]]]
     assert ranks.was_started and (tmp_path / "1.json").read_text() == '{"a.png": "is no picture"}'
     environment[STARTER] = "1" if os.getppid() != 1 else "2"
     with pytest.raises(UserError, match="the process that started this rank is gone"):
