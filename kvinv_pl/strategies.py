@@ -140,12 +140,14 @@ class ImageParallelStrategy(SingleDeviceStrategy):
     def mine(self, shares: int) -> Iterator[int]:
         """The shares of the work that are this rank's, one after the other; each is one rank's alone."""
         here = len(self.parallel_devices)
-        for share in range(shares):
+        of_node = range(self.global_rank // here, shares, self.num_nodes)
+        for n, share in enumerate(
+            of_node if self._board else range(self.global_rank, shares, self.world_size)
+        ):
             self.look()
-            if self._board is None:
-                if share % self.world_size == self.global_rank:
-                    yield share
-            elif share % self.num_nodes == self.global_rank // here:
+            if self._board is None or n == self.local_rank:
+                yield share
+            elif n >= here:  # the first ones are kept for ranks that are still starting
                 try:
                     (self._board / f"{share}.taken").touch(exist_ok=False)
                 except FileExistsError:

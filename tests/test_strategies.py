@@ -113,11 +113,17 @@ def test_ranks_are_those_of_slurm_in_a_job_of_slurm(environment: dict[str, str])
     assert [*ranks.mine(9)] == [3, 7]
 
 
-def test_ranks_of_one_machine_take_what_is_free(environment: dict[str, str], tmp_path: Path) -> None:
-    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
-    one, other = trainer(2).ranks.mine(5), trainer(2).ranks.mine(5)
-    assert [next(one), next(other), next(other), next(one)] == [0, 1, 2, 3]
-    assert [*one, *other] == [4]
+def test_ranks_of_one_machine_begin_with_one_each_and_take_what_is_free(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path)}
+    shares = list[Iterator[int]]()
+    for rank in range(2):
+        environment["LOCAL_RANK"] = str(rank)
+        shares.append(trainer(2).ranks.mine(6))
+    one, other = shares
+    assert [next(other), next(other), next(one), next(other), next(one)] == [1, 2, 0, 3, 4]
+    assert [*one, *other] == [5]
 
 
 def test_what_failed_reaches_the_rank_that_started_this_one(
