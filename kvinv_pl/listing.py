@@ -125,11 +125,13 @@ def sites(
         )
     values, both = (sum(counts[site] for site in chosen) for counts in (psi, bars))
     print(
-        f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi for one step; {steps} steps on disk:"
+        f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi for one step; "
+        f"{steps} steps on disk:"
     )
     print(f"  with kv replayed: {values * each:.2f} MiB of psi as {store_dtype}")
     print(
-        f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar of both guidance branches with it"
+        f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar of both guidance branches "
+        "with it"
     )
 
 

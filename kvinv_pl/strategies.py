@@ -29,6 +29,10 @@ PATIENCE = 10.0
 """Seconds that a rank has to end after it was asked to."""
 
 
+Shares = list[tuple[int, list[int]]]
+"""Slots, and the numbers of the pictures that are worked on side by side in them."""
+
+
 class RankFailedError(UserError):
     """Another rank of the same command has ended with an error, which it has said itself."""
 
@@ -101,9 +105,15 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         external = env is not None and env.creates_processes_externally and not self.was_started
         return self.world_size > 1 and (external or self.num_nodes > 1)
 
+    def given_shares(self) -> Shares | None:
+        """The shares of the work as the rank that started this one has made them; None: make them here."""
+        if not self.was_started or self._board is None:
+            return None
+        return json.loads((self._board / "shares").read_text(encoding="utf-8"))
+
     @contextmanager
-    def ranks(self, shares: int) -> Iterator[None]:
-        """Start further ranks for so many shares of work; at the end wait for them, or stop them all."""
+    def ranks(self, shares: Shares) -> Iterator[None]:
+        """Start further ranks for these shares of the work; at the end wait for them, or stop them all."""
         env, here = self.cluster_environment, len(self.parallel_devices)
         if here > 1 and self.root_device.type == "cpu":
             self._share_cores()
@@ -112,7 +122,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             try:
                 if not started and here > 1:
                     self._board = Path(board)
-                    node_shares = len(range(self.global_rank // here, shares, self.num_nodes))
+                    (self._board / "shares").write_text(json.dumps(shares), encoding="utf-8")
+                    node_shares = len(range(self.global_rank // here, len(shares), self.num_nodes))
                     for local_rank in range(1, min(here, node_shares)):
                         self._ranks.append(self._start(local_rank))
                 yield
@@ -129,12 +140,14 @@ class ImageParallelStrategy(SingleDeviceStrategy):
     def mine(self, shares: int) -> Iterator[int]:
         """The shares of the work that are this rank's, one after the other; each is one rank's alone."""
         here = len(self.parallel_devices)
-        for share in range(shares):
+        of_node = range(self.global_rank // here, shares, self.num_nodes)
+        for n, share in enumerate(
+            of_node if self._board else range(self.global_rank, shares, self.world_size)
+        ):
             self.look()
-            if self._board is None:
-                if share % self.world_size == self.global_rank:
-                    yield share
-            elif share % self.num_nodes == self.global_rank // here:
+            if self._board is None or n == self.local_rank:
+                yield share
+            elif n >= here:  # the first ones are kept for ranks that are still starting
                 try:
                     (self._board / f"{share}.taken").touch(exist_ok=False)
                 except FileExistsError:

@@ -1,8 +1,6 @@
 """The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,30 +10,16 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from kvinv_pl.advice import without_advice
 from kvinv_pl.certificate import next_attempt
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import NoRoomError, UserError
 from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
-from kvinv_pl.strategies import ImageParallelStrategy
+from kvinv_pl.strategies import ImageParallelStrategy, Shares
 from kvinv_pl.work import Stage, Work
 
-CHATTY = (
-    "lightning.pytorch",
-    "lightning.fabric",
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-)
-ADVICE = (
-    r"The '\w+' does not have many workers",  # there is nothing to load
-    "predict returned None",  # its results are in the run folder
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # of Lightning's own
-    r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen model
-    r"`LightningModule.configure_optimizers` returned `None`",  # a variant may learn nothing
-    r"You have overridden `transfer_batch_to_device`",  # on purpose
-    r"\w+ available but not used",  # a CPU may be asked for
-)
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -109,7 +93,7 @@ class KVTrainer(Trainer):
             )
         if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
             raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
-        with _without_advice():
+        with without_advice():
             super().__init__(
                 accelerator=accelerator, devices=devices, precision=precision,  # pyright: ignore[reportArgumentType]
                 logger=False if isinstance(logger, bool) else logger,
@@ -120,7 +104,7 @@ class KVTrainer(Trainer):
                 log_every_n_steps=1,
             )  # fmt: skip
         self._log_to_run = logger is True and not fast_dev_run
-        self._x_0_every = x_0_every
+        self._x_0_every, self._quiet = x_0_every, quiet
         self.watch = Progress(quiet=quiet or not self.ranks.is_global_zero)
 
     @property
@@ -167,12 +151,14 @@ class KVTrainer(Trainer):
         if "edit" in stages:
             self._require_targets(data, failures)
         model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
-        with _without_advice(), self._writing(data):
-            shares = self._shares(model, data, stages, failures)
-            with self.ranks.ranks(len(shares)):
+        with without_advice(), self._writing(data):
+            shares = self.ranks.given_shares()
+            shares = self._shares(model, data, stages, failures) if shares is None else shares
+            known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
+            with self.ranks.ranks(shares):
                 for n in self.ranks.mine(len(shares)):
-                    slots, works = shares[n]
-                    model.side_by_side = slots
+                    model.side_by_side, members = shares[n]
+                    works = [data.works[member] for member in members]
                     with self._held(model, works, data, stages, failures):
                         self._through(model, failures.left(works), data, stages, failures)
                 self.ranks.report(failures.reasons)
@@ -181,28 +167,31 @@ class KVTrainer(Trainer):
         if self.ranks.was_started:
             return  # who started this rank says what failed
         if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
-            for label, reason in failures.reasons.items():  # an exit code would end the other ranks
-                self.watch.note(f"{label}: {reason}")
-            return
+            for label in failures.reasons.keys() - known.keys():
+                Progress(quiet=self._quiet).note(f"{label}: {failures.reasons[label]}")
+            return  # an exit code would end the other ranks
         failures.report()
 
     def _shares(
         self, model: KVInversion, data: SourceImages, stages: Sequence[Stage], failures: Failures
-    ) -> list[tuple[int, list[Work]]]:
+    ) -> Shares:
         """Pictures that are worked on side by side, and their slots; what cannot be worked on is given up."""
-        alike: dict[tuple[int, int, bool], list[Work]] = {}
-        for work in data.works[:1] if self.fast_dev_run else failures.left(data.works):
-            with failures.of([work]):
-                alike.setdefault(self._check(model, work, stages, data.overwrite), []).append(work)
+        alike: dict[tuple[int, int, bool], list[int]] = {}
+        for n, work in enumerate(data.works[:1] if self.fast_dev_run else data.works):
+            if work not in failures:
+                with failures.of([work]):
+                    alike.setdefault(self._check(model, work, stages, data.overwrite), []).append(n)
         if len(failures.reasons) == failures.total:
             failures.report()
         shares = []
-        for (height, width, _), works in alike.items():
+        for (height, width, _), members in alike.items():
             slots = 1
             if "fit" in stages:
                 model.to(self.ranks.root_device)
-                slots = model.choose_slots((height, width), len(works))
-            shares += [(slots, works[begin : begin + slots]) for begin in range(0, len(works), slots)]
+                # free memory differs, and ranks that cannot ask one another must come to the same shares
+                alone = self.ranks.is_one_of_many
+                slots = model.choose_slots((height, width), 1 if alone else len(members))
+            shares += [(slots, members[begin : begin + slots]) for begin in range(0, len(members), slots)]
         return shares
 
     @staticmethod
@@ -329,20 +318,3 @@ class KVTrainer(Trainer):
                 if (file := work.store.folder / name).exists()
             ]
             self.watch.note(f"look at {found[0] if found else work.store.folder}")
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep back what Lightning tells those who train networks; any other warning is let through."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for message in ADVICE:
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -61,6 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "work": {"store"},
     "failures": {"errors", "work"},
     "logbook": {"errors"},
+    "advice": set(),
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"backbone", "crossattention", "errors", "pictures"},
     "segmenter": {"checkpoint", "errors", "menagerie"},

@@ -2,9 +2,9 @@
 
     python tools/soak.py [--kills 20] [--slots 2] [--precision bf16-mixed] [--seed 0]
 
-The pictures are animals of the embedded world and the model is the embedded one, or any other by
---checkpoint. What is compared is every file of tensors, by its digest, and every run.json. The last line is
-the verdict; the exit code is 0 where all is equal.
+The pictures are animals of the embedded world and the model is the embedded one, or another by --checkpoint.
+Every file of tensors is compared, by its digest, and every run.json. The last line is the verdict; the exit
+code is 0 where all is equal.
 """
 
 from __future__ import annotations
