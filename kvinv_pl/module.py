@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kvinv_pl import records, registry, stages
+from kvinv_pl import records, registry, rounding, stages
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.curriculum import Batch, Convergence, SlotKeeper, batches, first_missing, remaining
@@ -22,8 +22,6 @@ from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
 from kvinv_pl.tuning import reconstruct, squared_errors
 from kvinv_pl.work import Stage, Work
-
-STORE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class KVInversion(LightningModule):
@@ -50,7 +48,7 @@ class KVInversion(LightningModule):
         negative: What the unconditional branch is told.
         seed: Of random starts of psi.
         slots: How many pictures are tuned side by side.
-        store_dtype: In which psi, K-bar and V-bar are kept on disk.
+        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class KVInversion(LightningModule):
         negative: str = "",
         seed: int = 0,
         slots: int = 1,
-        store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        store_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
     ):
         """Note the settings; the checkpoint is read when a stage begins, in the precision of the trainer."""
         super().__init__()
@@ -109,8 +107,8 @@ class KVInversion(LightningModule):
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
         if self.reading not in ("frozen", "blend"):
             raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
-        if self.store_dtype not in STORE_DTYPES:
-            names = ", ".join(STORE_DTYPES)
+        if self.store_dtype not in rounding.DTYPES:
+            names = ", ".join(rounding.DTYPES)
             raise UserError(f"store_dtype: expected {names}, got {self.store_dtype!r}")
 
     # ---- the frozen model, once
@@ -233,7 +231,7 @@ class KVInversion(LightningModule):
             optimizer = self.optimizer(self.network.psi.parameters())
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
-        if self.slots > 1 and _needs_closure(optimizer):
+        if self.slots > 1 and _needs_closure(optimizer) and not _reads_residuals(optimizer):
             kind = type(optimizer).__name__
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
@@ -294,7 +292,8 @@ class KVInversion(LightningModule):
         """One optimiser step of Eq. 3 for the slots that have not converged."""
         optimizer = self._optimizer()
         with self.network.attached().blend(), self.network.front.kept():
-            errors = squared_errors(self._pivot, self._reconstruct())
+            z = self._reconstruct()
+            errors = squared_errors(self._pivot, z)
             self._check_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._first_errors = means if self._first_errors is None else self._first_errors
@@ -307,14 +306,23 @@ class KVInversion(LightningModule):
             self.watch.show(f"timestep {t}, inner step {batch_idx}, loss {loss:.2e}")
             running = running.to(self.device)
 
-            def closure() -> float:
+            values, known = list(self.network.psi.parameters()), [z]
+            at = [value._version for value in values]
+
+            def residuals() -> Tensor:
+                # an optimiser begins where psi is, and what is missed there has been computed
+                fresh = known and at == [value._version for value in values]
+                missed = ((known.pop() if fresh else self._reconstruct()) - self._pivot).flatten(1)
+                return torch.where(running[:, None], missed, 0)
+
+            def loss() -> Tensor:
                 optimizer.zero_grad()
-                loss = squared_errors(self._pivot, self._reconstruct())[running].sum()
-                self.manual_backward(loss)
-                return float(loss.detach())
+                total = residuals().square().sum()
+                self.manual_backward(total)
+                return total.detach()
 
             if _needs_closure(optimizer):
-                optimizer.step(closure)
+                optimizer.step(residuals if _reads_residuals(optimizer) else loss)
             else:
                 optimizer.zero_grad()
                 self.manual_backward(errors[running].sum())
@@ -331,9 +339,9 @@ class KVInversion(LightningModule):
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
         """A phase ends: round psi_t as it is stored, advance z-tilde with it, and write both."""
-        batch, i, dtype = self._batches[self._phase.batch], self._phase.step, STORE_DTYPES[self.store_dtype]
+        batch, i = self._batches[self._phase.batch], self._phase.step
         for value in self.network.psi.parameters():
-            value.copy_(value.to(dtype).to(value.dtype))
+            value.copy_(rounding.rounded(value, self.store_dtype))
         with self.network.attached().recording() as kv, self.network.front.kept():
             self._z = self._reconstruct()
         self.network.front.forget()
@@ -344,16 +352,14 @@ class KVInversion(LightningModule):
         if self._rehearsal:
             return  # a phase cut short is not worth keeping
         for slot, work in self._active(batch):
-            psi = {name: value[slot].to(dtype).cpu() for name, value in self.network.values().items()}
-            bars = {
-                path: (k[:, slot].to(dtype).cpu(), v[:, slot].to(dtype).cpu()) for path, (k, v) in kv.items()
-            }
+            psi = {name: value[slot].cpu() for name, value in self.network.values().items()}
+            bars = {path: (k[:, slot].cpu(), v[:, slot].cpu()) for path, (k, v) in kv.items()}
             figures = {
                 "loss_start": float(begins[slot]),
                 "loss_end": float(ends[slot]),
                 "inner_steps": int(self._used[slot]),
             }
-            work.store.save_step(i, psi, self._z[slot].cpu(), bars, figures)
+            work.store.save_step(i, psi, self._z[slot].cpu(), bars, figures, self.store_dtype)
             for logger in self.loggers:
                 name = work.store.folder.name
                 logger.log_metrics({f"{name}/{key}": value for key, value in figures.items()}, step=i)
@@ -366,6 +372,11 @@ class KVInversion(LightningModule):
         """The slots of a batch that are no padding, and the pictures in them."""
         pairs = enumerate(zip(batch.members, batch.active, strict=True))
         return [(slot, self._works[member]) for slot, (member, active) in pairs if active]
+
+
+def _reads_residuals(optimizer: Any) -> bool:
+    """Whether the closure is to return what is missed, slot by slot, as GaussNewtonDescent wants it."""
+    return bool(getattr(getattr(optimizer, "optimizer", optimizer), "reads_residuals", False))
 
 
 def _needs_closure(optimizer: Any) -> bool:

@@ -28,7 +28,8 @@ ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
 WITHOUT_PICTURES = {
     *("ddim", "curriculum", "inversion", "tuning", "editing"),
-    *("sites", "processor", "attention", "front", "registry", "testing", "backbone"),
+    *("sites", "processor", "attention", "front", "optimizers", "rounding"),
+    *("registry", "testing", "backbone"),
 }
 
 # Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
@@ -46,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "processor": {"errors", "sites"},
     "attention": {"errors", "processor", "sites"},
     "front": set(),
+    "optimizers": {"errors"},
     "registry": {"attention", "errors"},
     "testing": {"attention", "errors", "registry"},
     "checkpoint": {"errors", "menagerie"},
@@ -53,7 +55,8 @@ ARROWS: dict[str, set[str]] = {
     "pictures": {"errors"},
     "sheet": {"errors", "pictures"},
     "files": {"errors"},
-    "store": {"errors", "files"},
+    "rounding": set(),
+    "store": {"errors", "files", "rounding"},
     "work": {"store"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"attention", "backbone", "errors", "pictures"},
