@@ -14,7 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kvinv_pl import certificate, logbook, memory, records, registry, stages
+from kvinv_pl import certificate, logbook, memory, records, registry, rounding, stages
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.curriculum import Batch, Convergence, SlotKeeper, batches, first_missing, remaining
@@ -27,8 +27,6 @@ from kvinv_pl.progress import Progress
 from kvinv_pl.store import Step
 from kvinv_pl.tuning import reconstruct, squared_errors
 from kvinv_pl.work import Stage, Work
-
-STORE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class KVInversion(LightningModule):
@@ -60,7 +58,7 @@ class KVInversion(LightningModule):
             out, it is the last word that source and target have in common before they differ.
         seed: Of random starts of psi.
         slots: How many pictures of one size are tuned side by side; auto: what fits into memory, 8 at most.
-        store_dtype: In which psi, K-bar and V-bar are kept on disk.
+        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
         required_psnr: dB to the VAE round trip that a reconstruction must reach for its picture to pass.
         retries: How often to tune a picture again that does not pass, each time with twice the inner steps
             and other random starts; the best attempt is kept.
@@ -91,7 +89,7 @@ class KVInversion(LightningModule):
         subject: str | None = None,
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
-        store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        store_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
         required_psnr: float = 35.0,
         retries: int = 1,
     ):
@@ -139,8 +137,8 @@ class KVInversion(LightningModule):
             raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
         if self.kv not in ("stored", "replayed"):
             raise UserError(f"kv: expected stored or replayed, got {self.kv!r}")
-        if self.store_dtype not in STORE_DTYPES:
-            names = ", ".join(STORE_DTYPES)
+        if self.store_dtype not in rounding.DTYPES:
+            names = ", ".join(rounding.DTYPES)
             raise UserError(f"store_dtype: expected {names}, got {self.store_dtype!r}")
 
     # ---- the frozen model, once
@@ -346,7 +344,7 @@ class KVInversion(LightningModule):
             optimizer = self.optimizer(parameters)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
-        if self.side_by_side > 1 and _needs_closure(optimizer):
+        if self.side_by_side > 1 and _needs_closure(optimizer) and not _reads_residuals(optimizer):
             kind = type(optimizer).__name__
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
@@ -458,7 +456,8 @@ class KVInversion(LightningModule):
         """One optimiser step of Eq. 3 for the slots that have not converged."""
         optimizer = self._optimizer()
         with self.network.attached().blend(), self.network.front.kept():
-            errors = squared_errors(self._pivot, self._reconstruct())
+            z = self._reconstruct()
+            errors = squared_errors(self._pivot, z)
             self._give_up_unless_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._first_errors = means if self._first_errors is None else self._first_errors
@@ -471,14 +470,23 @@ class KVInversion(LightningModule):
             self.watch.show(f"timestep {t}, inner step {batch_idx}, loss {loss:.2e}")
             running = running.to(self.device)
 
-            def closure() -> float:
+            values, known = list(self.network.psi.parameters()), [z]
+            at = [value._version for value in values]
+
+            def residuals() -> Tensor:
+                # an optimiser begins where psi is, and what is missed there has been computed
+                fresh = known and at == [value._version for value in values]
+                missed = ((known.pop() if fresh else self._reconstruct()) - self._pivot).flatten(1)
+                return torch.where(running[:, None], missed, 0)
+
+            def loss() -> Tensor:
                 optimizer.zero_grad()
-                loss = squared_errors(self._pivot, self._reconstruct())[running].sum()
-                self.manual_backward(loss)
-                return float(loss.detach())
+                total = residuals().square().sum()
+                self.manual_backward(total)
+                return total.detach()
 
             if _needs_closure(optimizer):
-                optimizer.step(closure)
+                optimizer.step(residuals if _reads_residuals(optimizer) else loss)
             else:
                 optimizer.zero_grad()
                 self.manual_backward(errors[running].sum())
@@ -505,12 +513,12 @@ class KVInversion(LightningModule):
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
         """A phase ends: round psi_t as it is stored, advance z-tilde with it, and write both."""
-        batch, i, dtype = self._batches[self._phase.batch], self._phase.step, STORE_DTYPES[self.store_dtype]
+        batch, i = self._batches[self._phase.batch], self._phase.step
         if not self._active(batch):
             return
         self._keeper.restore()
-        for name, value in self.network.values().items():
-            value.copy_(rounded(name, value, dtype))
+        for value in self.network.values().values():
+            value.copy_(rounding.rounded(value, self.store_dtype))
         before = self._z
         kv = self._advance()
         self.network.front.forget()
@@ -522,16 +530,8 @@ class KVInversion(LightningModule):
         if self._rehearsal:
             return  # a phase cut short is not worth keeping
         for slot, work in self._active(batch):
-            psi = {
-                name: rounded(name, value[slot], dtype).cpu() for name, value in self.network.values().items()
-            }
-            bars = {
-                path: (
-                    rounded(f"K-bar of {path}", k[:, slot], dtype).cpu(),
-                    rounded(f"V-bar of {path}", v[:, slot], dtype).cpu(),
-                )
-                for path, (k, v) in kv.items()
-            }
+            psi = {name: value[slot].cpu() for name, value in self.network.values().items()}
+            bars = {path: (k[:, slot].cpu(), v[:, slot].cpu()) for path, (k, v) in kv.items()}
             figures = {
                 "loss_start": float(begins[slot]),
                 "loss_end": float(ends[slot]),
@@ -539,7 +539,7 @@ class KVInversion(LightningModule):
             }
             stored = bars if self.kv == "stored" else None
             with self.failures.of([work]):
-                work.store.save_step(i, psi, self._z[slot].cpu(), stored, figures)
+                work.store.save_step(i, psi, self._z[slot].cpu(), stored, figures, self.store_dtype)
             logbook.log_phase(self.loggers, self._logged_as(work), i, figures, self.device)
             self._show_z_0(work, before[slot : slot + 1], self._z[slot : slot + 1])
         if i == self.steps - 1:
@@ -568,18 +568,9 @@ class KVInversion(LightningModule):
         return [(slot, work) for slot, work in found if work not in self.failures]
 
 
-def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A value of psi, K-bar or V-bar as it is stored; what is too large for that is refused."""
-    if not value.is_floating_point():
-        return value
-    stored = value.to(dtype)
-    if value.isfinite().all() and not stored.isfinite().all():
-        kind, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-        raise UserError(
-            f"{name}: expected values within {most:g}, the most that store_dtype {kind} holds, got up to "
-            f"{float(value.abs().max()):g}; use store_dtype bfloat16 or float32"
-        )
-    return stored
+def _reads_residuals(optimizer: Any) -> bool:
+    """Whether the closure is to return what is missed, slot by slot, as GaussNewtonDescent wants it."""
+    return bool(getattr(getattr(optimizer, "optimizer", optimizer), "reads_residuals", False))
 
 
 def _needs_closure(optimizer: Any) -> bool:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl import files
+from kvinv_pl import files, rounding
 from kvinv_pl.errors import UserError
 
 
@@ -134,16 +134,25 @@ class RunStore:
         z: Float[Tensor, "c h w"],
         kv: Mapping[str, tuple[Tensor, Tensor]] | None,
         info: Mapping[str, Any],
+        dtype: str | None = None,
     ) -> None:
-        """Write phase i (from noise) as one file: psi_t by "path.name", z-tilde in fp32, and K-bar, V-bar."""
-        tensors = {"z": z.float()} | {f"psi.{name}": tensor for name, tensor in psi.items()}
+        """Write phase i (from noise) as one file: psi_t by "path.name", z-tilde, and K-bar, V-bar.
+
+        Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32.
+        """
+        given = {f"psi.{name}": value for name, value in psi.items()}
         for path, (k, v) in (kv or {}).items():
-            tensors |= {f"kv.{path}.k": k, f"kv.{path}.v": v}
+            given |= {f"kv.{path}.k": k, f"kv.{path}.v": v}
+        tensors = {"z": z.float()}
+        for name, value in given.items():
+            tensors |= rounding.packed(name, value, dtype) if dtype else {name: value}
         files.write_tensors(self._step(i), f"step {i}", tensors, info)
 
     def step(self, i: int) -> Step:
         """Phase i, on the CPU; raises UserError where it is missing or damaged."""
-        tensors, info = files.read_tensors(self._step(i), f"step {i}")
+        stored, info = files.read_tensors(self._step(i), f"step {i}")
+        names = [name for name in stored if not name.endswith(rounding.SCALE)]
+        tensors = {name: rounding.unpacked(stored, name) for name in names}
         psi = {name.removeprefix("psi."): t for name, t in tensors.items() if name.startswith("psi.")}
         paths = [name[len("kv.") : -len(".k")] for name in tensors if re.fullmatch(r"kv\..*\.k", name)]
         kv = {path: (tensors[f"kv.{path}.k"], tensors[f"kv.{path}.v"]) for path in paths}

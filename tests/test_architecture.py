@@ -29,7 +29,8 @@ ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
 WITHOUT_PICTURES = {
     *("ddim", "curriculum", "inversion", "tuning", "editing"),
-    *("sites", "processor", "attention", "crossattention", "front", "registry", "testing", "backbone"),
+    *("sites", "processor", "attention", "crossattention", "front", "optimizers", "rounding"),
+    *("registry", "testing", "backbone"),
 }
 
 # Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
@@ -49,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "registry": {"attention", "errors", "wording"},
     "naming": {"attention", "errors", "registry", "wording"},
     "front": set(),
+    "optimizers": {"errors"},
     "testing": {"attention", "errors", "naming", "records", "registry", "store"},
     "scaffold": {"errors"},
     "crossattention": {"errors", "sites"},
@@ -57,7 +59,8 @@ ARROWS: dict[str, set[str]] = {
     "pictures": {"errors"},
     "sheet": {"errors", "pictures"},
     "files": {"errors"},
-    "store": {"errors", "files"},
+    "rounding": {"errors"},
+    "store": {"errors", "files", "rounding"},
     "work": {"store"},
     "failures": {"errors", "work"},
     "logbook": {"errors"},

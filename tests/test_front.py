@@ -120,7 +120,7 @@ def test_psi_may_change_while_the_front_stays():
         first = step(unet, attachment.psi, *inputs)
         with torch.no_grad():
             for cp in attachment.psi.values():
-                cp.v_hat.add_(0.5)
+                cp.get_parameter("v_hat").add_(0.5)
         second = step(unet, attachment.psi, *inputs)
     with attachment.blend():
         assert equal(second, step(unet, attachment.psi, *inputs))
@@ -273,7 +273,7 @@ def test_a_network_that_meets_nothing_late_runs_in_full():
     front, x = Front(network, [nn.Linear(4, 4)]), torch.randn(2, 4)
     with front.kept():
         before = network(x)
-        nn.init.zeros_(network[0].weight)
+        nn.init.zeros_(network.get_parameter("0.weight"))
         assert not torch.equal(before, network(x))
     assert not front.modules
 

@@ -669,7 +669,7 @@ def test_every_kind_of_stable_diffusion_goes_all_the_way_with_a_picture_that_is_
         ({"start": 1.5}, "start: expected a share of the steps, 0 to 1, got 1.5"),
         ({"start": float("nan")}, "start: expected"),
         ({"reading": "both"}, "reading: expected frozen or blend, got 'both'"),
-        ({"store_dtype": "int8"}, "store_dtype: expected float32, float16, bfloat16, got 'int8'"),
+        ({"store_dtype": "int4"}, "store_dtype: expected float32, float16, bfloat16, int8, got 'int4'"),
         ({"tolerance": -1.0}, "0 or more; got -1.0"),
     ],
 )

@@ -67,7 +67,7 @@ def test_loss_scaling_starts_anew_in_every_phase_and_changes_no_result(image: Pa
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Everything in float64, psi as it is stored, too."""
-    monkeypatch.setitem(module_of_fits.STORE_DTYPES, "float32", torch.float64)
+    monkeypatch.setitem(rounding.DTYPES, "float32", torch.float64)
     monkeypatch.setattr("kvinv_pl.trainer.COMPUTE_DTYPES", {"32-true": torch.float64})
     torch.set_default_dtype(torch.float64)
     yield

@@ -1,0 +1,66 @@
+"""An optimiser for a phase: smooth least squares without noise, of which few steps can be afforded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kvinv_pl.errors import UserError
+
+Residuals = Callable[[], Float[Tensor, "slots elements"]]
+"""What is missed, z-tilde_{t-1} - z-hat_{t-1}, slot by slot; with a graph where gradients are enabled."""
+
+
+class GaussNewtonDescent(Optimizer):
+    """Descent with one scale for each tensor, and the step length of Gauss and Newton.
+
+    The direction d is the gradient, divided in each tensor by its root mean square: K-hat, V-hat, lambda
+    and gamma of unlike layers have gradients of unlike size, and all of them are to take part. A trial step
+    h along it shows how the residuals r change, J d = (r(psi + h d) - r(psi)) / h, and the step that is made
+    is the least-squares one, -<r, J d> / <J d, J d>. It costs a forward and backward, and a forward. Slots do
+    not see each other, and nothing is carried from one step to the next.
+
+    Args:
+        params: Parameters whose first axis is slots.
+        lr: Root mean square of the trial step h d.
+        longest: The longest step, in trial steps.
+    """
+
+    reads_residuals = True
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-2, longest: float = 20.0):
+        """Take the parameters."""
+        if not (lr > 0 and longest > 0):
+            raise UserError(f"GaussNewtonDescent: expected lr and longest above 0, got {lr} and {longest}")
+        super().__init__(params, {"lr": lr, "longest": longest})
+
+    def step(self, closure: Residuals) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make one step; `closure` gives the residuals at the parameters as they are."""
+        self.zero_grad()
+        with torch.enable_grad():
+            residuals = closure()
+            residuals.square().sum().backward()
+        for group in self.param_groups:
+            self._along(group["params"], group["lr"], group["longest"], residuals.detach(), closure)
+
+    @torch.no_grad()
+    def _along(self, params: list[Tensor], h: float, longest: float, r: Tensor, closure: Residuals) -> None:
+        moved = [(p, p.clone(), _downhill(p.grad)) for p in params if p.grad is not None]
+        for p, start, d in moved:
+            p.copy_(start + h * d)
+        change = closure() - r
+        size = change.square().sum(1)
+        length = torch.where(size > 0, -(change * r).sum(1) / size, 0)
+        length = length.nan_to_num().clamp(0, longest)  # a trial that is not finite, or goes uphill: stay
+        for p, start, d in moved:
+            p.copy_(start + h * length.to(p.dtype).view(-1, *[1] * (p.ndim - 1)) * d)
+
+
+def _downhill(gradient: Tensor) -> Tensor:
+    """The way down, with a root mean square of 1 in each slot; nowhere where there is no gradient."""
+    size = gradient.square().flatten(1).mean(1).sqrt().view(-1, *[1] * (gradient.ndim - 1))
+    return torch.where(size > 0, -gradient / size, 0)

@@ -1,0 +1,1 @@
+"""What tools/bench_tuning.py measures, and what it measures with."""

@@ -1,0 +1,102 @@
+"""Figures of a piece of code: times of alternatives taken in turn, floating point operations, live memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that the rounds took."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Half of the rounds were quicker."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """From the first quartile to the third."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return high - low
+
+    def __str__(self) -> str:
+        """The median and the spread, in milliseconds."""
+        return f"{1e3 * self.median:.1f} ms (spread {1e3 * self.spread:.1f})"
+
+
+def in_turn(alternatives: Mapping[str, Work], rounds: int) -> dict[str, Times]:
+    """Each alternative once a round, in turn, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for n in range(rounds + 1):
+        for name, work in alternatives.items():
+            began = _now()
+            work()
+            if n:
+                seconds[name].append(_now() - began)
+    return {name: Times(taken) for name, taken in seconds.items()}
+
+
+def ratio(a: Times, b: Times) -> float:
+    """The median over the rounds of a's time over b's, which a change of the machine's load leaves alone."""
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+
+
+def flops(work: Work) -> float:
+    """Floating point operations of matrix products, convolutions and attention, a product's two counted."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the most that there were; on meta tensors, too."""
+
+    def __init__(self, *held: Any) -> None:
+        """Begin with the tensors in `held`, which are there already."""
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        for tensor in tree_leaves(held):
+            self._meet(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and see what has come of it."""
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            self._meet(tensor)
+        return results
+
+    def _meet(self, tensor: Any) -> None:
+        storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+        if storage is None or storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(storage)
+        weakref.finalize(storage, self._part, size)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def _part(self, size: int) -> None:
+        self.bytes -= size
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
