@@ -9,7 +9,7 @@ import torch
 from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl import module as module_of_fits
+from kvinv_pl import rounding
 from kvinv_pl.data import SourceImages
 from kvinv_pl.pictures import as_pixels
 from kvinv_pl.records import psnr
