@@ -279,7 +279,7 @@ def test_k_bar_or_v_bar_that_the_store_cannot_hold_is_refused_and_leaves_no_phas
     settings: dict[str, Any] = {"attention": Loud, "tolerance": UNTUNED}
     with pytest.raises(
         UserError,
-        match=r"V-bar of up_blocks.*: expected values within 65504.*float16.*use store_dtype bfloat16",
+        match=r"up_blocks.*attn1\.v: expected values within 65504.*float16.*use store_dtype bfloat16",
     ):
         fits.fit(image, tmp_path / "run", store_dtype="float16", **settings)
     assert not RunStore(tmp_path / "run").done()
