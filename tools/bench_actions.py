@@ -123,7 +123,8 @@ class Bench:
         """The module with the bench's settings and these on top."""
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_lightning_class_args(KVInversion, "model")
-        told = parser.parse_object({"model": {**self.settings, **settings}})
+        # what is left untuned on purpose is not to be tuned again for its reconstruction
+        told = parser.parse_object({"model": {"retries": 0, **self.settings, **settings}})
         return parser.instantiate(told)["model"]
 
     def data(self, model: KVInversion, tuning: dict[str, Any]) -> SourceImages:
