@@ -127,9 +127,9 @@ def sites(
     print(
         f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi for one step; {steps} steps on disk:"
     )
-    print(f"  with kv replayed: {values * each:.2f} MiB of psi as {store_dtype}")
+    print(f"  with kv replayed: {values * each:.2f} MiB on disk, psi as {store_dtype}")
     print(
-        f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar of both guidance branches with it"
+        f"  with kv stored: {(values + both) * each:.2f} MiB, both guidance branches of K-bar and V-bar too"
     )
 
 
