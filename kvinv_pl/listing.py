@@ -128,10 +128,9 @@ def sites(
         f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi for one step; "
         f"{steps} steps on disk:"
     )
-    print(f"  with kv replayed: {values * each:.2f} MiB of psi as {store_dtype}")
+    print(f"  with kv replayed: {values * each:.2f} MiB on disk, psi as {store_dtype}")
     print(
-        f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar of both guidance branches "
-        "with it"
+        f"  with kv stored: {(values + both) * each:.2f} MiB, both guidance branches of K-bar and V-bar too"
     )
 
 
