@@ -21,7 +21,7 @@ from kvinv_pl.store import RunStore
 
 
 def snapshots(monkeypatch: pytest.MonkeyPatch, out: Path, to: Path) -> list[Path]:
-    """Copies of `out` as a crash leaves it: after every write, with a part of the next file beside it."""
+    """Copies of `out` as a crash leaves it: after every write, with a part of the next file."""
     write, taken = files._write, list[Path]()
 
     def patched(file: Path, data: bytes) -> None:

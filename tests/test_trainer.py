@@ -212,7 +212,7 @@ def test_16_mixed_on_a_cpu_is_refused_by_name_and_not_replaced() -> None:
         ({"max_epochs": 10}, "an epoch is one timestep"),
         ({"gradient_clip_val": 1.0}, "would couple the pictures"),
         ({"accumulate_grad_batches": 2}, "would couple the pictures"),
-        ({"devices": 2}, "would average the psi of different pictures"),
+        ({"strategy": "ddp"}, "would average the psi of different pictures"),
     ],
 )
 def test_trainer_options_that_would_break_the_curriculum_are_refused_with_the_reason(
