@@ -214,7 +214,7 @@ def test_a_config_edits_a_picture_with_a_checkpoint_of_its_kind(
     (edit,) = [json.loads(file.read_text(encoding="utf-8")) for file in (out / "edits").glob("*.json")]
     assert (edit["target"], edit["guidance"]) == ("a cat running", model.get("guidance", 4.0))
     assert edit["reading"] == model.get("reading", "frozen")
-    assert edit["start"] == model.get("start", 0.1)
+    assert edit["start"] == model.get("start", 0.0)
     assert run["tuning"]["attention"]["class_path"].endswith(model.get("attention", {}).get("class_path", ""))
     assert run["tuning"]["kv"] == model.get("kv", "stored")
     pictures = {file.relative_to(out).as_posix() for file in out.rglob("*.png")}
