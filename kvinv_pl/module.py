@@ -476,17 +476,17 @@ class KVInversion(LightningModule):
             def residuals() -> Tensor:
                 # an optimiser begins where psi is, and what is missed there has been computed
                 fresh = known and at == [value._version for value in values]
-                missed = ((known.pop() if fresh else self._reconstruct()) - self._pivot).flatten(1)
-                return torch.where(running[:, None], missed, 0)
+                z = known.pop() if fresh else self._reconstruct()
+                return torch.where(running[:, None], (z - self._pivot).flatten(1), 0)
 
-            def loss() -> Tensor:
+            def missed() -> Tensor:
                 optimizer.zero_grad()
                 total = residuals().square().sum()
                 self.manual_backward(total)
                 return total.detach()
 
             if _needs_closure(optimizer):
-                optimizer.step(residuals if _reads_residuals(optimizer) else loss)
+                optimizer.step(residuals if _reads_residuals(optimizer) else missed)  # pyright: ignore[reportArgumentType, reportCallIssue]
             else:
                 optimizer.zero_grad()
                 self.manual_backward(errors[running].sum())

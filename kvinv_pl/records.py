@@ -55,9 +55,10 @@ def of_table(table: StepTable, predicts_v: bool) -> dict[str, Any]:
 def of_variant(cp: CPAttention) -> dict[str, Any]:
     """The variant, in the form in which a configuration names it."""
     # an option that makes a variant is one inside another
-    options = {
-        name: of_variant(value(cp.site)) if callable(value) else value for name, value in cp.options.items()
-    }
+    options: dict[str, Any] = {}
+    for name, value in cp.options.items():
+        made: Any = value(cp.site) if callable(value) else None
+        options[name] = value if made is None else of_variant(made)
     return {"class_path": f"{type(cp).__module__}.{type(cp).__qualname__}", "init_args": options}
 
 

@@ -84,7 +84,7 @@ class Picture:
             with network.attached().blend(), network.front.kept():
                 for _ in range(inner_steps):
                     if getattr(chosen, "reads_residuals", False):
-                        chosen.step(residuals)  # pyright: ignore[reportArgumentType]
+                        chosen.step(residuals)  # pyright: ignore[reportArgumentType, reportCallIssue]
                     else:
                         chosen.zero_grad()
                         squared_errors(pivot, reconstruct(eps, z, network.table, i)).sum().backward()

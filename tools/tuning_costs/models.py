@@ -51,7 +51,8 @@ class Tuning:
         """The U-Net of a geometry on a device, frozen and held in dtype; "meta" takes no memory."""
         config = {**FOUR_LEVELS, **GEOMETRIES[geometry]}
         with torch.device(device):
-            unet = UNet2DConditionModel(**config).to(dtype).requires_grad_(False).eval()
+            unet: Any = UNet2DConditionModel(**config)
+            unet = unet.to(dtype).requires_grad_(False).eval()
             size, width = config["sample_size"], config["cross_attention_dim"]
             sites = select(self_attentions(unet, (size, size)), Selection(where))
             psi = {site.path: FullKV(site) for site in sites}
@@ -81,23 +82,24 @@ class Tuning:
 
 def tiny_checkpoint(folder: Path) -> Path:
     """A Stable Diffusion folder whose network costs next to nothing, so that what is around it shows."""
-    from kvinv_pl.menagerie import weights
+    from kvinv_pl.menagerie import checkpoint
 
-    source = weights()
+    source = checkpoint()
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / "model_index.json", folder)
     vocabulary = len(json.loads((source / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
-    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    blocks: Any = {"block_out_channels": (8, 8), "norm_num_groups": 4}
     torch.manual_seed(0)
     UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **blocks,
     ).save_pretrained(folder / "unet")  # fmt: skip
+    down: Any = ("DownEncoderBlock2D",) * 2
+    up: Any = ("UpDecoderBlock2D",) * 2
     AutoencoderKL(
-        latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, **blocks,
+        latent_channels=4, down_block_types=down, up_block_types=up, sample_size=16, **blocks
     ).save_pretrained(folder / "vae")  # fmt: skip
     CLIPTextModel(
         CLIPTextConfig(
