@@ -94,7 +94,7 @@ def _folder(checkpoint: str) -> Path:
         raise
     except Exception as error:
         raise UserError(
-            f"no folder {checkpoint} here, and not to be had of the hub: {_line(error)}"
+            f"no folder {checkpoint} here, and not to be had of the hub: {first_line(error)}"
         ) from error
 
 
@@ -152,10 +152,10 @@ def attempt(path: Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {_line(error)}; {AGAIN}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}; {AGAIN}") from error
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error, of whatever length the libraries think fit."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 

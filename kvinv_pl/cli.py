@@ -29,7 +29,10 @@ STAGES = {
 OTHERS = {
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed",
+    "mask": "find the subject of a picture, by SAM or by a word, and show it",
 }
+FIRST = {"mask": "image"}
+"""What a command's first argument means, where it may stand without a name."""
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
     "invert": '--image PICTURE --source "what it shows" --out DIR',
@@ -132,9 +135,10 @@ def _other(verb: str, argv: list[str]) -> None:
     from kvinv_pl import verbs
 
     command: Callable[..., None] = getattr(verbs, verb)
-    line = _Line(["--out" if arg == "-o" else arg for arg in argv])
-    line.read_rest(argv)
-    with _in_words(verb, line, _kinds({"": command})):
+    kinds = _kinds({"": command})
+    line = _Line(_spelled_out(verb, argv, [key for key, kind in kinds.items() if kind == list[str]]))
+    line.read_rest(line.argv)
+    with _in_words(verb, line, kinds):
         auto_cli(
             command,
             args=line.argv,
@@ -143,6 +147,25 @@ def _other(verb: str, argv: list[str]) -> None:
             exit_on_error=False,
             allow_abbrev=False,
         )
+
+
+def _spelled_out(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """-o as --out, a first argument without a name as what it means, and an option given often as a list."""
+    out, left, several = list[str](), deque(argv), dict[str, list[str]]()
+    while left:
+        arg = left.popleft()
+        flag, equals, value = arg.partition("=")
+        flag = "--out" if flag == "-o" else flag
+        if not arg.startswith("-"):
+            named = verb in FIRST and not any(one.startswith(f"--{FIRST[verb]}=") for one in out)
+            out.append(f"--{FIRST[verb]}={arg}" if named else arg)
+        elif flag.removeprefix("--") in lists and (equals or left):
+            several.setdefault(flag, []).append(value if equals else left.popleft())
+        else:
+            out.append(f"{flag}{equals}{value}")
+            if not equals and left and flag not in ("-h", "--help"):
+                out.append(left.popleft())
+    return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in several.items())]
 
 
 # ------------------------------------------------------------------------------------------------ the stages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -36,7 +37,7 @@ _MODES = {"1": "black and white", "L": "grey", "LA": "grey", "P": "palette", "PA
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright 8-bit sRGB image, what was done to it, and the SHA-256 (hex) of its size and pixels."""
+    """An upright 8-bit image (sRGB, or a mask), what was done to it, the SHA-256 of its size and pixels."""
 
     image: Image.Image
     notes: list[str]
@@ -62,6 +63,18 @@ class Geometry:
 
 def open_picture(path: str | os.PathLike[str]) -> Picture:
     """Read a picture: EXIF turned, colours to sRGB, transparency over white, 8 bit; raises UserError."""
+    return read_picture(path, _srgb)
+
+
+def read_picture(
+    path: str | os.PathLike[str], to_eight_bit: Callable[[Image.Image, list[str]], Image.Image]
+) -> Picture:
+    """Read a picture, upright, as `to_eight_bit` makes it of the file's own; raises UserError.
+
+    Args:
+        path: the file.
+        to_eight_bit: from the picture in the file's mode to mode RGB or L; it may add notes.
+    """
     path = Path(path)
     if not os.path.isfile(path):
         found = "something else" if os.path.exists(path) else "nothing"
@@ -80,7 +93,7 @@ def open_picture(path: str | os.PathLike[str]) -> Picture:
                         f"{path} is {width}x{height}, expected {SMALLEST_SIDE} pixels a side or more"
                     )
                 opened.load()
-                image = _srgb(_upright(opened, notes), notes)
+                image = to_eight_bit(_upright(opened, notes), notes)
         except UserError:
             raise
         except Image.DecompressionBombError:

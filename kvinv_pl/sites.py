@@ -1,6 +1,7 @@
 """Where CP-attn may sit: the self-attentions of a U-Net, and the choice among them in peft's words."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) ->
             alone = len(args) < 2 and kwargs.get("encoder_hidden_states") is None
             if isinstance(module, Attention) and isinstance(x, Tensor) and alone:
                 tokens = x.shape[1] if x.ndim == 3 else x[0, 0].numel()
-                found[path] = Site(path, 1, _grid(path, tokens, maps), module.inner_kv_dim, module.heads)
+                found[path] = Site(path, 1, grid_of(path, tokens, maps), module.inner_kv_dim, module.heads)
 
         return before
 
@@ -102,8 +103,14 @@ def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) ->
     return list(found.values())
 
 
-def _grid(path: str, tokens: int, maps: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """The feature map that the nearest module around `path` was given."""
+def grid_of(path: str, tokens: int, maps: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Height and width of the feature map that the nearest module around `path` was given.
+
+    Args:
+        path: module path of an attention.
+        tokens: of its sequence.
+        maps: height and width of the last 4-D input of modules, by path.
+    """
     around = path
     while around:
         if around in maps:
@@ -112,7 +119,7 @@ def _grid(path: str, tokens: int, maps: dict[str, tuple[int, int]]) -> tuple[int
                 return height, width
         around = around.rpartition(".")[0]
     raise UserError(
-        f"the self-attention {path} has {tokens} tokens, which no feature map around it has: "
+        f"the attention {path} has {tokens} tokens, which no feature map around it has: "
         "CP-attn needs one token for each pixel of the map; leave it out or use another checkpoint"
     )
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl import pictures, records
+from kvinv_pl import masks, pictures, records
 from kvinv_pl.curriculum import first_missing
 from kvinv_pl.editing import edit, first_step
 from kvinv_pl.errors import UserError
@@ -38,7 +38,7 @@ def inversion_record(
     geometry = pictures.fit_geometry(
         picture.image.size, backbone.sample_size, backbone.multiple, work.geometry
     )
-    mask = pictures.open_picture(work.mask) if work.mask else None
+    mask = masks.open_mask(work.mask) if work.mask else None
     record = {
         "model": backbone.identity,
         "scheduler": records.of_table(network.table, backbone.predicts_v),
@@ -54,7 +54,7 @@ def inversion_record(
     return (
         record,
         pictures.to_pixels(picture.image, geometry),
-        pictures.to_mask(mask.image, geometry) if mask else None,
+        masks.fitted(mask.image, geometry, f"the mask {work.mask}") if mask else None,
     )
 
 
@@ -107,16 +107,16 @@ def invert_picture(network: Network, work: Work, guidance: float, negative: str,
 
 def masks_of(stores: list[RunStore]) -> Tensor | None:
     """The masks of pictures tuned side by side, (slots, h, w) in 0..1, or None if they have none."""
-    masks = []
+    found = []
     for store in stores:
         picture = store.read_run()["picture"]
         if picture["mask"]:
             mask = pictures.open_picture(store.folder / "mask.png").image
             geometry = records.geometry_of({**picture, "size": list(mask.size), "box": None})
-            masks.append(pictures.to_mask(mask, geometry))
-    if masks and len(masks) < len(stores):
+            found.append(pictures.to_mask(mask, geometry))
+    if found and len(found) < len(stores):
         raise UserError("some pictures tuned side by side have a mask and some have none: tune them apart")
-    return torch.stack(masks) if masks else None
+    return torch.stack(found) if found else None
 
 
 @torch.no_grad()

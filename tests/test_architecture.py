@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # Who may import a library. One that is not here, nor below, has no door yet: state one, and why.
 DOORS = {
     "lightning": {"cli", "data", "module", "strategies", "trainer"},
-    "diffusers": {"attention", "backbone", "checkpoint", "processor", "sites"},
-    "transformers": {"backbone", "checkpoint", "masks"},
+    "diffusers": {"attention", "backbone", "checkpoint", "crossattention", "processor", "sites"},
+    "transformers": {"backbone", "checkpoint", "segmenter"},
     "huggingface_hub": {"checkpoint"},
     "peft": {"sites"},
     "safetensors": {"files", "menagerie"},  # a run's files; the weights of the menagerie's judge
@@ -28,7 +28,7 @@ ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
 WITHOUT_PICTURES = {
     *("ddim", "curriculum", "inversion", "tuning", "editing"),
-    *("sites", "processor", "attention", "registry", "testing", "backbone"),
+    *("sites", "processor", "attention", "crossattention", "registry", "testing", "backbone"),
 }
 
 # Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "attention": {"errors", "processor", "sites"},
     "registry": {"attention", "errors"},
     "testing": {"attention", "errors", "registry"},
+    "crossattention": {"errors", "sites"},
     "checkpoint": {"errors", "menagerie"},
     "backbone": {"checkpoint", "ddim", "errors"},
     "pictures": {"errors"},
@@ -55,7 +56,8 @@ ARROWS: dict[str, set[str]] = {
     "store": {"errors", "files"},
     "work": {"store"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
-    "masks": {"attention", "backbone", "errors", "pictures"},
+    "masks": {"backbone", "crossattention", "errors", "pictures"},
+    "segmenter": {"checkpoint", "errors", "menagerie"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors"},
 }
 STAGES = {
@@ -63,6 +65,7 @@ STAGES = {
     "editing",
     "errors",
     "inversion",
+    "masks",
     "network",
     "pictures",
     "progress",

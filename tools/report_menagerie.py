@@ -2,8 +2,9 @@
 
     python tools/report_menagerie.py --checkpoint kvinv_pl/menagerie/weights
 
-prints the faithfulness of the autoencoder, how well actions are told apart, the judge's own accuracy, and how
-often pictures sampled from noise show what their prompts ask for; the pictures themselves come to `--out`.
+prints the faithfulness of the autoencoder, how well actions are told apart, the judge's own accuracy, how
+well the SAM finds animals, and how often pictures sampled from noise show what their prompts ask for; the
+pictures themselves come to `--out`.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 from calling import call
 from menagerie_training.judging import ROUND_TRIP_BAR, TRUE_BAR, bytes_of, images
 from menagerie_training.pictures import REPORTING_SEED, drawn, psnr, unit
+from menagerie_training.segmenting import BOX_BAR, POINT_BAR, own_iou
 from PIL import Image
 
 from kvinv_pl import menagerie
@@ -22,6 +24,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.menagerie.judge import WORDS, Judge, accuracy, nearest_action
 from kvinv_pl.progress import Progress
+from kvinv_pl.segmenter import Segmenter
 from kvinv_pl.sheet import sheet
 
 FRAME_BAR, ANIMAL_BAR = 30.0, 25.0  # dB of the autoencoder
@@ -99,6 +102,16 @@ def round_trips(report: Report, backbone: Any, judge: Judge, seeds: range, out: 
     pages(rows).save(out / "round_trips.png")
 
 
+def segmented(report: Report, folder: Path, seeds: range, size: int) -> None:
+    """How well the SAM in the folder, if there is one, finds animals from a point and from a box."""
+    if not (folder / "sam" / "config.json").is_file():
+        print(f"{folder} has no SAM: its IoU is left out")
+        return
+    point, box = own_iou(Segmenter.load(str(folder / "sam")), seeds, size)
+    report.add("SAM, IoU with the true mask, from a point", 100 * point, "%", 100 * POINT_BAR)
+    report.add("SAM, IoU with the true mask, from a box", 100 * box, "%", 100 * BOX_BAR)
+
+
 def sampled(
     folder: Path, prompts: list[str], first_seed: int, guidance: float, steps: int, batch: int
 ) -> list[Image.Image]:
@@ -170,7 +183,7 @@ def report(
     Args:
         checkpoint: an exported folder, or menagerie for the embedded one
         seed_base: first seed of the animals; 1,000,000 and up are for reporting
-        cases: animals for the autoencoder and the judges
+        cases: animals for the autoencoder, the judges and the SAM
         samples: pictures sampled from noise; 0 leaves them out
         guidance: guidance scale of the samples
         steps: DDIM steps of the samples
@@ -188,7 +201,9 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     print(f"{folder}: seeds from {seed_base}, {cases} cases, {samples} samples at guidance {guidance}")
     with torch.inference_mode():
-        round_trips(result, backbone, judge, range(seed_base, seed_base + cases), out)
+        seeds = range(seed_base, seed_base + cases)
+        round_trips(result, backbone, judge, seeds, out)
+        segmented(result, folder, seeds, backbone.sample_size[0])
         if samples:
             animals = [Animal.sample(seed) for seed in range(seed_base, seed_base + samples)]
             prompts = [animal.prompt() for animal in animals]

@@ -1,10 +1,11 @@
-"""Train the embedded model: the autoencoder, then the U-Net with its text encoder, then the judge.
+"""Train the embedded models: the autoencoder, the U-Net with its text encoder, the judge, and the SAM.
 
 Each stage is a command of its own, resumed by giving it again; the next one reads its results in `--work`:
 
     python tools/train_menagerie.py vae
     python tools/train_menagerie.py unet
     python tools/train_menagerie.py judge
+    python tools/train_menagerie.py sam
     python tools/train_menagerie.py export --to kvinv_pl/menagerie/weights
     python tools/report_menagerie.py
 
@@ -104,8 +105,37 @@ def judge(
     judging.train(work, count, size, steps, batch, lr, cases)
 
 
+def sam(
+    work: Path = WORK,
+    count: int = 60_000,
+    size: int = SIZE,
+    width: int = 64,
+    layers: int = 4,
+    steps: int = 4000,
+    batch: int = 32,
+    lr: float = 1e-3,
+    cases: int = 200,
+) -> None:
+    """Train the SAM that finds animals, save it under `work`/sam-trained and print its own IoU.
+
+    Args:
+        work: where pictures, checkpoints, logs and results lie
+        count: how many training pictures
+        size: pixels a side
+        width: of the vision encoder and the mask decoder
+        layers: of the vision encoder
+        steps: training steps
+        batch: pictures a step
+        lr: highest learning rate
+        cases: reporting seeds on which the IoU is measured
+    """
+    from menagerie_training import segmenting
+
+    segmenting.train(work, count, size, width, layers, steps, batch, lr, cases)
+
+
 def export(to: Path, work: Path = WORK) -> None:
-    """Write what was trained as a Stable Diffusion folder that diffusers loads, the judge beside it.
+    """Write what was trained as a Stable Diffusion folder that diffusers loads, the judge and the SAM in it.
 
     Args:
         to: the folder; that of the package is kvinv_pl/menagerie/weights
@@ -118,7 +148,7 @@ def export(to: Path, work: Path = WORK) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run one stage."""
-    call({"vae": vae, "unet": unet, "judge": judge, "export": export}, args)
+    call({"vae": vae, "unet": unet, "judge": judge, "sam": sam, "export": export}, args)
 
 
 if __name__ == "__main__":

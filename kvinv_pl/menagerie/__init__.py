@@ -5,7 +5,7 @@ from pathlib import Path
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 
-__all__ = ["ACTIONS", "COATS", "COLOURS", "GROUNDS", "SIZE", "SPECIES", "Animal", "checkpoint"]
+__all__ = ["ACTIONS", "COATS", "COLOURS", "GROUNDS", "SIZE", "SPECIES", "Animal", "checkpoint", "segmenter"]
 
 
 def checkpoint() -> Path:
@@ -15,5 +15,16 @@ def checkpoint() -> Path:
         raise UserError(
             f"the weights of the menagerie are missing: expected them in {folder}; "
             "install the package again, or train them with tools/train_menagerie.py"
+        )
+    return folder
+
+
+def segmenter() -> Path:
+    """The folder of the shipped SAM, which knows the animals of this world, as transformers saves it."""
+    folder = checkpoint() / "sam"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the SAM of the menagerie is missing: expected it in {folder}; "
+            "install the package again, train it with tools/train_menagerie.py, or give another"
         )
     return folder

@@ -1,4 +1,4 @@
-"""Stage `export`: the trained parts as an ordinary Stable Diffusion folder, the judge beside it."""
+"""Stage `export`: the trained parts as an ordinary Stable Diffusion folder, the judge and the SAM in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, SamModel, SamProcessor
 from transformers.utils import logging as transformers_logging
 
 from kvinv_pl.errors import UserError
@@ -82,9 +82,16 @@ def export(work: Path, to: Path) -> None:
             feature_extractor=nothing,
             requires_safety_checker=False,
         ).save_pretrained(to, safe_serialization=True)
+    segmenter = work / "sam-trained"
+    if (segmenter / "model.safetensors").exists():
+        sam: Any = SamModel.from_pretrained(segmenter)
+        sam.half().save_pretrained(to / "sam")
+        SamProcessor.from_pretrained(segmenter).save_pretrained(to / "sam")
+    else:
+        print(f"no SAM goes along: {segmenter} has none, which the stage sam writes")
     _clean(to)
     shutil.copyfile(judge_file, to / FILE)
-    records = [work / stage / "settings.json" for stage in ("vae", "unet", "judge")]
+    records = [work / stage / "settings.json" for stage in ("vae", "unet", "judge", "sam")]
     recipe = {path.parent.name: json.loads(path.read_text())["settings"] for path in records if path.exists()}
     (to / "training.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
