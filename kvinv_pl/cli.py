@@ -153,18 +153,20 @@ def _spelled_out(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[s
     """-o as --out, a first argument without a name as what it means, and an option given often as a list."""
     out, left, several = list[str](), deque(argv), dict[str, list[str]]()
     while left:
-        arg = left.popleft()
-        flag, equals, value = arg.partition("=")
-        flag = "--out" if flag == "-o" else flag
-        if not arg.startswith("-"):
-            named = verb in FIRST and not any(one.startswith(f"--{FIRST[verb]}=") for one in out)
-            out.append(f"--{FIRST[verb]}={arg}" if named else arg)
-        elif flag.removeprefix("--") in lists and (equals or left):
-            several.setdefault(flag, []).append(value if equals else left.popleft())
+        flag, equals, value = left.popleft().partition("=")
+        if not flag.startswith("-"):
+            unnamed = verb in FIRST and not any(arg.startswith(f"--{FIRST[verb]}=") for arg in out)
+            out.append(f"{f'--{FIRST[verb]}=' if unnamed else ''}{flag}{equals}{value}")
+            continue
+        has_value = not equals and left and not left[0].startswith("--") and flag not in ("-h", "--help")
+        if flag.removeprefix("--") in lists:
+            if not (equals or has_value):
+                got = left[0] if left else "nothing"
+                raise UserError(f"{flag} expects a value, got {got}; see kvinv {verb} --help")
+            several.setdefault(flag, []).append(left.popleft() if has_value else value)
         else:
-            out.append(f"{flag}{equals}{value}")
-            if not equals and left and flag not in ("-h", "--help"):
-                out.append(left.popleft())
+            out.append(f"{'--out' if flag == '-o' else flag}{equals}{value}")
+            out += [left.popleft()] if has_value else []
     return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in several.items())]
 
 

@@ -54,7 +54,7 @@ class Segmenter:
     def segment(
         self, image: Image.Image, points: Sequence[Point] = (), box: Box | None = None
     ) -> Image.Image:
-        """The mask of one object: mode "L", 255 on it and 0 elsewhere, in the picture's size.
+        """The mask of one object: mode "L", 255 on it, 0 elsewhere, in the picture's size; it may be empty.
 
         Args:
             image: the picture.
@@ -73,9 +73,6 @@ class Segmenter:
         best = logits[scores.argmax()]
         sizes = [inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes") if name in inputs]
         mask = self.processor.post_process_masks(best[None, None, None].cpu(), *sizes)[0][0, 0]
-        if not mask.any():
-            place = "these points" if points else "in this box" if prompted else "any point"
-            raise UserError(f"SAM finds nothing at {place}: give another point, or a box around the object")
         return Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
 
     def _inputs(
@@ -177,11 +174,12 @@ def _kind(checkpoint: str, where: str) -> tuple[Any, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(where)
     except Exception as error:
-        found = "holds no model" if Path(where).is_dir() else "is no folder, and not to be had of the hub"
+        found = "cannot be read" if Path(where).is_dir() else "is no folder, and not to be had of the hub"
         raise UserError(f"{checkpoint} {found}: {first_line(error)}; {NEEDED}") from error
     kind = config.get("model_type")
     if kind not in KINDS:
-        raise UserError(f"{checkpoint} holds a model of type {kind!r}, expected SAM; {NEEDED}")
+        held = f"a model of type {kind!r}" if kind else "no config.json of a model"
+        raise UserError(f"{checkpoint} holds {held}, expected SAM; {NEEDED}")
     if kind != "sam" and not find_spec("torchvision"):
         raise UserError(f"{checkpoint} is SAM 2, which needs torchvision: install it, or take a first SAM")
     return KINDS[kind]

@@ -114,11 +114,14 @@ def mask(
         raise UserError("--word needs --source, what the picture shows: give that too")
     if file.suffix.lower() != ".png":
         raise UserError(f"out: expected the name of a .png file, got {out}")
-    points = [_numbers("--point", text, "X,Y") for text in point]
-    edges = None if box is None else _numbers("--box", box, "X0,Y0,X1,Y1")
+    points = [(x, y) for x, y in (_numbers("--point", text, "X,Y") for text in point)]
+    edges = None
+    if box is not None:
+        left, top, right, bottom = _numbers("--box", box, "X0,Y0,X1,Y1")
+        edges = left, top, right, bottom
     from kvinv_pl import masks
     from kvinv_pl.files import write_png
-    from kvinv_pl.pictures import Geometry, open_picture
+    from kvinv_pl.pictures import open_picture
     from kvinv_pl.sheet import sheet
 
     picture = open_picture(Path(image).expanduser())
@@ -130,17 +133,13 @@ def mask(
         from kvinv_pl.segmenter import Segmenter
 
         found = Segmenter.load(sam or "menagerie").segment(picture.image, points, edges)
-    whole = Geometry(picture.image.size, picture.image.size)
-    share = masks.fitted(found, whole, "the mask that was found").mean()
-    page = sheet(
-        [picture.image, masks.shown(picture.image, found)], [Path(image).name, f"mask: {share:.0%} of it"]
-    )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        print(_save(found, file))
-        print(_save(page, file.with_name(f"{file.stem}-shown.png")))
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}; name another file") from error
+    if len(set(found.getextrema())) == 1:
+        raise UserError("no subject was found: give another --point, a --box around it, or another --word")
+    share = found.histogram()[255] / (found.width * found.height)
+    shown = [picture.image, masks.shown(picture.image, found)]
+    page = sheet(shown, [Path(image).name, f"mask: {share:.0%} of it"])
+    print(write_png(file, found))
+    print(write_png(file.with_name(f"{file.stem}-shown.png"), page))
 
 
 def _mask_of_word(picture: "Picture", word: str, source: str, checkpoint: str) -> Image.Image:

@@ -53,6 +53,17 @@ def process(*args: object, before: Callable[[], Any] | None = None, cwd: Path | 
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
+def refused(answer: Answer, *words: str) -> None:
+    """One line of what was expected and came, exit code 2, no traceback."""
+    lines = [line for line in answer.err.splitlines() if "error" in line]
+    assert answer.code == 2, answer
+    assert len(lines) == 1 and lines[0].startswith("kvinv: error: "), answer.err
+    assert answer.err.splitlines()[-1] == lines[0], answer.err
+    assert "Traceback" not in answer.err and not answer.out
+    for word in words:
+        assert word in lines[0]
+
+
 def photograph(file: Path, size: tuple[int, int] = (16, 16), seed: int = 0, **options: Any) -> Path:
     """A picture that is like no other of another seed."""
     noise = Image.frombytes("RGB", (4, 4), bytes((seed * 37 + n * 11) % 256 for n in range(48)))

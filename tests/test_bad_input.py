@@ -16,7 +16,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from commands import QUICK, Answer, command, kvinv, photograph, process, times, tree
+from commands import QUICK, command, kvinv, photograph, process, refused, times, tree
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -55,17 +55,6 @@ def good(model: Path, tmp_path: Path) -> list[object]:
         "--image", tmp_path / "cat.png", "--source", "a cat", "--target", "a dog", "--checkpoint", model,
         *QUICK, "--out", tmp_path / "out",
     ]  # fmt: skip
-
-
-def refused(answer: Answer, *words: str) -> None:
-    """One line of what was expected and came, exit code 2, no traceback."""
-    lines = [line for line in answer.err.splitlines() if "error" in line]
-    assert answer.code == 2, answer
-    assert len(lines) == 1 and lines[0].startswith("kvinv: error: "), answer.err
-    assert answer.err.splitlines()[-1] == lines[0], answer.err
-    assert "Traceback" not in answer.err and not answer.out
-    for word in words:
-        assert word in lines[0]
 
 
 # ---------------------------------------------------------------------------------------------- the picture

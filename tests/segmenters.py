@@ -1,0 +1,37 @@
+"""A tiny SAM with random weights, in a folder as transformers saves the real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SamConfig, SamModel, SamProcessor
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+from kvinv_pl.checkpoint import quiet
+
+SIZE = 32  # pixels a side
+
+
+def make(folder: Path) -> Path:
+    """A SAM in a folder that is not there yet; its masks are neither empty nor full."""
+    width: dict[str, Any] = {"hidden_size": 16, "image_size": SIZE, "patch_size": 4}
+    parts: dict[str, Any] = {
+        "vision_config": {
+            **width, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32,
+            "window_size": 4, "global_attn_indexes": [1], "num_pos_feats": 8, "initializer_range": 0.5,
+        },
+        "prompt_encoder_config": width,
+        "mask_decoder_config": {
+            "hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+        },
+    }  # fmt: skip
+    square: Any = {"height": SIZE, "width": SIZE}
+    longest: Any = {"longest_edge": SIZE}
+    images = SamImageProcessorPil(size=longest, pad_size=square, mask_size=longest, mask_pad_size=square)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(1)
+        SamModel(SamConfig(**parts, initializer_range=0.5)).save_pretrained(folder)
+        SamProcessor(images).save_pretrained(folder)
+    return folder
