@@ -21,6 +21,7 @@ from kvinv_pl.backbone import Backbone
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 from kvinv_pl.menagerie.judge import FILE, WORDS, Judge, accuracy, nearest_action
+from kvinv_pl.segmenter import Segmenter
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = 900_000
@@ -210,6 +211,7 @@ TINY: dict[str, list[str]] = {
     "vae": ["--count=24", "--size=32", "--channels=[8,8,8]", "--batch=4"],
     "unet": ["--count=24", "--size=32", "--channels=[16,16]", "--text_width=16", "--batch=4"],
     "judge": ["--count=24", "--size=32", "--batch=4", "--cases=4"],
+    "sam": ["--count=24", "--size=32", "--width=16", "--layers=2", "--batch=4", "--cases=2"],
 }
 
 
@@ -298,6 +300,8 @@ def test_an_export_is_an_ordinary_checkpoint_in_half_precision(
         assert str(trained) not in file.read_text(encoding="utf-8"), file
     assert json.loads((folder / "model_index.json").read_text())["safety_checker"] == [None, None]
     Judge.load(folder)
+    mask = Segmenter.load(str(folder / "sam")).segment(ANIMALS[0].render(), points=[(31, 40)])
+    assert mask.size == (SIZE, SIZE)
 
     backbone = Backbone.load(str(folder))
     assert backbone.sample_size == (32, 32)
@@ -331,3 +335,67 @@ def test_every_word_of_the_world_is_one_token_and_any_other_text_is_read(command
             == animal.prompt()
         )
     assert tokenizer("Äß zebra, 12 🐈")["input_ids"].count(tokenizer.eos_token_id) == 1
+
+
+# --- the SAM -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segmenting(command: Any) -> Any:
+    """tools/menagerie_training/segmenting.py as a module."""
+    return importlib.import_module("menagerie_training.segmenting")
+
+
+def masks_of(animals: list[Animal]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(animal.mask())) for animal in animals])[:, None].byte()
+
+
+def test_points_lie_on_what_is_asked_for_and_boxes_close_around_it(segmenting: Any) -> None:
+    masks = masks_of(ANIMALS[:8])
+    points, boxes = segmenting.points_on(masks, 20).long(), segmenting.boxes_of(masks).long()
+    for mask, on, (x0, y0, x1, y1) in zip(masks[:, 0].bool(), points, boxes.tolist(), strict=True):
+        assert mask[on[:, 1], on[:, 0]].all() and len(on.unique(dim=0)) > 1
+        inside = mask[y0 : y1 + 1, x0 : x1 + 1]
+        assert inside.sum() == mask.sum()
+        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+
+
+def test_every_prompt_of_the_training_tells_the_truth(segmenting: Any) -> None:
+    masks, seen = masks_of(ANIMALS[:8]), set[str]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for given in (segmenting.prompts(masks) for _ in range(30)):
+            seen.add(" ".join(given))
+            if "input_boxes" in given:
+                off = given["input_boxes"][:, 0] - segmenting.boxes_of(masks)
+                assert off.abs().max() <= segmenting.JITTER
+            if "input_points" in given:
+                x, y = given["input_points"][:, 0].long().unbind(-1)
+                there = masks[torch.arange(len(masks))[:, None], 0, y, x]
+                assert torch.equal(there.float(), given["input_labels"][:, 0])
+    assert seen == {"input_boxes", "input_points input_labels", "input_boxes input_points input_labels"}
+
+
+def test_the_loss_of_a_mask_is_least_at_the_truth(segmenting: Any) -> None:
+    masks = masks_of(ANIMALS[:4])[:, None]  # (n, one prompt, 1, h, w)
+    right = (masks.float() * 2 - 1) * 20
+    sure, none = torch.ones(4, 1, 3), torch.zeros(4, 1, 3)
+    logits = right.expand(-1, -1, 3, -1, -1)
+    loss, iou = segmenting.mask_loss(logits, sure, masks)
+    assert loss < 1e-3 and iou == 1
+    for worse, scores in ((logits, none), (-logits, none), (logits.roll(3, -1), sure), (logits * 0, none)):
+        assert segmenting.mask_loss(worse, scores, masks)[0] > loss + 0.1
+    assert segmenting.mask_loss(-logits, none, masks)[1] == 0
+
+
+def test_a_report_leaves_out_the_sam_of_a_folder_without_one(
+    command: Any, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporting = importlib.import_module("report_menagerie")
+    report, seeds = reporting.Report(), range(CHOOSING, CHOOSING + 2)
+    reporting.segmented(report, tmp_path, seeds, 32)
+    assert "has no SAM" in capsys.readouterr().out and not report.figures
+    (tmp_path / "sam").symlink_to(trained / "sam-trained")
+    reporting.segmented(report, tmp_path, seeds, 32)
+    assert len(report.figures) == 2 and all(0 <= value <= 100 for value in report.figures.values())
+    assert capsys.readouterr().out.count("bar") == 2
