@@ -87,9 +87,11 @@ def watching(
     """
     known = cross_attentions(unet)
     chosen = known if paths is None else list(paths)
-    if not chosen or (strange := sorted(set(chosen) - set(known))):
-        got = strange[0] if chosen else "none"
+    if strange := sorted(set(chosen) - set(known)) or ([] if chosen else ["none"]):
+        got = strange[0]
         raise UserError(f"expected cross-attentions of the U-Net, got {got}: choose from {', '.join(known)}")
+    if not positions:
+        raise UserError("expected token positions for a row or more, got none: [[2]] is for all rows")
     maps, inputs = Maps(), dict[str, tuple[int, int]]()
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -145,7 +147,8 @@ def _attention(
     if layer.norm_cross:
         context = layer.norm_encoder_hidden_states(context)
     q, k = layer.head_to_batch_dim(layer.to_q(x)), layer.head_to_batch_dim(layer.to_k(context))
-    q, k = (y if norm is None else norm(y) for y, norm in ((q, layer.norm_q), (k, layer.norm_k)))
+    q = q if layer.norm_q is None else layer.norm_q(q)
+    k = k if layer.norm_k is None else layer.norm_k(k)
     # (rows, heads, tokens, length)
     probability = layer.get_attention_scores(q, k, bias).float().unflatten(0, (len(x), layer.heads))
     share = (probability * wanted).sum(3)

@@ -34,7 +34,7 @@ def _grey(image: Image.Image) -> Image.Image:
     """A mask of any mode in 8 bits."""
     if image.has_transparency_data and not image.mode.startswith("I"):
         alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < 255:
+        if np.asarray(alpha).min() < 255:
             return alpha
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
@@ -80,7 +80,7 @@ def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
 
     def tokens(text: str) -> list[str]:
         ids = backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return backbone.tokenizer.convert_ids_to_tokens(ids)
+        return [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
 
     said, sought = tokens(prompt), tokens(word)
 

@@ -33,7 +33,7 @@ class Segmenter:
     def __init__(self, model: SamModel | Sam2Model, processor: SamProcessor | Sam2Processor) -> None:
         """Take both as loaded; see `load`."""
         self.model = model.eval().requires_grad_(False)
-        self.processor = processor
+        self.processor: Any = processor  # the two kinds take the same arguments, in the same order
 
     @classmethod
     def load(cls, checkpoint: str = "menagerie", device: str | torch.device = "cpu") -> Segmenter:

@@ -174,7 +174,7 @@ def _mask_of_word(picture: "Picture", word: str, source: str, checkpoint: str) -
     geometry = pictures.fit_geometry(picture.image.size, backbone.sample_size, backbone.multiple, "keep")
     mask = masks.from_word(backbone, pictures.to_pixels(picture.image, geometry), source, word)
     enlarged = pictures.to_image(mask.expand(3, -1, -1) * 2 - 1, geometry)
-    return enlarged.convert("L").point(lambda value: 255 * (value > 127))
+    return enlarged.convert("L").point([0] * 128 + [255] * 128)
 
 
 def _numbers(flag: str, text: str, wanted: str) -> tuple[float, ...]:

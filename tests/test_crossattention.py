@@ -114,6 +114,8 @@ def test_only_the_layers_that_are_named_are_looked_at(
     for wrong in (["up_blocks.9.attn2"], []):
         with pytest.raises(UserError, match=r"expected cross-attentions .*: choose from down_blocks\.0\."):
             watching(backbone.unet, ROWS, paths=wrong).__enter__()
+    with pytest.raises(UserError, match="expected token positions for a row or more"):
+        watching(backbone.unet, []).__enter__()
 
 
 def test_a_self_attention_in_the_decoder_knows_the_layers_before_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -123,11 +124,11 @@ def test_the_picture_is_asked_for_and_never_written_over(models: Path, cat: Path
 
 def test_where_nothing_is_found_another_prompt_is_asked_for(models: Path, cat: Path, tmp_path: Path) -> None:
     blind = Path(shutil.copytree(models / "sam", tmp_path / "blind"))
-    segmenter = Segmenter.load(str(blind))
-    for layer in segmenter.model.mask_decoder.output_hypernetworks_mlps:
+    model: Any = Segmenter.load(str(blind)).model
+    for layer in model.mask_decoder.output_hypernetworks_mlps:
         layer.proj_out.weight.zero_()
         layer.proj_out.bias.zero_()
-    segmenter.model.save_pretrained(blind)
+    model.save_pretrained(blind)
     refused(
         kvinv("mask", cat, "--sam", blind, "-o", tmp_path / "m.png"), "no subject was found: give another"
     )

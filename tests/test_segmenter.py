@@ -89,7 +89,7 @@ def test_without_a_prompt_it_is_the_most_prominent_answer_to_a_grid_of_points(
     folder: Path, segmenter: Segmenter, picture: Image.Image
 ) -> None:
     model, processor = SamModel.from_pretrained(folder), SamProcessor.from_pretrained(folder)
-    grid = [
+    grid: Any = [
         [(i + 0.5) * WIDE[0] / GRID, (j + 0.5) * WIDE[1] / GRID] for j in range(GRID) for i in range(GRID)
     ]
     inputs: Any = processor(picture, input_points=[[[point] for point in grid]], return_tensors="pt")
@@ -209,3 +209,15 @@ def test_sam_2_without_torchvision_is_refused(folder: Path, tmp_path: Path, kind
     change("config.json", model_type=kind)(copy)
     with pytest.raises(UserError, match="is SAM 2, which needs torchvision"):
         Segmenter.load(str(copy))
+
+
+@pytest.mark.parametrize("kind", ["sam2", "sam2_video"])
+def test_sam_2_is_asked_in_the_same_way(picture: Image.Image, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("torchvision", reason="transformers prepares pictures for SAM 2 with torchvision")
+    folder = segmenters.make_second(tmp_path / "sam2")
+    change("config.json", model_type=kind)(folder)
+    segmenter = Segmenter.load(str(folder))
+    answers = [segmenter.segment(picture), segmenter.segment(picture, points=[POINT], box=BOX)]
+    answers += [segmenter.segment(picture, points=[POINT]), segmenter.segment(picture, box=BOX)]
+    assert all(mask.size == WIDE and mask.mode == "L" for mask in answers)
+    assert len({mask.tobytes() for mask in answers}) > 1
