@@ -17,7 +17,7 @@ from kvinv_pl.sites import Selection, Site, select, self_attentions
 
 __all__ = ["Attachment", "CPAttention", "Sdpa", "Selection", "Site", "attach", "select", "self_attentions"]
 
-Looks = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"]]
+Looks = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"] | None]
 """looks(grid): where the rows of the edits look for the subject's word, see CPAttention.attend_edit."""
 
 
@@ -103,7 +103,8 @@ class CPAttention(nn.Module):
         """Eq. 2 of an edit in reading `frozen`: q is the edit's, K-bar and V-bar are the source's.
 
         If the variant `follows`, `subject` is the edit's own cross-attention to the subject's word on the
-        site's grid, as far as it is known, each row from 0 where it is least to 1 where it is most.
+        site's grid, as far as it is known, each row from 0 where it is least to 1 where it is most;
+        None before anything is.
         """
         return self.attend(q, k, v, sdpa)
 

@@ -147,8 +147,8 @@ def _attention(
     if layer.norm_cross:
         context = layer.norm_encoder_hidden_states(context)
     q, k = layer.head_to_batch_dim(layer.to_q(x)), layer.head_to_batch_dim(layer.to_k(context))
-    q = q if layer.norm_q is None else layer.norm_q(q)
-    k = k if layer.norm_k is None else layer.norm_k(k)
+    q = layer.norm_q(q) if layer.norm_q is not None else q
+    k = layer.norm_k(k) if layer.norm_k is not None else k
     # (rows, heads, tokens, length)
     probability = layer.get_attention_scores(q, k, bias).float().unflatten(0, (len(x), layer.heads))
     share = (probability * wanted).sum(3)

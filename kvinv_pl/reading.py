@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, cat
 
 from kvinv_pl.attention import Attachment
-from kvinv_pl.crossattention import Maps, watching
+from kvinv_pl.crossattention import Maps, cross_attentions, watching
 from kvinv_pl.errors import UserError
 from kvinv_pl.masks import START, word_positions
 from kvinv_pl.network import Network
@@ -105,7 +105,10 @@ class Reader:
         """From here on, variants are told where the edits look for the subject's word."""
         extra = 0 if self.source is None else len(self.source.contexts)
         unet = self.network.backbone.unet
-        maps = self._open.enter_context(watching(unet, [[]] * extra + positions, START))
+        # the decoder's say best where a word is, see masks.from_word
+        decoder = [path for path in cross_attentions(unet) if path.startswith("up_blocks.")]
+        watched = watching(unet, [[]] * extra + positions, START, decoder or None)
+        maps = self._open.enter_context(watched)
         self._open.enter_context(attachment.following(lambda grid: _looks(maps, extra, grid)))
 
     def _source(self) -> Source:
@@ -181,11 +184,11 @@ class Reader:
         source.z = step.z[None].to(self.network.device)  # z-tilde of the next step
 
 
-def _looks(maps: Maps, extra: int, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"]:
+def _looks(maps: Maps, extra: int, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
     """Where each edit's row looks for its word: this forward so far and those before, in equal parts."""
     known = [seen for seen in (maps.now(grid), maps.average(grid)) if seen is not None]
-    if not known:
-        raise UserError("CP-attn sits before every cross-attention: take masked with queries source")
+    if not known:  # the very first
+        return None
     # only the conditional rows have the word, and speak for their edits' unconditional ones
     seen = (sum(known[1:], known[0]) / len(known))[extra:][1::2].repeat_interleave(2, 0)
     least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)

@@ -149,11 +149,11 @@ def test_run_leaves_all_that_the_design_lists(cat: list[object], model: Path, tm
     assert tuning["attention"]["class_path"] == "kvinv_plugins.full_kv.FullKV"
     assert set(tuning["attention"]["init_args"]) == {"start", "noise_std", "scale"}
     assert tuning["sites"] and all(site.startswith("up_blocks.") for site in tuning["sites"])
-    assert (tuning["guidance"], tuning["negative"], tuning["seed"]) == (4.0, "red", 5)
+    assert (tuning["guidance"], tuning["negative"], tuning["seed"]) == (9.0, "red", 5)
     assert {"kvinv-pl", "torch", "lightning", "diffusers", "transformers", "peft"} <= set(run["versions"])
     assert run["reconstruction"]["psnr_to_round_trip"] > 0
     (dog,) = (record for target, record in edits(tmp_path / "run").items() if target == "a dog")
-    assert (dog["source"], dog["guidance"], dog["reading"], dog["start"]) == ("a cat", 4.0, "frozen", 0.1)
+    assert (dog["source"], dog["guidance"], dog["reading"], dog["start"]) == ("a cat", 9.0, "frozen", 0.0)
 
 
 def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], tmp_path: Path) -> None:
