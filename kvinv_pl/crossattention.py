@@ -146,7 +146,8 @@ def _attention(
         bias = layer.prepare_attention_mask(bias[asked], context.shape[1], len(x))
     if layer.norm_cross:
         context = layer.norm_encoder_hidden_states(context)
-    q, k = layer.head_to_batch_dim(layer.to_q(x)), layer.head_to_batch_dim(layer.to_k(context))
+    project: Any = layer.to_k  # which a cross-attention has
+    q, k = layer.head_to_batch_dim(layer.to_q(x)), layer.head_to_batch_dim(project(context))
     q = layer.norm_q(q) if layer.norm_q is not None else q
     k = layer.norm_k(k) if layer.norm_k is not None else k
     # (rows, heads, tokens, length)
