@@ -99,13 +99,15 @@ class Row:
 class Bench:
     """Tunes and edits the cases in run folders under `work`, by the command's own module and trainer."""
 
-    def __init__(self, cases: list[Case], work: Path, model: dict[str, Any]) -> None:
-        """Draw the sources and write their list."""
+    def __init__(
+        self, cases: list[Case], work: Path, model: dict[str, Any], masks: list[Path] | None = None
+    ) -> None:
+        """Draw the sources and write their list, with the masks of all cases or none."""
         self.cases, self.settings, self.work = cases, model, work
         self.sources = work / "sources"
         self.sources.mkdir(parents=True, exist_ok=True)
         rows = []
-        for case in cases:
+        for n, case in enumerate(cases):
             file = self.sources / f"{case.animal.seed}.png"
             if not file.exists():
                 case.animal.render().save(file)
@@ -114,9 +116,11 @@ class Bench:
                     "image": file.name,
                     "source": case.animal.prompt(),
                     "targets": [case.animal.prompt(case.target)],
+                    **({"mask": masks[n].name} if masks else {}),
                 }
             )
-        self.list = self.sources / f"{cases[0].animal.seed}-{len(cases)}.jsonl"
+        kind = "-masked" if masks else ""
+        self.list = self.sources / f"{cases[0].animal.seed}-{len(cases)}{kind}.jsonl"
         self.list.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def module(self, **settings: Any) -> KVInversion:
@@ -158,9 +162,11 @@ class Bench:
             found = [_edits(work, wanted)[-1] for work in data.works]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
             pictures = [Image.open(file).convert("RGB") for _, file in found]
-            way = ", ".join(f"{name} {value}" for name, value in ways.items())
+            name = ", ".join([label, *(f"{name} {value}" for name, value in ways.items())])
             extra = {"reconstruction dB": quality, "tune s": seconds / len(self.cases), "edit s": took}
-            rows.append(Row(f"{label}, {way}", pictures, extra))
+            rows.append(Row(name, pictures, extra))
+        first = data.works[0].store.step(0)
+        self.values_of_psi = sum(value.numel() for value in first.psi.values())
         return rows
 
     @staticmethod
@@ -182,6 +188,24 @@ class Bench:
             z = backbone.encode(to_pixels(picture, geometry)[None])
             pictures.append(to_image(backbone.decode(z)[0], geometry))
         return Row(name, pictures)
+
+
+def in_processes(
+    workers: int, seed_base: int, cases: int, share: Callable[..., None], *arguments: Any
+) -> None:
+    """Call share(seeds, *arguments) in processes of one thread each, every one with a part of the seeds."""
+    each = -(-cases // workers)
+    seeds = range(seed_base, seed_base + cases)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        parts = [seeds[n : n + each] for n in range(0, cases, each)]
+        for task in [pool.submit(_quietly, share, part, *arguments) for part in parts]:
+            task.result()
+
+
+def _quietly(share: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        share(*arguments)
 
 
 def _edits(work: Any, wanted: dict[str, Any]) -> list[tuple[dict[str, Any], Path]]:
@@ -229,15 +253,7 @@ def bench(
         workers: Processes of one thread each that share the cases; times are then those of one thread.
     """
     if workers > 1:
-        share = -(-cases // workers)
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            slices = [range(seed_base, seed_base + cases)[n : n + share] for n in range(0, cases, share)]
-            tasks = [
-                pool.submit(_quietly, len(part), part[0], work, starts, readings, slots, model, untuned)
-                for part in slices
-            ]
-            for task in tasks:
-                task.result()
+        in_processes(workers, seed_base, cases, _share, work, starts, readings, slots, model, untuned)
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
     run = Bench(drawn, work, {"slots": slots, **json.loads(model)})
     rows = [
@@ -271,14 +287,11 @@ def bench(
     print(f"sheets in {folder}")
 
 
-def _quietly(
-    cases: int, seed_base: int, work: Path, starts: list[float], readings: list[str], slots: int,
-    model: str, untuned: bool,
-) -> None:  # fmt: skip
+def _share(
+    seeds: range, work: Path, starts: list[float], readings: list[str], slots: int, model: str, untuned: bool
+) -> None:
     """One worker's share: what it leaves on disk is what the table is made of."""
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        bench(cases, seed_base, work, starts, readings, slots, model, untuned, sheets=0)
+    bench(len(seeds), seeds[0], work, starts, readings, slots, model, untuned, sheets=0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Every attention variant on the embedded world, where the true picture of every edit is known.
+
+    python tools/bench_variants.py --cases 64 --seed-base 1000000
+
+prints one row for each variant, with the columns of bench_actions.py, the values of psi for one timestep, and
+times relative to sampling a picture with the same model; and writes a page of six cases under all of them.
+Masks are those that the embedded SAM finds from one point on the animal. Interrupted, it goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_actions import COLUMNS, Bench, Case, Row, in_processes
+from calling import call
+from PIL import Image
+
+from kvinv_pl.module import KVInversion
+from kvinv_pl.segmenter import Segmenter
+from kvinv_pl.sheet import sheet
+
+PLUGINS = "kvinv_plugins"
+FULL, LOW = f"{PLUGINS}.full_kv.FullKV", f"{PLUGINS}.low_rank.LowRank"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no control": {"class_path": FULL},
+    "full_kv": {"class_path": FULL},
+    "v_only": {"class_path": f"{PLUGINS}.v_only.VOnly"},
+    "masked full_kv": {
+        "class_path": f"{PLUGINS}.masked.Masked",
+        "init_args": {"inner": {"class_path": FULL}, "queries": "union"},
+    },
+    "low_rank 1": {"class_path": LOW, "init_args": {"rank": 1}},
+    "low_rank 4": {"class_path": LOW, "init_args": {"rank": 4}},
+    "low_rank 16": {"class_path": LOW, "init_args": {"rank": 16}},
+    "recorded": {"class_path": f"{PLUGINS}.recorded.Recorded"},
+}
+
+
+def found_masks(cases: list[Case], work: Path) -> list[Path]:
+    """The masks that SAM finds in the sources from the point of each animal that is nearest to its middle."""
+    segmenter, files = Segmenter.load("menagerie"), list[Path]()
+    for case in cases:
+        file = work / "sources" / f"{case.animal.seed}-mask.png"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            there = np.argwhere(np.array(case.animal.mask()))
+            y, x = there[np.square(there - there.mean(0)).sum(1).argmin()]
+            segmenter.segment(case.animal.render(), [(float(x) + 0.5, float(y) + 0.5)]).save(file)
+        files.append(file)
+    return files
+
+
+def rows_of(cases: list[Case], work: Path, slots: int) -> list[Row]:
+    """One row a variant: tuned and edited with the defaults, but for the variant."""
+    rows = []
+    for name, attention in VARIANTS.items():
+        masks = found_masks(cases, work) if "masked" in name else None
+        bench = Bench(cases, work, {"slots": slots, "attention": attention}, masks)
+        free = name == "no control"
+        tuning = {"tolerance": float("inf")} if free else {}
+        (row,) = bench.rows(name, tuning, [{"reading": "blend", "start": 1.0} if free else {}])
+        row.name = name
+        psi = {} if free else {"psi": float(bench.values_of_psi)}
+        rows.append(Row(name, row.pictures, row.extra | psi))
+    return rows
+
+
+def seconds_to_sample() -> float:
+    """What sampling one picture takes with as many steps: one forward of two rows a step."""
+    module = KVInversion()
+    backbone = module.load_backbone(torch.float32)
+    side = backbone.sample_size[0] // backbone.vae_factor
+    z, contexts = torch.zeros(2, backbone.latent_channels, side, side), backbone.embed(["", "a cat"])
+    taken = []
+    for _ in range(10):
+        began = time.perf_counter()
+        with torch.no_grad():
+            backbone.eps(z, torch.full((2,), 500), contexts)
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken)) * module.steps
+
+
+def share(seeds: range, work: Path, slots: int) -> None:
+    """One worker's share: what it leaves on disk is what the table is made of."""
+    rows_of([Case.of_seed(seed) for seed in seeds], work, slots)
+
+
+def bench(
+    cases: int = 64,
+    seed_base: int = 1_000_000,
+    work: Path = Path("work_bench/variants"),
+    slots: int = 16,
+    workers: int = 1,
+) -> None:
+    """Print the table and write the page of the first six cases.
+
+    Args:
+        cases: How many.
+        seed_base: The first seed.
+        work: Where run folders and the page lie; what is there is not computed again.
+        slots: Cases tuned side by side.
+        workers: Processes of one thread each that share the cases.
+    """
+    if workers > 1:
+        in_processes(workers, seed_base, cases, share, work, slots)
+    drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
+    torch.set_num_threads(1)  # as the cases were timed
+    sampling = seconds_to_sample()
+    rows = rows_of(drawn, work, slots)
+    columns = [column for column in COLUMNS if not column.endswith(" s")]
+    print("| | " + " | ".join([*columns, "psi", "to tune", "to edit"]) + " |")
+    print("|---" * (len(columns) + 4) + "|")
+    for row in rows:
+        means = row.means(drawn)
+        cells = [f"{means[column]:.2f}" for column in columns]
+        psi = f"{row.extra['psi']:,.0f}" if "psi" in row.extra else ""
+        times = [f"{row.extra[column] / sampling:.1f} x" for column in ("tune s", "edit s")]
+        print(f"| {row.name} | " + " | ".join([*cells, psi, *times]) + " |")
+    pages: list[Image.Image] = []
+    for n, case in enumerate(drawn[:6]):
+        pictures = [case.animal.render(), case.animal.render(case.target), *[row.pictures[n] for row in rows]]
+        captions = [f"source: {case.animal.action}", f"truth: {case.target}", *[row.name for row in rows]]
+        pages.append(sheet(pictures, captions))
+    page = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), "white")
+    top = 0
+    for each in pages:
+        page.paste(each, (0, top))
+        top += each.height
+    page.save(work / "variants.png")
+    print(f"{work / 'variants.png'}")
+
+
+if __name__ == "__main__":
+    call(bench)
