@@ -124,14 +124,9 @@ def sites(
             f"{(psi[site] + bars[site]) * each:>14.2f}"
         )
     values, both = (sum(counts[site] for site in chosen) for counts in (psi, bars))
-    print(
-        f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi for one step; "
-        f"{steps} steps on disk:"
-    )
+    print(f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi a step; {steps} steps take")
     print(f"  with kv replayed: {values * each:.2f} MiB on disk, psi as {store_dtype}")
-    print(
-        f"  with kv stored: {(values + both) * each:.2f} MiB, both guidance branches of K-bar and V-bar too"
-    )
+    print(f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar (both branches) with it")
 
 
 def _values(cp: CPAttention) -> int:
