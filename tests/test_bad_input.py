@@ -265,7 +265,7 @@ def test_a_list_without_images_or_with_broken_lines_is_refused(good: list[object
     )
     (tmp_path / "list.jsonl").write_text('{"image": "cat.png"}\n{"image"\n')
     refused(kvinv("run", *good, "--image", tmp_path / "list.jsonl"), "line 2 of", "is not JSON")
-    (tmp_path / "late.csv").write_text("image\ncat.png\nnope.png\n")
+    (tmp_path / "late.csv").write_text("image\nnone.png\nnope.png\n")
     refused(kvinv("run", *good, "--image", tmp_path / "late.csv"), "nope.png, found nothing")
     assert not (tmp_path / "out").exists()
 
