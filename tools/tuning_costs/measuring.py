@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,6 +96,18 @@ class LiveMemory(TorchDispatchMode):
 
     def _part(self, size: int) -> None:
         self.bytes -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention in one kernel, as on a GPU; tensors on meta would otherwise see every score in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace attention without a mask, and nothing else."""
+        given = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and len(args) == 3 and given.get("attn_mask") is None:
+            attend = torch.ops.aten._scaled_dot_product_flash_attention
+            return attend(*args, scale=given.get("scale"))[0]
+        return func(*args, **given)
 
 
 def _now() -> float:

@@ -15,7 +15,9 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from kvinv_pl import menagerie
 from kvinv_pl.attention import Attachment, Selection, attach, select, self_attentions
+from kvinv_pl.checkpoint import quiet
 from kvinv_pl.front import Front
 
 FOUR_LEVELS: dict[str, Any] = {
@@ -51,8 +53,10 @@ class Tuning:
         """The U-Net of a geometry on a device, frozen and held in dtype; "meta" takes no memory."""
         config = {**FOUR_LEVELS, **GEOMETRIES[geometry]}
         with torch.device(device):
-            unet: Any = UNet2DConditionModel(**config)
-            unet = unet.to(dtype).requires_grad_(False).eval()
+            unet = UNet2DConditionModel(**config)
+            for value in unet.parameters():  # .to() of diffusers warns of what its own loading would keep
+                value.data = value.data.to(dtype)
+            unet.requires_grad_(False).eval()
             size, width = config["sample_size"], config["cross_attention_dim"]
             sites = select(self_attentions(unet, (size, size)), Selection(where))
             psi = {site.path: FullKV(site) for site in sites}
@@ -82,29 +86,29 @@ class Tuning:
 
 def tiny_checkpoint(folder: Path) -> Path:
     """A Stable Diffusion folder whose network costs next to nothing, so that what is around it shows."""
-    from kvinv_pl.menagerie import checkpoint
-
-    source = checkpoint()
+    source = menagerie.checkpoint()
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / "model_index.json", folder)
-    vocabulary = len(json.loads((source / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
+    vocabulary = json.loads((source / "text_encoder" / "config.json").read_text())["vocab_size"]
     blocks: Any = {"block_out_channels": (8, 8), "norm_num_groups": 4}
     torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **blocks,
-    ).save_pretrained(folder / "unet")  # fmt: skip
-    down: Any = ("DownEncoderBlock2D",) * 2
-    up: Any = ("UpDecoderBlock2D",) * 2
-    AutoencoderKL(
-        latent_channels=4, down_block_types=down, up_block_types=up, sample_size=16, **blocks
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=77,
-        )
-    ).save_pretrained(folder / "text_encoder")  # fmt: skip
+    with quiet():
+        UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **blocks,
+        ).save_pretrained(folder / "unet")  # fmt: skip
+        down: Any = ("DownEncoderBlock2D",) * 2
+        up: Any = ("UpDecoderBlock2D",) * 2
+        AutoencoderKL(
+            latent_channels=4, down_block_types=down, up_block_types=up, sample_size=16, **blocks
+        ).save_pretrained(folder / "vae")  # fmt: skip
+        CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, max_position_embeddings=32,
+                bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            )
+        ).save_pretrained(folder / "text_encoder")  # fmt: skip
     return folder

@@ -1,0 +1,122 @@
+"""Whole runs through the trainer: what Lightning adds to a step, what an edit costs, what a dtype loses."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+
+from kvinv_pl.data import SourceImages
+from kvinv_pl.menagerie import Animal
+from kvinv_pl.module import KVInversion
+from kvinv_pl.store import RunStore
+from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.tuning import reconstruct, squared_errors
+
+NEVER: dict[str, Any] = {"tolerance": 0.0, "tolerance_growth": 0.0}
+
+
+class StepTimes(Callback):
+    """Seconds from the start of one inner step to the start of the next."""
+
+    def __init__(self) -> None:
+        """Nothing was timed."""
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Between two phases there is more than a step."""
+        self._last = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A step begins."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def picture(folder: Path, seed: int) -> tuple[Path, str]:
+    """An animal drawn into the folder, and its prompt."""
+    animal = Animal.sample(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    animal.render().save(folder / f"{seed}.png")
+    return folder / f"{seed}.png", animal.prompt()
+
+
+def steps_with_and_without_lightning(
+    checkpoint: Path, folder: Path, inner_steps: int, rounds: int
+) -> list[tuple[float, float]]:
+    """For each round, the median seconds of an inner step in the trainer and in a loop of plain torch."""
+    image, source = picture(folder, 900_000)
+    found = []
+    for n in range(rounds + 1):  # the first is not counted
+        module = KVInversion(str(checkpoint), steps=2, inner_steps=inner_steps, **NEVER)
+        times = StepTimes()
+        trainer = KVTrainer(accelerator="cpu", logger=False, quiet=True, callbacks=[times])
+        out = folder / f"run-{n}"
+        trainer.fit(module, datamodule=SourceImages(str(image), source, out=str(out)))
+        plain = _plain_steps(module, RunStore(out), source, inner_steps)
+        if n:
+            found.append((statistics.median(times.seconds), statistics.median(plain)))
+    return found
+
+
+def _plain_steps(module: KVInversion, store: RunStore, source: str, inner_steps: int) -> list[float]:
+    """The first phase once more, without Lightning."""
+    network, z = module.network, store.trajectory()[:, None]
+    contexts = network.backbone.embed(["", source])[:, None]
+    eps = network.guided_eps(contexts, module.tuning_guidance)
+    for cp in network.cps:
+        cp.reset()
+    adam, seconds = torch.optim.Adam(list(network.psi.parameters()), lr=1e-2), []
+    for _ in range(inner_steps):
+        began = time.perf_counter()
+        with network.attached().blend(), network.front.kept():
+            errors = squared_errors(z[-2], reconstruct(eps, z[-1], network.table, 0))
+            if float(errors.detach().max()) / z[0].numel() <= 0:
+                break
+            adam.zero_grad()
+            errors.sum().backward()
+            adam.step()
+        seconds.append(time.perf_counter() - began)
+    network.front.forget()
+    return seconds[1:]
+
+
+def edits(checkpoint: str, folder: Path, steps: int) -> dict[str, Callable[[], float]]:
+    """Edits of one tuned picture, each giving its seconds: with stored K-bar and V-bar, and plain DDIM."""
+    image, source = picture(folder, 900_000)
+    settings: dict[str, Any] = {"steps": steps, "tolerance": float("inf")}
+    module, out = KVInversion(checkpoint, **settings), folder / "run"
+    KVTrainer(accelerator="auto", logger=False, quiet=True).fit(
+        module, datamodule=SourceImages(str(image), source, out=str(out))
+    )
+    target = source.replace(Animal.sample(900_000).action, "running")
+
+    def edit(start: float) -> float:
+        module.start = start
+        KVTrainer(accelerator="auto", logger=False, quiet=True).edit(
+            module, SourceImages(run=str(out), targets=[target])
+        )
+        record = next(r for r, _ in reversed(RunStore(out).edits()) if r["start"] == start)
+        return float(record["figures"]["seconds"])
+
+    return {"stored K-bar and V-bar": lambda: edit(0.0), "plain DDIM": lambda: edit(1.0)}
+
+
+def kept_as(dtype: str, folder: Path, seed: int, settings: dict[str, Any]) -> tuple[int, float]:
+    """Bytes of a picture's psi, K-bar and V-bar, and the reconstruction's PSNR to the VAE round trip."""
+    image, source = picture(folder, seed)
+    out = folder / f"{seed}-{dtype}"
+    module = KVInversion(**{**settings, "store_dtype": dtype})
+    KVTrainer(accelerator="auto", logger=False, quiet=True).fit(
+        module, datamodule=SourceImages(str(image), source, out=str(out))
+    )
+    size = sum(file.stat().st_size for file in (out / "steps").glob("*.safetensors"))
+    return size, RunStore(out).read_run()["reconstruction"]["psnr_to_round_trip"]
