@@ -2,7 +2,7 @@
 # Another Python: make test PYTHON=python3.12. Some tests only: make test ARGS="tests/test_ddim.py -k round_trip".
 PYTHON ?= python3
 SOURCE ?= a striped blue cat standing on sand
-TARGETS ?= --target "a striped blue cat running on sand" --target "a striped blue cat lying on sand"
+TARGETS ?= --target "a striped blue cat running on sand" --target "a striped blue cat sitting on sand"
 ARGS ?=
 
 VENV := .venv
