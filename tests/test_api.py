@@ -61,7 +61,7 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
     assert (kv.model.guidance, kv.model.reading, kv.model.start, kv.model.negative) == (
         2.0,
         "frozen",
-        0.1,
+        0.0,
         "",
     )
     assert run.edit(TARGET).tobytes() == plain
@@ -134,7 +134,9 @@ def test_a_picture_in_memory_is_turned_as_its_camera_says(tmp_path: Path) -> Non
 
 def test_a_mask_may_be_a_picture_in_memory(kv: KVInverter, image: Path) -> None:
     with pytest.raises(UserError, match="a mask was given, but FullKV takes none"):
-        kv.tune(image, SOURCE, mask=Image.new("L", (45, 30), 255))
+        mask = Image.new("L", (45, 30))
+        mask.paste(255, (10, 10, 30, 20))
+        kv.tune(image, SOURCE, mask=mask)
 
 
 def test_the_crop_is_returned_as_the_crop(kv: KVInverter, image: Path) -> None:
