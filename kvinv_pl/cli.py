@@ -204,7 +204,7 @@ def _stage(verb: str, argv: list[str]) -> None:
                     raise
                 raise UserError(f"the settings do not fit together: {error}") from error
             # a rank for each further device is this command once more
-            self.trainer.ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
+            cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
 
     strict = {"exit_on_error": False}
     try:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from kvinv_pl.errors import UserError
 
@@ -77,7 +77,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
                 f"{len(self.parallel_devices)} devices: ask for as many as there are processes"
             )
         self._root_device = self.parallel_devices[self.local_rank]
-        rank_zero_only.rank = 0  # every rank logs the pictures that it works on
+        # every rank logs the pictures that it works on
+        rank_zero_only.rank = 0  # pyright: ignore[reportFunctionMemberAccess]
 
     @property
     def is_global_zero(self) -> bool:
