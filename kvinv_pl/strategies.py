@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.rank_zero import (
-    rank_zero_only,  # pyright: ignore[reportPrivateImportUsage]
-)
 
 from kvinv_pl.errors import UserError
 
