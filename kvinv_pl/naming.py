@@ -1,6 +1,7 @@
 """How a variant is named on the command line and in YAML: shortly, by its class path, or in a file nearby."""
 
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -34,14 +35,19 @@ def make_importable(configs: Sequence[str] = ()) -> None:
 
 
 def spell_out(argv: Sequence[str], option: str) -> list[str]:
-    """`option` full_kv, as `kvinv variants` lists it, by the class that it stands for."""
+    """`option` full_kv, as `kvinv variants` lists it, by the class that it stands for.
+
+    So is `option`.inner, the variant that it wraps.
+    """
+    named = re.compile(rf"{re.escape(option)}((\.init_args)?\.inner)*")
     out, left = list[str](), deque(argv)
     while left:
         arg = left.popleft()
         flag, equals, name = arg.partition("=")
-        if flag == option and not equals and left:
+        is_named = named.fullmatch(flag) is not None
+        if is_named and not equals and left:
             name = left.popleft()
-        elif flag != option or not equals:
+        elif not (is_named and equals):
             out.append(arg)
             continue
         out.append(f"{flag}={_class_path(name)}")
