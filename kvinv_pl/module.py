@@ -315,14 +315,15 @@ class KVInversion(LightningModule):
                 missed = ((known.pop() if fresh else self._reconstruct()) - self._pivot).flatten(1)
                 return torch.where(running[:, None], missed, 0)
 
-            def loss() -> Tensor:
+            def lowered() -> float:
                 optimizer.zero_grad()
                 total = residuals().square().sum()
                 self.manual_backward(total)
-                return total.detach()
+                return float(total.detach())
 
             if _needs_closure(optimizer):
-                optimizer.step(residuals if _reads_residuals(optimizer) else loss)
+                closure: Any = residuals if _reads_residuals(optimizer) else lowered
+                optimizer.step(closure)
             else:
                 optimizer.zero_grad()
                 self.manual_backward(errors[running].sum())

@@ -91,7 +91,11 @@ def tiny_checkpoint(folder: Path) -> Path:
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / "model_index.json", folder)
     vocabulary = json.loads((source / "text_encoder" / "config.json").read_text())["vocab_size"]
-    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    coders: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     torch.manual_seed(0)
     with quiet():
         UNet2DConditionModel(
@@ -100,8 +104,7 @@ def tiny_checkpoint(folder: Path) -> Path:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **blocks,
         ).save_pretrained(folder / "unet")  # fmt: skip
         AutoencoderKL(
-            latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, **blocks,
+            latent_channels=4, sample_size=16, **blocks, **coders,
         ).save_pretrained(folder / "vae")  # fmt: skip
         CLIPTextModel(
             CLIPTextConfig(
