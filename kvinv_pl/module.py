@@ -478,14 +478,15 @@ class KVInversion(LightningModule):
                 z = known.pop() if fresh else self._reconstruct()
                 return torch.where(running[:, None], (z - self._pivot).flatten(1), 0)
 
-            def missed() -> Tensor:
+            def lowered() -> float:
                 optimizer.zero_grad()
                 total = residuals().square().sum()
                 self.manual_backward(total)
-                return total.detach()
+                return float(total.detach())
 
             if _needs_closure(optimizer):
-                optimizer.step(residuals if _reads_residuals(optimizer) else missed)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                closure: Any = residuals if _reads_residuals(optimizer) else lowered
+                optimizer.step(closure)
             else:
                 optimizer.zero_grad()
                 self.manual_backward(errors[running].sum())

@@ -173,7 +173,7 @@ def report(
     seed_base: int = REPORTING_SEED,
     cases: int = 200,
     samples: int = 200,
-    guidance: float = 4.0,
+    guidance: float = 9.0,
     steps: int = 50,
     batch: int = 50,
     out: Path = Path("runs/report_menagerie"),
@@ -185,7 +185,7 @@ def report(
         seed_base: first seed of the animals; 1,000,000 and up are for reporting
         cases: animals for the autoencoder, the judges and the SAM
         samples: pictures sampled from noise; 0 leaves them out
-        guidance: guidance scale of the samples
+        guidance: guidance scale of the samples; the default is that of an edit
         steps: DDIM steps of the samples
         batch: samples at once
         out: folder of round_trips.png, samples.png and report.json

@@ -21,7 +21,7 @@ from kvinv_pl.optimizers import GaussNewtonDescent
 from kvinv_pl.tuning import reconstruct, squared_errors
 from tuning_costs import measuring, null_text
 
-Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+Optimizer = Callable[[list[Tensor]], Any]
 WAYS: dict[str, tuple[Optimizer, tuple[int, ...]]] = {
     "Adam 1e-2": (partial(torch.optim.Adam, lr=1e-2), (3, 10)),
     "Adam 3e-2": (partial(torch.optim.Adam, lr=3e-2), (1, 2, 3)),
@@ -84,7 +84,7 @@ class Picture:
             with network.attached().blend(), network.front.kept():
                 for _ in range(inner_steps):
                     if getattr(chosen, "reads_residuals", False):
-                        chosen.step(residuals)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                        chosen.step(residuals)
                     else:
                         chosen.zero_grad()
                         squared_errors(pivot, reconstruct(eps, z, network.table, i)).sum().backward()

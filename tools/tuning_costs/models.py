@@ -91,7 +91,11 @@ def tiny_checkpoint(folder: Path) -> Path:
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / "model_index.json", folder)
     vocabulary = json.loads((source / "text_encoder" / "config.json").read_text())["vocab_size"]
-    blocks: Any = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    coders: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     torch.manual_seed(0)
     with quiet():
         UNet2DConditionModel(
@@ -99,10 +103,8 @@ def tiny_checkpoint(folder: Path) -> Path:
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **blocks,
         ).save_pretrained(folder / "unet")  # fmt: skip
-        down: Any = ("DownEncoderBlock2D",) * 2
-        up: Any = ("UpDecoderBlock2D",) * 2
         AutoencoderKL(
-            latent_channels=4, down_block_types=down, up_block_types=up, sample_size=16, **blocks
+            latent_channels=4, sample_size=16, **blocks, **coders,
         ).save_pretrained(folder / "vae")  # fmt: skip
         CLIPTextModel(
             CLIPTextConfig(
