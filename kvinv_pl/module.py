@@ -24,6 +24,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.failures import Failures
 from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
+from kvinv_pl.reading import subject_positions
 from kvinv_pl.store import Step
 from kvinv_pl.tuning import reconstruct, squared_errors
 from kvinv_pl.work import Stage, Work
@@ -217,6 +218,8 @@ class KVInversion(LightningModule):
                     f"subject: got {self.subject!r}, but {type(variant).__name__} does not follow it: "
                     "leave it out"
                 )
+            if variant.follows:  # rather than after the tuning
+                subject_positions(self.network.backbone, work.source, work.targets, self.subject)
         if stage == "fit":
             self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()

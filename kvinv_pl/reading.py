@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, cat
 
 from kvinv_pl.attention import Attachment
+from kvinv_pl.backbone import Backbone
 from kvinv_pl.crossattention import Maps, cross_attentions, watching
 from kvinv_pl.errors import UserError
 from kvinv_pl.masks import START, word_positions
@@ -40,20 +41,33 @@ def subject_of(source: str, target: str) -> str:
     """The word for the subject where none is given: the last that both prompts have before they differ.
 
     "a cat standing on grass" and "a cat running on grass" are both of a cat. Raises UserError where both
-    begin with nothing in common.
+    begin with nothing in common, or do not differ.
     """
-    common = []
-    for said, asked in zip(source.split(), target.split(), strict=False):
-        if said.strip(",.;:").lower() != asked.strip(",.;:").lower():
-            break
-        common.append(asked.strip(",.;:"))
+    said, asked = ([word.strip(",.;:") for word in prompt.split()] for prompt in (source, target))
+    alike = [mine.lower() == its.lower() for mine, its in zip(asked, said, strict=False)]
+    common = asked[: [*alike, False].index(False)]
     words = [word for word in common if word.lower() not in STRUCTURE]
-    if not words:
+    if not words or (all(alike) and len(said) == len(asked)):
         raise UserError(
             f"subject: which word of {target!r} is the subject cannot be told from {source!r}: "
             "give --model.subject"
         )
     return words[-1]
+
+
+def subject_positions(
+    backbone: Backbone, source: str, targets: Sequence[str], subject: str | None
+) -> list[list[int]]:
+    """Where the subject's word stands among the tokens of each target; raises UserError if it does not.
+
+    Args:
+        backbone: The model.
+        source: What the picture shows.
+        targets: What it should become.
+        subject: The word, the same for all; None: see `subject_of`.
+    """
+    words = [subject or subject_of(source, target) for target in targets]
+    return [word_positions(backbone, target, word) for target, word in zip(targets, words, strict=True)]
 
 
 class Reader:
@@ -89,17 +103,11 @@ class Reader:
         self.contexts = network.backbone.embed([text for target in targets for text in (negative, target)])
         self.source = self._source() if (reading, kv) == ("frozen", "replayed") else None
         self._coming: dict[int, Future[Step]] = {}
-        follows = reading == "frozen" and any(cp.follows for cp in network.cps)
-        self._positions = self._subjects(targets, subject) if follows else None
+        self._positions: list[list[int]] | None = None  # a row's; the unconditional ones have no word
+        if reading == "frozen" and any(cp.follows for cp in network.cps):
+            found = subject_positions(network.backbone, store.read_run()["source"], targets, subject)
+            self._positions = [positions for each in found for positions in ([], each)]
         self._open = ExitStack()
-
-    def _subjects(self, targets: Sequence[str], subject: str | None) -> list[list[int]]:
-        """Where the subject's word stands in each row's prompt; the unconditional ones have none."""
-        source = self.store.read_run()["source"]
-        words = [subject or subject_of(source, target) for target in targets]
-        pairs = zip(targets, words, strict=True)
-        found = [word_positions(self.network.backbone, target, word) for target, word in pairs]
-        return [positions for each in found for positions in ([], each)]
 
     def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
         """From here on, variants are told where the edits look for the subject's word."""

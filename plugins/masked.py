@@ -23,7 +23,8 @@ class Masked(CPAttention):
         site: The self-attention to upgrade.
         inner: The variant that learns K-bar and V-bar; left out, it is the paper's own, full_kv.
         queries: Which queries are the subject's. source: where the source has it, by the mask. words: where
-            the edit's cross-attention looks for the subject's word. union: both, because the subject moves.
+            the edit's cross-attention looks for the subject's word most, as many as the source's mask has.
+            union: both, because the subject moves.
         separate: Whether the other queries read the background's keys alone, or all keys.
     """
 
@@ -43,9 +44,11 @@ class Masked(CPAttention):
         make = inner or resolve("full_kv")
         self.options = {**self.options, "inner": make}
         self.inner = make(site)
+        if isinstance(self.inner, Masked):
+            raise UserError("inner: expected a variant to put the mask around, got Masked: name another one")
         self.queries, self.separate = queries, separate
         self.observes, self.at_pivot = self.inner.observes, self.inner.at_pivot
-        self.follows = queries != "source"
+        self.follows = queries != "source" or self.inner.follows
         self.exempt = {
             **self.inner.exempt,
             "reading frozen": "an edit's queries are parted, the source's are not",
@@ -128,5 +131,8 @@ class Masked(CPAttention):
         there = self._subject[None]
         if self.queries == "source" or subject is None:
             return there
-        looked_for = subject.flatten(2) > 0.5
+        # it moves, and is as large as it was: cut midway, such a map has half of the picture
+        size = there.sum(2, keepdim=True)
+        rank = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2)
+        looked_for = rank < size
         return looked_for if self.queries == "words" else looked_for | there

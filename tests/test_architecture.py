@@ -69,7 +69,7 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"backbone", "crossattention", "errors", "pictures"},
     "segmenter": {"checkpoint", "errors", "menagerie"},
     "network": {"attention", "backbone", "curriculum", "editing", "errors", "front"},
-    "reading": {"attention", "crossattention", "errors", "masks", "network", "store"},
+    "reading": {"attention", "backbone", "crossattention", "errors", "masks", "network", "store"},
 }
 ARROWS |= {
     "certificate": {"errors", "network", "pictures", "records", "store"},

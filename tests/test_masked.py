@@ -1,0 +1,529 @@
+"""Eq. 2 apart for subject and background: by itself, in a fit and its edits, and from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+import torch
+import yaml
+from commands import QUICK, Answer, kvinv, photograph, refused
+from fits import SOURCE, TARGET
+from jaxtyping import TypeCheckError
+from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.v_only import VOnly  # pyright: ignore[reportMissingImports]
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from kvinv_pl.attention import CPAttention, Site
+from kvinv_pl.data import SourceImages
+from kvinv_pl.errors import UserError
+from kvinv_pl.module import KVInversion
+from kvinv_pl.reading import STRUCTURE, subject_of
+from kvinv_pl.store import RunStore
+from kvinv_pl.testing.bench import attention, fused
+
+# Lightning's command line calls jsonargparse by an older name
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+SITE = Site("up_blocks.1.attn1", slots=3, grid=(4, 6), dim=8, heads=2)
+SDPA = attention(SITE.heads, fused)
+Make = Callable[[Site], CPAttention]
+INNER: dict[str, Make] = {
+    "full_kv": FullKV,
+    "v_only": VOnly,
+    "low_rank": partial(LowRank, rank=2),
+    "recorded": Recorded,
+}
+
+
+class Near(Recorded):
+    """Looks at itself and the token before it alone; by a mask that is bool, or added to the scores."""
+
+    def __init__(self, site: Site, added: bool = False) -> None:
+        super().__init__(site)
+        self.added = added
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sdpa: Callable[..., Tensor]) -> Tensor:
+        near = torch.eye(q.shape[2], dtype=torch.bool)
+        near |= near.roll(-1, 1)
+        added = torch.zeros(near.shape).masked_fill(~near, -torch.inf)
+        return sdpa(q, k, v, added if self.added else near)
+
+
+# ------------------------------------------------------------------------------------------- Eq. 2 by itself
+
+
+def features(seed: int, branches: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(branches, SITE.slots, SITE.tokens, SITE.dim, generator=generator)
+
+
+def halves(height: int = 12, width: int = 18) -> Tensor:
+    """A mask for each slot, of another size than the grid: the left third, the upper half, the right half."""
+    masks = torch.zeros(3, height, width)
+    masks[0, :, : width // 3] = masks[1, : height // 2] = masks[2, :, width // 2 :] = 1
+    return masks
+
+
+def on_grid() -> Tensor:
+    """The same for tokens: (slots, tokens)."""
+    return halves(*SITE.grid).flatten(1) > 0.5
+
+
+def most(looks: Tensor) -> Tensor:
+    """As many tokens of each slot as its mask has, those that are looked at most."""
+    flat = looks.flatten(2)
+    order = flat.sort(descending=True).values
+    least = [order[:, slot, int(size) - 1] for slot, size in enumerate(on_grid().sum(1))]
+    return flat >= torch.stack(least, 1)[..., None]
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, subject: Tensor, keys: Tensor, separate: bool) -> Tensor:
+    """Every query by itself, from the keys that it may read; `subject` is of queries, `keys` of keys."""
+    out = torch.empty_like(q)
+    size = SITE.dim // SITE.heads
+    for branch, slot, token in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        if subject[branch, slot, token]:
+            read = keys[slot]
+        else:
+            read = ~keys[slot] if separate else torch.ones_like(keys[slot])
+        for head in range(SITE.heads):
+            of = slice(head * size, (head + 1) * size)
+            scores = k[branch, slot, read][:, of] @ q[branch, slot, token, of] / size**0.5
+            out[branch, slot, token, of] = scores.softmax(0) @ v[branch, slot, read][:, of]
+    return out
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("queries", ["source", "words", "union"])
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_subjects_queries_read_the_subjects_keys_in_every_slot(
+    inner: str, queries: Any, separate: bool
+) -> None:
+    cp = Masked(SITE, INNER[inner], queries, separate)
+    with torch.no_grad():
+        for value in cp.parameters():
+            value.normal_(generator=torch.Generator().manual_seed(value.numel()))
+    cp.bind(halves())
+    q, (k, v) = features(0), cp(features(1), features(2))
+    looks = torch.rand(4, SITE.slots, *SITE.grid, generator=torch.Generator().manual_seed(3))
+    words, source = most(looks), on_grid()[None].expand(4, -1, -1)
+    subject = {"source": source, "words": words, "union": words | source}[queries]
+    expected = written_out(q, k, v, subject, on_grid(), separate)
+    torch.testing.assert_close(cp.attend_edit(q, k, v, SDPA, looks), expected)
+    # before the model has looked anywhere, the subject is where the source has it
+    expected = written_out(q, k, v, source, on_grid(), separate)
+    torch.testing.assert_close(cp.attend_edit(q, k, v, SDPA), expected)
+    assert cp.follows == (queries != "source")
+
+
+def test_where_the_model_looks_alike_everywhere_the_subject_is_no_larger() -> None:
+    cp = Masked(SITE, Recorded, "words")
+    cp.bind(halves())
+    counted = cp._queries(torch.full((2, SITE.slots, *SITE.grid), 0.7)).sum(2)
+    assert counted.tolist() == [on_grid().sum(1).tolist()] * 2
+
+
+def test_the_paper_s_own_variant_is_inside_where_none_is_named() -> None:
+    cp = Masked(SITE)
+    assert type(cp.inner) is FullKV and cp.options["inner"] is FullKV
+    assert (cp.queries, cp.separate) == ("union", True)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_what_the_inner_variant_forbids_stays_forbidden(added: bool) -> None:
+    cp = Masked(SITE, partial(Near, added=added), "source", separate=False)
+    cp.bind(torch.ones(3, 4, 6) - torch.eye(4, 6))  # tokens 0, 7, 14 and 21 are not the subject's
+    q, k, v = features(0), features(1), features(2)
+    out = cp.attend_edit(q, k, v, SDPA)
+    torch.testing.assert_close(out[:, :, 1], v[:, :, 1])
+    for token in (2, 7):
+        two = slice(token - 1, token + 1)
+        torch.testing.assert_close(out[:, :, token], SDPA(q, k[:, :, two], v[:, :, two])[:, :, token])
+
+
+def kept(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Which tokens are the subject's, and which the background's, on a grid."""
+    site = Site("up_blocks.0.attn1", 1, grid, 4, 1)
+    seen: list[Tensor] = []
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        seen.append(mask.expand(1, 1, 1, -1).reshape(grid))
+        return SDPA(q, k, v, mask)
+
+    cp = Masked(site, Recorded, "source")
+    cp.bind(mask[None])
+    assert cp.attend_edit(*torch.randn(3, 1, 1, site.tokens, 4), sdpa).isfinite().all()
+    background, subject = seen
+    return subject, background
+
+
+def test_a_mask_is_cut_at_half_of_each_token() -> None:
+    mask = torch.zeros(6, 12)
+    mask[:3, :7] = 1  # on a grid of 2x3: the first column, and three quarters of the second
+    for grid, subject in (((2, 3), [[1, 1, 0], [0, 0, 0]]), ((1, 3), [[0, 0, 0]]), ((3, 2), None)):
+        found, background = kept(mask, grid)
+        if grid == (1, 3):  # half of a token is not more than half, but the best that there is
+            subject = [[1, 0, 0]]
+        if grid == (3, 2):
+            subject = [[1, 0], [0, 0], [0, 0]]
+        assert found.tolist() == torch.tensor(subject).bool().tolist()
+        assert torch.equal(background, ~found) or grid == (1, 3)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (3, 5)])
+def test_a_tiny_subject_and_a_tiny_background_have_a_key_on_every_grid(grid: tuple[int, int]) -> None:
+    one = torch.zeros(32, 48)
+    one[30, 45] = 1
+    subject, background = kept(one, grid)
+    assert subject.sum() == 1 and subject[-1, -1] and background.any()
+    subject, background = kept(1 - one, grid)
+    assert background.sum() == 1 and background[-1, -1] and subject.any()
+
+
+class Told(Recorded):
+    """Keeps what it is told of the mask and of where the edit looks."""
+
+    follows = True
+    mask: Tensor | None = None
+    subject: Tensor | None = None
+
+    def bind(self, mask: Tensor | None) -> None:
+        self.mask = mask
+
+    def attend_edit(
+        self, q: Tensor, k: Tensor, v: Tensor, sdpa: Callable[..., Tensor], subject: Tensor | None = None
+    ) -> Tensor:
+        self.subject = subject
+        return sdpa(q, k, v)
+
+
+def test_a_mask_comes_off_and_an_inner_variant_is_told_what_it_is() -> None:
+    cp = Masked(SITE, Told, "source")
+    assert cp.follows and isinstance(cp.inner, Told)
+    q, k, v, looks = features(0), features(1), features(2), torch.rand(4, SITE.slots, *SITE.grid)
+    masks = halves()
+    cp.bind(masks)
+    assert not torch.equal(cp.attend_edit(q, k, v, SDPA, looks), SDPA(q, k, v))
+    assert cp.inner.mask is masks and cp.inner.subject is looks
+    cp.bind(None)
+    assert torch.equal(cp.attend_edit(q, k, v, SDPA, looks), SDPA(q, k, v))
+    assert cp.inner.mask is None
+
+
+def test_an_option_that_means_nothing_is_refused() -> None:
+    wrong: Any = "target"
+    with pytest.raises((UserError, TypeCheckError), match=r"(?s)queries.*'target'"):
+        Masked(SITE, queries=wrong)
+    with pytest.raises(UserError, match="inner: expected a variant to put the mask around, got Masked"):
+        Masked(SITE, Masked)
+
+
+# ---------------------------------------------------------------------------------------- a fit and its edits
+
+
+def mask_file(file: Path, size: tuple[int, int], box: tuple[int, int, int, int]) -> Path:
+    """White in a box, its edges included."""
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    mask.save(file)
+    return file
+
+
+SIZE = (24, 16)  # 12x8 latents, and a middle of 6x4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture that is not square, a.png, and its mask, a-mask.png; b likewise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, (name, box) in enumerate({"a": (0, 0, 9, 9), "b": (14, 2, 23, 15)}.items()):
+        fits.picture(folder / f"{name}.png", SIZE, seed)
+        mask_file(folder / f"{name}-mask.png", SIZE, box)
+    return folder
+
+
+def fit(folder: Path, out: Path, module: KVInversion, name: str = "a") -> RunStore:
+    images = SourceImages(str(folder / f"{name}.png"), SOURCE, [], str(folder / f"{name}-mask.png"), str(out))
+    fits.trainer().fit(module, datamodule=images)
+    return RunStore(out)
+
+
+Tuned = Callable[..., tuple[KVInversion, RunStore]]
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """A masked variant's module and its run, tuned once; tests may edit it but not change it."""
+    made: dict[tuple[str, Any], tuple[KVInversion, RunStore]] = {}
+
+    def get(inner: str = "full_kv", queries: Any = "union") -> tuple[KVInversion, RunStore]:
+        key = (inner, queries)
+        if key not in made:
+            module = fits.model(attention=partial(Masked, inner=INNER[inner], queries=queries))
+            made[key] = module, fit(folder, tmp_path_factory.mktemp("runs") / "run", module)
+        return made[key]
+
+    return get
+
+
+def latents(module: KVInversion, store: RunStore, *targets: str, **settings: Any) -> Tensor:
+    """What the edits arrive at, before it is decoded."""
+    seen: list[Tensor] = []
+    decode = module.network.backbone.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.network.backbone, "decode", lambda z: seen.append(z) or decode(z))
+        fits.edit(store, *targets, module=module, **settings)
+    (z_0,) = seen
+    return z_0
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_what_is_tuned_is_the_inner_variants_bit_for_bit(
+    inner: str, folder: Path, tmp_path: Path, tuned: Tuned
+) -> None:
+    bare = fits.fit(folder / "a.png", tmp_path / "run", attention=INNER[inner])
+    store = tuned(inner)[1]
+    for i in range(3):
+        ours, its = store.step(i), bare.step(i)
+        assert {
+            name.replace(".inner.", "."): value for name, value in ours.psi.items()
+        }.keys() == its.psi.keys()
+        for name, value in ours.psi.items():
+            assert ".inner." in name and torch.equal(value, its.psi[name.replace(".inner.", ".")])
+        torch.testing.assert_close((ours.z, ours.kv), (its.z, its.kv), rtol=0, atol=0)
+    pictures = [fits.opened(run.folder / "reconstruction.png") for run in (store, bare)]
+    assert fits.levels(*pictures) == 0
+
+
+@pytest.mark.parametrize(
+    ("inner", "queries"),
+    [*((inner, "union") for inner in INNER), ("full_kv", "source"), ("full_kv", "words")],
+)
+def test_replayed_reads_what_stored_reads(inner: str, queries: str, tuned: Tuned) -> None:
+    module, store = tuned(inner, queries)
+    for start in (0.0, 0.5):
+        stored, replayed = (
+            latents(module, store, TARGET, "a cat jumping on grass", start=start, kv=kv)
+            for kv in ("stored", "replayed")
+        )
+        torch.testing.assert_close(replayed, stored, rtol=0, atol=2e-5)
+
+
+def test_the_mask_and_the_choice_of_queries_reach_an_edit(folder: Path, tmp_path: Path, tuned: Tuned) -> None:
+    bare = fits.model(attention=FullKV)
+    fits.fit(folder / "a.png", tmp_path / "run", bare)
+    each = [latents(*tuned("full_kv", queries), TARGET) for queries in ("source", "words", "union")]
+    each.append(latents(bare, RunStore(tmp_path / "run"), TARGET))
+    for n, one in enumerate(each):
+        assert all((one - other).abs().max() > 1e-3 for other in each[:n])
+
+
+def test_an_edit_does_not_depend_on_those_beside_it(tuned: Tuned) -> None:
+    """Each follows its own word: they are as when rendered alone."""
+    module, store = tuned()
+    targets = (TARGET, "a cat jumping on the red grass")
+    together = latents(module, store, *targets)
+    for n, target in enumerate(targets):
+        torch.testing.assert_close(latents(module, store, target), together[n : n + 1], rtol=0, atol=2e-5)
+
+
+def test_another_word_is_followed_where_it_is_named(tuned: Tuned) -> None:
+    module, store = tuned("full_kv", "words")
+    default = latents(module, store, "a cat on grass running")
+    with pytest.MonkeyPatch.context() as patch:
+        for word, alike in (("cat", True), ("grass", False)):
+            patch.setattr(module, "subject", word)
+            assert torch.equal(latents(module, store, "a cat on grass running"), default) == alike
+
+
+def test_pictures_side_by_side_have_masks_of_their_own(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": f"{name}.png", "mask": f"{name}-mask.png", "source": SOURCE, "targets": [TARGET]}
+        for name in "ab"
+    ]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make = partial(Masked, queries="source")
+    beside, alone = fits.model(attention=make, slots=2), fits.model(attention=make)
+    images = SourceImages(str(folder / "list.jsonl"), out=str(tmp_path / "list"))
+    fits.trainer().fit(beside, datamodule=images)
+    for name in "ab":
+        expected = latents(alone, fit(folder, tmp_path / name, alone, name), TARGET)
+        found = latents(beside, RunStore(tmp_path / "list" / name), TARGET)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def hooks(unet: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in unet.modules())
+
+
+@pytest.fixture
+def damaged(tuned: Tuned) -> Iterator[tuple[KVInversion, RunStore]]:
+    """A run whose last step cannot be read."""
+    module, store = tuned()
+    file = store.folder / "steps" / "2.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + bytes(255 - byte for byte in whole[-8:]))
+    yield module, store
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kv", ["stored", "replayed"])
+def test_nobody_watches_the_u_net_after_an_edit(kv: str, tuned: Tuned) -> None:
+    module, store = tuned()
+    first = latents(module, store, TARGET, kv=kv)
+    assert hooks(module.network.backbone.unet) == 0
+    assert torch.equal(latents(module, store, TARGET, kv=kv), first)
+
+
+def test_nobody_watches_the_u_net_after_an_edit_that_failed(damaged: tuple[KVInversion, RunStore]) -> None:
+    module, store = damaged
+    watched: list[int] = []
+    unet = module.network.backbone.unet
+    hook = unet.conv_in.register_forward_hook(lambda *_: watched.append(hooks(unet) - 1))
+    try:
+        with pytest.raises(UserError, match=r"2\.safetensors"):
+            fits.edit(store, TARGET, module=module)
+    finally:
+        hook.remove()
+    assert watched and all(watched)  # while it went on, somebody did
+    assert hooks(unet) == 0 and module.network.attached()._looks is None
+
+
+# ------------------------------------------------------------------------------------------------ the subject
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "word"),
+    [
+        ("a cat standing on grass", "a cat running on grass", "cat"),
+        ("a cat is standing", "a cat is running", "cat"),
+        ("A striped blue cat, standing", "a striped blue cat running", "cat"),
+        ("a photo of the dog that stands", "a photo of the dog that runs", "dog"),
+        ("a cat", "a cat running", "cat"),
+        ("a cat standing", "a cat", "cat"),
+    ],
+)
+def test_the_subject_is_the_last_word_before_the_prompts_differ(source: str, target: str, word: str) -> None:
+    assert subject_of(source, target) == word and word not in STRUCTURE
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("a red cat", "a blue cat"), ("standing cat", "running cat"), ("", "a cat"), ("a cat on grass",) * 2],
+)
+def test_where_it_cannot_be_told_it_is_asked_for(source: str, target: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^subject: which word of .* cannot be told .*: give --model\.subject$"
+    ):
+        subject_of(source, target)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+MASKED = ("--model.attention", "masked")
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> list[object]:
+    """A command without its variant, mask and target."""
+    picture = photograph(tmp_path / "cat.png", SIZE)
+    options = [*QUICK, "--checkpoint", fits.checkpoint(), "--out", tmp_path / "run"]
+    return ["--image", picture, "--source", SOURCE, *options]
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    return mask_file(tmp_path / "mask.png", SIZE, (0, 0, 9, 9))
+
+
+def refused_before_work(answer: Answer, folder: Path, *words: str) -> None:
+    refused(answer, *words)
+    assert not (folder / "run" / "run.json").exists()
+
+
+def test_a_run_without_a_mask_is_refused(good: list[object], tmp_path: Path) -> None:
+    answer = kvinv("run", *good, *MASKED, "--target", TARGET)
+    refused_before_work(answer, tmp_path, "Masked needs a mask of the subject: give --mask (`kvinv mask`")
+
+
+def test_blend_is_refused(good: list[object], mask: Path, tmp_path: Path) -> None:
+    answer = kvinv("run", *good, *MASKED, "--mask", mask, "--target", TARGET, "--reading", "blend")
+    refused_before_work(answer, tmp_path, "expected frozen, got blend: with Masked the mask says")
+
+
+def test_a_subject_is_refused_where_nobody_follows_it(good: list[object], mask: Path, tmp_path: Path) -> None:
+    given = [*good, "--target", TARGET, "--model.subject", "cat"]
+    answer = kvinv("run", *given)
+    refused_before_work(answer, tmp_path, "got 'cat', but FullKV does not follow it: leave it out")
+    answer = kvinv("run", *given, *MASKED, "--model.attention.queries", "source", "--mask", mask)
+    refused_before_work(answer, tmp_path, "got 'cat', but Masked does not follow it: leave it out")
+
+
+def test_a_subject_that_cannot_be_found_is_said_before_anything_is_tuned(
+    good: list[object], mask: Path, tmp_path: Path
+) -> None:
+    given = [*good, *MASKED, "--mask", mask]
+    answer = kvinv("run", *given, "--target", "the dog running")
+    refused_before_work(answer, tmp_path, "which word of 'the dog running' is the subject cannot be told")
+    answer = kvinv("run", *given, "--target", TARGET, "--model.subject", "horse")
+    refused_before_work(answer, tmp_path, "'horse' is not in the prompt 'a cat running'")
+    # where the source has it, nobody needs to be told
+    answer = kvinv("run", *given, "--target", "the dog running", "--model.attention.queries", "source")
+    assert answer.code == 0, answer.err
+
+
+def taken(*args: object) -> Any:
+    """The variant that a command would use."""
+    answer = kvinv("fit", "--image", "cat.png", *args, "--print_config")
+    assert answer.code == 0, answer.err
+    return yaml.safe_load(answer.out)["model"]["attention"]
+
+
+def test_the_inner_variant_has_a_short_name_and_its_options_are_flags(tmp_path: Path) -> None:
+    for inner in (["--model.attention.inner", "low_rank"], ["--model.attention.inner=low_rank"]):
+        found = taken(
+            *MASKED, *inner, "--model.attention.inner.rank", 3, "--model.attention.separate", "false"
+        )
+        assert found["class_path"] == "kvinv_plugins.masked.Masked"
+        assert found["init_args"]["inner"]["class_path"] == "kvinv_plugins.low_rank.LowRank"
+        assert found["init_args"]["inner"]["init_args"]["rank"] == 3
+        assert (found["init_args"]["queries"], found["init_args"]["separate"]) == ("union", False)
+    refused(kvinv("fit", "--image", "cat.png", *MASKED, "--model.attention.inner", "v_onli"), "mean v_only")
+    file = tmp_path / "masked.yaml"
+    for inner, path in (
+        ({"class_path": "recorded"}, "recorded.Recorded"),
+        ("v_only", "v_only.VOnly"),
+        ({"class_path": "low_rank", "init_args": {"rank": 3}}, "low_rank.LowRank"),
+    ):
+        attention = {"class_path": "masked", "init_args": {"inner": inner}}
+        file.write_text(yaml.safe_dump({"model": {"attention": attention}}))
+        assert taken("--config", file)["init_args"]["inner"]["class_path"] == f"kvinv_plugins.{path}"
+
+
+def test_an_edit_of_a_run_folder_has_the_inner_variant_and_every_option_back(
+    good: list[object], mask: Path, tmp_path: Path
+) -> None:
+    inner = ["--model.attention.inner", "low_rank", "--model.attention.inner.rank", 2]
+    options = ["--model.attention.queries", "words", "--model.attention.separate", "false"]
+    given = [*good, *MASKED, *inner, *options, "--mask", mask, "--model.subject", "grass"]
+    assert kvinv("run", *given, "--target", "a cat running on grass").code == 0
+    tuning = json.loads((tmp_path / "run" / "run.json").read_text())["tuning"]
+    made = tuning["attention"]["init_args"]
+    assert (made["queries"], made["separate"], made["inner"]["init_args"]["rank"]) == ("words", False, 2)
+    assert made["inner"]["class_path"] == "kvinv_plugins.low_rank.LowRank"
+    (tmp_path / "cat.png").unlink()
+    mask.unlink()
+    answer = kvinv("edit", "--run", tmp_path / "run", "--target", "a cat jumping on grass")
+    assert answer.code == 0, answer.err
+    edits = [json.loads(file.read_text()) for file in (tmp_path / "run" / "edits").glob("*.json")]
+    assert [(edit["tuning"], edit["subject"]) for edit in edits] == [(tuning, "grass")] * 2
