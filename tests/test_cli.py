@@ -160,7 +160,7 @@ def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], tmp_path: Pat
     first = kvinv("run", *cat, "--target", "a dog")
     assert first.code == 0 and "inverting" in first.err and "tuning" in first.err
     before = times(tmp_path / "run")
-    second = kvinv("run", *cat, "--target", "a fox", "--guidance", "4", "--start", 0.5)
+    second = kvinv("run", *cat, "--target", "a fox", "--guidance", "9", "--start", 0.5)
     assert second.code == 0 and "editing" in second.err
     assert "inverting" not in second.err and "tuning" not in second.err
     assert times(tmp_path / "run") == before
