@@ -215,7 +215,16 @@ def test_a_config_edits_a_picture_with_a_checkpoint_of_its_kind(
     name: str, home: Path, tmp_path: Path, given: list[str]
 ) -> None:
     out, kind, model = tmp_path / "run", KIND_OF[name], read(name)["model"]
-    main(["run", "--config", str(CONFIGS / f"{name}.yaml"), *given, *masked(name, tmp_path), *quick(kind, home)])
+    main(
+        [
+            "run",
+            "--config",
+            str(CONFIGS / f"{name}.yaml"),
+            *given,
+            *masked(name, tmp_path),
+            *quick(kind, home),
+        ]
+    )
 
     run = record(out)
     assert run["scheduler"]["steps"] == len(run["reconstruction"]["phases"]) == 3
