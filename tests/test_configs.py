@@ -33,7 +33,9 @@ KIND_OF: dict[str, Kind] = {
     "variants/v_only": "tiny",
     "variants/low_rank": "tiny",
     "variants/recorded": "tiny",
+    "variants/masked": "tiny",
 }
+WITH_MASK = {"variants/masked"}
 SECTIONS = {"model": KVInversion, "data": SourceImages, "trainer": KVTrainer}
 TUNED_AS_MEASURED = (
     "inner_steps",
@@ -190,6 +192,16 @@ def given(tmp_path: Path) -> list[str]:
     return [*where, "--source", "a cat standing", "--target", "a cat running"]
 
 
+def masked(name: str, folder: Path) -> list[str]:
+    """The mask of the picture in `given`, for a config whose variant needs one."""
+    if name not in WITH_MASK:
+        return []
+    mask = Image.new("L", (48, 40))
+    mask.paste(255, (8, 8, 32, 40))
+    mask.save(folder / "mask.png")
+    return ["--mask", str(folder / "mask.png")]
+
+
 def quick(kind: Kind, home: Path) -> list[str]:
     return ["--checkpoint", str(small(kind, home)), "--model.steps", "3", "--model.inner_steps", "2"]
 
@@ -203,7 +215,16 @@ def test_a_config_edits_a_picture_with_a_checkpoint_of_its_kind(
     name: str, home: Path, tmp_path: Path, given: list[str]
 ) -> None:
     out, kind, model = tmp_path / "run", KIND_OF[name], read(name)["model"]
-    main(["run", "--config", str(CONFIGS / f"{name}.yaml"), *given, *quick(kind, home)])
+    main(
+        [
+            "run",
+            "--config",
+            str(CONFIGS / f"{name}.yaml"),
+            *given,
+            *masked(name, tmp_path),
+            *quick(kind, home),
+        ]
+    )
 
     run = record(out)
     assert run["scheduler"]["steps"] == len(run["reconstruction"]["phases"]) == 3

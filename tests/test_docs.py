@@ -11,14 +11,20 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import segmenters
 from commands import QUICK, kvinv
 
 from kvinv_pl import scaffold
 
-PAGE = Path(__file__).parents[1] / "docs" / "write-a-variant.md"
-BLOCKS: list[tuple[str, str]] = re.findall(
-    r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S
-)
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """What a page has between fences: of which kind, and the text."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+BLOCKS = blocks("write-a-variant.md")
 
 
 def without_figures(text: str) -> str:
@@ -66,3 +72,24 @@ def test_every_command_of_the_page_does_what_it_says(
     assert (tmp_path / "runs" / "gated" / "sheet.png").exists()
     assert len(os.listdir(tmp_path / "runs" / "gated" / "edits")) == 4
     monkeypatch.delitem(sys.modules, "gated")
+
+
+def test_every_command_of_the_page_on_masks_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("models")
+    of_verb = {
+        "run": ["--checkpoint", checkpoints.make("tiny", home), *QUICK],
+        "mask": ["--sam", segmenters.make(home / "sam")],
+    }
+    monkeypatch.chdir(tmp_path)
+    lines = [line for _, text in blocks("masks.md") for line in text.splitlines()]
+    for line in lines:
+        program, *args = shlex.split(line)
+        answer = kvinv(*args, *of_verb.get(args[0], []))
+        assert program == "kvinv" and answer.code == 0, answer.err
+    assert (tmp_path / "mask-shown.png").exists()
+    assert set(os.listdir(tmp_path / "runs")) == {"full_kv", "masked", "recorded"}
+    pages = [path.name for path in DOCS.glob("*.md")]
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"docs/{name}" in readme for name in pages)
