@@ -199,7 +199,7 @@ except ValueError as error:
     print(type(error).__name__, error)
 """
     out, err = child(program, tmp_path).communicate(timeout=120)
-    assert out.startswith("UserError cannot write") and "File too large" in out, err
+    assert out.startswith("NoRoomError cannot write") and "File too large" in out, err
     assert files(tmp_path) == set()
 
 
