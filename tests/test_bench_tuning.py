@@ -101,6 +101,13 @@ def test_the_overhead_is_measured_on_a_checkpoint_of_its_own(tool: Any, capsys: 
     assert "overhead" in capsys.readouterr().out
 
 
+def test_two_ranks_are_timed_against_two_processes(tool: Any, capsys: pytest.CaptureFixture[str]):
+    tool("bench_tuning").main(["throughput", "--pictures", "2", "--slots", "1", "--steps", "1", "--rounds=1"])
+    printed = capsys.readouterr().out.split()
+    ratio = float(printed[printed.index("throughput") + 1])
+    assert 0.1 < ratio < 10
+
+
 def test_the_cheapest_way_that_gets_there_is_named(tool: Any):
     curves = tool("tuning_costs.curves")
     points = [curves.Point("a", 10, 0.4, 40), curves.Point("b", 5, 0.6, 39), curves.Point("c", 20, 0.1, 50)]

@@ -5,6 +5,7 @@
     python tools/bench_tuning.py edit                 # an edit against plain DDIM sampling
     python tools/bench_tuning.py curves --cases 4     # reconstruction against FLOPs, with null-text inversion
     python tools/bench_tuning.py stores --cases 2     # bytes and reconstruction of each store dtype
+    python tools/bench_tuning.py throughput           # two ranks against two single processes
 
 Alternatives run in turn in one process; times are medians with the distance between their quartiles, and
 ratios are medians over the rounds. FLOPs are counted by torch.utils.flop_counter, for Stable Diffusion 1.5 on
@@ -118,7 +119,7 @@ def edit(checkpoint: str = "menagerie", steps: int = 50, rounds: int = 5) -> Non
 
 
 def curves(
-    cases: int = 4, seed_base: int = 900_000, guidance: float = 4.0, within: float = 0.5, steps: int = 50
+    cases: int = 4, seed_base: int = 900_000, guidance: float = 9.0, within: float = 0.5, steps: int = 50
 ) -> None:
     """Reconstruction against FLOPs, of tuning and of null-text inversion, on the embedded model.
 
@@ -176,10 +177,37 @@ def stores(
         print(f"{dtype:14s} {size:12.1f} {quality:22.2f} {lost:24.2f}")
 
 
+def throughput(pictures: int = 24, slots: int = 2, steps: int = 50, rounds: int = 3) -> None:
+    """A folder of pictures tuned by two ranks, against two processes at once that have half of it each.
+
+    Both are timed from the command to its end, with one core for each process.
+
+    Args:
+        pictures: in the folder
+        slots: pictures tuned side by side in each process
+        steps: DDIM steps
+        rounds: how often each is run
+    """
+    from tuning_costs import measuring
+    from tuning_costs.runs import two_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        works = two_processes(Path(folder), pictures, slots, steps)
+        seconds: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(rounds):
+            for name, work in works.items():
+                seconds[name].append(work())
+    times = {name: measuring.Times(taken) for name, taken in seconds.items()}
+    for name in works:
+        print(f"{name:24s} {times[name]}")
+    ranks, single = works
+    print(f"throughput {measuring.ratio(times[single], times[ranks]):.3f} of two processes'")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake is one line and exit code 2."""
     given = sys.argv[1:] if args is None else args
-    commands = {"front": front, "overhead": overhead, "edit": edit, "curves": curves, "stores": stores}
+    commands = {command.__name__: command for command in (front, overhead, edit, curves, stores, throughput)}
     try:
         auto_cli(commands, args=[_as_declared(arg) for arg in given], as_positional=False)
     except UserError as error:

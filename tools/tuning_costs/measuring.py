@@ -33,7 +33,9 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """From the first quartile to the third."""
+        """From the first quartile to the third; of one round there is none."""
+        if len(self.seconds) < 2:
+            return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return high - low
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,3 +124,41 @@ def kept_as(dtype: str, folder: Path, seed: int, settings: dict[str, Any]) -> tu
     )
     size = sum(file.stat().st_size for file in (out / "steps").glob("*.safetensors"))
     return size, RunStore(out).read_run()["reconstruction"]["psnr_to_round_trip"]
+
+
+def two_processes(folder: Path, pictures: int, slots: int, steps: int) -> dict[str, Callable[[], float]]:
+    """A folder of pictures tuned by two processes of one thread each; both ways give their seconds."""
+    halves = [folder / "first", folder / "second"]
+    for n in range(pictures):
+        file, _ = picture(folder / "all", 900_000 + n)
+        half = halves[n * 2 // pictures]
+        half.mkdir(exist_ok=True)
+        shutil.copy(file, half)
+
+    def taken(sources: list[Path], devices: int) -> float:
+        outs = [folder / "runs" / source.name for source in sources]
+        common = [
+            sys.executable, "-m", "kvinv_pl", "fit", "--source", "an animal", "--steps", str(steps),
+            "--model.slots", str(slots), "--model.retries", "0", "--trainer.accelerator", "cpu",
+            "--trainer.quiet", "true", "--trainer.logger", "false", "--trainer.devices", str(devices),
+        ]  # fmt: skip
+        began = time.perf_counter()
+        started = [
+            subprocess.Popen(
+                [*common, "--image", str(source), "--out", str(out)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+            )
+            for source, out in zip(sources, outs, strict=True)
+        ]
+        ends = [process.wait() for process in started]
+        seconds = time.perf_counter() - began
+        if any(ends):
+            raise RuntimeError(f"kvinv fit ended with {ends}")
+        shutil.rmtree(folder / "runs")
+        return seconds
+
+    return {
+        "two ranks": lambda: taken([folder / "all"], 2),
+        "two single processes": lambda: taken(halves, 1),
+    }
