@@ -111,7 +111,7 @@ def sam(
     size: int = SIZE,
     width: int = 64,
     layers: int = 4,
-    steps: int = 2500,
+    steps: int = 1100,
     batch: int = 32,
     lr: float = 1e-3,
     cases: int = 200,
