@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from kvinv_pl import naming, wording
 from kvinv_pl.errors import SomeFailedError, UserError
-from kvinv_pl.line import RUN, SHORT, in_words, kinds_of, spelled_out
+from kvinv_pl.line import RUN, SHORT, in_words, kinds_of, spelled_out, with_yaml_numbers
 
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
@@ -37,6 +37,7 @@ def stage(verb: str, argv: list[str]) -> None:
     naming.make_importable(line.configs)
     kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
     kinds["seed_everything"] = bool | int
+    line.argv = with_yaml_numbers(line.argv, kinds)
 
     class Parser(LightningArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:

@@ -2,13 +2,14 @@
 
 import inspect
 import json
+import re
 from argparse import ArgumentError
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kvinv_pl import naming, wording
 from kvinv_pl.errors import UserError
@@ -21,7 +22,7 @@ SHORT = {
     "--out": ("data.out", "DIR", "the run folder; also -o"),
     "--overwrite": ("data.overwrite", "", "start anew where the folder holds another run"),
     "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
-    "--steps": ("model.steps", "N", "DDIM steps"),
+    "--steps": ("model.steps", "N", "DDIM steps; with few, such as 10, an edit hardly changes the action"),
     "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
     "--start": ("model.start", "S", "share of the steps that an edit makes before CP-attn is active"),
     "--reading": ("model.reading", "NAME", "frozen or blend"),
@@ -112,6 +113,19 @@ def kinds_of(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
         for prefix, cls in classes.items()
         for name, parameter in inspect.signature(cls).parameters.items()
     }
+
+
+def with_yaml_numbers(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
+    """Nan and inf for a number as YAML writes them, so that it is the number's range that refuses them."""
+    out = list[str]()
+    for arg, before in zip(argv, ["", *argv], strict=False):
+        flag, equals, text = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        found = re.fullmatch(r"\+?(-?)(nan|inf)(?:inity)?", text, re.IGNORECASE)
+        kind = kinds.get(flag.removeprefix("--"))
+        if found and float in (kind, *get_args(kind)):
+            arg = f"{flag}{equals}" * bool(equals) + f"{found[1]}.{found[2].lower()}"
+        out.append(arg)
+    return out
 
 
 @contextmanager

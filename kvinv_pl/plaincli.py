@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvinv_pl import naming
 from kvinv_pl.errors import UserError
@@ -14,7 +15,7 @@ FIRST = {"mask": "image", "variants": "name", "check": "target", "new-variant": 
 
 def command(verb: str, argv: list[str]) -> None:
     """Run one command through jsonargparse."""
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
 
     if verb in ("variants", "sites"):
         from kvinv_pl import listing as module
@@ -23,6 +24,11 @@ def command(verb: str, argv: list[str]) -> None:
     if verb == "sites":
         naming.make_importable()
     function: Callable[..., None] = getattr(module, verb.replace("-", "_"))
+
+    class Parser(ArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            return _help(verb, super().format_help(*args, **kwargs))
+
     kinds = kinds_of({"": function})
     spelled = _spelled_out(verb, argv, [key for key, kind in kinds.items() if kind == list[str]])
     line = Line(naming.spell_out(spelled, "--attention"))
@@ -35,7 +41,15 @@ def command(verb: str, argv: list[str]) -> None:
             prog=f"kvinv {verb}",
             exit_on_error=False,
             allow_abbrev=False,
+            parser_class=Parser,
         )
+
+
+def _help(verb: str, text: str) -> str:
+    """The help, with a usage in which what may stand without a name does."""
+    usage, gap, rest = text.partition("\n\n")
+    name = FIRST.get(verb, "")
+    return usage.replace(f"--{name} {name.upper()}", name.upper()) + gap + rest
 
 
 def _spelled_out(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:

@@ -80,11 +80,38 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
         < out.index("--config")
         < out.index("--model.steps")
     )
-    assert "DDIM steps (default: 50)" in out
+    assert "with few, such as 10, an edit hardly changes the action (default: 50)" in out
     assert "What the picture shows, in a few words; may be empty." in " ".join(out.split())
     assert "known subclasses" not in out
     assert ("--run DIR" in out) == (verb == "edit")
     assert max(map(len, out.splitlines())) < 130
+
+
+@pytest.mark.parametrize(
+    ("verb", "bare"),
+    [("check", "TARGET"), ("new-variant", "NAME"), ("variants", "[NAME]"), ("mask", "IMAGE")],
+)
+def test_the_help_of_a_command_says_what_may_stand_without_a_flag(verb: str, bare: str) -> None:
+    usage, _, rest = kvinv(verb, "--help").out.partition("\n\n")
+    assert f" {bare}" in usage and f"--{bare.strip('[]').lower()} " not in usage
+    assert f"`kvinv {verb} " in rest and "does as well" in " ".join(rest.split())
+
+
+def test_a_variant_is_written_and_checked_by_its_bare_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    written = kvinv("new-variant", "bare_named", "-o", "there")
+    assert written.code == 0, written.err
+    assert set(written.out.split()) == {
+        f"there/{name}" for name in ("bare_named.py", "bare_named.yaml", "test_bare_named.py")
+    }
+    for target, name in (("there/bare_named.py:BareNamed", "BareNamed"), ("full_kv", "FullKV")):
+        answer = kvinv("check", target)
+        assert answer.code == 0 and f"{name} passes" in answer.out, answer.err
+        assert kvinv("check", "--target", target).out == answer.out
 
 
 def test_the_module_is_the_command() -> None:
