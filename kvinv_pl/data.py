@@ -22,6 +22,8 @@ class Job:
 
     stage: Literal["invert", "edit"]
     work: Work
+    again: bool = False
+    """Whether an edit that is there is rendered all the same."""
 
 
 class SourceImages(LightningDataModule):
@@ -32,11 +34,12 @@ class SourceImages(LightningDataModule):
             targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row leaves
             out is taken from the other options, and rows of one picture and source share its run.
         source: What the picture shows, in a few words; may be empty.
-        targets: What it should become, one edit for each.
+        targets: What it should become, one edit for each; with run, what it came with if nothing is given.
         mask: A picture of the same size, white on the subject; for attention variants that use one.
         out: The run folder: of the one picture itself, or with a folder or list, of one folder for each.
         geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
-        overwrite: Start runs anew where the folder holds one that was made otherwise.
+        overwrite: Start runs anew where the folder holds one that was made otherwise, and render edits again
+            that are there.
         run: A run folder (or a folder of them) to go on with, in place of image, source and out.
     """
 
@@ -88,7 +91,7 @@ class SourceImages(LightningDataModule):
 
     def jobs(self, stage: Literal["invert", "edit"], works: Iterable[Work] | None = None) -> DataLoader[Job]:
         """One stage of these pictures (None: of all), for the trainer's predict loop."""
-        found: Any = [Job(stage, work) for work in (self.works if works is None else works)]
+        found: Any = [Job(stage, work, self.overwrite) for work in (self.works if works is None else works)]
         return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
 
 

@@ -17,7 +17,7 @@ USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
     "invert": '--image PICTURE --source "what it shows" --out DIR',
     "fit": '--image PICTURE --source "what it shows" --out DIR',
-    "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) --target "what it becomes"',
+    "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) [--target "what it becomes"]',
 }
 
 

@@ -20,7 +20,11 @@ SHORT = {
     "--target": ("data.targets", "TEXT", "what it should become; repeatable"),
     "--mask": ("data.mask", "FILE", "a mask of the subject, for variants that take one"),
     "--out": ("data.out", "DIR", "the run folder; also -o"),
-    "--overwrite": ("data.overwrite", "", "start anew where the folder holds another run"),
+    "--overwrite": (
+        "data.overwrite",
+        "",
+        "start another run in the folder anew, and render its edits again",
+    ),
     "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
     "--steps": ("model.steps", "N", "DDIM steps; with few, such as 10, an edit hardly changes the action"),
     "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
@@ -30,7 +34,7 @@ SHORT = {
     "--negative": ("model.negative", "TEXT", "what the unconditional branch is told"),
 }
 """Flags of every stage, and what they are short for."""
-RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant and settings")
+RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant, settings and targets")
 
 
 @dataclass

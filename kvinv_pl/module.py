@@ -243,6 +243,7 @@ class KVInversion(LightningModule):
                     self.negative,
                     self.subject,
                     watch,
+                    batch.again,
                 )
             elif not self.is_inverted(work):
                 stages.invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)

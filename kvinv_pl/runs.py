@@ -32,7 +32,10 @@ def _reading(store: RunStore) -> Iterator[None]:
 
 
 def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[Work]:
-    """The finished or half-finished runs in a folder, or the one that it is; the damaged go to `failed`."""
+    """The finished or half-finished runs in a folder, or the one that it is; the damaged go to `failed`.
+
+    Without targets, those of each are what it was inverted or tuned with.
+    """
     stores = _stores_in(folder)
     for store in stores:
         try:
@@ -40,13 +43,23 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
                 record = store.read_run()
                 picture, source = record["picture"], record["source"]
                 mask = store.folder / "mask.png" if picture["mask"] else None
-                work = Work(picture["name"], store, None, source, targets, mask, picture["mode"])
+                told = targets or _remembered(store, record)
+                work = Work(picture["name"], store, None, source, told, mask, picture["mode"])
         except UserError as error:
             if len(stores) == 1:
                 raise
             failed[str(store.folder)] = str(error)
             continue
         yield work
+
+
+def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
+    """The targets that a picture came with."""
+    targets = run.get("targets", [])
+    if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        file = store.folder / "run.json"
+        raise UserError(f"{file} is damaged (targets: expected a list of texts): give --target")
+    return targets
 
 
 def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
