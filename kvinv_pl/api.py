@@ -41,10 +41,26 @@ class Run:
         reading: Literal["frozen", "blend"] | None = None,
         start: float | None = None,
         negative: str | None = None,
+        kv: Literal["stored", "replayed"] | None = None,
+        subject: str | None = None,
     ) -> Image.Image:
-        """The picture as `target` says; what is left out is as loaded. Nothing is tuned again."""
-        asked = {"guidance": guidance, "reading": reading, "start": start, "negative": negative}
-        data = SourceImages(run=str(self.folder), targets=[target])
+        """The picture as `target` says; what is left out is as loaded. Nothing is tuned again.
+
+        Args:
+            target: What it should become.
+            guidance: Classifier-free guidance scale.
+            reading: frozen, or blend.
+            start: The share of the steps, counted from noise, before CP-attn becomes active.
+            negative: What the unconditional branch is told.
+            kv: Where frozen has K-bar and V-bar from: stored, or replayed.
+            subject: The word for the subject in `target`, for variants that follow it.
+        """
+        asked = {
+            "guidance": guidance, "reading": reading, "start": start, "negative": negative,
+            "kv": kv, "subject": subject,
+        }  # fmt: skip
+        # again: the model in memory may be another by now, with a LoRA for example
+        data = SourceImages(run=str(self.folder), targets=[target], overwrite=True)
         model = self.owner.model
         with _changed(model, {name: value for name, value in asked.items() if value is not None}):
             self.owner.trainer().edit(model, data)

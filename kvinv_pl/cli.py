@@ -1,23 +1,12 @@
-"""The command line: `kvinv run | invert | fit | edit` through LightningCLI, and the verbs without a model."""
+"""The command line: which command it is, and how it ends."""
 
-import inspect
-import json
 import os
-import re
 import signal
 import sys
-import threading
 import traceback
-import warnings
-from argparse import ArgumentError
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
 
-from kvinv_pl import naming, wording
+from kvinv_pl import wording
 from kvinv_pl.errors import SomeFailedError, UserError
 
 STAGES = {
@@ -34,31 +23,6 @@ OTHERS = {
     "new-variant": "write a variant to start from, its configuration and its test",
     "mask": "find the subject of a picture, by SAM or by a word, and show it",
 }
-FIRST = {"mask": "image", "variants": "name", "check": "target", "new-variant": "name"}
-"""What a command's first argument means, where it may stand without a name."""
-USAGE = {
-    "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
-    "invert": '--image PICTURE --source "what it shows" --out DIR',
-    "fit": '--image PICTURE --source "what it shows" --out DIR',
-    "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) --target "what it becomes"',
-}
-SHORT = {
-    "--image": ("data.image", "FILE", "a picture, a folder of pictures, or a .csv or .jsonl list"),
-    "--source": ("data.source", "TEXT", "what the picture shows; may be empty"),
-    "--target": ("data.targets", "TEXT", "what it should become; repeatable"),
-    "--mask": ("data.mask", "FILE", "a mask of the subject, for variants that take one"),
-    "--out": ("data.out", "DIR", "the run folder; also -o"),
-    "--overwrite": ("data.overwrite", "", "start anew where the folder holds another run"),
-    "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
-    "--steps": ("model.steps", "N", "DDIM steps"),
-    "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
-    "--start": ("model.start", "S", "share of the steps that an edit makes before CP-attn is active"),
-    "--reading": ("model.reading", "NAME", "frozen or blend"),
-    "--seed": ("model.seed", "N", "of random starts of psi"),
-    "--negative": ("model.negative", "TEXT", "what the unconditional branch is told"),
-}
-"""Flags of every stage, and what they are short for."""
-RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant and settings")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -108,9 +72,13 @@ def _dispatch(argv: list[str]) -> None:
 
         print(f"kvinv {version('kvinv-pl')}")
     elif verb in STAGES:
-        _stage(verb, argv[1:])
+        from kvinv_pl import lightningcli
+
+        lightningcli.stage(verb, argv[1:])
     elif verb in OTHERS:
-        _other(verb, argv[1:])
+        from kvinv_pl import plaincli
+
+        plaincli.command(verb, argv[1:])
     else:
         known = [*STAGES, *OTHERS]
         guess = wording.near(verb, known)
@@ -133,300 +101,3 @@ def _overview() -> str:
             "  --debug   with any command: show where an error came from",
         ]
     )
-
-
-# ------------------------------------------------------------------------------ the commands without a model
-
-
-def _other(verb: str, argv: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    if verb in ("variants", "sites"):
-        from kvinv_pl import listing as module
-    else:
-        from kvinv_pl import verbs as module
-    if verb == "sites":
-        naming.make_importable()
-    command: Callable[..., None] = getattr(module, verb.replace("-", "_"))
-    kinds = _kinds({"": command})
-    spelled = _spelled_out(verb, argv, [key for key, kind in kinds.items() if kind == list[str]])
-    line = _Line(naming.spell_out(spelled, "--attention"))
-    line.read_rest(line.argv)
-    with _in_words(verb, line, kinds):
-        auto_cli(
-            command,
-            args=line.argv,
-            as_positional=False,
-            prog=f"kvinv {verb}",
-            exit_on_error=False,
-            allow_abbrev=False,
-        )
-
-
-def _spelled_out(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:
-    """-o as --out, a first argument without a name as what it means, and an option given often as a list."""
-    out, left, several = list[str](), deque(argv), dict[str, list[str]]()
-    while left:
-        flag, equals, value = left.popleft().partition("=")
-        if not flag.startswith("-"):
-            unnamed = verb in FIRST and not any(arg.startswith(f"--{FIRST[verb]}=") for arg in out)
-            out.append(f"{f'--{FIRST[verb]}=' if unnamed else ''}{flag}{equals}{value}")
-            continue
-        has_value = not equals and left and not left[0].startswith("--") and flag not in ("-h", "--help")
-        if flag.removeprefix("--") in lists:
-            if not (equals or has_value):
-                got = left[0] if left else "nothing"
-                raise UserError(f"{flag} expects a value, got {got}; see kvinv {verb} --help")
-            several.setdefault(flag, []).append(left.popleft() if has_value else value)
-        else:
-            out.append(f"{'--out' if flag == '-o' else flag}{equals}{value}")
-            out += [left.popleft()] if has_value else []
-    return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in several.items())]
-
-
-# ------------------------------------------------------------------------------------------------ the stages
-
-
-def _stage(verb: str, argv: list[str]) -> None:
-    """One stage through LightningCLI, with the short flags spelled out."""
-    line = _long(verb, argv)
-    import torch
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-
-    from kvinv_pl.data import SourceImages
-    from kvinv_pl.failures import MEMORY
-    from kvinv_pl.module import KVInversion
-    from kvinv_pl.trainer import KVTrainer
-
-    naming.make_importable(line.configs)
-    kinds = _kinds({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
-    kinds["seed_everything"] = bool | int
-
-    class Parser(LightningArgumentParser):
-        def format_help(self, *args: Any, **kwargs: Any) -> str:
-            return _help(
-                verb, super().format_help(*args, **kwargs), {"data": SourceImages, "model": KVInversion}
-            )
-
-    class SaveConfig(SaveConfigCallback):
-        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-            if trainer.logger is not None:  # otherwise it would be saved in the working directory
-                super().setup(trainer, pl_module, stage)
-
-    class KVCLI(LightningCLI):
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            loaders = {"train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"}
-            return {verb: {"model", "datamodule", *(loaders if verb == "fit" else ())}}
-
-        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            with _in_words(verb, line, kinds):
-                self.config = parser.parse_args(args)
-
-        def instantiate_classes(self) -> None:
-            try:
-                super().instantiate_classes()
-            except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(f"the settings do not fit together: {error}") from error
-            # a rank for each further device is this command once more
-            cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
-
-    strict = {"exit_on_error": False, "parser_mode": naming.name_variants_in_yaml()}
-    try:
-        with warnings.catch_warnings(), _threads_heard():
-            warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
-            KVCLI(
-                KVInversion,
-                SourceImages,
-                trainer_class=KVTrainer,
-                args=cast(Any, [verb, *line.argv]),
-                parser_class=Parser,
-                parser_kwargs={**strict, "prog": "kvinv", "allow_abbrev": False, verb: strict},
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                seed_everything_default=False,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-            )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}") from error
-    except SomeFailedError:
-        raise
-    except UserError as error:
-        raise UserError(wording.of_setting(str(error), line.typed)) from error
-
-
-@contextmanager
-def _threads_heard() -> Iterator[None]:
-    """What a thread that writes logs could not write is said once, without a traceback, and not lost."""
-    before, failed = threading.excepthook, list[OSError]()
-
-    def hear(told: threading.ExceptHookArgs) -> None:
-        if isinstance(told.exc_value, OSError):
-            failed.append(told.exc_value)
-        else:
-            before(told)
-
-    threading.excepthook = hear
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-    if failed:
-        raise UserError(
-            f"cannot write the logs: {failed[0].strerror or failed[0]}; make room for the next ones"
-        )
-
-
-def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
-    """The help of a stage with the short flags first, and without the lists of everybody's subclasses."""
-    text = text.partition("\n\n")[2]  # the usage that names every option
-    text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
-    description, _, rest = text.partition("\n\n")
-    rows = []
-    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **SHORT}.items():
-        section, _, name = target.partition(".")
-        default = inspect.signature(classes[section]).parameters[name].default
-        hidden = default is None or default is False or default == "" or isinstance(default, list)
-        shown = "" if hidden else f" (default: {default})"
-        rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
-    head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
-    return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])
-
-
-# -------------------------------------------------------------------------------------------- what was typed
-
-
-@dataclass
-class _Line:
-    """A command line for the parser, and what the person typed for each option, by the option's full name."""
-
-    argv: list[str]
-    flags: Sequence[str] = ()
-    configs: list[str] = field(default_factory=list)
-    typed: dict[str, str] = field(default_factory=dict)
-    values: dict[str, str] = field(default_factory=dict)
-
-    def note(self, key: str, flag: str, value: str) -> None:
-        self.typed[key], self.values[key] = flag, value
-
-    def read_rest(self, argv: Sequence[str]) -> None:
-        """Note the options that are passed on as they are."""
-        for arg, following in zip(argv, [*argv[1:], ""], strict=False):
-            if arg.startswith("-"):
-                flag, equals, value = arg.partition("=")
-                key = {"-c": "config", "-o": "out"}.get(flag, flag.lstrip("-"))
-                self.note(key, flag, value if equals else following)
-
-
-def _long(verb: str, argv: Sequence[str]) -> _Line:
-    """Short flags as the options they stand for; --run as the settings that the run was made with."""
-    short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
-    line, targets, left = _Line([], [*short]), list[str](), deque(argv)
-    first, passed = list[str](), list[str]()  # what YAML says comes first, so that flags override it
-    while left:
-        arg = left.popleft()
-        flag, equals, value = arg.partition("=")
-        flag = {"-o": "--out", "-c": "--config"}.get(flag, flag)
-        if flag not in short and flag != "--config":
-            passed.append(arg)
-            continue
-        value = value if equals else _value_of(verb, flag, left)
-        key = short[flag][0] if flag in short else "config"
-        line.note(key, flag, value)
-        if flag == "--target":
-            targets.append(value)
-        elif flag == "--run":
-            first[:0] = ["--config", json.dumps(_settings_of(Path(value).expanduser()))]
-        elif flag == "--config":
-            first += ["--config", value]
-            line.configs.append(value)
-        else:
-            line.argv.append(f"--{key}={value}")
-    line.read_rest(passed)
-    if "data.run" in line.typed and (also := {"--source", "--mask", "--out"} & set(line.typed.values())):
-        raise UserError(
-            f"{', '.join(sorted(also))} does not go with --run: the run folder knows; leave it out"
-        )
-    if targets:
-        line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")
-    line.argv[:0] = [*first, *naming.spell_out(passed, "--model.attention")]
-    return line
-
-
-def _value_of(verb: str, flag: str, left: deque[str]) -> str:
-    """What follows a flag; the next flag does not."""
-    ours = ("--model.", "--data.", "--trainer.")
-    following = left[0] if left else None
-    flags = {*SHORT, "--run", "-o", "--config", "-c", "--help"}
-    is_flag = following is not None and (following.partition("=")[0] in flags or following.startswith(ours))
-    if flag == "--overwrite" and (following is None or following.startswith("-")):
-        return "true"
-    if following is None or is_flag:
-        raise UserError(f"{flag} expects a value, got {following or 'nothing'}; see kvinv {verb} --help")
-    return left.popleft()
-
-
-def _kinds(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """The type of every option, by its full name."""
-    return {
-        f"{prefix}{name}": parameter.annotation
-        for prefix, cls in classes.items()
-        for name, parameter in inspect.signature(cls).parameters.items()
-    }
-
-
-@contextmanager
-def _in_words(verb: str, line: _Line, kinds: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what jsonargparse says of a command line into one line."""
-    try:
-        yield
-    except ArgumentError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from error
-            cause = cause.__cause__ or cause.__context__
-        told = wording.of_parser(str(error), line.typed, kinds, line.values, line.flags)
-        raise UserError(f"{told.rstrip(';. ')}; see kvinv {verb} --help") from error
-
-
-# ------------------------------------------------------------------------------------------ kvinv edit --run
-
-
-def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the model that a run.json says its run was made with."""
-    if "tuning" not in run:
-        raise UserError(f"{folder} is not tuned: go on with `kvinv fit` before editing")
-    tuning = run["tuning"]
-    return {
-        "checkpoint": run["model"]["checkpoint"],
-        "attention": tuning["attention"],
-        "target_modules": tuning["sites"],
-        "max_grid": tuning["max_grid"],
-        "kv": tuning["kv"],
-        "steps": run["scheduler"]["steps"],
-        **run["editing"],
-    }
-
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
-    from kvinv_pl.data import reading, stores_in
-
-    settings, refused = [], list[UserError]()
-    for store in stores_in(folder):
-        try:
-            with reading(store):
-                settings.append(_settings_in(store.folder, store.read_run()))
-        except UserError as error:  # one of many is reported when the others are done
-            refused.append(error)
-    if not settings:
-        raise refused[0]
-    if any(other != settings[0] for other in settings):
-        raise UserError(f"the runs in {folder} were made with unlike settings: edit them one by one")
-    return {"model": settings[0], "data": {"run": str(folder)}}

@@ -3,12 +3,11 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
 
 import torch
 
-from kvinv_pl import registry
+from kvinv_pl import registry, rounding
 from kvinv_pl.attention import CPAttention, Selection, Site, select, self_attentions
 from kvinv_pl.checkpoint import outline
 from kvinv_pl.errors import UserError
@@ -81,7 +80,7 @@ def sites(
     max_grid: int | None = None,
     steps: int = 50,
     size: str | None = None,
-    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    store_dtype: rounding.StoreDtype = "float16",
 ) -> None:
     """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
 
@@ -95,7 +94,7 @@ def sites(
         max_grid: Only self-attentions of at most max_grid x max_grid tokens.
         steps: DDIM steps T of the run.
         size: Of the picture, as WIDTHxHEIGHT in pixels; left out, what the checkpoint was made for.
-        store_dtype: In which psi, K-bar and V-bar are kept on disk.
+        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
     """
     if steps < 1:
         raise UserError(f"steps: expected 1 or more, got {steps}")
@@ -107,9 +106,12 @@ def sites(
     every = self_attentions(unet, grid)
     selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid)
     chosen = select(every, selection)
-    each = getattr(torch, store_dtype).itemsize * steps / MIB
-    psi = {site: _values(make(site)) for site in every}
-    bars = {site: 2 * BRANCHES * site.tokens * site.dim for site in every}
+    values, psi, bars = dict[Site, int](), dict[Site, float](), dict[Site, float]()
+    for site in every:
+        cp = make(site)
+        values[site] = _values(cp)
+        psi[site] = _stored(cp.state_dict().values(), store_dtype) * steps / MIB
+        bars[site] = _stored([torch.zeros(BRANCHES, site.tokens, site.dim)] * 2, store_dtype) * steps / MIB
     longest = max(len(site.path) for site in every)
     print(f"{checkpoint}: a picture of {width} x {height}, latents of {grid[1]} x {grid[0]}")
     print(
@@ -120,18 +122,23 @@ def sites(
         shape = f"{site.grid[0]}x{site.grid[1]}"
         print(
             f"{'*' if site in chosen else ' '} {site.path:<{longest}}  {shape:>9}  {site.tokens:>6}  "
-            f"{site.dim:>5}  {site.heads:>5}  {psi[site]:>13,}  {psi[site] * each:>9.2f}  "
-            f"{(psi[site] + bars[site]) * each:>14.2f}"
+            f"{site.dim:>5}  {site.heads:>5}  {values[site]:>13,}  {psi[site]:>9.2f}  "
+            f"{psi[site] + bars[site]:>14.2f}"
         )
-    values, both = (sum(counts[site] for site in chosen) for counts in (psi, bars))
-    print(f"* {len(chosen)} of {len(every)} chosen: {values:,} values of psi a step; {steps} steps take")
-    print(f"  with kv replayed: {values * each:.2f} MiB on disk, psi as {store_dtype}")
-    print(f"  with kv stored: {(values + both) * each:.2f} MiB, K-bar and V-bar (both branches) with it")
+    count, alone, both = (sum(of[site] for site in chosen) for of in (values, psi, bars))
+    print(f"* {len(chosen)} of {len(every)} chosen: {count:,} values of psi a step; {steps} steps take")
+    print(f"  with kv replayed: {alone:.2f} MiB on disk, psi as {store_dtype}")
+    print(f"  with kv stored: {alone + both:.2f} MiB, K-bar and V-bar (both branches) with it")
 
 
 def _values(cp: CPAttention) -> int:
     """How many values of psi the store keeps for one slot."""
     return sum(value.numel() for value in cp.state_dict().values())
+
+
+def _stored(values: Iterable[torch.Tensor], dtype: rounding.StoreDtype) -> int:
+    """The bytes of one step's values on disk."""
+    return sum(rounding.stored_bytes(value.detach(), dtype) for value in values)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class KVInversion(LightningModule):
         layers_to_transform: Numbers of the blocks to keep, as in peft.
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
-        steps: DDIM steps T, in all stages.
+        steps: DDIM steps T, in all stages; with few, such as 10, an edit hardly changes the action.
         guidance: Classifier-free guidance scale w of the edit, and of tuning unless tuning_guidance is given.
         inversion_guidance: w of the inversion; 1 is the source prompt alone.
         tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone.
@@ -90,7 +90,7 @@ class KVInversion(LightningModule):
         subject: str | None = None,
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
-        store_dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
+        store_dtype: rounding.StoreDtype = "float16",
         required_psnr: float = 35.0,
         retries: int = 1,
     ):
@@ -123,7 +123,7 @@ class KVInversion(LightningModule):
         for name in ("guidance", "inversion_guidance", "tuning_guidance"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name}: expected a number of 0 or more, got {value}")
+                raise UserError(f"{name}: expected a finite number of 0 or more, got {value}")
         for name in ("steps", "inner_steps", "slots"):
             if (count := getattr(self, name)) != "auto" and count < 1:
                 raise UserError(f"{name}: expected 1 or more, got {count}")
@@ -243,6 +243,7 @@ class KVInversion(LightningModule):
                     self.negative,
                     self.subject,
                     watch,
+                    batch.again,
                 )
             elif not self.is_inverted(work):
                 stages.invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.attention import Attachment, CPAttention, Selection, Site, attach, select, self_attentions
+from kvinv_pl.attachment import Attachment, attach
+from kvinv_pl.attention import CPAttention, Selection, Site, select, self_attentions
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.curriculum import generator
 from kvinv_pl.editing import guided

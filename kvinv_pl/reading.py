@@ -11,7 +11,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, cat
 
-from kvinv_pl.attention import Attachment
+from kvinv_pl.attachment import Attachment
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.crossattention import Maps, cross_attentions, watching
 from kvinv_pl.errors import UserError

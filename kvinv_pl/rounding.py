@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
+StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
+"""The names that `store_dtype` may have."""
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(StoreDtype)}
 LEVELS = 127
 SCALE = "#scale"
 """The end of the name under which the scales of an int8 tensor lie beside it."""
@@ -46,6 +45,11 @@ def packed(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> dict[
     scale = _short(x.float().abs().amax(-2, keepdim=True) / LEVELS)
     levels = torch.where(scale > 0, x.float() / scale, 0).round()
     return {name: levels.to(torch.int8), name + SCALE: scale}
+
+
+def stored_bytes(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> int:
+    """How many bytes x takes where it is stored, its scales too."""
+    return sum(stored.nbytes for stored in packed("x", x, dtype).values())
 
 
 def unpacked(stored: dict[str, Tensor], name: str) -> Tensor:

@@ -124,11 +124,15 @@ def edit_picture(
     negative: str,
     subject: str | None,
     watch: Progress,
+    again: bool = False,
 ) -> list[Path]:
-    """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths."""
+    """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
+
+    What was rendered with the very same settings is not rendered again, unless `again`.
+    """
     store, table, began = work.store, network.table, time.perf_counter()
     run = store.read_run()
-    if not is_tuned(network, store) or "tuning" not in run:
+    if not is_tuned(network, store) or not {"tuning", "reconstruction"} <= run.keys():
         raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
     trajectory = store.trajectory()
     attachment = network.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
@@ -141,13 +145,31 @@ def edit_picture(
         )
     mask = mask_of(store)
     network.bind(None if mask is None else mask[None])
+    asked = {
+        target: {
+            "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
+            "tuned_at": run["tuning"]["guidance"], "reading": reading, "start": start,
+            **({"kv": kv} if reading == "frozen" else {}),
+            **({"subject": subject} if subject else {}),
+            "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
+            "precision": str(network.backbone.unet.dtype).removeprefix("torch."),
+            "tuning": run["tuning"], "attempt": run["reconstruction"]["kept"],
+        }
+        for target in work.targets
+    }  # fmt: skip
+    there = {} if again else {target: store.edit_like(target, record) for target, record in asked.items()}
+    paths = {target: path for target, path in there.items() if path is not None}
+    for path in paths.values():
+        watch.note(f"{work.name}: {path} is there with these settings; --overwrite renders it again")
+    targets = [target for target in asked if target not in paths]
+    if not targets:
+        store.save_picture("sheet", sheet_of(store))  # a kill may have left an older one
+        return list(paths.values())
     if guidance != run["tuning"]["guidance"]:
         watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
-    reader = Reader(
-        network, store, work.targets, negative, reading, kv, first_step(start, len(table)), subject
-    )
+    reader = Reader(network, store, targets, negative, reading, kv, first_step(start, len(table)), subject)
     watch.begin("editing", work.name, len(table))
-    z_T = trajectory[-1:].to(network.device).expand(len(work.targets), -1, -1, -1)
+    z_T = trajectory[-1:].to(network.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
             reader.eps, z_T, table, reader.psi, guidance, start,
@@ -156,20 +178,11 @@ def edit_picture(
     geometry = records.geometry_of(run["picture"])
     edited = [pictures.to_image(pixels.cpu(), geometry) for pixels in network.backbone.decode(z_0)]
     seconds = round((time.perf_counter() - began) / len(edited), 2)
-    paths = []
-    for target, picture in zip(work.targets, edited, strict=True):
-        record = {
-            "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
-            "tuned_at": run["tuning"]["guidance"], "reading": reading, "start": start,
-            **({"kv": kv} if reading == "frozen" else {}),
-            **({"subject": subject} if subject else {}),
-            "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
-            "tuning": run["tuning"], "figures": {"seconds": seconds},
-        }  # fmt: skip
-        paths.append(store.save_edit(target, picture, record))
+    for target, picture in zip(targets, edited, strict=True):
+        paths[target] = store.save_edit(target, picture, {**asked[target], "figures": {"seconds": seconds}})
     store.save_picture("sheet", sheet_of(store))
     watch.finish()
-    return paths
+    return [paths[target] for target in asked]
 
 
 def sheet_of(store: RunStore) -> Image.Image:

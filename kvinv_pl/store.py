@@ -206,13 +206,29 @@ class RunStore:
             picture: the edited picture.
             record: what was asked, with which settings; its field "figures" (measured) is no setting.
         """
-        words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", slug).lower())[:48].strip("-") or "edit"
-        names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
-        possible = (self.folder / "edits" / f"{name}.json" for name in names)
-        file = next(file for file in possible if not file.exists() or _is_same_edit(file, record))
+        file = self._edit_file(slug, record)
         files.write_png(file.with_suffix(".png"), picture)
         files.write_json(file, record)  # last: an edit is there when its record is
         return file.with_suffix(".png")
+
+    def edit_like(self, slug: str, record: Mapping[str, Any]) -> Path | None:
+        """The picture of an edit that was made with these very settings, if it is there and whole."""
+        file = self._edit_file(slug, record)
+        if not file.exists():
+            return None
+        try:
+            with Image.open(file.with_suffix(".png")) as picture:
+                picture.verify()
+        except (OSError, SyntaxError):  # pillow says so of a broken PNG
+            return None
+        return file.with_suffix(".png")
+
+    def _edit_file(self, slug: str, record: Mapping[str, Any]) -> Path:
+        """The record of an edit with these settings, there or not."""
+        words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", slug).lower())[:48].strip("-") or "edit"
+        names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
+        possible = (self.folder / "edits" / f"{name}.json" for name in names)
+        return next(file for file in possible if not file.exists() or _is_same_edit(file, record))
 
 
 def _is_same_edit(file: Path, record: Mapping[str, Any]) -> bool:

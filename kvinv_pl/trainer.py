@@ -267,6 +267,9 @@ class KVTrainer(Trainer):
                     missing += [] if model.is_inverted(work) else [work]
             if missing:
                 self.predict(model, data.jobs("invert", missing), return_predictions=False)
+            for work in failures.left(works):
+                with failures.of([work]):
+                    work.remember_targets()
         if "fit" in stages:
             with failures.of(works):
                 self._fit(model, failures.left(works), data, failures)

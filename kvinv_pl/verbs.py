@@ -75,7 +75,8 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
     """Check that an attention variant does what every variant must; the exit code is 1 if it does not.
 
     Args:
-        target: FILE.py:CLASS, a class path, or a name that `kvinv variants` lists.
+        target: FILE.py:CLASS, a class path, or a name that `kvinv variants` lists; `kvinv check NAME` does as
+            well.
         options: What to make the variant with, such as '{"rank": 4}'; left out, its defaults are checked, and
             each other choice among its options.
     """
@@ -96,6 +97,7 @@ def new_variant(name: str, out: str = ".") -> None:
 
     Args:
         name: What to call it, in small letters, such as my_variant; the class is MyVariant then.
+            `kvinv new-variant NAME` does as well.
         out: The folder to write to (also -o).
     """
     from kvinv_pl import scaffold
@@ -119,7 +121,7 @@ def mask(
     Without a point, box or word it is the largest, most central object that SAM finds.
 
     Args:
-        image: The picture; its option's name may be left out.
+        image: The picture; `kvinv mask FILE` does as well.
         out: The PNG file to write to (also -o); NAME-shown.png comes beside it.
         point: X,Y in pixels from the upper left corner, on the subject; repeatable.
         box: X0,Y0,X1,Y1 in pixels: left, top, right and bottom of a box around the subject.

@@ -28,3 +28,9 @@ class Work:
     def label(self) -> str:
         """What the person knows the picture by: its path, or its run folder."""
         return str(self.image or self.store.folder)
+
+    def remember_targets(self) -> None:
+        """Note in run.json what the picture is to become, for an edit of the run that is not told."""
+        run = self.store.read_run()
+        if self.targets and run.get("targets") != self.targets:
+            self.store.write_run({**run, "targets": self.targets})

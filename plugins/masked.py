@@ -1,6 +1,7 @@
 """Eq. 2 between the subjects, and between the backgrounds, of a picture and its edit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -95,7 +96,8 @@ class Masked(CPAttention):
         sdpa: Sdpa,
     ) -> Float[Tensor, "branches slots tokens dim"]:
         """Eq. 2 of the source's own pass, without a mask: it is what tuning reconstructs."""
-        return self.inner.attend(q, k, v, sdpa)
+        # keys that an edit could not part are refused here, before the tuning and not after it
+        return self.inner.attend(q, k, v, partial(self._among_tokens, sdpa))
 
     def attend_edit(
         self,
@@ -108,22 +110,35 @@ class Masked(CPAttention):
         """Eq. 2 of an edit, once for the subject's queries and once for the others."""
         if self._subject is None or self._background is None:
             return self.inner.attend_edit(q, k, v, sdpa, subject)
+        on_tokens = partial(self._among_tokens, sdpa)
 
         def among(keys: Bool[Tensor, "slots tokens"] | None) -> Tensor:
             def restricted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
                 if keys is None:
-                    return sdpa(q, k, v, mask)
+                    return on_tokens(q, k, v, mask)
                 allowed = keys[None, :, None]
                 if mask is None:
-                    return sdpa(q, k, v, allowed)
+                    return on_tokens(q, k, v, allowed)
                 if mask.dtype == torch.bool:
-                    return sdpa(q, k, v, mask & allowed)
-                return sdpa(q, k, v, mask.masked_fill(~allowed, -torch.inf))
+                    return on_tokens(q, k, v, mask & allowed)
+                return on_tokens(q, k, v, mask.masked_fill(~allowed, -torch.inf))
 
             return self.inner.attend_edit(q, k, v, restricted, subject)
 
         apart = among(self._background if self.separate else None)
         return torch.where(self._queries(subject)[..., None], among(self._subject), apart)
+
+    def _among_tokens(
+        self, sdpa: Sdpa, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Eq. 2 where the keys are the source's tokens: of others, the mask does not say whose they are."""
+        if k.shape[2] != self.site.tokens:
+            raise UserError(
+                f"inner: expected a variant whose keys are the {self.site.tokens} tokens of "
+                f"{self.site.path}, got {type(self.inner).__name__}, which attends to {k.shape[2]}: the mask "
+                "does not say whose the others are; use it without Masked"
+            )
+        return sdpa(q, k, v, mask)
 
     def _queries(self, subject: Tensor | None) -> Bool[Tensor, "branches slots tokens"]:
         """The subject's queries; where no words are followed, those of the source."""

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 # jsonargparse reads the signatures of these: they stay as they are written
-UNHOOKED = {"cli", "data", "listing", "module", "strategies", "trainer", "verbs"}
+UNHOOKED = {"data", "listing", "module", "strategies", "trainer", "verbs"}
 
 if find_spec("beartype"):
     from jaxtyping import install_import_hook

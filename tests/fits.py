@@ -84,10 +84,12 @@ def edit(
     store: RunStore, *targets: str, module: KVInversion | None = None, **settings: Any
 ) -> list[Image.Image]:
     """Edit a tuned run, and open what came of it; one loaded module serves most."""
-    special = settings.keys() - {"reading", "kv", "start", "guidance", "negative"}
+    special = settings.keys() - {"reading", "kv", "start", "guidance", "negative", "subject"}
     module = module or (model(**settings) if special else _editor())
     with _changed(module, {} if special else settings):
-        trainer().edit(module, SourceImages(run=str(store.folder), targets=list(targets or [TARGET])))
+        trainer().edit(
+            module, SourceImages(run=str(store.folder), targets=list(targets or [TARGET]), overwrite=True)
+        )
     return [opened(path) for path in module.last_edits]
 
 

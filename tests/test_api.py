@@ -6,6 +6,7 @@ import fits
 import numpy as np
 import pytest
 from fits import SOURCE, TARGET
+from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 import kvinv_pl
@@ -65,6 +66,47 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
         "",
     )
     assert run.edit(TARGET).tobytes() == plain
+
+
+def test_a_model_changed_in_memory_is_asked_again(image: Path) -> None:
+    kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", **SETTINGS)
+    run = kv.tune(image, SOURCE)
+    before = run.edit(TARGET).tobytes()
+    kv.model.network.backbone.unet.conv_out.weight.data *= -1
+    assert run.edit(TARGET).tobytes() != before
+
+
+def test_an_edit_may_replay_what_it_reads(kv: KVInverter, run: Run) -> None:
+    stored, replayed = run.edit(TARGET), run.edit(TARGET, kv="replayed")
+    assert fits.levels(stored, replayed) <= 1 and kv.model.kv == "stored"
+    assert {record["kv"] for record, _ in RunStore(run.folder).edits() if record["reading"] == "frozen"} >= {
+        "stored",
+        "replayed",
+    }
+    wrong: Any = "kept"
+    with pytest.raises(UserError, match="kv: expected stored or replayed, got 'kept'"):
+        run.edit(TARGET, kv=wrong)
+    with pytest.raises(UserError, match="subject: got 'cat', but FullKV does not follow it: leave it out"):
+        run.edit(TARGET, subject="cat")
+
+
+@pytest.mark.parametrize("given", ["picture", "path"])
+def test_a_masked_picture_is_edited_with_its_mask_and_the_word_for_its_subject(
+    given: str, image: Path, tmp_path: Path
+) -> None:
+    mask = Image.new("L", (45, 30))
+    mask.paste(255, (10, 10, 30, 20))
+    mask.save(tmp_path / "mask.png")
+    kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", attention=Masked, **SETTINGS)
+    with pytest.raises(UserError, match="Masked needs a mask of the subject"):
+        kv.tune(image, SOURCE)
+    run = kv.tune(image, SOURCE, mask=mask if given == "picture" else str(tmp_path / "mask.png"))
+    assert run.edit("the cat running", subject="running").size == (45, 30)
+    with pytest.raises(UserError, match="which word of 'a dog' is the subject cannot be told"):
+        run.edit("a dog")
+    with pytest.raises(UserError, match="'horse' is not in the prompt 'a dog'"):
+        run.edit("a dog", subject="horse")
+    assert run.edit("a dog", subject="dog") and kv.model.subject is None
 
 
 def test_an_empty_target_is_refused(run: Run) -> None:

@@ -80,11 +80,38 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
         < out.index("--config")
         < out.index("--model.steps")
     )
-    assert "DDIM steps (default: 50)" in out
+    assert "with few, such as 10, an edit hardly changes the action (default: 50)" in out
     assert "What the picture shows, in a few words; may be empty." in " ".join(out.split())
     assert "known subclasses" not in out
     assert ("--run DIR" in out) == (verb == "edit")
     assert max(map(len, out.splitlines())) < 130
+
+
+@pytest.mark.parametrize(
+    ("verb", "bare"),
+    [("check", "TARGET"), ("new-variant", "NAME"), ("variants", "[NAME]"), ("mask", "IMAGE")],
+)
+def test_the_help_of_a_command_says_what_may_stand_without_a_flag(verb: str, bare: str) -> None:
+    usage, _, rest = kvinv(verb, "--help").out.partition("\n\n")
+    assert f" {bare}" in usage and f"--{bare.strip('[]').lower()} " not in usage
+    assert f"`kvinv {verb} " in rest and "does as well" in " ".join(rest.split())
+
+
+def test_a_variant_is_written_and_checked_by_its_bare_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    written = kvinv("new-variant", "bare_named", "-o", "there")
+    assert written.code == 0, written.err
+    assert set(written.out.split()) == {
+        f"there/{name}" for name in ("bare_named.py", "bare_named.yaml", "test_bare_named.py")
+    }
+    for target, name in (("there/bare_named.py:BareNamed", "BareNamed"), ("full_kv", "FullKV")):
+        answer = kvinv("check", target)
+        assert answer.code == 0 and f"{name} passes" in answer.out, answer.err
+        assert kvinv("check", "--target", target).out == answer.out
 
 
 def test_the_module_is_the_command() -> None:
@@ -219,6 +246,45 @@ def test_a_checkpoint_that_was_moved_is_still_the_one_of_the_run(
     assert answer.code == 0, answer.err
 
 
+def test_what_is_rendered_is_not_rendered_again(cat: list[object], tmp_path: Path) -> None:
+    run, edited = tmp_path / "run", ["edits/*"]
+    assert kvinv("run", *cat, "--target", "a dog").code == 0
+    before = times(run, edited)
+    again = kvinv("run", *cat, "--target", "a dog")
+    assert again.code == 0 and "editing" not in again.err
+    assert f"cat.png: {run / 'edits' / 'a-dog.png'} is there with these settings" in again.err
+    assert again.err.splitlines()[-1] == f"look at {run / 'sheet.png'}"
+    assert times(run, edited) == before
+    (run / "sheet.png").unlink()
+    assert kvinv("edit", "--run", run).code == 0  # its own target
+    assert times(run, edited) == before and (run / "sheet.png").exists()
+    more = kvinv("edit", "--run", run, "--target", "a fox", "--target", "a dog")
+    assert more.code == 0 and "editing cat.png" in more.err and "a-dog.png is there" in more.err
+    assert before.items() <= times(run, edited).items() and set(edits(run)) == {"a dog", "a fox"}
+    assert kvinv("edit", "--run", run, "--trainer.precision", "bf16-mixed").code == 0
+    assert before.items() <= times(run, edited).items()
+    assert sum(edit["target"] == "a dog" for edit, _ in RunStore(run).edits()) == 2
+    anew = kvinv("edit", "--run", run, "--overwrite")
+    assert anew.code == 0 and "is there" not in anew.err
+    after = times(run, edited)
+    assert after.keys() == times(run, edited).keys() and len(RunStore(run).edits()) == 3
+    assert {name for name, at in before.items() if after[name] != at} == set(before)
+
+
+def test_of_a_run_that_was_killed_before_its_certificate_nothing_is_rendered(
+    cat: list[object], tmp_path: Path
+) -> None:
+    assert kvinv("fit", *cat).code == 0
+    store = RunStore(tmp_path / "run")
+    run = store.read_run()
+    del run["reconstruction"]
+    store.write_run(run)
+    answer = kvinv("edit", "--run", tmp_path / "run", "--target", "a dog")
+    assert answer.code == 2 and "is not tuned to the end: go on with `kvinv fit`" in answer.err
+    assert not (tmp_path / "run" / "edits").exists()
+    assert kvinv("run", *cat, "--target", "a dog").code == 0
+
+
 # ----------------------------------------------------------------------------------------- several pictures
 
 
@@ -281,6 +347,16 @@ def test_a_list_gives_every_picture_its_own_prompts(model: Path, tmp_path: Path,
     assert set(edits(tmp_path / "out" / "a")) == {"a dog", "a fox"}
     assert set(edits(tmp_path / "out" / "b")) == {"a cat running"}
     assert [RunStore(tmp_path / "out" / name).read_run()["source"] for name in "ab"] == ["a cat", "a horse"]
+    # the run folders know the list's targets, and what is given instead is not remembered
+    for given in (["--guidance", 3], ["--target", "a mouse"], ["--guidance", 4]):
+        answer = kvinv("edit", "--run", tmp_path / "out", *given)
+        assert answer.code == 0, answer.err
+    asked = {
+        name: {(edit["target"], edit["guidance"]) for edit, _ in RunStore(tmp_path / "out" / name).edits()}
+        for name in "ab"
+    }
+    assert asked["a"] == {("a mouse", 9.0), *((t, w) for t in ("a dog", "a fox") for w in (9.0, 3.0, 4.0))}
+    assert asked["b"] == {("a mouse", 9.0), *(("a cat running", w) for w in (9.0, 3.0, 4.0))}
 
 
 # ---------------------------------------------------------------------------------------------- the options

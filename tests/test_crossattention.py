@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvinv_pl.attention import CPAttention, Selection, Site, attach, select, self_attentions
+from kvinv_pl.attachment import attach
+from kvinv_pl.attention import CPAttention, Selection, Site, select, self_attentions
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.crossattention import cross_attentions, resized, watching
 from kvinv_pl.errors import UserError

@@ -10,6 +10,7 @@ from commands import photograph
 
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import UserError
+from kvinv_pl.store import RunStore
 
 
 def told(data: SourceImages) -> list[tuple[str, str, list[str], str]]:
@@ -142,6 +143,24 @@ def test_a_list_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no pictures"):
         SourceImages(str(tmp_path))
+
+
+def test_a_run_has_the_targets_that_it_came_with_unless_others_are_given(tmp_path: Path) -> None:
+    record = {"picture": {"name": "a.png", "mask": None, "mode": "keep"}, "source": "a cat"}
+    RunStore(tmp_path).write_run(record)
+    assert told(SourceImages(run=str(tmp_path)))[0][2] == []
+    (work,) = SourceImages(run=str(tmp_path), targets=["one", "two"]).works
+    work.remember_targets()
+    assert told(SourceImages(run=str(tmp_path)))[0][2] == ["one", "two"]
+    (work,) = SourceImages(run=str(tmp_path), targets=["three"]).works
+    assert work.targets == ["three"]
+    (work,) = SourceImages(run=str(tmp_path)).works
+    work.targets = []
+    work.remember_targets()  # of nothing, nothing is forgotten
+    assert told(SourceImages(run=str(tmp_path)))[0][2] == ["one", "two"]
+    RunStore(tmp_path).write_run(record | {"targets": "one"})
+    with pytest.raises(UserError, match=r"run.json is damaged \(targets: expected a list of texts\)"):
+        SourceImages(run=str(tmp_path))
 
 
 def test_a_picture_or_a_run_has_to_be_named_and_not_both(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvinv_pl.attention import Attachment, Selection, Site, attach, select, self_attentions
+from kvinv_pl.attachment import Attachment, attach
+from kvinv_pl.attention import Selection, Site, select, self_attentions
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.data import SourceImages
 from kvinv_pl.front import Front

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import checkpoints
 import fits
@@ -13,8 +15,9 @@ from commands import kvinv
 from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImports]
 
 from kvinv_pl import checkpoint as checkpoints_of_ours
-from kvinv_pl import registry
+from kvinv_pl import listing, registry, rounding
 from kvinv_pl.attention import CPAttention, Site
+from kvinv_pl.module import KVInversion
 from kvinv_pl.registry import Variant
 
 
@@ -55,14 +58,16 @@ def test_the_bound_and_the_variant_are_the_ones_asked_for(bare: Path) -> None:
         assert int(values) == 2 * 2 * (int(tokens) + int(width)) + 4
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("kv", ["stored", "replayed"])
-def test_the_mebibytes_are_those_that_a_run_leaves_on_disk(kv: str, tmp_path: Path) -> None:
+def test_the_mebibytes_are_those_that_a_run_leaves_on_disk(kv: str, dtype: str, tmp_path: Path) -> None:
     """Besides z-tilde and the headers of the files."""
     image = fits.picture(tmp_path / "cat.png")
-    store = fits.fit(image, tmp_path / "run", kv=kv, attention=LowRank, store_dtype="float16", steps=2)
+    store = fits.fit(image, tmp_path / "run", kv=kv, attention=LowRank, store_dtype=dtype, steps=2)
     answer = kvinv(
-        "sites", "--checkpoint", fits.checkpoint(), "--size", "16x16", "--steps", 2, "--attention", "low_rank"
-    )
+        "sites", "--checkpoint", fits.checkpoint(), "--size", "16x16", "--steps", 2,
+        "--attention", "low_rank", "--store_dtype", dtype,
+    )  # fmt: skip
     (said,) = re.findall(rf"with kv {kv}: ([\d.]+) MiB", answer.out)
     files = sum(file.stat().st_size for file in (store.folder / "steps").iterdir())
     tensors = sum(len(store.step(i).psi) + 2 * len(store.step(i).kv or ()) for i in range(2))
@@ -70,9 +75,32 @@ def test_the_mebibytes_are_those_that_a_run_leaves_on_disk(kv: str, tmp_path: Pa
     assert 0 <= files - z - float(said) * 2**20 + 0.01 * 2**20 <= 0.02 * 2**20 + 200 * tensors
 
 
+def test_the_names_of_store_dtype_are_the_module_s(bare: Path) -> None:
+    names = get_args(rounding.StoreDtype)
+    for command in (listing.sites, KVInversion):
+        assert inspect.signature(command).parameters["store_dtype"].annotation is rounding.StoreDtype
+    assert set(names) == set(rounding.DTYPES)
+    taken = {
+        name: rows(kvinv("sites", "--checkpoint", bare, "--size", "32x32", "--store_dtype", name).out)
+        for name in names
+    }
+    # K-hat and V-hat of the first site, (tokens, dim) each, and lambda and gamma; int8 has scales in fp32
+    tokens, dim = int(taken["int8"][0][3]), int(taken["int8"][0][4])
+    bytes_of = {name: float(found[0][-2]) * 2**20 / 50 for name, found in taken.items()}
+    expected = {
+        "float32": 4 * (2 * tokens * dim + 4),
+        "float16": 2 * (2 * tokens * dim + 4),
+        "bfloat16": 2 * (2 * tokens * dim + 4),
+        "int8": 2 * tokens * dim + 4 * (2 * dim + 4),
+    }
+    for name in names:
+        assert bytes_of[name] == pytest.approx(expected[name], abs=0.005 * 2**20 / 50 + 1)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--store_dtype", "int4"], "--store_dtype: expected float16 or bfloat16 or float32 or int8, got"),
         (["--size", "12"], "size: expected WIDTHxHEIGHT in pixels such as 512x768, got '12'"),
         (["--steps", "0"], "steps: expected 1 or more, got 0"),
         (["--max_grid", "1"], "max_grid: expected at least 4, got 1: the smallest of the"),

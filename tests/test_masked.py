@@ -228,6 +228,35 @@ def test_an_option_that_means_nothing_is_refused() -> None:
         Masked(SITE, Masked)
 
 
+class Registers(Recorded):
+    """Adds two keys of its own to the source's, or leaves two out."""
+
+    def __init__(self, site: Site, more: bool = True):
+        super().__init__(site)
+        self.more = more
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sdpa: Callable[..., Tensor]) -> Tensor:
+        if self.more:
+            return sdpa(q, *(torch.cat([x, x[:, :, :2]], 2) for x in (k, v)))
+        return sdpa(q, k[:, :, 2:], v[:, :, 2:])
+
+
+@pytest.mark.parametrize(("more", "keys"), [(True, 26), (False, 22)])
+def test_keys_of_which_the_mask_says_nothing_are_refused_in_one_line(more: bool, keys: int) -> None:
+    cp = Masked(SITE, partial(Registers, more=more), "source")
+    cp.bind(halves())
+    says = f"inner: expected a variant whose keys are the 24 tokens of .*, got Registers, .* {keys}:"
+    for attend in (cp.attend, cp.attend_edit):
+        with pytest.raises(UserError, match=says):
+            attend(features(0), features(1), features(2), SDPA)
+
+
+def test_such_an_inner_variant_is_refused_before_anything_is_tuned(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="got Registers, which attends to"):
+        fit(folder, tmp_path / "run", fits.model(attention=partial(Masked, inner=Registers)))
+    assert not list((tmp_path / "run").glob("steps/*"))
+
+
 # ---------------------------------------------------------------------------------------- a fit and its edits
 
 

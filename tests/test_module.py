@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kvinv_pl import pictures
-from kvinv_pl.attention import Selection, Site, attach, select, self_attentions
+from kvinv_pl.attachment import attach
+from kvinv_pl.attention import Selection, Site, select, self_attentions
 from kvinv_pl.backbone import Backbone
 from kvinv_pl.data import SourceImages
 from kvinv_pl.ddim import move

@@ -274,6 +274,20 @@ def test_edits_with_other_settings_do_not_replace_each_other(tmp_path: Path) -> 
     }
 
 
+def test_an_edit_is_found_by_its_settings_as_long_as_its_picture_is_whole(tmp_path: Path) -> None:
+    store, picture = RunStore(tmp_path), Image.effect_noise((32, 32), 50)
+    asked = {"target": "a cat", "grid": (1, 2)}
+    assert store.edit_like("a cat", asked) is None
+    store.save_edit("a cat", picture, asked | {"start": 0.4})
+    path = store.save_edit("a cat", picture, asked | {"figures": {"seconds": 1.0}})
+    assert store.edit_like("a cat", asked) == path == tmp_path / "edits" / "a-cat-2.png"
+    assert store.edit_like("a cat", asked | {"start": 0.5}) is None
+    path.write_bytes(path.read_bytes()[:-200])
+    assert store.edit_like("a cat", asked) is None
+    path.unlink()
+    assert store.edit_like("a cat", asked) is None
+
+
 @pytest.mark.parametrize(
     "prompt", ["../../etc/passwd", "狗在跑" * 100, "", "...", "a/b\\c\0d\n\udcff", "Ünï cödé"]
 )

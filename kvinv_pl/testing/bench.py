@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.attention import CPAttention, Site, attach
+from kvinv_pl.attachment import attach
+from kvinv_pl.attention import CPAttention, Site
 
 PATH = "attn1"
 # square, so that a variant that takes every grid for square fails where that is asked, and nowhere else

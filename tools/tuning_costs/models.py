@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl import menagerie
-from kvinv_pl.attention import Attachment, Selection, attach, select, self_attentions
+from kvinv_pl.attachment import Attachment, attach
+from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.checkpoint import quiet
 from kvinv_pl.front import Front
 

@@ -1,0 +1,133 @@
+"""The stages: KVTrainer, KVInversion and SourceImages through LightningCLI."""
+
+import inspect
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from kvinv_pl import naming, wording
+from kvinv_pl.errors import SomeFailedError, UserError
+from kvinv_pl.line import RUN, SHORT, in_words, kinds_of, spelled_out, with_yaml_numbers
+
+USAGE = {
+    "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
+    "invert": '--image PICTURE --source "what it shows" --out DIR',
+    "fit": '--image PICTURE --source "what it shows" --out DIR',
+    "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) [--target "what it becomes"]',
+}
+
+
+def stage(verb: str, argv: list[str]) -> None:
+    """One stage through LightningCLI, with the short flags spelled out."""
+    line = spelled_out(verb, argv)
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+    from kvinv_pl.data import SourceImages
+    from kvinv_pl.failures import MEMORY
+    from kvinv_pl.module import KVInversion
+    from kvinv_pl.trainer import KVTrainer
+
+    naming.make_importable(line.configs)
+    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
+    kinds["seed_everything"] = bool | int
+    line.argv = with_yaml_numbers(line.argv, kinds)
+
+    class Parser(LightningArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            return _help(
+                verb, super().format_help(*args, **kwargs), {"data": SourceImages, "model": KVInversion}
+            )
+
+    class SaveConfig(SaveConfigCallback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            if trainer.logger is not None:  # otherwise it would be saved in the working directory
+                super().setup(trainer, pl_module, stage)
+
+    class KVCLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            loaders = {"train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"}
+            return {verb: {"model", "datamodule", *(loaders if verb == "fit" else ())}}
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            with in_words(verb, line, kinds):
+                self.config = parser.parse_args(args)
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"the settings do not fit together: {error}") from error
+            # a rank for each further device is this command once more
+            cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
+
+    strict = {"exit_on_error": False, "parser_mode": naming.name_variants_in_yaml()}
+    try:
+        with warnings.catch_warnings(), _threads_heard():
+            warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
+            KVCLI(
+                KVInversion,
+                SourceImages,
+                trainer_class=KVTrainer,
+                args=cast(Any, [verb, *line.argv]),
+                parser_class=Parser,
+                parser_kwargs={**strict, "prog": "kvinv", "allow_abbrev": False, verb: strict},
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}") from error
+    except SomeFailedError:
+        raise
+    except UserError as error:
+        raise UserError(wording.of_setting(str(error), line.typed)) from error
+
+
+@contextmanager
+def _threads_heard() -> Iterator[None]:
+    """What a thread that writes logs could not write is said once, without a traceback, and not lost."""
+    before, failed = threading.excepthook, list[OSError]()
+
+    def hear(told: threading.ExceptHookArgs) -> None:
+        if isinstance(told.exc_value, OSError):
+            failed.append(told.exc_value)
+        else:
+            before(told)
+
+    threading.excepthook = hear
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+    if failed:
+        raise UserError(
+            f"cannot write the logs: {failed[0].strerror or failed[0]}; make room for the next ones"
+        )
+
+
+def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
+    """The help of a stage with the short flags first, and without the lists of everybody's subclasses."""
+    text = text.partition("\n\n")[2]  # the usage that names every option
+    text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
+    description, _, rest = text.partition("\n\n")
+    rows = []
+    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **SHORT}.items():
+        section, _, name = target.partition(".")
+        default = inspect.signature(classes[section]).parameters[name].default
+        hidden = default is None or default is False or default == "" or isinstance(default, list)
+        shown = "" if hidden else f" (default: {default})"
+        rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
+    head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
+    return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])

@@ -1,0 +1,136 @@
+"""Rows to be worked on: of one picture, a folder, or a CSV or JSONL list."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from kvinv_pl.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+LISTS = (".csv", ".jsonl")
+COLUMNS = ("image", "source", "targets", "mask")
+
+
+@dataclass
+class Row:
+    """One picture, what it shows, what it is to become, and its mask."""
+
+    image: Path
+    source: str
+    targets: list[str]
+    mask: Path | None
+
+
+def rows_of(path: Path, source: str, targets: list[str], mask: Path | None) -> list[Row]:
+    """What a picture, a folder or a list names, and what the options say where a row says nothing."""
+    return _merged(
+        Row(row["image"], row.get("source", source), list(row.get("targets", targets)), row.get("mask", mask))
+        for row in _rows(path)
+    )
+
+
+def _merged(rows: Iterable[Row]) -> list[Row]:
+    """One row for each picture, source and mask: the targets of several share its tuning."""
+    merged: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        first = merged.setdefault((row.image.absolute(), row.source, row.mask), row)
+        if first is not row:
+            first.targets += [target for target in row.targets if target not in first.targets]
+    return list(merged.values())
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """What is to be worked on: rows with at least `image`, a Path."""
+    if path.is_dir():
+        try:
+            files = sorted(path.iterdir())
+        except OSError as error:
+            raise UserError(f"cannot read the folder {path}: {error.strerror or error}") from error
+        found = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        if not found:
+            raise UserError(
+                f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}): name a folder that does"
+            )
+        yield from ({"image": file} for file in found)
+    elif path.suffix.lower() in LISTS:
+        read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as lines:
+                rows = list(read(path, lines))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(f"cannot read the list {path}: {reason}") from error
+        if not rows:
+            raise UserError(f"the list {path} is empty: expected rows with {', '.join(COLUMNS)}")
+        for number, row in rows:
+            if not row.get("image"):
+                raise UserError(f"line {number} of {path} names no image: expected {', '.join(COLUMNS)}")
+            for key in {"image", "mask"} & set(row):
+                row[key] = path.parent / Path(row[key]).expanduser()
+            yield row
+    else:
+        yield {"image": path}
+
+
+def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines, restkey="", restval="", strict=True)
+    try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        _check_columns(path, reader.fieldnames)
+        for row in reader:
+            if row.get(""):
+                raise UserError(
+                    f"line {reader.line_num} of {path} has more fields than there are columns: quote commas"
+                )
+            known = {key: row[key].strip() for key in COLUMNS if row.get(key, "").strip()}
+            yield (
+                reader.line_num,
+                known | ({"targets": _split(known["targets"])} if "targets" in known else {}),
+            )
+    except csv.Error as error:
+        raise UserError(f"line {reader.line_num + 1} of {path} is not CSV: {error}") from error
+
+
+def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"line {number} of {path} is not JSON ({error}): expected an object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"line {number} of {path}: expected an object with {', '.join(COLUMNS)}, got {row!r:.40}"
+                )
+            _check_columns(path, list(row))
+            row = {key: value for key in COLUMNS if (value := row.get(key)) is not None}
+            if isinstance(row.get("targets"), str):
+                row["targets"] = _split(row["targets"])
+            for key, value in row.items():
+                kind = list if key == "targets" else str
+                if not isinstance(value, kind) or not all(isinstance(text, str) for text in value):
+                    wanted = "a list of texts" if kind is list else "text"
+                    raise UserError(f"line {number} of {path}: {key}: expected {wanted}, got {value!r:.40}")
+            yield number, row
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a list without images, or with a column that is nearly one of ours; others may be there."""
+    for name in names:
+        near = get_close_matches(name, [column for column in COLUMNS if column not in names], 1, 0.8)
+        if name not in COLUMNS and near:
+            raise UserError(f"{path} has a column {name!r}: rename it to {near[0]}")
+    if "image" not in names:
+        raise UserError(
+            f"{path} has the columns {', '.join(names) or '(none)'}: expected {', '.join(COLUMNS)}"
+        )
+
+
+def _split(targets: str) -> list[str]:
+    return [target.strip() for target in targets.split("|")]
