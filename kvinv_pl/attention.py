@@ -100,7 +100,7 @@ class CPAttention(nn.Module):
 
         If the variant `follows`, `subject` is the edit's own cross-attention to the subject's word on the
         site's grid, as far as it is known, each row from 0 where it is least to 1 where it is most;
-        None before anything is.
+        None in the first steps, when the edit has not settled where it will have its subject.
         """
         return self.attend(q, k, v, sdpa)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,9 @@ class Source:
     contexts: Float[Tensor, "branches L d"]
     z: Float[Tensor, "1 c h w"] | None = None
 
+
+UNSETTLED = 0.2
+"""The share of the steps, from noise, in which cross-attention cannot tell where the subject will be."""
 
 STRUCTURE = frozenset(
     ["a", "an", "the", "is", "are", "was", "were", "that", "which", "of", "in", "on", "at", "and"]
@@ -107,17 +111,23 @@ class Reader:
         if reading == "frozen" and any(cp.follows for cp in network.cps):
             found = subject_positions(network.backbone, store.read_run()["source"], targets, subject)
             self._positions = [positions for each in found for positions in ([], each)]
+        self._at = first
         self._open = ExitStack()
 
     def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
         """From here on, variants are told where the edits look for the subject's word."""
         extra = 0 if self.source is None else len(self.source.contexts)
         unet = self.network.backbone.unet
+        known = math.ceil(UNSETTLED * len(self.network.table))
+
+        def looks(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
+            return _looks(maps, extra, grid) if self._at >= known else None
+
         # the decoder's say best where a word is, see masks.from_word
         decoder = [path for path in cross_attentions(unet) if path.startswith("up_blocks.")]
         watched = watching(unet, [[]] * extra + positions, START, decoder or None)
         maps = self._open.enter_context(watched)
-        self._open.enter_context(attachment.following(lambda grid: _looks(maps, extra, grid)))
+        self._open.enter_context(attachment.following(looks))
 
     def _source(self) -> Source:
         """The branches that tuning ran, under the prompts that it ran them with."""
@@ -158,6 +168,7 @@ class Reader:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
         step = self._coming.pop(i).result()
         self._expect(i + 1)
+        self._at = i
         attachment = self.network.attached()
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)

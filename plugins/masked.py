@@ -1,7 +1,6 @@
 """Eq. 2 between the subjects, and between the backgrounds, of a picture and its edit."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -15,17 +14,19 @@ from kvinv_pl.registry import resolve
 
 
 class Masked(CPAttention):
-    """Another variant, of which edits read the subject's keys with the subject's queries alone.
+    """Another variant, whose subject and background read themselves alone.
 
-    Tuning is the other variant's own. Mask-guided as in MasaCtrl (Cao et al., 2023), which is this around
-    `recorded`.
+    The source's keys are parted by its mask, and so are the source's queries while psi is tuned: an edit is
+    to find K-bar and V-bar as they were learned. Mask-guided as in MasaCtrl (Cao et al., 2023), which is
+    this around `recorded`.
 
     Args:
         site: The self-attention to upgrade.
         inner: The variant that learns K-bar and V-bar; left out, it is the paper's own, full_kv.
-        queries: Which queries are the subject's. source: where the source has it, by the mask. words: where
-            the edit's cross-attention looks for the subject's word most, as many as the source's mask has.
-            union: both, because the subject moves.
+        queries: Which of an edit's queries are the subject's. source: where the source has it, by the mask.
+            words: where the edit's cross-attention looks for the subject's word most, as many as the
+            source's mask has. union: both, because the subject moves. agreed: where both have it; where one
+            of them does, a query reads all keys.
         separate: Whether the other queries read the background's keys alone, or all keys.
     """
 
@@ -35,13 +36,13 @@ class Masked(CPAttention):
         self,
         site: Site,
         inner: Callable[[Site], CPAttention] | None = None,
-        queries: Literal["source", "words", "union"] = "union",
+        queries: Literal["source", "words", "union", "agreed"] = "agreed",
         separate: bool = True,
     ):
         """Make the other variant for the same site."""
         super().__init__(site)
-        if queries not in ("source", "words", "union"):
-            raise UserError(f"queries: expected source, words or union, got {queries!r}")
+        if queries not in ("source", "words", "union", "agreed"):
+            raise UserError(f"queries: expected source, words, union or agreed, got {queries!r}")
         make = inner or resolve("full_kv")
         self.options = {**self.options, "inner": make}
         self.inner = make(site)
@@ -95,9 +96,14 @@ class Masked(CPAttention):
         v: Float[Tensor, "branches slots tokens dim"],
         sdpa: Sdpa,
     ) -> Float[Tensor, "branches slots tokens dim"]:
-        """Eq. 2 of the source's own pass, without a mask: it is what tuning reconstructs."""
-        # keys that an edit could not part are refused here, before the tuning and not after it
-        return self.inner.attend(q, k, v, partial(self._among_tokens, sdpa))
+        """Eq. 2 of the source's own pass, whose queries are parted as its keys are."""
+
+        def inner(sdpa: Sdpa) -> Tensor:
+            return self.inner.attend(q, k, v, sdpa)
+
+        if self._subject is None or self._background is None:
+            return inner(sdpa)
+        return self._apart(inner, sdpa, self._subject[None], ~self._subject[None])
 
     def attend_edit(
         self,
@@ -107,47 +113,56 @@ class Masked(CPAttention):
         sdpa: Sdpa,
         subject: Float[Tensor, "branches slots h w"] | None = None,
     ) -> Float[Tensor, "branches slots tokens dim"]:
-        """Eq. 2 of an edit, once for the subject's queries and once for the others."""
-        if self._subject is None or self._background is None:
+        """Eq. 2 of an edit: the subject's queries, the background's, and those of which it is not known."""
+
+        def inner(sdpa: Sdpa) -> Tensor:
             return self.inner.attend_edit(q, k, v, sdpa, subject)
-        on_tokens = partial(self._among_tokens, sdpa)
+
+        if self._subject is None or self._background is None:
+            return inner(sdpa)
+        there = self._subject[None]
+        if self.queries == "source":
+            return self._apart(inner, sdpa, there, ~there)
+        if subject is None:  # where it will be is not known yet
+            return inner(sdpa)
+        # it moves, and is as large as it was: cut midway, such a map has half of the picture
+        size = there.sum(2, keepdim=True)
+        looked_for = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2) < size
+        if self.queries == "agreed":
+            return self._apart(inner, sdpa, looked_for & there, ~(looked_for | there))
+        found = looked_for if self.queries == "words" else looked_for | there
+        return self._apart(inner, sdpa, found, ~found)
+
+    def _apart(
+        self,
+        inner: Callable[[Sdpa], Tensor],
+        sdpa: Sdpa,
+        subject: Bool[Tensor, "#branches slots tokens"],
+        background: Bool[Tensor, "#branches slots tokens"],
+    ) -> Float[Tensor, "branches slots tokens dim"]:
+        """Each query from its own kind of keys; those of neither kind from all of them."""
 
         def among(keys: Bool[Tensor, "slots tokens"] | None) -> Tensor:
             def restricted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+                if k.shape[2] != self.site.tokens:
+                    raise UserError(
+                        f"inner: expected a variant whose keys are the {self.site.tokens} tokens of "
+                        f"{self.site.path}, got {type(self.inner).__name__}, which attends to {k.shape[2]}: "
+                        "the mask does not say whose the others are; use it without Masked"
+                    )
                 if keys is None:
-                    return on_tokens(q, k, v, mask)
+                    return sdpa(q, k, v, mask)
                 allowed = keys[None, :, None]
                 if mask is None:
-                    return on_tokens(q, k, v, allowed)
+                    return sdpa(q, k, v, allowed)
                 if mask.dtype == torch.bool:
-                    return on_tokens(q, k, v, mask & allowed)
-                return on_tokens(q, k, v, mask.masked_fill(~allowed, -torch.inf))
+                    return sdpa(q, k, v, mask & allowed)
+                return sdpa(q, k, v, mask.masked_fill(~allowed, -torch.inf))
 
-            return self.inner.attend_edit(q, k, v, restricted, subject)
+            return inner(restricted)
 
-        apart = among(self._background if self.separate else None)
-        return torch.where(self._queries(subject)[..., None], among(self._subject), apart)
-
-    def _among_tokens(
-        self, sdpa: Sdpa, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """Eq. 2 where the keys are the source's tokens: of others, the mask does not say whose they are."""
-        if k.shape[2] != self.site.tokens:
-            raise UserError(
-                f"inner: expected a variant whose keys are the {self.site.tokens} tokens of "
-                f"{self.site.path}, got {type(self.inner).__name__}, which attends to {k.shape[2]}: the mask "
-                "does not say whose the others are; use it without Masked"
-            )
-        return sdpa(q, k, v, mask)
-
-    def _queries(self, subject: Tensor | None) -> Bool[Tensor, "branches slots tokens"]:
-        """The subject's queries; where no words are followed, those of the source."""
-        assert self._subject is not None
-        there = self._subject[None]
-        if self.queries == "source" or subject is None:
-            return there
-        # it moves, and is as large as it was: cut midway, such a map has half of the picture
-        size = there.sum(2, keepdim=True)
-        rank = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2)
-        looked_for = rank < size
-        return looked_for if self.queries == "words" else looked_for | there
+        others = among(self._background) if self.separate else None
+        unknown = among(None) if others is None or self.queries == "agreed" else others
+        others = unknown if others is None else others
+        out = torch.where(background[..., None], others, unknown)
+        return torch.where(subject[..., None], among(self._subject), out)
