@@ -1,12 +1,13 @@
 """Every attention variant on the embedded world, where the true picture of every edit is known.
 
     python tools/bench_variants.py --cases 64 --seed-base 1000000
+    python tools/bench_variants.py --compare masks --cases 24 --seed-base 900200
 
 prints one row for each variant, with the columns of bench_actions.py, the values of psi for one timestep, and
 times relative to sampling a picture with the same model, of one picture that is tuned and edited alone; and
 writes a page of six cases under all of them.
-Masks are those that the embedded SAM finds from one point on the animal. Interrupted, it goes on where it
-was.
+Masks are those that the embedded SAM finds from one point on the animal; `--compare masks` has the choices of
+`masked` for rows. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,18 +29,33 @@ from kvinv_pl.sheet import sheet
 
 PLUGINS = "kvinv_plugins"
 FULL, LOW = f"{PLUGINS}.full_kv.FullKV", f"{PLUGINS}.low_rank.LowRank"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "no control": {"class_path": FULL},
-    "full_kv": {"class_path": FULL},
-    "v_only": {"class_path": f"{PLUGINS}.v_only.VOnly"},
-    "masked full_kv": {
-        "class_path": f"{PLUGINS}.masked.Masked",
-        "init_args": {"inner": {"class_path": FULL}},
+
+
+def masked(**options: Any) -> dict[str, Any]:
+    """Around full_kv."""
+    inner = {"inner": {"class_path": FULL}, **options}
+    return {"class_path": f"{PLUGINS}.masked.Masked", "init_args": inner}
+
+
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "variants": {
+        "no control": {"class_path": FULL},
+        "full_kv": {"class_path": FULL},
+        "v_only": {"class_path": f"{PLUGINS}.v_only.VOnly"},
+        "masked full_kv": masked(),
+        "low_rank 1": {"class_path": LOW, "init_args": {"rank": 1}},
+        "low_rank 4": {"class_path": LOW, "init_args": {"rank": 4}},
+        "low_rank 16": {"class_path": LOW, "init_args": {"rank": 16}},
+        "recorded": {"class_path": f"{PLUGINS}.recorded.Recorded"},
     },
-    "low_rank 1": {"class_path": LOW, "init_args": {"rank": 1}},
-    "low_rank 4": {"class_path": LOW, "init_args": {"rank": 4}},
-    "low_rank 16": {"class_path": LOW, "init_args": {"rank": 16}},
-    "recorded": {"class_path": f"{PLUGINS}.recorded.Recorded"},
+    "masks": {
+        "full_kv": {"class_path": FULL},
+        "masked, source": masked(queries="source"),
+        "masked, words": masked(queries="words"),
+        "masked, union": masked(queries="union"),
+        "masked, agreed": masked(queries="agreed"),
+        "masked, agreed, others read all": masked(queries="agreed", separate=False),
+    },
 }
 
 
@@ -57,10 +73,10 @@ def found_masks(cases: list[Case], work: Path) -> list[Path]:
     return files
 
 
-def row_of(name: str, cases: list[Case], work: Path, slots: int) -> Row:
+def row_of(name: str, attention: dict[str, Any], cases: list[Case], work: Path, slots: int) -> Row:
     """A variant's row: tuned and edited with the defaults, but for the variant."""
     masks = found_masks(cases, work) if "masked" in name else None
-    bench = Bench(cases, work, {"slots": slots, "attention": VARIANTS[name]}, masks)
+    bench = Bench(cases, work, {"slots": slots, "attention": attention}, masks)
     free = name == "no control"
     tuning = {"tolerance": float("inf")} if free else {}
     (row,) = bench.rows(name, tuning, [{"reading": "blend", "start": 1.0} if free else {}])
@@ -68,11 +84,11 @@ def row_of(name: str, cases: list[Case], work: Path, slots: int) -> Row:
     return Row(name, row.pictures, row.extra | psi)
 
 
-def times_of(name: str, case: Case) -> tuple[float, float]:
+def times_of(name: str, attention: dict[str, Any], case: Case) -> tuple[float, float]:
     """Tuning and editing one picture by itself, over what sampling took just before and just after."""
     before = seconds_to_sample()
     with TemporaryDirectory() as folder:
-        extra = row_of(name, [case], Path(folder), 1).extra
+        extra = row_of(name, attention, [case], Path(folder), 1).extra
     sampling = (before + seconds_to_sample()) / 2
     return extra["tune s"] / sampling, extra["edit s"] / sampling
 
@@ -92,15 +108,16 @@ def seconds_to_sample() -> float:
     return float(np.median(taken)) * module.steps
 
 
-def share(seeds: range, work: Path, slots: int) -> None:
+def share(seeds: range, compare: str, work: Path, slots: int) -> None:
     """One worker's share: what it leaves on disk is what the table is made of."""
-    for name in VARIANTS:
-        row_of(name, [Case.of_seed(seed) for seed in seeds], work, slots)
+    for name, attention in ROWS[compare].items():
+        row_of(name, attention, [Case.of_seed(seed) for seed in seeds], work, slots)
 
 
 def bench(
     cases: int = 64,
     seed_base: int = 1_000_000,
+    compare: Literal["variants", "masks"] = "variants",
     work: Path = Path("work_bench/variants"),
     slots: int = 16,
     workers: int = 1,
@@ -110,15 +127,16 @@ def bench(
     Args:
         cases: How many.
         seed_base: The first seed.
+        compare: All variants, or the choices of `masked`.
         work: Where run folders and the page lie; what is there is not computed again.
         slots: Cases tuned side by side.
         workers: Processes of one thread each that share the cases.
     """
     if workers > 1:
-        in_processes(workers, seed_base, cases, share, work, slots)
+        in_processes(workers, seed_base, cases, share, compare, work, slots)
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
     torch.set_num_threads(1)
-    rows = [row_of(name, drawn, work, slots) for name in VARIANTS]
+    rows = [row_of(name, attention, drawn, work, slots) for name, attention in ROWS[compare].items()]
     columns = [column for column in COLUMNS if not column.endswith(" s")]
     print("| | " + " | ".join([*columns, "psi", "to tune", "to edit"]) + " |")
     print("|---" * (len(columns) + 4) + "|")
@@ -126,7 +144,7 @@ def bench(
         means = row.means(drawn)
         cells = [f"{means[column]:.2f}" for column in columns]
         psi = f"{row.extra['psi']:,.0f}" if "psi" in row.extra else ""
-        tune, edit = times_of(row.name, drawn[0])
+        tune, edit = times_of(row.name, ROWS[compare][row.name], drawn[0])
         cells += [psi, f"{tune:.1f} x" if psi else "", f"{edit:.2f} x"]
         print(f"| {row.name} | " + " | ".join(cells) + " |", flush=True)
     pages: list[Image.Image] = []
@@ -139,7 +157,7 @@ def bench(
     for each in pages:
         page.paste(each, (0, top))
         top += each.height
-    page.save(work / "variants.png")
+    page.save(work / f"{compare}.png")
     print(f"{work / 'variants.png'}")
 
 
