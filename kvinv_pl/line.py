@@ -26,7 +26,7 @@ SHORT = {
         "start another run in the folder anew, and render its edits again",
     ),
     "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
-    "--steps": ("model.steps", "N", "DDIM steps; with few, such as 10, an edit hardly changes the action"),
+    "--steps": ("model.steps", "N", "DDIM steps; with few, such as 10, most edits miss the action"),
     "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
     "--start": ("model.start", "S", "share of the steps that an edit makes before CP-attn is active"),
     "--reading": ("model.reading", "NAME", "frozen or blend"),

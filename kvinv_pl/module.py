@@ -41,7 +41,7 @@ class KVInversion(LightningModule):
         layers_to_transform: Numbers of the blocks to keep, as in peft.
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
-        steps: DDIM steps T, in all stages; with few, such as 10, an edit hardly changes the action.
+        steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
         guidance: Classifier-free guidance scale w of the edit, and of tuning unless tuning_guidance is given.
         inversion_guidance: w of the inversion; 1 is the source prompt alone.
         tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone.

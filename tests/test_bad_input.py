@@ -320,7 +320,7 @@ def test_an_altered_file_is_refused_by_its_name(good: list[object], run: Path, n
     data[-5] ^= 1
     (run / name).write_bytes(data)
     for verb, *options in (
-        ["run", *good, "--out", run, "--start", 0],
+        ["run", *good, "--out", run, "--start", 0.5],
         ["edit", "--run", run, "--target", "a fox"],
     ):
         answer = kvinv(verb, *options)

@@ -80,7 +80,7 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
         < out.index("--config")
         < out.index("--model.steps")
     )
-    assert "with few, such as 10, an edit hardly changes the action (default: 50)" in out
+    assert "with few, such as 10, most edits miss the action (default: 50)" in out
     assert "What the picture shows, in a few words; may be empty." in " ".join(out.split())
     assert "known subclasses" not in out
     assert ("--run DIR" in out) == (verb == "edit")
