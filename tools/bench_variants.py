@@ -3,9 +3,10 @@
     python tools/bench_variants.py --cases 64 --seed-base 1000000
     python tools/bench_variants.py --compare masks --cases 24 --seed-base 900200
 
-prints one row for each variant, with the columns of bench_actions.py, the values of psi for one timestep, and
-times relative to sampling a picture with the same model, of one picture that is tuned and edited alone; and
-writes a page of six cases under all of them.
+prints one row for each variant, with the columns of bench_actions.py, the background away from the animals and
+what part of its error lies near them, the values of psi for one timestep, and times relative to sampling a
+picture with the same model, of one picture that is tuned and edited alone; and writes a page of six cases under
+all of them.
 Masks are those that the embedded SAM finds from one point on the animal; `--compare masks` has the choices of
 `masked` for rows. Interrupted, it goes on where it was.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from bench_actions import COLUMNS, Bench, Case, Row, in_processes
 from calling import call
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from kvinv_pl.module import KVInversion
 from kvinv_pl.segmenter import Segmenter
@@ -71,6 +72,25 @@ def found_masks(cases: list[Case], work: Path) -> list[Path]:
             segmenter.segment(case.animal.render(), [(float(x) + 0.5, float(y) + 0.5)]).save(file)
         files.append(file)
     return files
+
+
+def near_and_far(case: Case, picture: Image.Image) -> tuple[float, float]:
+    """What part of the background's squared error lies near the animals, and the PSNR in dB of the rest.
+
+    Near is within 2 pixels of either animal, or where the true pictures differ: their shadows.
+    """
+    size = picture.width
+    truth, source = case.animal.render(case.target, size), case.animal.render(None, size)
+    animals = [case.animal.mask(action, size).convert("L") for action in (case.target, case.animal.action)]
+    covered, around = (
+        np.any([np.array(mask.filter(ImageFilter.MaxFilter(width))) > 0 for mask in animals], axis=0)
+        for width in (1, 5)
+    )
+    moved = np.any(np.asarray(truth, np.int16) != np.asarray(source, np.int16), axis=2)
+    error = np.square((np.asarray(picture, np.float64) - np.asarray(truth, np.float64)) / 255).mean(2)
+    far = ~(around | moved)
+    share = 1 - error[far].sum() / error[~covered].sum()
+    return 100 * share, -10 * float(np.log10(error[far].mean() + 1e-10))
 
 
 def row_of(name: str, attention: dict[str, Any], cases: list[Case], work: Path, slots: int) -> Row:
@@ -138,14 +158,15 @@ def bench(
     torch.set_num_threads(1)
     rows = [row_of(name, attention, drawn, work, slots) for name, attention in ROWS[compare].items()]
     columns = [column for column in COLUMNS if not column.endswith(" s")]
-    print("| | " + " | ".join([*columns, "psi", "to tune", "to edit"]) + " |")
-    print("|---" * (len(columns) + 4) + "|")
+    print("| | " + " | ".join([*columns, "far dB", "near %", "psi", "to tune", "to edit"]) + " |")
+    print("|---" * (len(columns) + 6) + "|")
     for row in rows:
         means = row.means(drawn)
         cells = [f"{means[column]:.2f}" for column in columns]
         psi = f"{row.extra['psi']:,.0f}" if "psi" in row.extra else ""
         tune, edit = times_of(row.name, ROWS[compare][row.name], drawn[0])
-        cells += [psi, f"{tune:.1f} x" if psi else "", f"{edit:.2f} x"]
+        near, far = np.mean([near_and_far(*each) for each in zip(drawn, row.pictures, strict=True)], axis=0)
+        cells += [f"{far:.2f}", f"{near:.0f}", psi, f"{tune:.1f} x" if psi else "", f"{edit:.2f} x"]
         print(f"| {row.name} | " + " | ".join(cells) + " |", flush=True)
     pages: list[Image.Image] = []
     for n, case in enumerate(drawn[:6]):
