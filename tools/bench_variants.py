@@ -3,9 +3,11 @@
     python tools/bench_variants.py --cases 64 --seed-base 1000000
     python tools/bench_variants.py --compare masks --cases 24 --seed-base 900200
 
-prints one row for each variant: the columns of bench_actions.py, the background away from the animals and what
-part of its error lies near them, the values of psi for one timestep, and times relative to sampling a picture
-with the same model, of one picture that is tuned and edited alone. Writes a page of six cases under all of them.
+prints one row for each variant: the columns of bench_actions.py, the background away from the animals and
+what part of its error lies near them, the values of psi for one timestep, and times relative to sampling a
+picture with the same model, of one picture that is tuned and edited alone. Writes a page of six cases under
+all of them.
+
 Masks are those that the embedded SAM finds from one point on the animal; `--compare masks` has the choices of
 `masked` for rows. Interrupted, it goes on where it was.
 """
