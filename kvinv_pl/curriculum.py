@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
@@ -15,10 +15,16 @@ from kvinv_pl.errors import UserError
 
 @dataclass(frozen=True)
 class Phase:
-    """One epoch of the fit: step `step`, counted from noise, of the pictures of batch `batch`."""
+    """One epoch of the fit: which picture each slot holds, and at which step, counted from noise.
 
-    batch: int
-    step: int
+    An empty slot holds a copy that counts for nothing.
+    """
+
+    members: tuple[int, ...]
+    steps: tuple[int, ...]
+    active: tuple[bool, ...]
+    enters: bool
+    """Whether the slots are filled here, rather than by the phase before."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,13 @@ def batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Bat
     return found
 
 
-def remaining(made: Iterable[Batch], steps: int) -> list[Phase]:
-    """The phases of a fit, in order; the fit's n-th epoch is the n-th of them."""
-    return [Phase(b, step) for b, batch in enumerate(made) for step in range(batch.first, steps)]
+def roll_out(made: Iterable[Batch], steps: int) -> list[Phase]:
+    """The phases in which z-tilde of every batch rolls out, in order: all slots are at the same step."""
+    return [
+        Phase(batch.members, (step,) * len(batch.members), batch.active, step == batch.first)
+        for batch in made
+        for step in range(batch.first, steps)
+    ]
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,11 @@ class Convergence:
                 f"got {self.tolerance}, {self.growth}"
             )
 
-    def reached(self, mean_errors: Float[Tensor, " slots"], step: int) -> Bool[Tensor, " slots"]:
-        """Which slots may stop at this step, counted from noise."""
-        return mean_errors <= self.tolerance + self.growth * step
+    def reached(
+        self, mean_errors: Float[Tensor, " slots"], steps: Int[Tensor, " slots"]
+    ) -> Bool[Tensor, " slots"]:
+        """Which slots may stop, each at its step, counted from noise."""
+        return mean_errors <= (self.tolerance + self.growth * steps.double()).to(mean_errors)
 
 
 class SlotKeeper:

@@ -277,14 +277,14 @@ class KVTrainer(Trainer):
         """Tune pictures side by side, and those again that do not pass."""
         attempt: int | None = 0
         while attempt is not None:
-            phases = model.prepare(failures.left(works), attempt)
-            data.inner_steps = model.inner_steps_now
-            if phases:
+            tuning = model.prepare(failures.left(works), attempt)
+            data.inner_steps = tuning.attempt.inner_steps
+            if tuning.plan:
                 self.fit_loop.epoch_progress.reset()
                 super().fit(model, datamodule=data)
             if self.fast_dev_run:
                 return
-            model.certify_rest()
+            tuning.certify_rest()
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
 

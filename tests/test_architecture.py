@@ -88,6 +88,10 @@ STAGES = {
     "sheet",
 }
 ARROWS["stages"] = STAGES | {"reading", "store", "work"}
+ARROWS["recipe"] = {"attention", "curriculum", "records"}
+ARROWS["attempts"] = {"certificate", "curriculum", "network", "recipe", "work"}
+FIT = {"curriculum", "ddim", "logbook", "network", "optimizers", "progress", "rounding", "tuning"}
+ARROWS["fit"] = FIT | {"attempts", "failures", "stages", "store", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,

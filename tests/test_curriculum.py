@@ -4,12 +4,11 @@ from torch import nn
 
 from kvinv_pl.curriculum import (
     Convergence,
-    Phase,
     SlotKeeper,
     batches,
     first_missing,
     generator,
-    remaining,
+    roll_out,
 )
 from kvinv_pl.errors import UserError
 
@@ -25,9 +24,9 @@ def test_every_unfinished_step_of_every_picture_is_exactly_one_phase() -> None:
     for slots in (1, 2, 3):
         made = batches(done, 4, slots)
         covered = [
-            (member, phase.step)
-            for phase in remaining(made, 4)
-            for member, active in zip(made[phase.batch].members, made[phase.batch].active, strict=True)
+            (member, step)
+            for phase in roll_out(made, 4)
+            for member, step, active in zip(phase.members, phase.steps, phase.active, strict=True)
             if active
         ]
         missing = [(picture, step) for picture in range(5) for step in range(4) if step >= len(done[picture])]
@@ -57,20 +56,24 @@ def test_a_picture_that_is_one_step_ahead_makes_that_step_again_beside_the_other
 
 def test_the_phases_of_a_batch_follow_each_other_from_noise_to_picture() -> None:
     made = batches([{0}, set()], 3, 1)
-    assert remaining(made, 3) == [Phase(0, 1), Phase(0, 2), Phase(1, 0), Phase(1, 1), Phase(1, 2)]
-    assert remaining(batches([{0, 1, 2}], 3, 1), 3) == []
+    phases = [(phase.members, phase.steps, phase.enters) for phase in roll_out(made, 3)]
+    assert phases == [
+        ((0,), (1,), True), ((0,), (2,), False), ((1,), (0,), True), ((1,), (1,), False), ((1,), (2,), False)
+    ]  # fmt: skip
+    assert roll_out(batches([{0, 1, 2}], 3, 1), 3) == []
 
 
 def test_the_tolerance_grows_with_the_step_and_is_reached_by_equality() -> None:
     rule = Convergence(0.5, 0.25)
     errors = torch.tensor([0.4, 0.5, 0.75, 0.8])
-    assert rule.reached(errors, 0).tolist() == [True, True, False, False]
-    assert rule.reached(errors, 1).tolist() == [True, True, True, False]
+    assert rule.reached(errors, torch.zeros(4, dtype=torch.long)).tolist() == [True, True, False, False]
+    assert rule.reached(errors, torch.ones(4, dtype=torch.long)).tolist() == [True, True, True, False]
+    assert rule.reached(errors, torch.tensor([0, 1, 0, 2])).tolist() == [True, True, False, True]
 
 
 def test_an_infinite_tolerance_is_reached_at_once_and_none_by_what_is_not_a_number() -> None:
-    assert Convergence(float("inf"), 0.0).reached(torch.tensor([1e30]), 0).all()
-    assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), 0).any()
+    assert Convergence(float("inf"), 0.0).reached(torch.tensor([1e30]), torch.tensor([0])).all()
+    assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), torch.tensor([0])).any()
 
 
 @pytest.mark.parametrize("bounds", [(-1e-5, 0.0), (0.0, -1.0), (float("nan"), 0.0), (0.0, float("nan"))])

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import fits
 import pytest
@@ -16,6 +15,7 @@ from kvinv_pl import files
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
 from kvinv_pl.failures import Failures
+from kvinv_pl.fit import Fit, Member
 from kvinv_pl.module import KVInversion
 from kvinv_pl.store import RunStore
 from kvinv_pl.work import Work
@@ -77,15 +77,15 @@ def test_a_damaged_run_among_many_does_not_stop_the_edits_of_the_others(folder: 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
     """From this phase on, one picture's pivot is not finite."""
-    enter = KVInversion._enter
+    take_up = Fit._taken_up
 
-    def patched(self: KVInversion, batch: Any) -> None:
-        enter(self, batch)
-        for slot, work in self._active(batch):
-            if work.name == name:
-                self._pivots[self.steps - at_step - 1, slot] = float("nan")
+    def patched(self: Fit, work: Work, i: int) -> Member:
+        member = take_up(self, work, i)
+        if work.name == name:
+            member.pivots[len(self.network.table) - at_step - 1] = float("nan")
+        return member
 
-    monkeypatch.setattr(KVInversion, "_enter", patched)
+    monkeypatch.setattr(Fit, "_taken_up", patched)
 
 
 @pytest.mark.parametrize("slots", [1, 3])

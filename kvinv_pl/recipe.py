@@ -1,0 +1,53 @@
+"""How psi is tuned: all that it depends on besides the picture, the model and the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from kvinv_pl import records
+from kvinv_pl.attention import CPAttention
+from kvinv_pl.curriculum import Convergence
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of stage 2; KVInversion's own, whose docstring says what each is."""
+
+    guidance: float
+    """w of tuning; 1 is the source prompt's branch alone."""
+    negative: str
+    inner_steps: int
+    convergence: Convergence
+    carry: bool
+    kv: str
+    seed: int
+    store_dtype: str
+
+    def record(
+        self, cps: Sequence[CPAttention], max_grid: int | None, optimizer: Optimizer | None
+    ) -> dict[str, Any]:
+        """What run.json says of it, as its field "tuning".
+
+        Args:
+            cps: The variant at every site.
+            max_grid: What kept sites out by their size.
+            optimizer: None for a variant that learns nothing.
+        """
+        return {
+            "guidance": self.guidance,
+            "negative": self.negative if self.guidance != 1 else "",
+            "attention": records.of_variant(cps[0]),
+            "sites": [cp.site.path for cp in cps],
+            "max_grid": max_grid,
+            "kv": self.kv,
+            "optimizer": records.of_optimizer(optimizer) if optimizer else None,
+            "inner_steps": self.inner_steps if optimizer else 0,
+            "tolerance": [self.convergence.tolerance, self.convergence.growth],
+            "carry": self.carry,
+            "seed": self.seed,
+            "store_dtype": self.store_dtype,
+        }
