@@ -8,7 +8,7 @@ from typing import Any
 
 from kvinv_pl import certificate
 from kvinv_pl.certificate import Demand
-from kvinv_pl.curriculum import first_missing
+from kvinv_pl.curriculum import Pass, first_missing
 from kvinv_pl.network import Network
 from kvinv_pl.recipe import Recipe
 from kvinv_pl.work import Work
@@ -22,10 +22,9 @@ class Attempt:
     recipe: Recipe
     demand: Demand
 
-    @property
-    def inner_steps(self) -> int:
-        """Optimiser steps for one timestep at most."""
-        return self.recipe.inner_steps * 2**self.number
+    def inner_steps(self, which: Pass) -> int:
+        """Optimiser steps for one timestep at most, in this pass of the curriculum."""
+        return self.recipe.steps_at_most(which) * 2**self.number
 
     @property
     def seed(self) -> int:
@@ -53,7 +52,7 @@ class Attempt:
         store, finished = work.store, work.store.done()
         if not self.number:
             run = store.read_run()
-            if "tuning" in run and finished:
+            if "tuning" in run and store.has_begun():
                 store.require({"tuning": tuning}, ["tuning"])
             if first_missing(finished, steps) < steps:
                 store.drop_attempts()
@@ -67,9 +66,14 @@ class Attempt:
             return certificate.next_attempt(work.store, self.demand) == self.number
         return not certificate.is_certified(work.store)
 
+    @property
+    def inner_steps_at_most(self) -> int:
+        """Optimiser steps for one timestep at most, before z-tilde rolls out for good."""
+        return self.recipe.inner_steps * 2**self.number
+
     def certify(self, network: Network, work: Work) -> dict[str, Any]:
         """Write the certificate of a picture that is tuned; run.json's field "reconstruction"."""
-        return certificate.certify(network, work.store, self.demand, self.number, self.inner_steps)
+        return certificate.certify(network, work.store, self.demand, self.number, self.inner_steps_at_most)
 
     def logged_as(self, work: Work) -> str:
         """The name of a picture in the logs; later attempts have curves of their own."""

@@ -81,6 +81,6 @@ def _measure(network: Network, store: RunStore) -> tuple[Image.Image, dict[str, 
         "psnr_to_round_trip": round(records.psnr(tuned, round_trip), 2),
         "psnr_to_source": round(records.psnr(pictures.as_pixels(picture), source), 2),
         "psnr_of_round_trip_to_source": round(records.psnr(pictures.as_pixels(ceiling), source), 2),
-        "inner_steps": sum(info["inner_steps"] for info in infos),
+        "inner_steps": sum(info["inner_steps"] + info.get("inner_steps_at_pivot", 0) for info in infos),
         "phases": infos,
     }

@@ -1,16 +1,23 @@
-"""Tuning as a curriculum: one phase a timestep, when a phase has converged, and what it starts from."""
+"""Tuning as a curriculum: which timesteps a phase holds, when it has converged, and what it starts from."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
+
+Curriculum = Literal["sequential", "pivot"]
+"""sequential: z-tilde rolls out, and every timestep is tuned where it has come to (the paper's). pivot: every
+timestep is tuned at its pivot z-hat_t, and then settled where z-tilde comes to in rolling out."""
+Pass = Literal["pivots", "roll-out"]
+"""A part of the curriculum: all timesteps at their pivots, or z-tilde rolling out."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,35 @@ def roll_out(made: Iterable[Batch], steps: int) -> list[Phase]:
         for batch in made
         for step in range(batch.first, steps)
     ]
+
+
+def missing_at_pivots(made: Iterable[Batch], done: Sequence[Set[int]], steps: int) -> list[set[int]]:
+    """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out."""
+    missing = [set[int]() for _ in done]
+    for batch in made:
+        for member, active in zip(batch.members, batch.active, strict=True):
+            if active:
+                missing[member] = {*range(batch.first, steps)} - done[member]
+    return missing
+
+
+def at_pivots(needed: Sequence[Set[int]], steps: int, slots: int) -> list[Phase]:
+    """The phases in which timesteps are tuned at their pivots, `needed` being those of each picture.
+
+    Timesteps at their pivots do not depend on each other, so all of them, of one picture after the other,
+    fill the slots. Which of them share a phase, and in which slot, follows from the order alone and not from
+    what is needed, so that a fit that goes on computes what it would have computed.
+    """
+    every = [(picture, step) for picture in range(len(needed)) for step in range(steps)]
+    found = []
+    for begin in range(0, len(every), slots):
+        items = every[begin : begin + slots]
+        active = [step in needed[picture] for picture, step in items]
+        if any(active):
+            empty = slots - len(items)
+            members, at = zip(*items, *[items[-1]] * empty, strict=True)
+            found.append(Phase(members, at, (*active, *[False] * empty), True))
+    return found
 
 
 @dataclass(frozen=True)

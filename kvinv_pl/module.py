@@ -15,7 +15,16 @@ from kvinv_pl import certificate, memory, registry, rounding, stages
 from kvinv_pl.attempts import Attempt
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
-from kvinv_pl.curriculum import Convergence, batches, roll_out
+from kvinv_pl.curriculum import (
+    Convergence,
+    Curriculum,
+    Pass,
+    Phase,
+    at_pivots,
+    batches,
+    missing_at_pivots,
+    roll_out,
+)
 from kvinv_pl.data import Job
 from kvinv_pl.errors import UserError
 from kvinv_pl.failures import Failures
@@ -44,10 +53,15 @@ class KVInversion(LightningModule):
         inversion_guidance: w of the inversion; 1 is the source prompt alone.
         tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone.
         optimizer: Any torch optimiser by class_path; its state is cleared at every timestep.
+        curriculum: sequential (the paper's): timestep after timestep is tuned where z-tilde has come to in
+            rolling out. pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot
+            z-hat_t; then z-tilde rolls out, and every psi_t settles there in settle_steps at most.
         inner_steps: Optimiser steps for one timestep at most.
+        settle_steps: With the curriculum pivot, optimiser steps for one timestep at most in rolling out.
         tolerance: Mean squared error of the latent at which the noisiest timestep has converged.
         tolerance_growth: What is added to the tolerance at every later step.
-        carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start.
+        carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start; with the
+            curriculum pivot every timestep has its own.
         reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
         kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
             and the source's pass runs beside the edits: n edits cost as n + 1).
@@ -56,11 +70,12 @@ class KVInversion(LightningModule):
         subject: The word for the subject in the targets, for variants that follow it through an edit; left
             out, it is the last word that source and target have in common before they differ.
         seed: Of random starts of psi.
-        slots: How many pictures of one size are tuned side by side; auto: what fits into memory, 8 at most.
+        slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
+            what fits into memory, 8 at most.
         store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
         required_psnr: dB to the VAE round trip that a reconstruction must reach for its picture to pass.
-        retries: How often to tune a picture again that does not pass, each time with twice the inner steps
-            and other random starts; the best attempt is kept.
+        retries: How often to tune a picture again that does not pass, each time with twice the inner (and
+            settle) steps and other random starts; the best attempt is kept.
     """
 
     def __init__(
@@ -77,7 +92,9 @@ class KVInversion(LightningModule):
         inversion_guidance: float = 1.0,
         tuning_guidance: float | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.Adam(p, lr=3e-2),
+        curriculum: Curriculum = "sequential",
         inner_steps: int = 3,
+        settle_steps: int = 1,
         tolerance: float = 1e-5,
         tolerance_growth: float = 2e-5,
         carry: bool = True,
@@ -103,7 +120,8 @@ class KVInversion(LightningModule):
         self.steps, self.inner_steps, self.slots = steps, inner_steps, slots
         self.guidance, self.inversion_guidance = float(guidance), float(inversion_guidance)
         self.tuning_guidance = self.guidance if tuning_guidance is None else float(tuning_guidance)
-        self.optimizer = optimizer
+        self.curriculum: Curriculum = curriculum
+        self.settle_steps, self.optimizer = settle_steps, optimizer
         self.convergence = Convergence(tolerance, tolerance_growth)
         self.carry, self.seed, self.store_dtype = carry, seed, store_dtype
         self.reading, self.kv, self.start, self.negative = reading, kv, float(start), negative
@@ -122,7 +140,7 @@ class KVInversion(LightningModule):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name}: expected a number of 0 or more, got {value}")
-        for name in ("steps", "inner_steps", "slots"):
+        for name in ("steps", "inner_steps", "settle_steps", "slots"):
             if (count := getattr(self, name)) != "auto" and count < 1:
                 raise UserError(f"{name}: expected 1 or more, got {count}")
         if math.isnan(self.demand.psnr) or self.demand.retries < 0:
@@ -132,6 +150,8 @@ class KVInversion(LightningModule):
             )
         if not 0 <= self.start <= 1:
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+        if self.curriculum not in ("sequential", "pivot"):
+            raise UserError(f"curriculum: expected sequential or pivot, got {self.curriculum!r}")
         if self.reading not in ("frozen", "blend"):
             raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
         if self.kv not in ("stored", "replayed"):
@@ -221,7 +241,7 @@ class KVInversion(LightningModule):
         if stage == "fit":
             self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()
-            if not fresh and "tuning" in store.read_run() and store.done():
+            if not fresh and "tuning" in store.read_run() and store.has_begun():
                 store.require({"tuning": record}, ["tuning"])
         return (*grid, masked)
 
@@ -251,8 +271,8 @@ class KVInversion(LightningModule):
     def recipe(self) -> Recipe:
         """How psi is tuned."""
         return Recipe(
-            self.tuning_guidance, self.negative, self.inner_steps, self.convergence, self.carry, self.kv,
-            self.seed, self.store_dtype,
+            self.tuning_guidance, self.negative, self.curriculum, self.inner_steps, self.settle_steps,
+            self.convergence, self.carry, self.kv, self.seed, self.store_dtype,
         )  # fmt: skip
 
     def tuning_record(self) -> dict[str, Any]:
@@ -264,30 +284,59 @@ class KVInversion(LightningModule):
         return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative", "subject")}
 
     def choose_slots(self, grid: tuple[int, int], pictures: int) -> int:
-        """How many of so many pictures of one latent size are tuned side by side; said where it was not."""
+        """How many slots there are for so many pictures of one latent size; said where it was not given."""
         if self.slots == "auto":
             self.side_by_side = 1
             self.network.place(grid, 1)
-            if pictures > 1 and not needs_closure(self.configure_optimizers()):
-                self.side_by_side, reason = memory.side_by_side(
-                    self.network, grid, self.tuning_guidance, pictures
-                )
-                self.watch.note(f"slots: {self.side_by_side} of {pictures} pictures side by side ({reason})")
+            optimizer = self.configure_optimizers()
+            at_pivots = "pivots" in self.recipe.passes(optimizer is not None)
+            count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
+            if count > 1 and not needs_closure(optimizer):
+                found, reason = memory.side_by_side(self.network, grid, self.tuning_guidance, count)
+                self.side_by_side = found
+                self.watch.note(f"slots: {found} of {count} {what} side by side ({reason})")
         return self.side_by_side
 
-    def prepare(self, works: list[Work], attempt: int = 0) -> Fit:
-        """Make ready to fit pictures of one latent size, at this attempt; its plan has what remains."""
+    def passes(self, works: list[Work]) -> tuple[Pass, ...]:
+        """The passes over the timesteps of these pictures, in order."""
+        for work in works:
+            with self.failures.of([work]):
+                self._place(work, self.side_by_side)
+                return self.recipe.passes(self.network.learns)
+        return ("roll-out",)
+
+    def _place(self, work: Work, slots: int) -> None:
+        height, width = work.store.trajectory().shape[-2:]
+        self.network.place((height, width), slots)
+
+    def prepare(self, works: list[Work], attempt: int = 0, which: Pass = "roll-out") -> Fit:
+        """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
         made, taken, done = Attempt(attempt, self.recipe, self.demand), list[Work](), []
         for work in works:
             with self.failures.of([work]):
                 found = made.at(work)
-                height, width = found.store.trajectory().shape[-2:]
-                self.network.place((height, width), self.side_by_side)
+                self._place(found, self.side_by_side)
                 done.append(made.take_up(found, self.steps, self.tuning_record(), self.editing_record()))
                 taken.append(found)
-        plan = roll_out(batches(done, self.steps, self.side_by_side), self.steps)
-        self._fit = Fit(self.network, made, taken, plan, self.failures, self.watch, self.x_0_every)
+        plan = self._plan(taken, done, which) if taken else []
+        self._fit = Fit(self.network, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
         return self._fit
+
+    def _plan(self, works: list[Work], done: list[set[int] | None], which: Pass) -> list[Phase]:
+        """The phases that remain of a pass; psi is as many slots wide as they are."""
+        width = self.side_by_side
+        if "pivots" in self.recipe.passes(self.network.learns):
+            width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
+        rolling = batches(done, self.steps, width)
+        if which == "pivots":
+            there = [work.store.done_at_pivots() for work in works]
+            return at_pivots(missing_at_pivots(rolling, there, self.steps), self.steps, self.side_by_side)
+        self._place(works[0], width)
+        return roll_out(rolling, self.steps)
+
+    def certify_rest(self) -> None:
+        """Do what a fit that was stopped after its last phase has left undone."""
+        self._fit.certify_rest()
 
     def configure_optimizers(self) -> Optimizer | None:
         """One optimiser for the live psi; none for a variant that learns nothing."""

@@ -115,6 +115,11 @@ class Network(nn.Module):
         )
 
     @property
+    def learns(self) -> bool:
+        """Whether there is anything to optimise in the psi that is attached."""
+        return any(True for _ in self.psi.parameters())
+
+    @property
     def at_pivot(self) -> bool:
         """Whether K-bar and V-bar are those of the pass at z-hat_t."""
         return any(cp.at_pivot for cp in self.cps)

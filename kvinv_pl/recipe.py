@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from kvinv_pl import records
 from kvinv_pl.attention import CPAttention
-from kvinv_pl.curriculum import Convergence
+from kvinv_pl.curriculum import Convergence, Curriculum, Pass
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,28 @@ class Recipe:
     guidance: float
     """w of tuning; 1 is the source prompt's branch alone."""
     negative: str
+    curriculum: Curriculum
     inner_steps: int
+    settle_steps: int
     convergence: Convergence
     carry: bool
     kv: str
     seed: int
     store_dtype: str
+
+    @property
+    def carries(self) -> bool:
+        """Whether psi_t starts from psi_(t+1)."""
+        return self.carry and self.curriculum == "sequential"
+
+    def passes(self, learns: bool) -> tuple[Pass, ...]:
+        """The passes over the timesteps, in order; a variant that learns nothing has none at the pivots."""
+        return ("pivots", "roll-out") if learns and self.curriculum == "pivot" else ("roll-out",)
+
+    def steps_at_most(self, which: Pass) -> int:
+        """Optimiser steps for one timestep at most, in this pass."""
+        settles = which == "roll-out" and self.curriculum == "pivot"
+        return self.settle_steps if settles else self.inner_steps
 
     def record(
         self, cps: Sequence[CPAttention], max_grid: int | None, optimizer: Optimizer | None
@@ -45,9 +61,11 @@ class Recipe:
             "max_grid": max_grid,
             "kv": self.kv,
             "optimizer": records.of_optimizer(optimizer) if optimizer else None,
+            "curriculum": self.curriculum,
             "inner_steps": self.inner_steps if optimizer else 0,
+            "settle_steps": self.settle_steps if optimizer and self.curriculum == "pivot" else 0,
             "tolerance": [self.convergence.tolerance, self.convergence.growth],
-            "carry": self.carry,
+            "carry": self.carries,
             "seed": self.seed,
             "store_dtype": self.store_dtype,
         }

@@ -277,14 +277,15 @@ class KVTrainer(Trainer):
         """Tune pictures side by side, and those again that do not pass."""
         attempt: int | None = 0
         while attempt is not None:
-            tuning = model.prepare(failures.left(works), attempt)
-            data.inner_steps = tuning.attempt.inner_steps
-            if tuning.plan:
-                self.fit_loop.epoch_progress.reset()
-                super().fit(model, datamodule=data)
-            if self.fast_dev_run:
-                return
-            tuning.certify_rest()
+            for which in model.passes(failures.left(works)):
+                fit = model.prepare(failures.left(works), attempt, which)
+                data.inner_steps = fit.inner_steps
+                if fit.plan:
+                    self.fit_loop.epoch_progress.reset()
+                    super().fit(model, datamodule=data)
+                if self.fast_dev_run:
+                    return
+            model.certify_rest()
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
 

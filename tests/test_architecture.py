@@ -90,8 +90,9 @@ STAGES = {
 ARROWS["stages"] = STAGES | {"reading", "store", "work"}
 ARROWS["recipe"] = {"attention", "curriculum", "records"}
 ARROWS["attempts"] = {"certificate", "curriculum", "network", "recipe", "work"}
+ARROWS["slots"] = {"curriculum", "failures", "network", "stages", "store", "work"}
 FIT = {"curriculum", "ddim", "logbook", "network", "optimizers", "progress", "rounding", "tuning"}
-ARROWS["fit"] = FIT | {"attempts", "failures", "stages", "store", "work"}
+ARROWS["fit"] = FIT | {"attempts", "failures", "slots", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,

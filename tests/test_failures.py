@@ -15,8 +15,8 @@ from kvinv_pl import files
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
 from kvinv_pl.failures import Failures
-from kvinv_pl.fit import Fit, Member
 from kvinv_pl.module import KVInversion
+from kvinv_pl.slots import Member, Slots
 from kvinv_pl.store import RunStore
 from kvinv_pl.work import Work
 
@@ -77,15 +77,15 @@ def test_a_damaged_run_among_many_does_not_stop_the_edits_of_the_others(folder: 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
     """From this phase on, one picture's pivot is not finite."""
-    take_up = Fit._taken_up
+    take_up = Slots._taken_up
 
-    def patched(self: Fit, work: Work, i: int) -> Member:
-        member = take_up(self, work, i)
+    def patched(self: Slots, work: Work) -> Member:
+        member = take_up(self, work)
         if work.name == name:
             member.pivots[len(self.network.table) - at_step - 1] = float("nan")
         return member
 
-    monkeypatch.setattr(Fit, "_taken_up", patched)
+    monkeypatch.setattr(Slots, "_taken_up", patched)
 
 
 @pytest.mark.parametrize("slots", [1, 3])
