@@ -75,8 +75,8 @@ class Fit:
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
+        slots.hold(self._phase)
         if self._phase.enters:
-            slots.fill(self._phase)
             self._announce(n)
         if slots.active():
             self._take_places()

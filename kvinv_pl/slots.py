@@ -53,9 +53,14 @@ class Slots:
         self.network, self.works, self.negative, self.failures = network, works, negative, failures
         self._known: dict[int, Member] = {}
 
-    def fill(self, phase: Phase) -> None:
-        """Take up the pictures of a phase."""
-        self.phase, self.lost = phase, ~torch.tensor(phase.active)
+    def hold(self, phase: Phase) -> None:
+        """The slots are those of this phase; its pictures are taken up where it enters them."""
+        self.phase = phase
+        if phase.enters:
+            self._fill(phase)
+
+    def _fill(self, phase: Phase) -> None:
+        self.lost = ~torch.tensor(phase.active)
         wanted = {phase.members[slot]: work for slot, work in self.active()}
         self._known = {number: member for number, member in self._known.items() if number in wanted}
         for number, work in wanted.items():

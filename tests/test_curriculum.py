@@ -5,9 +5,11 @@ from torch import nn
 from kvinv_pl.curriculum import (
     Convergence,
     SlotKeeper,
+    at_pivots,
     batches,
     first_missing,
     generator,
+    missing_at_pivots,
     roll_out,
 )
 from kvinv_pl.errors import UserError
@@ -129,3 +131,40 @@ def test_randomness_depends_on_seed_picture_and_step_and_on_nothing_else() -> No
     torch.randn(100)  # whatever else is drawn
     assert draw(0, "cat", 1) == first
     assert first not in (draw(1, "cat", 1), draw(0, "dog", 1), draw(0, "cat", 2))
+
+
+def test_every_timestep_that_is_missing_at_its_pivot_has_one_slot_of_one_phase() -> None:
+    missing = [{0, 1, 2, 3}, {2}, set(), {0, 3}]
+    for slots in (1, 2, 3, 5, 100):
+        phases = at_pivots(missing, 4, slots)
+        held = [
+            (member, step)
+            for phase in phases
+            for member, step, active in zip(phase.members, phase.steps, phase.active, strict=True)
+            if active
+        ]
+        assert held == [(picture, step) for picture, steps in enumerate(missing) for step in sorted(steps)]
+        assert all(len(phase.members) == slots and phase.enters for phase in phases)
+
+
+def test_in_which_slot_a_timestep_is_does_not_follow_from_what_is_done() -> None:
+    def places(
+        missing: list[set[int]],
+    ) -> dict[tuple[int, int], tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        return {
+            (phase.members[slot], phase.steps[slot]): (slot, phase.members, phase.steps)
+            for phase in at_pivots(missing, 4, 3)
+            for slot in range(3)
+            if phase.active[slot]
+        }
+
+    whole = places([{0, 1, 2, 3}, {0, 1, 2, 3}])
+    for missing in ([{3}, {1, 2}], [set[int](), {3}], [{0, 1, 2, 3}, {0}]):
+        assert places(missing).items() <= whole.items()
+
+
+def test_at_the_pivots_only_what_the_batches_have_yet_to_roll_out_is_missing() -> None:
+    made = batches([{0, 1}, {0}, {0, 1, 2}, None], 3, 4)
+    there = [{0, 1, 2}, {2}, set[int](), set[int]()]
+    assert missing_at_pivots(made, there, 3) == [set(), {1}, set(), set()]
+    assert missing_at_pivots(batches([set(), {0, 1, 2}], 3, 1), [{1}, set()], 3) == [{0, 2}, set()]
