@@ -1,6 +1,5 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,29 +10,21 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kvinv_pl import certificate, memory, registry, rounding, stages
+from kvinv_pl import certificate, memory, registry, stages
 from kvinv_pl.attempts import Attempt
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
-from kvinv_pl.curriculum import (
-    Convergence,
-    Curriculum,
-    Pass,
-    Phase,
-    at_pivots,
-    batches,
-    missing_at_pivots,
-    roll_out,
-)
+from kvinv_pl.curriculum import Convergence, Curriculum, Pass
 from kvinv_pl.data import Job
 from kvinv_pl.errors import UserError
 from kvinv_pl.failures import Failures
 from kvinv_pl.fit import Fit
 from kvinv_pl.network import Network
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
+from kvinv_pl.planning import Planner
 from kvinv_pl.progress import Progress
 from kvinv_pl.reading import subject_positions
-from kvinv_pl.recipe import Recipe
+from kvinv_pl.recipe import Recipe, at_least_0, at_least_1, one_of
 from kvinv_pl.work import Stage, Work
 
 
@@ -136,29 +127,14 @@ class KVInversion(LightningModule):
 
     def check_settings(self) -> None:
         """Refuse numbers that mean nothing."""
-        for name in ("guidance", "inversion_guidance", "tuning_guidance"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name}: expected a number of 0 or more, got {value}")
-        for name in ("steps", "inner_steps", "settle_steps", "slots"):
-            if (count := getattr(self, name)) != "auto" and count < 1:
-                raise UserError(f"{name}: expected 1 or more, got {count}")
-        if math.isnan(self.demand.psnr) or self.demand.retries < 0:
-            raise UserError(
-                "required_psnr and retries: expected dB and a number of 0 or more, got "
-                f"{self.demand.psnr} and {self.demand.retries}"
-            )
+        for name in ("guidance", "inversion_guidance"):
+            at_least_0(name, getattr(self, name))
+        for name in ("steps", "slots"):
+            at_least_1(name, 1 if (count := getattr(self, name)) == "auto" else count)
         if not 0 <= self.start <= 1:
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
-        if self.curriculum not in ("sequential", "pivot"):
-            raise UserError(f"curriculum: expected sequential or pivot, got {self.curriculum!r}")
-        if self.reading not in ("frozen", "blend"):
-            raise UserError(f"reading: expected frozen or blend, got {self.reading!r}")
-        if self.kv not in ("stored", "replayed"):
-            raise UserError(f"kv: expected stored or replayed, got {self.kv!r}")
-        if self.store_dtype not in rounding.DTYPES:
-            names = ", ".join(rounding.DTYPES)
-            raise UserError(f"store_dtype: expected {names}, got {self.store_dtype!r}")
+        one_of("reading", self.reading, ("frozen", "blend"))
+        _ = self.recipe  # which refuses its own
 
     # ---- the frozen model, once
 
@@ -298,41 +274,18 @@ class KVInversion(LightningModule):
         return self.side_by_side
 
     def passes(self, works: list[Work]) -> tuple[Pass, ...]:
-        """The passes over the timesteps of these pictures, in order."""
-        for work in works:
-            with self.failures.of([work]):
-                self._place(work, self.side_by_side)
-                return self.recipe.passes(self.network.learns)
-        return ("roll-out",)
-
-    def _place(self, work: Work, slots: int) -> None:
-        height, width = work.store.trajectory().shape[-2:]
-        self.network.place((height, width), slots)
+        """The passes over the timesteps of these pictures, of one latent size, in order."""
+        return self._planner(works).passes()
 
     def prepare(self, works: list[Work], attempt: int = 0, which: Pass = "roll-out") -> Fit:
         """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
-        made, taken, done = Attempt(attempt, self.recipe, self.demand), list[Work](), []
-        for work in works:
-            with self.failures.of([work]):
-                found = made.at(work)
-                self._place(found, self.side_by_side)
-                done.append(made.take_up(found, self.steps, self.tuning_record(), self.editing_record()))
-                taken.append(found)
-        plan = self._plan(taken, done, which) if taken else []
+        made = Attempt(attempt, self.recipe, self.demand)
+        taken, plan = self._planner(works).plan(made, which, self.tuning_record, self.editing_record)
         self._fit = Fit(self.network, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
         return self._fit
 
-    def _plan(self, works: list[Work], done: list[set[int] | None], which: Pass) -> list[Phase]:
-        """The phases that remain of a pass; psi is as many slots wide as they are."""
-        width = self.side_by_side
-        if "pivots" in self.recipe.passes(self.network.learns):
-            width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
-        rolling = batches(done, self.steps, width)
-        if which == "pivots":
-            there = [work.store.done_at_pivots() for work in works]
-            return at_pivots(missing_at_pivots(rolling, there, self.steps), self.steps, self.side_by_side)
-        self._place(works[0], width)
-        return roll_out(rolling, self.steps)
+    def _planner(self, works: list[Work]) -> Planner:
+        return Planner(self.network, self.recipe, works, self.side_by_side, self.failures)
 
     def certify_rest(self) -> None:
         """Do what a fit that was stopped after its last phase has left undone."""

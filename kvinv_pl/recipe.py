@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
-from kvinv_pl import records
+from kvinv_pl import records, rounding
 from kvinv_pl.attention import CPAttention
 from kvinv_pl.curriculum import Convergence, Curriculum, Pass
+from kvinv_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Recipe:
     kv: str
     seed: int
     store_dtype: str
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        at_least_0("tuning_guidance", self.guidance)
+        at_least_1("inner_steps", self.inner_steps)
+        at_least_1("settle_steps", self.settle_steps)
+        one_of("curriculum", self.curriculum, ("sequential", "pivot"))
+        one_of("kv", self.kv, ("stored", "replayed"))
+        one_of("store_dtype", self.store_dtype, tuple(rounding.DTYPES))
 
     @property
     def carries(self) -> bool:
@@ -69,3 +80,23 @@ class Recipe:
             "seed": self.seed,
             "store_dtype": self.store_dtype,
         }
+
+
+def at_least_0(name: str, value: float) -> None:
+    """Refuse a setting that is no number of 0 or more."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name}: expected a number of 0 or more, got {value}")
+
+
+def at_least_1(name: str, count: int) -> None:
+    """Refuse a count below 1."""
+    if count < 1:
+        raise UserError(f"{name}: expected 1 or more, got {count}")
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a choice that there is not."""
+    if value not in known:
+        *but_last, last = known
+        listed = ", ".join(known) if len(known) > 2 else f"{but_last[0]} or {last}"
+        raise UserError(f"{name}: expected {listed}, got {value!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fits
 import torch
@@ -22,7 +24,8 @@ W, LR = 2.0, 0.1
 class ByHand:
     """Algorithm 1 in plain torch: no Lightning, no module, and a new Adam for every timestep."""
 
-    def __init__(self, image: Path, steps: int = 3) -> None:
+    def __init__(self, image: Path, steps: int = 3, optimizer: Any = None) -> None:
+        self.optimizer = optimizer or partial(torch.optim.Adam, lr=LR)
         self.backbone = backbone = Backbone.load(str(fits.checkpoint()))
         self.table = backbone.step_table(steps)
         opened = pictures.open_picture(image).image
@@ -74,15 +77,15 @@ class ByHand:
                     cp.load_state_dict({name: starts[i][f"{path}.{name}"] for name in cp.state_dict()})
             if at_pivots:
                 z = self.pivots[len(self.table) - i]
-            adam, pivot = torch.optim.Adam(parameters, lr=LR), self.pivots[len(self.table) - 1 - i]
+            optimizer, pivot = self.optimizer(parameters), self.pivots[len(self.table) - 1 - i]
             losses.append([])
             for _ in range(inner_steps):
                 with attachment.blend():
                     loss = (pivot - self.guided(z, i, self.source)).square().sum()
                 losses[-1].append(loss.item() / z.numel())
-                adam.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                adam.step()
+                optimizer.step()
             with attachment.blend(), torch.no_grad():
                 z = self.guided(z, i, self.source)
             values = {f"{path}.{name}": p for path, cp in psi.items() for name, p in cp.named_parameters()}

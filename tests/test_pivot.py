@@ -73,8 +73,8 @@ def without_slots(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_both_passes_equal_plain_loops(image: Path, tmp_path: Path, kept: Any) -> None:
-    store = fits.fit(image, tmp_path / "run", **PIVOT, inner_steps=4, settle_steps=2)
-    by_hand = ByHand(image)
+    store = fits.fit(image, tmp_path / "run", **PIVOT, inner_steps=4, settle_steps=2, optimizer=SGD)
+    by_hand = ByHand(image, optimizer=SGD)
     at_pivots = by_hand.tune_at_pivots(4)
     settled, z, losses = by_hand.settle(at_pivots, 2)
     for i in range(3):
