@@ -23,7 +23,6 @@ from kvinv_pl.network import Network
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.planning import Planner
 from kvinv_pl.progress import Progress
-from kvinv_pl.reading import subject_positions
 from kvinv_pl.recipe import Recipe, at_least_0, at_least_1, one_of
 from kvinv_pl.work import Stage, Work
 
@@ -198,22 +197,7 @@ class KVInversion(LightningModule):
         grid = (height // factor, width // factor)
         if stage != "invert":
             self.network.place(grid, self.side_by_side if stage == "fit" else 1)
-            if why := self.network.why_not(self.reading):
-                other = {"frozen": "blend", "blend": "frozen"}[self.reading]
-                raise UserError(f"reading: expected {other}, got {self.reading}: {why}")
-            variant = self.network.cps[0]
-            if variant.wants_mask and not masked:
-                raise UserError(
-                    f"{type(variant).__name__} needs a mask of the subject: "
-                    "give --mask (`kvinv mask` makes one)"
-                )
-            if self.subject and not variant.follows:
-                raise UserError(
-                    f"subject: got {self.subject!r}, but {type(variant).__name__} does not follow it: "
-                    "leave it out"
-                )
-            if variant.follows:  # rather than after the tuning
-                subject_positions(self.network.backbone, work.source, work.targets, self.subject)
+            stages.refuse_unreadable(self.network, work, self.reading, self.subject, masked)
         if stage == "fit":
             self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()
