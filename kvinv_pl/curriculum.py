@@ -78,13 +78,18 @@ def roll_out(made: Iterable[Batch], steps: int) -> list[Phase]:
     ]
 
 
-def missing_at_pivots(made: Iterable[Batch], done: Sequence[Set[int]], steps: int) -> list[set[int]]:
-    """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out."""
+def missing_at_pivots(
+    made: Iterable[Batch], done: Sequence[Set[int]], steps: int, carry: bool
+) -> list[set[int]]:
+    """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out.
+
+    With `carry`, a batch that goes on needs the step before, too.
+    """
     missing = [set[int]() for _ in done]
     for batch in made:
         for member, active in zip(batch.members, batch.active, strict=True):
             if active:
-                missing[member] = {*range(batch.first, steps)} - done[member]
+                missing[member] = {*range(max(0, batch.first - carry), steps)} - done[member]
     return missing
 
 

@@ -96,8 +96,8 @@ class Fit:
         elif self._phase.enters:
             slots.go_on(steps[0])
         if self.rolls_out and "pivots" in self.recipe.passes(self.network.learns):
-            self._used_at_pivots = torch.tensor(slots.settle())
-        elif steps[0] == 0 or not self.recipe.carries:
+            self._used_at_pivots = torch.tensor(slots.settle(self.recipe.carry))
+        elif not self.rolls_out or steps[0] == 0 or not self.recipe.carry:
             slots.start(self.attempt.seed)
 
     def _announce(self, n: int) -> None:

@@ -50,8 +50,9 @@ class KVInversion(LightningModule):
         settle_steps: With the curriculum pivot, optimiser steps for one timestep at most in rolling out.
         tolerance: Mean squared error of the latent at which the noisiest timestep has converged.
         tolerance_growth: What is added to the tolerance at every later step.
-        carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start; with the
-            curriculum pivot every timestep has its own.
+        carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start. With the
+            curriculum pivot: roll out with what settling has changed so far, rather than from what each
+            timestep came to at its pivot.
         reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
         kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
             and the source's pass runs beside the edits: n edits cost as n + 1).

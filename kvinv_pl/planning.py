@@ -64,7 +64,8 @@ class Planner:
         rolling = batches(done, steps, width)
         if which == "pivots":
             there = [work.store.done_at_pivots() for work in works]
-            return at_pivots(missing_at_pivots(rolling, there, steps), steps, self.slots)
+            missing = missing_at_pivots(rolling, there, steps, self.recipe.carry)
+            return at_pivots(missing, steps, self.slots)
         for work in self.failures.left(works)[:1]:
             self._place(work, width)
         return roll_out(rolling, steps)

@@ -40,11 +40,6 @@ class Recipe:
         one_of("kv", self.kv, ("stored", "replayed"))
         one_of("store_dtype", self.store_dtype, tuple(rounding.DTYPES))
 
-    @property
-    def carries(self) -> bool:
-        """Whether psi_t starts from psi_(t+1)."""
-        return self.carry and self.curriculum == "sequential"
-
     def passes(self, learns: bool) -> tuple[Pass, ...]:
         """The passes over the timesteps, in order; a variant that learns nothing has none at the pivots."""
         return ("pivots", "roll-out") if learns and self.curriculum == "pivot" else ("roll-out",)
@@ -76,7 +71,7 @@ class Recipe:
             "inner_steps": self.inner_steps if optimizer else 0,
             "settle_steps": self.settle_steps if optimizer and self.curriculum == "pivot" else 0,
             "tolerance": [self.convergence.tolerance, self.convergence.growth],
-            "carry": self.carries,
+            "carry": self.carry,
             "seed": self.seed,
             "store_dtype": self.store_dtype,
         }

@@ -111,12 +111,22 @@ class Slots:
                 self.network.read(before.psi, slot)
         self._drop_failed()
 
-    def settle(self) -> list[int]:
-        """Psi of every slot as the pass at the pivots left it; the inner steps that it took there."""
+    def settle(self, carry: bool) -> list[int]:
+        """Psi of every slot as its pivot left it; the inner steps that it took there.
+
+        With `carry`, what settling has changed at the step before is kept: psi_t starts from psi_(t+1) and
+        moves by as much as their pivots' psi differ. Where z-tilde has come to changes slowly with t.
+        """
         used = [0] * len(self.members)
+        learned = {f"{cp.site.path}.{name}" for cp in self.network.cps for name, _ in cp.named_parameters()}
         for slot, work in self.active():
+            i = self.phase.steps[slot]
             with self.failures.of([work]):
-                psi, info = work.store.pivot(self.phase.steps[slot])
+                psi, info = work.store.pivot(i)
+                if carry and i:
+                    before, here = work.store.pivot(i - 1)[0], self.network.values()
+                    moved = {name: psi[name].float() - before[name].float() for name in learned}
+                    psi = {**psi, **{name: here[name][slot].cpu() + moved[name] for name in learned}}
                 self.network.read(psi, slot)
                 used[slot] = info["inner_steps"]
         self._drop_failed()

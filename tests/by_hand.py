@@ -55,10 +55,10 @@ class ByHand:
         return self._tune(inner_steps, False, None, at_pivots=True)[0]
 
     def settle(
-        self, starts: list[dict[str, Tensor]], inner_steps: int
+        self, starts: list[dict[str, Tensor]], inner_steps: int, carry: bool
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[list[float]]]:
-        """As `tune`, with psi of every step starting there."""
-        return self._tune(inner_steps, False, starts)
+        """As `tune`, with psi starting there, and what changed at the step before on top with `carry`."""
+        return self._tune(inner_steps, carry, starts)
 
     def _tune(
         self, inner_steps: int, carry: bool, starts: list[dict[str, Tensor]] | None, at_pivots: bool = False
@@ -74,7 +74,9 @@ class ByHand:
                     cp.reset()
             if starts is not None:
                 for path, cp in psi.items():
-                    cp.load_state_dict({name: starts[i][f"{path}.{name}"] for name in cp.state_dict()})
+                    for name, value in cp.named_parameters():
+                        before = stored[-1][f"{path}.{name}"] - starts[i - 1][f"{path}.{name}"] if i else 0.0
+                        value.data = starts[i][f"{path}.{name}"] + (before if carry else 0.0)
             if at_pivots:
                 z = self.pivots[len(self.table) - i]
             optimizer, pivot = self.optimizer(parameters), self.pivots[len(self.table) - 1 - i]

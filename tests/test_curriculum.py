@@ -166,5 +166,7 @@ def test_in_which_slot_a_timestep_is_does_not_follow_from_what_is_done() -> None
 def test_at_the_pivots_only_what_the_batches_have_yet_to_roll_out_is_missing() -> None:
     made = batches([{0, 1}, {0}, {0, 1, 2}, None], 3, 4)
     there = [{0, 1, 2}, {2}, set[int](), set[int]()]
-    assert missing_at_pivots(made, there, 3) == [set(), {1}, set(), set()]
-    assert missing_at_pivots(batches([set(), {0, 1, 2}], 3, 1), [{1}, set()], 3) == [{0, 2}, set()]
+    assert missing_at_pivots(made, there, 3, carry=False) == [set(), {1}, set(), set()]
+    assert missing_at_pivots(made, there, 3, carry=True) == [set(), {0, 1}, set(), set()]
+    alone = batches([set(), {0, 1, 2}], 3, 1)
+    assert missing_at_pivots(alone, [{1}, set()], 3, carry=True) == [{0, 2}, set()]

@@ -72,17 +72,20 @@ def without_slots(values: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------ both passes
 
 
-def test_both_passes_equal_plain_loops(image: Path, tmp_path: Path, kept: Any) -> None:
-    store = fits.fit(image, tmp_path / "run", **PIVOT, inner_steps=4, settle_steps=2, optimizer=SGD)
+@pytest.mark.parametrize("carry", [True, False])
+def test_both_passes_equal_plain_loops(carry: bool, image: Path, tmp_path: Path, kept: Any) -> None:
+    store = fits.fit(
+        image, tmp_path / "run", **PIVOT, inner_steps=4, settle_steps=2, optimizer=SGD, carry=carry
+    )
     by_hand = ByHand(image, optimizer=SGD)
     at_pivots = by_hand.tune_at_pivots(4)
-    settled, z, losses = by_hand.settle(at_pivots, 2)
+    settled, z, losses = by_hand.settle(at_pivots, 2, carry)
     for i in range(3):
         found, info = kept["run"][i]
-        torch.testing.assert_close(found, without_slots(at_pivots[i]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, without_slots(at_pivots[i]), rtol=0, atol=5e-5)
         assert info["inner_steps"] == 4 and info["loss_end"] < info["loss_start"]
-        torch.testing.assert_close(store.step(i).psi, without_slots(settled[i]), rtol=0, atol=1e-5)
-        torch.testing.assert_close(store.step(i).z, z[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(store.step(i).psi, without_slots(settled[i]), rtol=0, atol=5e-5)
+        torch.testing.assert_close(store.step(i).z, z[i], rtol=0, atol=5e-5)
         info = store.step_info(i)
         assert (info["inner_steps"], info["inner_steps_at_pivot"]) == (2, 4)
         assert info["loss_start"] == pytest.approx(losses[i][0], rel=1e-4)
@@ -202,7 +205,7 @@ def _sites(variant: Any) -> int:
 def test_a_run_of_the_other_curriculum_is_refused_by_name(image: Path, tmp_path: Path) -> None:
     store = fits.fit(image, tmp_path / "run", **PIVOT)
     tuning = store.read_run()["tuning"]
-    assert (tuning["curriculum"], tuning["settle_steps"], tuning["carry"]) == ("pivot", 1, False)
+    assert (tuning["curriculum"], tuning["settle_steps"]) == ("pivot", 1)
     with pytest.raises(UserError, match=r"made with tuning\.curriculum = 'pivot', not 'sequential'"):
         fits.fit(image, tmp_path / "run")
     with pytest.raises(UserError, match=r"made with tuning\.settle_steps = 1, not 2"):
@@ -227,11 +230,15 @@ def test_what_was_tuned_at_the_pivots_is_the_run_folders_until_the_picture_is_tu
     assert fits.tensors(store) == fits.tensors(fits.fit(image, tmp_path / "whole", **PIVOT))
 
 
-def test_a_step_that_was_lost_is_made_again_with_what_it_needs(image: Path, tmp_path: Path) -> None:
-    store = fits.fit(image, tmp_path / "run", **PIVOT, slots=2)
+@pytest.mark.parametrize("carry", [True, False])
+def test_a_step_that_was_lost_is_made_again_with_what_it_needs(
+    carry: bool, image: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**PIVOT, "slots": 2, "carry": carry}
+    store = fits.fit(image, tmp_path / "run", **settings)
     whole = fits.tensors(store)
     (store.folder / "steps" / "1.safetensors").unlink()
-    fits.fit(image, tmp_path / "run", **PIVOT, slots=2)
+    fits.fit(image, tmp_path / "run", **settings)
     assert fits.tensors(store) == whole and not (store.folder / "pivot").exists()
 
 
