@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from kvinv_pl import pictures, records
+from kvinv_pl.errors import UserError
 from kvinv_pl.network import Network
 from kvinv_pl.store import RunStore
 
@@ -19,6 +21,14 @@ class Demand:
 
     psnr: float
     retries: int
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        if math.isnan(self.psnr) or self.retries < 0:
+            raise UserError(
+                "required_psnr and retries: expected dB and a number of 0 or more, got "
+                f"{self.psnr} and {self.retries}"
+            )
 
 
 @torch.no_grad()
@@ -81,6 +91,6 @@ def _measure(network: Network, store: RunStore) -> tuple[Image.Image, dict[str, 
         "psnr_to_round_trip": round(records.psnr(tuned, round_trip), 2),
         "psnr_to_source": round(records.psnr(pictures.as_pixels(picture), source), 2),
         "psnr_of_round_trip_to_source": round(records.psnr(pictures.as_pixels(ceiling), source), 2),
-        "inner_steps": sum(info["inner_steps"] for info in infos),
+        "inner_steps": sum(info["inner_steps"] + info.get("inner_steps_at_pivot", 0) for info in infos),
         "phases": infos,
     }

@@ -1,24 +1,37 @@
-"""Tuning as a curriculum: one phase a timestep, when a phase has converged, and what it starts from."""
+"""Tuning as a curriculum: which timesteps a phase holds, when it has converged, and what it starts from."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
 
+Curriculum = Literal["sequential", "pivot"]
+"""sequential: z-tilde rolls out, and every timestep is tuned where it has come to (the paper's). pivot: every
+timestep is tuned at its pivot z-hat_t, and then settled where z-tilde comes to in rolling out."""
+Pass = Literal["pivots", "roll-out"]
+"""A part of the curriculum: all timesteps at their pivots, or z-tilde rolling out."""
+
 
 @dataclass(frozen=True)
 class Phase:
-    """One epoch of the fit: step `step`, counted from noise, of the pictures of batch `batch`."""
+    """One epoch of the fit: which picture each slot holds, and at which step, counted from noise.
 
-    batch: int
-    step: int
+    An empty slot holds a copy that counts for nothing.
+    """
+
+    members: tuple[int, ...]
+    steps: tuple[int, ...]
+    active: tuple[bool, ...]
+    enters: bool
+    """Whether the slots are filled here, rather than by the phase before."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,47 @@ def batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Bat
     return found
 
 
-def remaining(made: Iterable[Batch], steps: int) -> list[Phase]:
-    """The phases of a fit, in order; the fit's n-th epoch is the n-th of them."""
-    return [Phase(b, step) for b, batch in enumerate(made) for step in range(batch.first, steps)]
+def roll_out(made: Iterable[Batch], steps: int) -> list[Phase]:
+    """The phases in which z-tilde of every batch rolls out, in order: all slots are at the same step."""
+    return [
+        Phase(batch.members, (step,) * len(batch.members), batch.active, step == batch.first)
+        for batch in made
+        for step in range(batch.first, steps)
+    ]
+
+
+def missing_at_pivots(
+    made: Iterable[Batch], done: Sequence[Set[int]], steps: int, carry: bool
+) -> list[set[int]]:
+    """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out.
+
+    With `carry`, a batch that goes on needs the step before, too.
+    """
+    missing = [set[int]() for _ in done]
+    for batch in made:
+        for member, active in zip(batch.members, batch.active, strict=True):
+            if active:
+                missing[member] = {*range(max(0, batch.first - carry), steps)} - done[member]
+    return missing
+
+
+def at_pivots(needed: Sequence[Set[int]], steps: int, slots: int) -> list[Phase]:
+    """The phases in which timesteps are tuned at their pivots, `needed` being those of each picture.
+
+    Timesteps at their pivots do not depend on each other, so all of them, of one picture after the other,
+    fill the slots. Which of them share a phase, and in which slot, follows from the order alone and not from
+    what is needed, so that a fit that goes on computes what it would have computed.
+    """
+    every = [(picture, step) for picture in range(len(needed)) for step in range(steps)]
+    found = []
+    for begin in range(0, len(every), slots):
+        items = every[begin : begin + slots]
+        active = [step in needed[picture] for picture, step in items]
+        if any(active):
+            empty = slots - len(items)
+            members, at = zip(*items, *[items[-1]] * empty, strict=True)
+            found.append(Phase(members, at, (*active, *[False] * empty), True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,9 +131,11 @@ class Convergence:
                 f"got {self.tolerance}, {self.growth}"
             )
 
-    def reached(self, mean_errors: Float[Tensor, " slots"], step: int) -> Bool[Tensor, " slots"]:
-        """Which slots may stop at this step, counted from noise."""
-        return mean_errors <= self.tolerance + self.growth * step
+    def reached(
+        self, mean_errors: Float[Tensor, " slots"], steps: Int[Tensor, " slots"]
+    ) -> Bool[Tensor, " slots"]:
+        """Which slots may stop, each at its step, counted from noise."""
+        return mean_errors <= (self.tolerance + self.growth * steps.double()).to(mean_errors)
 
 
 class SlotKeeper:

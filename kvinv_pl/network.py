@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -116,6 +116,11 @@ class Network(nn.Module):
         )
 
     @property
+    def learns(self) -> bool:
+        """Whether there is anything to optimise in the psi that is attached."""
+        return any(True for _ in self.psi.parameters())
+
+    @property
     def at_pivot(self) -> bool:
         """Whether K-bar and V-bar are those of the pass at z-hat_t."""
         return any(cp.at_pivot for cp in self.cps)
@@ -127,9 +132,9 @@ class Network(nn.Module):
             value[slot] = psi[name].to(value.device, value.dtype)
 
     @torch.no_grad()
-    def reset(self, seed: int, pictures: list[str], step: int) -> None:
-        """Psi at the variant's own start, random in (seed, picture, site, step) alone; one picture a slot."""
-        for slot, picture in enumerate(pictures):
+    def reset(self, seed: int, pictures: Sequence[str], steps: Sequence[int]) -> None:
+        """Psi at the variant's own start, random in (seed, picture, site, step) alone; one of each a slot."""
+        for slot, (picture, step) in enumerate(zip(pictures, steps, strict=True)):
             for cp in self.cps:
                 # one slot at a time, so that a start depends on nobody else in the batch
                 alone = self.variant(Site(cp.site.path, 1, cp.site.grid, cp.site.dim, cp.site.heads))

@@ -1,8 +1,11 @@
-"""An optimiser for a phase: smooth least squares without noise, of which few steps can be afforded."""
+"""Optimisers of a phase: one for smooth least squares without noise, and what any is asked and made anew."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,3 +67,34 @@ def _downhill(gradient: Tensor) -> Tensor:
     """The way down, with a root mean square of 1 in each slot; nowhere where there is no gradient."""
     size = gradient.square().flatten(1).mean(1).sqrt().view(-1, *[1] * (gradient.ndim - 1))
     return torch.where(size > 0, -gradient / size, 0)
+
+
+def reads_residuals(optimizer: Any) -> bool:
+    """Whether the closure is to return what is missed, slot by slot, as GaussNewtonDescent wants it."""
+    return bool(getattr(getattr(optimizer, "optimizer", optimizer), "reads_residuals", False))
+
+
+def needs_closure(optimizer: Any) -> bool:
+    """Whether the optimiser evaluates the loss itself, as L-BFGS does."""
+    step = getattr(optimizer, "optimizer", optimizer).step
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+class Renewal:
+    """An optimiser as it was when new, to begin every phase with."""
+
+    def __init__(self, optimizer: Any) -> None:
+        """Note its groups; `optimizer` may be a wrapper that shares them."""
+        self._groups = [
+            deepcopy({key: group[key] for key in group if key != "params"})
+            for group in optimizer.param_groups
+        ]
+
+    def renew(self, optimizer: Any) -> None:
+        """Clear what it keeps, in its groups too; in place, because a wrapper shares it."""
+        optimizer.state.clear()
+        for group, new in zip(optimizer.param_groups, self._groups, strict=True):
+            for key in group.keys() - new.keys() - {"params"}:
+                del group[key]
+            group.update(deepcopy(new))

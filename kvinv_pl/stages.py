@@ -17,7 +17,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.inversion import invert
 from kvinv_pl.network import Network
 from kvinv_pl.progress import Progress
-from kvinv_pl.reading import Reader
+from kvinv_pl.reading import Reader, subject_positions
 from kvinv_pl.sheet import sheet
 from kvinv_pl.store import RunStore
 from kvinv_pl.work import Work
@@ -78,6 +78,32 @@ def is_tuned(network: Network, store: RunStore) -> bool:
     """Whether every step has its psi."""
     steps = len(network.table)
     return store.has_trajectory() and first_missing(store.done(), steps) == steps
+
+
+def refuse_unreadable(network: Network, work: Work, reading: str, subject: str | None, masked: bool) -> None:
+    """Refuse, rather than after the tuning, what an edit could not read with the variant that is attached.
+
+    Args:
+        network: The model, with psi attached.
+        work: The picture with its targets.
+        reading: frozen or blend.
+        subject: The word for the subject, if one was given.
+        masked: Whether the picture has a mask.
+    """
+    if why := network.why_not(reading):
+        other = {"frozen": "blend", "blend": "frozen"}[reading]
+        raise UserError(f"reading: expected {other}, got {reading}: {why}")
+    variant = network.cps[0]
+    if variant.wants_mask and not masked:
+        raise UserError(
+            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
+        )
+    if subject and not variant.follows:
+        raise UserError(
+            f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
+        )
+    if variant.follows:
+        subject_positions(network.backbone, work.source, work.targets, subject)
 
 
 @torch.no_grad()

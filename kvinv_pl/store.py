@@ -42,33 +42,50 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Name the folder; it is made when something is first written to it."""
-        self.folder = Path(folder)
-        self._steps = self.folder / "steps"
+        self.folder = self._place = Path(folder)
+
+    @property
+    def _steps(self) -> Path:
+        return self._place / "steps"
+
+    @property
+    def _pivot(self) -> Path:
+        return self._place / "pivot"
 
     def at_attempt(self, number: int) -> RunStore:
         """The same run with the phases of a later attempt at tuning, apart from those of the run (0)."""
         other = RunStore(self.folder)
-        other._steps = self.folder / "attempts" / str(number) / "steps" if number else other._steps
+        other._place = self.folder / "attempts" / str(number) if number else self.folder
         return other
 
     def settle(self) -> None:
         """Put the attempt that run.json keeps into the run's place, and drop the others.
 
-        A crash on the way leaves either the attempt's folder, from which this goes on, or all of it done.
+        What was tuned at the pivots goes, once the picture is tuned. A crash on the way leaves either the
+        attempt's folder, from which this goes on, or all of it done.
         """
-        kept = self.read_run().get("reconstruction", {}).get("kept", 0)
+        reconstruction = self.read_run().get("reconstruction")
+        if reconstruction is None:
+            return
+        self._drop("pivot")
+        kept = reconstruction["kept"]
         better = self.at_attempt(kept)._steps
         if kept and better.exists():
             with files.reported("write", self.folder):
                 shutil.rmtree(self.folder / "steps", ignore_errors=True)
                 os.replace(better, self.folder / "steps")
             self.drop_attempts()
+        for number in range(1, len(reconstruction["attempts"])):  # what a crash has left of those made
+            self._drop(f"attempts/{number}")
 
     def drop_attempts(self) -> None:
         """Remove what later attempts at tuning have left."""
-        with files.reported("remove", self.folder / "attempts"):
-            if (self.folder / "attempts").exists():
-                shutil.rmtree(self.folder / "attempts")
+        self._drop("attempts")
+
+    def _drop(self, name: str) -> None:
+        with files.reported("remove", self.folder / name):
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -84,7 +101,8 @@ class RunStore:
                 raise InUseError(message) from None
         with held:
             with files.reported("write", self.folder):
-                for place in ("", "steps/", "edits/", "attempts/*/steps/"):
+                tuned = ("steps/", "pivot/", "attempts/*/steps/", "attempts/*/pivot/")
+                for place in ("", "edits/", *tuned):
                     for leftover in self.folder.glob(f"{place}.*{files.TEMPORARY}"):
                         leftover.unlink()
                 owner.write_text(str(os.getpid()))
@@ -140,23 +158,27 @@ class RunStore:
 
         Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32.
         """
-        given = {f"psi.{name}": value for name, value in psi.items()}
-        for path, (k, v) in (kv or {}).items():
-            given |= {f"kv.{path}.k": k, f"kv.{path}.v": v}
-        tensors = {"z": z.float()}
-        for name, value in given.items():
-            tensors |= rounding.packed(name, value, dtype) if dtype else {name: value}
+        given = {f"kv.{path}.{key}": bar for path, bars in (kv or {}).items() for key, bar in _named(bars)}
+        tensors = {"z": z.float(), **_packed(psi, dtype, "psi."), **_packed(given, dtype)}
         files.write_tensors(self._step(i), f"step {i}", tensors, info)
 
     def step(self, i: int) -> Step:
         """Phase i, on the CPU; raises UserError where it is missing or damaged."""
-        stored, info = files.read_tensors(self._step(i), f"step {i}")
-        names = [name for name in stored if not name.endswith(rounding.SCALE)]
-        tensors = {name: rounding.unpacked(stored, name) for name in names}
+        tensors, info = _unpacked(self._step(i), f"step {i}")
         psi = {name.removeprefix("psi."): t for name, t in tensors.items() if name.startswith("psi.")}
         paths = [name[len("kv.") : -len(".k")] for name in tensors if re.fullmatch(r"kv\..*\.k", name)]
         kv = {path: (tensors[f"kv.{path}.k"], tensors[f"kv.{path}.v"]) for path in paths}
         return Step(psi, tensors["z"], kv or None, info)
+
+    def save_pivot(
+        self, i: int, psi: Mapping[str, Tensor], info: Mapping[str, Any], dtype: str | None = None
+    ) -> None:
+        """Write psi_t of step i (from noise) as tuned at its pivot, rounded to `dtype` if one is given."""
+        files.write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", _packed(psi, dtype), info)
+
+    def pivot(self, i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Psi_t and the `info` of step i as tuned at its pivot; raises UserError if missing or damaged."""
+        return _unpacked(self._pivot / f"{i}.safetensors", f"pivot {i}")
 
     def step_info(self, i: int) -> dict[str, Any]:
         """The `info` of phase i, from the file's header alone."""
@@ -164,15 +186,15 @@ class RunStore:
 
     def done(self) -> set[int]:
         """Phases whose file is whole, by its header; a cut file is not done."""
-        steps = self._steps.glob("*.safetensors")
-        found = {int(file.stem) for file in steps if re.fullmatch(r"0|[1-9][0-9]*", file.stem)}
-        return {i for i in found if files.is_whole(self._step(i), f"step {i}")}
+        return _whole(self._steps, "step")
 
-    def drop_steps(self) -> None:
-        """Remove every phase; the trajectory and the edits stay."""
-        with files.reported("remove", self.folder / "steps"):
-            if (self.folder / "steps").exists():
-                shutil.rmtree(self.folder / "steps")
+    def done_at_pivots(self) -> set[int]:
+        """Steps whose psi_t is tuned at the pivot, and not yet dropped."""
+        return _whole(self._pivot, "pivot")
+
+    def has_begun(self) -> bool:
+        """Whether there is anything of psi."""
+        return bool(self.done() or self.done_at_pivots())
 
     def clear(self) -> None:
         """Remove all that a run leaves, its edits too."""
@@ -181,9 +203,8 @@ class RunStore:
                 (self.folder / name).unlink(missing_ok=True)
             for name in ("source", "reconstruction", "sheet", "mask"):
                 (self.folder / f"{name}.png").unlink(missing_ok=True)
-            for name in ("steps", "attempts", "edits"):
-                if (self.folder / name).exists():
-                    shutil.rmtree(self.folder / name)
+            for name in ("steps", "pivot", "attempts", "edits"):
+                self._drop(name)
 
     def edits(self) -> list[tuple[dict[str, Any], Path]]:
         """Every edit's record and picture, oldest first."""
@@ -229,6 +250,31 @@ class RunStore:
         names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
         possible = (self.folder / "edits" / f"{name}.json" for name in names)
         return next(file for file in possible if not file.exists() or _is_same_edit(file, record))
+
+
+def _named(bars: tuple[Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from zip("kv", bars, strict=True)
+
+
+def _packed(given: Mapping[str, Tensor], dtype: str | None, prefix: str = "") -> dict[str, Tensor]:
+    """Tensors as they are stored, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in given.items():
+        tensors |= rounding.packed(prefix + name, value, dtype) if dtype else {prefix + name: value}
+    return tensors
+
+
+def _unpacked(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of this kind as they were given to it, and its `info`."""
+    stored, info = files.read_tensors(file, kind)
+    names = [name for name in stored if not name.endswith(rounding.SCALE)]
+    return {name: rounding.unpacked(stored, name) for name in names}, info
+
+
+def _whole(folder: Path, kind: str) -> set[int]:
+    """The numbers of the files of this kind that are whole."""
+    numbered = [file for file in folder.glob("*.safetensors") if re.fullmatch(r"0|[1-9][0-9]*", file.stem)]
+    return {int(file.stem) for file in numbered if files.is_whole(file, f"{kind} {file.stem}")}
 
 
 def _is_same_edit(file: Path, record: Mapping[str, Any]) -> bool:

@@ -160,7 +160,7 @@ class KVTrainer(Trainer):
                     model.side_by_side, members = shares[n]
                     works = [data.works[member] for member in members]
                     with self._held(model, works, data, stages, failures):
-                        self._through(model, failures.left(works), data, stages, failures)
+                        self._through(model, works, data, stages, failures)
                 self.ranks.report(failures.reasons)
         failures.reasons |= self.ranks.reported
         self._say_where(failures.left(data.works))
@@ -262,7 +262,7 @@ class KVTrainer(Trainer):
         """Take these pictures through the stages, each as far as it is not yet done."""
         if "invert" in stages:
             missing = list[Work]()
-            for work in works:
+            for work in failures.left(works):
                 with failures.of([work]):
                     missing += [] if model.is_inverted(work) else [work]
             if missing:
@@ -272,7 +272,7 @@ class KVTrainer(Trainer):
                     work.remember_targets()
         if "fit" in stages:
             with failures.of(works):
-                self._fit(model, failures.left(works), data, failures)
+                self._fit(model, works, data, failures)
         if "edit" in stages and not self.fast_dev_run and (left := failures.left(works)):
             self.predict(model, data.jobs("edit", left), return_predictions=False)
 
@@ -280,13 +280,14 @@ class KVTrainer(Trainer):
         """Tune pictures side by side, and those again that do not pass."""
         attempt: int | None = 0
         while attempt is not None:
-            phases = model.prepare(failures.left(works), attempt)
-            data.inner_steps = model.inner_steps_now
-            if phases:
-                self.fit_loop.epoch_progress.reset()
-                super().fit(model, datamodule=data)
-            if self.fast_dev_run:
-                return
+            for which in model.passes(works):
+                fit = model.prepare(works, attempt, which)
+                data.inner_steps = fit.inner_steps
+                if fit.plan:
+                    self.fit_loop.epoch_progress.reset()
+                    super().fit(model, datamodule=data)
+                if self.fast_dev_run:
+                    return
             model.certify_rest()
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvinv_pl.ddim import StepTable, move
@@ -14,11 +15,12 @@ Eps = Callable[[Tensor, Tensor], Tensor]
 
 
 def reconstruct(
-    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: StepTable, i: int
+    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: StepTable, i: int | Int[Tensor, " slots"]
 ) -> Float[Tensor, "slots c h w"]:
-    """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise."""
-    t = table.timesteps[i].to(z_t.device).expand(len(z_t))
-    return move(z_t, eps(z_t, t), table.alphas[i], table.alphas[i + 1])
+    """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise: one for all slots, or one each."""
+    steps = torch.as_tensor(i).expand(len(z_t)).cpu()
+    t = table.timesteps[steps].to(z_t.device)
+    return move(z_t, eps(z_t, t), table.alphas[steps], table.alphas[steps + 1])
 
 
 def squared_errors(

@@ -92,6 +92,12 @@ STAGES = {
     "sheet",
 }
 ARROWS["stages"] = STAGES | {"reading", "store", "work"}
+ARROWS["recipe"] = {"attention", "curriculum", "errors", "records", "rounding"}
+ARROWS["attempts"] = {"certificate", "curriculum", "network", "recipe", "work"}
+ARROWS["slots"] = {"curriculum", "failures", "network", "stages", "store", "work"}
+ARROWS["planning"] = {"attempts", "curriculum", "failures", "network", "recipe", "work"}
+FIT = {"curriculum", "ddim", "logbook", "network", "optimizers", "progress", "rounding", "tuning"}
+ARROWS["fit"] = FIT | {"attempts", "failures", "slots", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,

@@ -4,12 +4,13 @@ from torch import nn
 
 from kvinv_pl.curriculum import (
     Convergence,
-    Phase,
     SlotKeeper,
+    at_pivots,
     batches,
     first_missing,
     generator,
-    remaining,
+    missing_at_pivots,
+    roll_out,
 )
 from kvinv_pl.errors import UserError
 
@@ -25,9 +26,9 @@ def test_every_unfinished_step_of_every_picture_is_exactly_one_phase() -> None:
     for slots in (1, 2, 3):
         made = batches(done, 4, slots)
         covered = [
-            (member, phase.step)
-            for phase in remaining(made, 4)
-            for member, active in zip(made[phase.batch].members, made[phase.batch].active, strict=True)
+            (member, step)
+            for phase in roll_out(made, 4)
+            for member, step, active in zip(phase.members, phase.steps, phase.active, strict=True)
             if active
         ]
         missing = [(picture, step) for picture in range(5) for step in range(4) if step >= len(done[picture])]
@@ -57,20 +58,24 @@ def test_a_picture_that_is_one_step_ahead_makes_that_step_again_beside_the_other
 
 def test_the_phases_of_a_batch_follow_each_other_from_noise_to_picture() -> None:
     made = batches([{0}, set()], 3, 1)
-    assert remaining(made, 3) == [Phase(0, 1), Phase(0, 2), Phase(1, 0), Phase(1, 1), Phase(1, 2)]
-    assert remaining(batches([{0, 1, 2}], 3, 1), 3) == []
+    phases = [(phase.members, phase.steps, phase.enters) for phase in roll_out(made, 3)]
+    assert phases == [
+        ((0,), (1,), True), ((0,), (2,), False), ((1,), (0,), True), ((1,), (1,), False), ((1,), (2,), False)
+    ]  # fmt: skip
+    assert roll_out(batches([{0, 1, 2}], 3, 1), 3) == []
 
 
 def test_the_tolerance_grows_with_the_step_and_is_reached_by_equality() -> None:
     rule = Convergence(0.5, 0.25)
     errors = torch.tensor([0.4, 0.5, 0.75, 0.8])
-    assert rule.reached(errors, 0).tolist() == [True, True, False, False]
-    assert rule.reached(errors, 1).tolist() == [True, True, True, False]
+    assert rule.reached(errors, torch.zeros(4, dtype=torch.long)).tolist() == [True, True, False, False]
+    assert rule.reached(errors, torch.ones(4, dtype=torch.long)).tolist() == [True, True, True, False]
+    assert rule.reached(errors, torch.tensor([0, 1, 0, 2])).tolist() == [True, True, False, True]
 
 
 def test_an_infinite_tolerance_is_reached_at_once_and_none_by_what_is_not_a_number() -> None:
-    assert Convergence(float("inf"), 0.0).reached(torch.tensor([1e30]), 0).all()
-    assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), 0).any()
+    assert Convergence(float("inf"), 0.0).reached(torch.tensor([1e30]), torch.tensor([0])).all()
+    assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), torch.tensor([0])).any()
 
 
 @pytest.mark.parametrize("bounds", [(-1e-5, 0.0), (0.0, -1.0), (float("nan"), 0.0), (0.0, float("nan"))])
@@ -126,3 +131,42 @@ def test_randomness_depends_on_seed_picture_and_step_and_on_nothing_else() -> No
     torch.randn(100)  # whatever else is drawn
     assert draw(0, "cat", 1) == first
     assert first not in (draw(1, "cat", 1), draw(0, "dog", 1), draw(0, "cat", 2))
+
+
+def test_every_timestep_that_is_missing_at_its_pivot_has_one_slot_of_one_phase() -> None:
+    missing = [{0, 1, 2, 3}, {2}, set(), {0, 3}]
+    for slots in (1, 2, 3, 5, 100):
+        phases = at_pivots(missing, 4, slots)
+        held = [
+            (member, step)
+            for phase in phases
+            for member, step, active in zip(phase.members, phase.steps, phase.active, strict=True)
+            if active
+        ]
+        assert held == [(picture, step) for picture, steps in enumerate(missing) for step in sorted(steps)]
+        assert all(len(phase.members) == slots and phase.enters for phase in phases)
+
+
+def test_in_which_slot_a_timestep_is_does_not_follow_from_what_is_done() -> None:
+    def places(
+        missing: list[set[int]],
+    ) -> dict[tuple[int, int], tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        return {
+            (phase.members[slot], phase.steps[slot]): (slot, phase.members, phase.steps)
+            for phase in at_pivots(missing, 4, 3)
+            for slot in range(3)
+            if phase.active[slot]
+        }
+
+    whole = places([{0, 1, 2, 3}, {0, 1, 2, 3}])
+    for missing in ([{3}, {1, 2}], [set[int](), {3}], [{0, 1, 2, 3}, {0}]):
+        assert places(missing).items() <= whole.items()
+
+
+def test_at_the_pivots_only_what_the_batches_have_yet_to_roll_out_is_missing() -> None:
+    made = batches([{0, 1}, {0}, {0, 1, 2}, None], 3, 4)
+    there = [{0, 1, 2}, {2}, set[int](), set[int]()]
+    assert missing_at_pivots(made, there, 3, carry=False) == [set(), {1}, set(), set()]
+    assert missing_at_pivots(made, there, 3, carry=True) == [set(), {0, 1}, set(), set()]
+    alone = batches([set(), {0, 1, 2}], 3, 1)
+    assert missing_at_pivots(alone, [{1}, set()], 3, carry=True) == [{0, 2}, set()]

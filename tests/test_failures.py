@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import fits
 import pytest
@@ -17,6 +16,7 @@ from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
 from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
+from kvinv_pl.slots import Member, Slots
 from kvinv_pl.store import RunStore
 from kvinv_pl.work import Work
 
@@ -77,15 +77,15 @@ def test_a_damaged_run_among_many_does_not_stop_the_edits_of_the_others(folder: 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
     """From this phase on, one picture's pivot is not finite."""
-    enter = KVInversion._enter
+    take_up = Slots._taken_up
 
-    def patched(self: KVInversion, batch: Any) -> None:
-        enter(self, batch)
-        for slot, work in self._active(batch):
-            if work.name == name:
-                self._pivots[self.steps - at_step - 1, slot] = float("nan")
+    def patched(self: Slots, work: Work) -> Member:
+        member = take_up(self, work)
+        if work.name == name:
+            member.pivots[len(self.network.table) - at_step - 1] = float("nan")
+        return member
 
-    monkeypatch.setattr(KVInversion, "_enter", patched)
+    monkeypatch.setattr(Slots, "_taken_up", patched)
 
 
 @pytest.mark.parametrize("slots", [1, 3])

@@ -46,17 +46,38 @@ def contents(out: Path) -> dict[str, Any]:
     return found | {"names": {name for name in names if ".lock" not in name and "logs" not in name}}
 
 
+CURRICULA: dict[str, dict[str, Any]] = {
+    "carry": {"carry": True},
+    "no carry": {"carry": False},
+    "pivot": {"curriculum": "pivot"},
+    "pivot, no carry": {"curriculum": "pivot", "carry": False},
+}
+
+
 @pytest.mark.parametrize(
-    ("slots", "carry", "retries"), [(1, True, 1), (1, False, 0), (2, True, 0), (2, False, 0)]
+    ("curriculum", "pictures", "slots", "retries"),
+    [
+        ("carry", 1, 1, 1),
+        ("no carry", 1, 1, 0),
+        ("carry", 2, 2, 0),
+        ("no carry", 2, 2, 0),
+        ("pivot, no carry", 1, 1, 1),
+        ("pivot", 2, 3, 0),
+    ],
 )
 def test_a_crash_before_and_after_every_write_changes_no_bit(
-    slots: int, carry: bool, retries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    curriculum: str,
+    pictures: int,
+    slots: int,
+    retries: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for seed in range(slots):
+    for seed in range(pictures):
         fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
     module = fits.model(
-        slots=slots, carry=carry, steps=2, inner_steps=1, required_psnr=99.0, retries=retries,
-        store_dtype="float16",
+        slots=slots, steps=2, inner_steps=1, required_psnr=99.0, retries=retries, store_dtype="float16",
+        **CURRICULA[curriculum],
     )  # fmt: skip
 
     def fit(out: Path) -> None:
@@ -66,33 +87,43 @@ def test_a_crash_before_and_after_every_write_changes_no_bit(
         crashed = snapshots(patch, tmp_path / "whole", tmp_path / "crashed")
         fit(tmp_path / "whole")
     # source, trajectory, run.json, what tuning is to be; then for each attempt two steps and its figures
-    assert len(crashed) >= slots * (4 + (1 + retries) * 3)
+    phases = 4 if "pivot" in curriculum else 2
+    assert len(crashed) >= pictures * (4 + (1 + retries) * (phases + 1))
     for out in crashed:
         fit(out)
         assert contents(out) == contents(tmp_path / "whole"), out.name
 
 
-@pytest.mark.parametrize(("precision", "slots"), [("32-true", 1), ("bf16-mixed", 2)])
-def test_three_kills_lose_a_phase_each_at_most_and_change_no_bit(
-    precision: str, slots: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("precision", "pictures", "slots", "curriculum", "files"),
+    [
+        ("32-true", 1, 1, "sequential", ["steps/0", "steps/5", "steps/10"]),
+        ("bf16-mixed", 2, 2, "sequential", ["steps/0", "steps/5", "steps/10"]),
+        ("bf16-mixed", 2, 3, "pivot", ["pivot/5", "steps/5"]),
+    ],
+)
+def test_kills_lose_a_phase_each_at_most_and_change_no_bit(
+    precision: str, pictures: int, slots: int, curriculum: str, files: list[str], tmp_path: Path
 ) -> None:
-    for seed in range(slots):
+    for seed in range(pictures):
         fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
     given = [
         "fit", "--image", tmp_path / "in", "--source", SOURCE, "--checkpoint", fits.checkpoint(),
         "--steps", 16, "--model.inner_steps", 4, "--model.tolerance_growth", 0, "--model.retries", 0,
         "--model.slots", slots, "--trainer.accelerator", "cpu", "--trainer.precision", precision,
-        "--trainer.logger", "false",
+        "--trainer.logger", "false", "--model.curriculum", curriculum, "--model.settle_steps", 4,
     ]  # fmt: skip
     assert kvinv(*given, "--out", tmp_path / "whole").code == 0
     store = RunStore(tmp_path / "killed" / "0")
-    for step in (0, 5, 10):
+    for file in files:
         child = subprocess.Popen(command(*given, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
-        wait_for(store.folder / "steps" / f"{step}.safetensors", child)
-        before = store.done()
+        wait_for(store.folder / f"{file}.safetensors", child)
+        before = store.done(), store.done_at_pivots()
         child.send_signal(signal.SIGKILL)
         child.wait(60)
-        assert before <= store.done() != {*range(16)}, "it was over before it was killed"
+        after = store.done(), store.done_at_pivots()
+        assert all(there <= now for there, now in zip(before, after, strict=True))
+        assert store.done() != {*range(16)}, "it was over before it was killed"
     assert kvinv(*given, "--out", tmp_path / "killed").code == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

@@ -162,13 +162,26 @@ def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
         store.step_info(4)
 
 
-def test_dropping_the_steps_keeps_the_rest(tmp_path: Path) -> None:
-    store = RunStore(tmp_path)
-    store.drop_steps()
-    store.save_trajectory(Z[None])
-    store.save_step(0, psi(), Z, None, {})
-    store.drop_steps()
-    assert store.done() == set() and store.has_trajectory()
+def test_psi_tuned_at_the_pivot_comes_back_until_the_picture_is_tuned(tmp_path: Path) -> None:
+    store, later, kept = RunStore(tmp_path), RunStore(tmp_path).at_attempt(1), psi()
+    assert not store.has_begun()
+    for dtype in ("float32", "int8"):
+        for place in (store, later):
+            place.save_pivot(2, kept, {"inner_steps": 3}, dtype)
+        assert store.done_at_pivots() == {2} == later.done_at_pivots() and store.has_begun()
+        there, info = store.pivot(2)
+        assert info == {"inner_steps": 3} and there.keys() == kept.keys()
+        torch.testing.assert_close(there, kept, rtol=0, atol=0 if dtype == "float32" else 0.05)
+    assert store.done() == set()
+    store.write_run({"tuning": {}})
+    store.settle()
+    assert store.done_at_pivots() == {2}
+    store.write_run({"reconstruction": {"kept": 0, "attempts": [{}]}})
+    store.settle()
+    assert store.done_at_pivots() == set() and later.done_at_pivots() == {2}
+    store.write_run({"reconstruction": {"kept": 0, "attempts": [{}, {}]}})  # the later one was not better
+    store.settle()
+    assert later.done_at_pivots() == set()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
