@@ -78,9 +78,9 @@ class Recipe:
 
 
 def at_least_0(name: str, value: float) -> None:
-    """Refuse a setting that is no number of 0 or more."""
+    """Refuse a setting that is no finite number of 0 or more."""
     if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"{name}: expected a number of 0 or more, got {value}")
+        raise UserError(f"{name}: expected a finite number of 0 or more, got {value}")
 
 
 def at_least_1(name: str, count: int) -> None:
