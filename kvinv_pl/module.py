@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kvinv_pl import certificate, memory, registry, rounding, stages
@@ -253,7 +253,7 @@ class KVInversion(LightningModule):
             optimizer = self.configure_optimizers()
             at_pivots = "pivots" in self.recipe.passes(optimizer is not None)
             count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
-            if count > 1 and not needs_closure(optimizer):
+            if count > 1 and (not needs_closure(optimizer) or reads_residuals(optimizer)):
                 found, reason = memory.side_by_side(self.network, grid, self.tuning_guidance, count)
                 self.side_by_side = found
                 self.watch.note(f"slots: {found} of {count} {what} side by side ({reason})")
@@ -290,6 +290,15 @@ class KVInversion(LightningModule):
             kind = type(optimizer).__name__
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
+
+    def refuse_loss_scaling(self) -> None:
+        """Refuse an optimiser that evaluates the loss itself, where 16-mixed would scale it."""
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        if needs_closure(optimizer):
+            raise UserError(
+                f"precision: 16-mixed scales the loss, and {type(optimizer).__name__} evaluates it itself: "
+                "use bf16-mixed or 32-true"
+            )
 
     def _optimizer(self) -> Any:
         """Lightning's wrapper of it."""

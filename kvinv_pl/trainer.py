@@ -150,6 +150,8 @@ class KVTrainer(Trainer):
         failures.reasons |= data.failed
         if "edit" in stages:
             self._require_targets(data, failures)
+        if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
+            model.refuse_loss_scaling()
         model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
         with without_advice(), self._writing(data):
             shares = self.ranks.given_shares()

@@ -1,6 +1,7 @@
 """Eq. 2 between the subjects, and between the backgrounds, of a picture and its edit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -51,10 +52,8 @@ class Masked(CPAttention):
         self.queries, self.separate = queries, separate
         self.observes, self.at_pivot = self.inner.observes, self.inner.at_pivot
         self.follows = queries != "source" or self.inner.follows
-        self.exempt = {
-            **self.inner.exempt,
-            "reading frozen": "an edit's queries are parted, the source's are not",
-        }
+        moves = {"reading frozen": "an edit's subject is looked for where the source's need not be"}
+        self.exempt = {**self.inner.exempt, **(moves if queries != "source" else {})}
         self._subject: Bool[Tensor, "slots tokens"] | None = None
         self._background: Bool[Tensor, "slots tokens"] | None = None
 
@@ -97,13 +96,10 @@ class Masked(CPAttention):
         sdpa: Sdpa,
     ) -> Float[Tensor, "branches slots tokens dim"]:
         """Eq. 2 of the source's own pass, whose queries are parted as its keys are."""
-
-        def inner(sdpa: Sdpa) -> Tensor:
-            return self.inner.attend(q, k, v, sdpa)
-
-        if self._subject is None or self._background is None:
+        inner = partial(self.inner.attend, q, k, v)
+        if self._subject is None:
             return inner(sdpa)
-        return self._apart(inner, sdpa, self._subject[None], ~self._subject[None])
+        return self._apart(inner, sdpa, self._subject[None])
 
     def attend_edit(
         self,
@@ -114,55 +110,57 @@ class Masked(CPAttention):
         subject: Float[Tensor, "branches slots h w"] | None = None,
     ) -> Float[Tensor, "branches slots tokens dim"]:
         """Eq. 2 of an edit: the subject's queries, the background's, and those of which it is not known."""
-
-        def inner(sdpa: Sdpa) -> Tensor:
-            return self.inner.attend_edit(q, k, v, sdpa, subject)
-
-        if self._subject is None or self._background is None:
+        inner = partial(self.inner.attend_edit, q, k, v, subject=subject)
+        if self._subject is None:
             return inner(sdpa)
         there = self._subject[None]
         if self.queries == "source":
-            return self._apart(inner, sdpa, there, ~there)
+            return self._apart(inner, sdpa, there)
         if subject is None:  # where it will be is not known yet
             return inner(sdpa)
         # it moves, and is as large as it was: cut midway, such a map has half of the picture
         size = there.sum(2, keepdim=True)
         looked_for = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2) < size
         if self.queries == "agreed":
-            return self._apart(inner, sdpa, looked_for & there, ~(looked_for | there))
-        found = looked_for if self.queries == "words" else looked_for | there
-        return self._apart(inner, sdpa, found, ~found)
+            return self._apart(inner, sdpa, looked_for & there, undecided=looked_for ^ there)
+        return self._apart(inner, sdpa, looked_for if self.queries == "words" else looked_for | there)
 
     def _apart(
         self,
         inner: Callable[[Sdpa], Tensor],
         sdpa: Sdpa,
         subject: Bool[Tensor, "#branches slots tokens"],
-        background: Bool[Tensor, "#branches slots tokens"],
+        undecided: Bool[Tensor, "#branches slots tokens"] | None = None,
     ) -> Float[Tensor, "branches slots tokens dim"]:
-        """Each query from its own kind of keys; those of neither kind from all of them."""
+        """The subject's queries from its keys, the others from the background's, undecided ones from all."""
+        mine = inner(partial(self._among, sdpa, self._subject))
+        others = inner(partial(self._among, sdpa, self._background if self.separate else None))
+        out = torch.where(subject[..., None], mine, others)
+        if undecided is None or not self.separate:  # subject and undecided have no token in common
+            return out
+        return torch.where(undecided[..., None], inner(partial(self._among, sdpa, None)), out)
 
-        def among(keys: Bool[Tensor, "slots tokens"] | None) -> Tensor:
-            def restricted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-                if k.shape[2] != self.site.tokens:
-                    raise UserError(
-                        f"inner: expected a variant whose keys are the {self.site.tokens} tokens of "
-                        f"{self.site.path}, got {type(self.inner).__name__}, which attends to {k.shape[2]}: "
-                        "the mask does not say whose the others are; use it without Masked"
-                    )
-                if keys is None:
-                    return sdpa(q, k, v, mask)
-                allowed = keys[None, :, None]
-                if mask is None:
-                    return sdpa(q, k, v, allowed)
-                if mask.dtype == torch.bool:
-                    return sdpa(q, k, v, mask & allowed)
-                return sdpa(q, k, v, mask.masked_fill(~allowed, -torch.inf))
-
-            return inner(restricted)
-
-        others = among(self._background) if self.separate else None
-        unknown = among(None) if others is None or self.queries == "agreed" else others
-        others = unknown if others is None else others
-        out = torch.where(background[..., None], others, unknown)
-        return torch.where(subject[..., None], among(self._subject), out)
+    def _among(
+        self,
+        sdpa: Sdpa,
+        keys: Bool[Tensor, "slots tokens"] | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Eq. 2 on some of the source's keys, or all; of keys that are no tokens the mask says nothing."""
+        if k.shape[2] != self.site.tokens:
+            raise UserError(
+                f"inner: expected a variant whose keys are the {self.site.tokens} tokens of "
+                f"{self.site.path}, got {type(self.inner).__name__}, which attends to {k.shape[2]}: "
+                "the mask does not say whose the others are; use it without Masked"
+            )
+        if keys is None:
+            return sdpa(q, k, v, mask)
+        allowed = keys[None, :, None]
+        if mask is None:
+            return sdpa(q, k, v, allowed)
+        if mask.dtype == torch.bool:
+            return sdpa(q, k, v, mask & allowed)
+        return sdpa(q, k, v, mask.masked_fill(~allowed, -torch.inf))

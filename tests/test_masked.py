@@ -175,7 +175,7 @@ def kept(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     cp = Masked(site, Recorded, "source")
     cp.bind(mask[None])
     assert cp.attend_edit(*torch.randn(3, 1, 1, site.tokens, 4), sdpa).isfinite().all()
-    background, subject = seen
+    subject, background = seen
     return subject, background
 
 

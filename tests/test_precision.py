@@ -1,6 +1,7 @@
 """What half precision changes: little, and nothing of what is held from one phase to the next."""
 
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import fits
@@ -11,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from kvinv_pl import rounding
 from kvinv_pl.data import SourceImages
+from kvinv_pl.errors import UserError
 from kvinv_pl.pictures import as_pixels
 from kvinv_pl.records import psnr
 from kvinv_pl.store import RunStore
@@ -48,6 +50,19 @@ class Scales(Callback):
         scaler: Any = trainer.precision_plugin.scaler  # pyright: ignore[reportAttributeAccessIssue]
         self.seen.append((trainer.current_epoch, batch_idx, scaler.get_scale()))
         scaler.update(1024.0)  # as if it had overflown
+
+
+@pytest.mark.parametrize("name", ["torch.optim.LBFGS", "kvinv_pl.optimizers.GaussNewtonDescent"])
+def test_loss_scaling_is_refused_where_the_optimiser_evaluates_the_loss(
+    name: str, image: Path, tmp_path: Path
+) -> None:
+    trainer = fits.trainer(precision="bf16-mixed")
+    plugin: Any = trainer.precision_plugin
+    plugin.scaler = torch.amp.GradScaler("cpu")  # pyright: ignore[reportPrivateImportUsage]
+    model = fits.model(optimizer=locate(name))
+    with pytest.raises(UserError, match=f"16-mixed scales the loss, and {name.split('.')[-1]} evaluates it"):
+        trainer.fit(model, datamodule=SourceImages(str(image), SOURCE, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_loss_scaling_starts_anew_in_every_phase_and_changes_no_result(image: Path, tmp_path: Path) -> None:
