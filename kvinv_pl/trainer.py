@@ -187,13 +187,14 @@ class KVTrainer(Trainer):
             failures.report()
         shares = []
         for (height, width, _), members in alike.items():
-            slots = 1
+            slots = each = 1
             if "fit" in stages:
                 model.to(self.ranks.root_device)
                 # free memory differs, and ranks that cannot ask one another must come to the same shares
                 alone = self.ranks.is_one_of_many
                 slots = model.choose_slots((height, width), 1 if alone else len(members))
-            shares += [(slots, members[begin : begin + slots]) for begin in range(0, len(members), slots)]
+                each = 1 if alone and model.slots == "auto" else slots
+            shares += [(slots, members[begin : begin + each]) for begin in range(0, len(members), each)]
         return shares
 
     @staticmethod

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import SomeFailedError, UserError
+from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
 from kvinv_pl.slots import Member, Slots
 from kvinv_pl.store import RunStore
+from kvinv_pl.strategies import ImageParallelStrategy
 from kvinv_pl.work import Work
 
 PIVOT: dict[str, Any] = {"curriculum": "pivot"}
@@ -151,6 +153,18 @@ def test_one_picture_fills_the_slots_where_nobody_has_said_how_many(
     said = capsys.readouterr().err
     assert "slots: 3 of 3 timesteps side by side (each takes about " in said
     assert "tuning at the pivots cat.png: 1 steps" in said and "tuning cat.png: 3 steps" in said
+
+
+def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_into_memory(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageParallelStrategy, "is_one_of_many", True)
+    trainer, module = fits.trainer(), fits.model(**PIVOT, slots="auto")
+    module.watch = trainer.watch
+    module.load_backbone(torch.float32)
+    data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
+    shares = trainer._shares(module, data, ["invert", "fit"], Failures(2))
+    assert shares == [(3, [0]), (3, [1])]
 
 
 def test_a_random_start_is_that_of_the_timestep_in_the_other_curriculum(image: Path, tmp_path: Path) -> None:

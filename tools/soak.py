@@ -1,6 +1,6 @@
 """Kill a fit at random moments, again and again, and compare what comes of it with a fit that was left alone.
 
-    python tools/soak.py [--kills 20] [--slots 2] [--precision bf16-mixed] [--seed 0]
+    python tools/soak.py [--kills 20] [--slots 2] [--curriculum pivot] [--precision bf16-mixed]
 
 The pictures are animals of the embedded world and the model is the embedded one, or another by --checkpoint.
 Every file of tensors is compared, by its digest, and every run.json. The last line is the verdict; the exit
@@ -29,7 +29,7 @@ def command(options: argparse.Namespace, pictures: Path, out: Path) -> list[str]
         sys.executable, "-m", "kvinv_pl", "fit", "--image", str(pictures), "--source", "an animal standing",
         "--out", str(out), "--checkpoint", options.checkpoint, "--steps", str(options.steps),
         "--model.inner_steps", str(options.inner_steps), "--model.slots", str(options.slots),
-        "--model.tolerance", "0", "--model.tolerance_growth", "0",
+        "--model.curriculum", options.curriculum, "--model.tolerance", "0", "--model.tolerance_growth", "0",
         "--model.required_psnr", "99", "--model.retries", "1",
         "--trainer.accelerator", "cpu", "--trainer.precision", options.precision,
         "--trainer.logger", "false",
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--inner-steps", type=int, default=3)
+    parser.add_argument("--curriculum", default="sequential")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--checkpoint", default="menagerie")
     parser.add_argument("--seed", type=int, default=0)
