@@ -192,7 +192,9 @@ class KVTrainer(Trainer):
                 model.to(self.ranks.root_device)
                 # free memory differs, and ranks that cannot ask one another must come to the same shares
                 alone = self.ranks.is_one_of_many
-                slots = model.choose_slots((height, width), 1 if alone else len(members))
+                # no device is to wait while another has all the pictures
+                of_a_device = 1 if alone else -(-len(members) // len(self.ranks.parallel_devices))
+                slots = model.choose_slots((height, width), of_a_device)
                 each = 1 if alone and model.slots == "auto" else slots
             shares += [(slots, members[begin : begin + each]) for begin in range(0, len(members), each)]
         return shares

@@ -6,9 +6,11 @@ from typing import Any
 import fits
 import pytest
 import torch
+from fits import SOURCE
 
 from kvinv_pl import memory
 from kvinv_pl.data import SourceImages
+from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
 
 
@@ -50,6 +52,17 @@ def test_what_was_chosen_is_said_and_used(tmp_path: Path, capsys: pytest.Capture
     fits.trainer(quiet=False).fit(fits.model(slots="auto", steps=1, inner_steps=1), datamodule=data)
     said = capsys.readouterr().err
     assert "slots: 3 of 3 pictures side by side (each takes about " in said and "tuning 3 pictures" in said
+
+
+def test_every_device_has_pictures(tmp_path: Path) -> None:
+    for seed, name in enumerate("abcde"):
+        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
+    trainer = fits.trainer(devices=2)
+    module = fits.model(slots="auto", steps=1)
+    module.load_backbone(torch.float32)
+    shares = trainer._shares(module, data, ["fit"], Failures(5))
+    assert [members for _, members in shares] == [[0, 1, 2], [3, 4]]
 
 
 def test_an_optimiser_that_takes_its_own_steps_gets_its_pictures_one_by_one(
