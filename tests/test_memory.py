@@ -1,5 +1,6 @@
 """How many pictures are tuned side by side where nobody has said how many."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import fits
 import pytest
 import torch
 from fits import SOURCE
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
 
 from kvinv_pl import memory
 from kvinv_pl.data import SourceImages
@@ -52,6 +55,48 @@ def test_what_was_chosen_is_said_and_used(tmp_path: Path, capsys: pytest.Capture
     fits.trainer(quiet=False).fit(fits.model(slots="auto", steps=1, inner_steps=1), datamodule=data)
     said = capsys.readouterr().err
     assert "slots: 3 of 3 pictures side by side (each takes about " in said and "tuning 3 pictures" in said
+
+
+def alive() -> int:
+    """The bytes of all tensors that are alive."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Alive(Callback):
+    """What is alive when a phase begins, at most, over what was when the fit began."""
+
+    peak = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before = alive()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peak = max(self.peak, alive() - self.before)
+
+
+@pytest.mark.parametrize("curriculum", ["sequential", "pivot"])
+def test_what_is_alive_grows_neither_with_timesteps_nor_with_pictures(
+    curriculum: Any, tmp_path: Path
+) -> None:
+    """But for the latents of the trajectories in work, one for each timestep."""
+    peaks = []
+    for steps, pictures in ((3, 1), (9, 1), (3, 3)):
+        folder = tmp_path / f"{steps}-{pictures}"
+        for seed in range(pictures):
+            fits.picture(folder / "in" / f"{seed}.png", seed=seed)
+        watch = Alive()
+        data = SourceImages(str(folder / "in"), SOURCE, out=str(folder / "out"))
+        module = fits.model(steps=steps, inner_steps=1, curriculum=curriculum, slots=1)
+        fits.trainer(callbacks=[watch]).fit(module, datamodule=data)
+        peaks.append(watch.peak)
+        level = data.works[0].store.trajectory()[0].numel() * 4
+        psi = sum(value.numel() for value in data.works[0].store.step(0).psi.values()) * 4
+    assert psi > 6 * level  # so that one psi kept for each timestep would be seen
+    assert peaks[1] - peaks[0] <= 3 * 6 * level
+    assert peaks[2] - peaks[0] <= 3 * level
 
 
 def test_every_device_has_pictures(tmp_path: Path) -> None:
