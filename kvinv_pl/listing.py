@@ -80,7 +80,7 @@ def sites(
     max_grid: int | None = None,
     steps: int = 50,
     size: str | None = None,
-    store_dtype: rounding.StoreDtype = "float16",
+    store_dtype: rounding.StoreDtype = "int8",
 ) -> None:
     """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
 

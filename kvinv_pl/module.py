@@ -96,7 +96,7 @@ class KVInversion(LightningModule):
         subject: str | None = None,
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
-        store_dtype: rounding.StoreDtype = "float16",
+        store_dtype: rounding.StoreDtype = "int8",
         required_psnr: float = 35.0,
         retries: int = 1,
     ):

@@ -106,7 +106,7 @@ def edits(checkpoint: str, folder: Path, steps: int) -> dict[str, Callable[[], f
     def edit(start: float) -> float:
         module.start = start
         KVTrainer(accelerator="auto", logger=False, quiet=True).edit(
-            module, SourceImages(run=str(out), targets=[target])
+            module, SourceImages(run=str(out), targets=[target], overwrite=True)
         )
         record = next(r for r, _ in reversed(RunStore(out).edits()) if r["start"] == start)
         return float(record["figures"]["seconds"])
