@@ -14,6 +14,7 @@ Masks are those that the embedded SAM finds from one point on the animal; `--com
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,10 +95,12 @@ def near_and_far(case: Case, picture: Image.Image) -> tuple[float, float]:
     return 100 * share, -10 * float(np.log10(error[far].mean() + 1e-10))
 
 
-def row_of(name: str, attention: dict[str, Any], cases: list[Case], work: Path, slots: int) -> Row:
-    """A variant's row: tuned and edited with the defaults, but for the variant."""
+def row_of(
+    name: str, attention: dict[str, Any], cases: list[Case], work: Path, settings: dict[str, Any]
+) -> Row:
+    """A variant's row: tuned and edited with these settings of KVInversion, and the defaults."""
     masks = found_masks(cases, work) if "masked" in name else None
-    bench = Bench(cases, work, {"slots": slots, "attention": attention}, masks)
+    bench = Bench(cases, work, {**settings, "attention": attention}, masks)
     free = name == "no control"
     tuning = {"tolerance": float("inf")} if free else {}
     (row,) = bench.rows(name, tuning, [{"reading": "blend", "start": 1.0} if free else {}])
@@ -105,13 +108,19 @@ def row_of(name: str, attention: dict[str, Any], cases: list[Case], work: Path, 
     return Row(name, row.pictures, row.extra | psi)
 
 
-def times_of(name: str, attention: dict[str, Any], case: Case) -> tuple[float, float]:
-    """Tuning and editing one picture by itself, over what sampling took just before and just after."""
-    before = seconds_to_sample()
-    with TemporaryDirectory() as folder:
-        extra = row_of(name, attention, [case], Path(folder), 1).extra
-    sampling = (before + seconds_to_sample()) / 2
-    return extra["tune s"] / sampling, extra["edit s"] / sampling
+def times_of(
+    name: str, attention: dict[str, Any], case: Case, settings: dict[str, Any], rounds: int
+) -> tuple[float, float]:
+    """Tuning and editing one picture by itself, over sampling just before and after: medians."""
+    found = []
+    for _ in range(rounds):
+        before = seconds_to_sample()
+        with TemporaryDirectory() as folder:
+            extra = row_of(name, attention, [case], Path(folder), {**settings, "slots": 1}).extra
+        sampling = (before + seconds_to_sample()) / 2
+        found.append((extra["tune s"] / sampling, extra["edit s"] / sampling))
+    tune, edit = np.median(found, axis=0)
+    return float(tune), float(edit)
 
 
 def seconds_to_sample() -> float:
@@ -129,10 +138,10 @@ def seconds_to_sample() -> float:
     return float(np.median(taken)) * module.steps
 
 
-def share(seeds: range, compare: str, work: Path, slots: int) -> None:
+def share(seeds: range, compare: str, work: Path, settings: dict[str, Any]) -> None:
     """One worker's share: what it leaves on disk is what the table is made of."""
     for name, attention in ROWS[compare].items():
-        row_of(name, attention, [Case.of_seed(seed) for seed in seeds], work, slots)
+        row_of(name, attention, [Case.of_seed(seed) for seed in seeds], work, settings)
 
 
 def bench(
@@ -141,6 +150,8 @@ def bench(
     compare: Literal["variants", "masks"] = "variants",
     work: Path = Path("work_bench/variants"),
     slots: int = 16,
+    model: str = "{}",
+    rounds: int = 3,
     workers: int = 1,
 ) -> None:
     """Print the table and write the page of the first six cases.
@@ -151,13 +162,16 @@ def bench(
         compare: All variants, or the choices of `masked`.
         work: Where run folders and the page lie; what is there is not computed again.
         slots: Cases tuned side by side.
+        model: Settings of KVInversion, as JSON.
+        rounds: How often one picture is tuned and edited to be timed.
         workers: Processes of one thread each that share the cases.
     """
+    settings = {"slots": slots, **json.loads(model)}
     if workers > 1:
-        in_processes(workers, seed_base, cases, share, compare, work, slots)
+        in_processes(workers, seed_base, cases, share, compare, work, settings)
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
     torch.set_num_threads(1)
-    rows = [row_of(name, attention, drawn, work, slots) for name, attention in ROWS[compare].items()]
+    rows = [row_of(name, attention, drawn, work, settings) for name, attention in ROWS[compare].items()]
     columns = [column for column in COLUMNS if not column.endswith(" s")]
     print("| | " + " | ".join([*columns, "far dB", "near %", "psi", "to tune", "to edit"]) + " |")
     print("|---" * (len(columns) + 6) + "|")
@@ -165,7 +179,7 @@ def bench(
         means = row.means(drawn)
         cells = [f"{means[column]:.2f}" for column in columns]
         psi = f"{row.extra['psi']:,.0f}" if "psi" in row.extra else ""
-        tune, edit = times_of(row.name, ROWS[compare][row.name], drawn[0])
+        tune, edit = times_of(row.name, ROWS[compare][row.name], drawn[0], settings, rounds)
         near, far = np.mean([near_and_far(*each) for each in zip(drawn, row.pictures, strict=True)], axis=0)
         cells += [f"{far:.2f}", f"{near:.0f}", psi, f"{tune:.1f} x" if psi else "", f"{edit:.2f} x"]
         print(f"| {row.name} | " + " | ".join(cells) + " |", flush=True)
@@ -180,7 +194,7 @@ def bench(
         page.paste(each, (0, top))
         top += each.height
     page.save(work / f"{compare}.png")
-    print(f"{work / 'variants.png'}")
+    print(work / f"{compare}.png")
 
 
 if __name__ == "__main__":
