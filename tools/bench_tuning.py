@@ -178,7 +178,7 @@ def stores(
         print(f"{dtype:14s} {size:12.1f} {quality:22.2f} {float(lost.mean()):24.2f} ({error:.2f})")
 
 
-def throughput(pictures: int = 24, slots: int = 2, steps: int = 50, rounds: int = 3) -> None:
+def throughput(pictures: int = 48, slots: int = 2, steps: int = 50, rounds: int = 3) -> None:
     """A folder of pictures tuned by two ranks, against two processes at once that have half of it each.
 
     Both are timed from the command to its end, with one core for each process.
