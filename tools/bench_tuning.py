@@ -92,30 +92,37 @@ def overhead(inner_steps: int = 60, rounds: int = 5) -> None:
     print(f"overhead {statistics.median(added):.2f} ms, of the rounds {min(added):.2f} to {max(added):.2f}")
 
 
-def edit(checkpoint: str = "menagerie", steps: int = 50, rounds: int = 5) -> None:
-    """An edit that reads stored K-bar and V-bar in every step, against plain DDIM sampling.
+def edit(checkpoint: str = "menagerie", steps: int = 50, targets: int = 4, rounds: int = 5) -> None:
+    """An edit that reads K-bar and V-bar in every step, against plain DDIM sampling of as many pictures.
 
     Args:
         checkpoint: the model
         steps: DDIM steps
+        targets: how many are rendered at once with kv replayed, up to 5
         rounds: how often each is run
     """
     from tuning_costs import measuring
     from tuning_costs.runs import edits
 
+    if not 1 <= targets <= 5:
+        raise UserError(f"targets: expected 1 to 5, got {targets}")
     with tempfile.TemporaryDirectory() as folder:
-        works = edits(checkpoint, Path(folder), steps)
-        flops = {name: measuring.flops(work) for name, work in works.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(rounds):
-            for name, work in works.items():
-                seconds[name].append(work())
-    times = {name: measuring.Times(taken) for name, taken in seconds.items()}
-    for name in works:
-        print(f"{name:24s} {times[name]}, {flops[name] / 1e9:.1f} GFLOP")
-    stored, plain = works
-    seconds_ratio, flops_ratio = measuring.ratio(times[stored], times[plain]), flops[stored] / flops[plain]
-    print(f"ratio {seconds_ratio:.3f}, of FLOPs {flops_ratio:.3f}")
+        prepared = edits(checkpoint, Path(folder), steps)
+        ways: dict[Literal["stored", "replayed"], int] = {"stored": 1, "replayed": targets}
+        for kv, count in ways.items():
+            works = {f"kv {kv}": prepared(kv, count), "plain DDIM": prepared(None, count)}
+            flops = {name: measuring.flops(work) / count for name, work in works.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in works}
+            for _ in range(rounds):
+                for name, work in works.items():
+                    seconds[name].append(work())
+            times = {name: measuring.Times(taken) for name, taken in seconds.items()}
+            print(f"{count} at once; of one")
+            for name in works:
+                print(f"  {name:14s} {times[name]}, {flops[name] / 1e9:.1f} GFLOP")
+            ours, plain = works
+            ratio = measuring.ratio(times[ours], times[plain])
+            print(f"  ratio          {ratio:.3f}, of FLOPs {flops[ours] / flops[plain]:.3f}")
 
 
 def curves(

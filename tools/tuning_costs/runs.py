@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback
 
 from kvinv_pl.data import SourceImages
-from kvinv_pl.menagerie import Animal
+from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.module import KVInversion
 from kvinv_pl.store import RunStore
 from kvinv_pl.trainer import KVTrainer
@@ -93,25 +93,33 @@ def _plain_steps(module: KVInversion, store: RunStore, source: str, inner_steps:
     return seconds[1:]
 
 
-def edits(checkpoint: str, folder: Path, steps: int) -> dict[str, Callable[[], float]]:
-    """Edits of one tuned picture, each giving its seconds: with stored K-bar and V-bar, and plain DDIM."""
+def edits(
+    checkpoint: str, folder: Path, steps: int
+) -> Callable[[Literal["stored", "replayed"] | None, int], Callable[[], float]]:
+    """Edits of one tuned picture to some targets at once, each giving the seconds of one target.
+
+    Called with where K-bar and V-bar come from, or None for plain DDIM, and the number of targets, up to 5.
+    """
     image, source = picture(folder, 900_000)
     settings: dict[str, Any] = {"steps": steps, "tolerance": float("inf")}
     module, out = KVInversion(checkpoint, **settings), folder / "run"
     KVTrainer(accelerator="auto", logger=False, quiet=True).fit(
         module, datamodule=SourceImages(str(image), source, out=str(out))
     )
-    target = source.replace(Animal.sample(900_000).action, "running")
+    asked = [source.replace(Animal.sample(900_000).action, action) for action in ACTIONS]
 
-    def edit(start: float) -> float:
-        module.start = start
-        KVTrainer(accelerator="auto", logger=False, quiet=True).edit(
-            module, SourceImages(run=str(out), targets=[target], overwrite=True)
-        )
-        record = next(r for r, _ in reversed(RunStore(out).edits()) if r["start"] == start)
-        return float(record["figures"]["seconds"])
+    def prepared(kv: Literal["stored", "replayed"] | None, targets: int) -> Callable[[], float]:
+        def edit() -> float:
+            module.start, module.kv = 1.0 if kv is None else 0.0, kv or "stored"
+            data = SourceImages(run=str(out), targets=asked[:targets], overwrite=True)
+            KVTrainer(accelerator="auto", logger=False, quiet=True).edit(model=module, datamodule=data)
+            written = {str(path) for path in module.last_edits}
+            record = next(record for record, file in RunStore(out).edits() if str(file) in written)
+            return float(record["figures"]["seconds"])
 
-    return {"stored K-bar and V-bar": lambda: edit(0.0), "plain DDIM": lambda: edit(1.0)}
+        return edit
+
+    return prepared
 
 
 def kept_as(dtype: str, folder: Path, seed: int, settings: dict[str, Any]) -> tuple[int, float]:
