@@ -87,10 +87,37 @@ def test_every_command_of_the_page_on_masks_works(
     lines = [line for _, text in blocks("masks.md") for line in text.splitlines()]
     for line in lines:
         program, *args = shlex.split(line)
-        answer = kvinv(*args, *of_verb.get(args[0], []))
-        assert program == "kvinv" and answer.code == 0, answer.err
+        if program == "kvinv":  # the tools are below
+            answer = kvinv(*args, *of_verb.get(args[0], []))
+            assert answer.code == 0, answer.err
     assert (tmp_path / "mask-shown.png").exists()
     assert set(os.listdir(tmp_path / "runs")) == {"full_kv", "masked", "recorded"}
     pages = [path.name for path in DOCS.glob("*.md")]
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"docs/{name}" in readme for name in pages)
+
+
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+TOOLS = [
+    command
+    for page in PAGES
+    for command in re.findall(
+        r"python (tools/\w+\.py(?:[^\n`#]|\\\n)*)", page.read_text(encoding="utf-8").replace("\\\n", " ")
+    )
+]
+
+
+@pytest.mark.parametrize("command", sorted(set(TOOLS)))
+def test_the_tools_that_the_pages_name_are_there_and_take_what_they_are_given(command: str) -> None:
+    tool, *args = shlex.split(command)
+    source = (DOCS.parent / tool).read_text(encoding="utf-8")
+    for arg in args:
+        if arg.startswith("--"):
+            name = arg[2:].split("=")[0]
+            assert re.search(rf"\b{name.replace('-', '_')}: |--{name}\b", source)
+    if args and not args[0].startswith("-"):
+        assert f"def {args[0]}(" in source
+
+
+def test_the_pages_name_tools() -> None:
+    assert len(set(TOOLS)) > 8
