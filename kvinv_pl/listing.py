@@ -22,7 +22,7 @@ def variants(name: str | None = None, checkpoint: str | None = None) -> None:
     """List the attention variants that are installed; or show one of them, with its options.
 
     Args:
-        name: Which one to show; `kvinv variants NAME` does as well.
+        name: Which one to show, by its name, class path or FILE.py:CLASS; `kvinv variants NAME` does as well.
         checkpoint: The model whose decoder the values of psi are counted for; menagerie, if it is not given.
     """
     places, unknown = list[Site](), ""
@@ -34,7 +34,7 @@ def variants(name: str | None = None, checkpoint: str | None = None) -> None:
         if checkpoint is not None:
             raise
         unknown = f"how many values of psi they have is not known: {error}"
-    shown = [registry.named(name)] if name is not None else list(registry.variants().values())
+    shown = [_asked(name)] if name is not None else list(registry.variants().values())
     for variant in shown:
         where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
         print(f"{variant.name:<12}{where}  ({variant.distribution})")
@@ -45,6 +45,14 @@ def variants(name: str | None = None, checkpoint: str | None = None) -> None:
             print("\n".join(_details(variant.name, variant.cls)))
     if unknown:
         print(unknown)
+
+
+def _asked(name: str) -> registry.Variant:
+    """The variant that a person names, which need not be installed."""
+    if "." not in name:
+        return registry.named(name)
+    cls = registry.locate(name)
+    return registry.Variant(cls.__name__, cls, "not installed", registry.summary(cls))
 
 
 def _worth(cls: type[CPAttention], places: list[Site], checkpoint: str) -> str:

@@ -32,7 +32,8 @@ class KVInversion(LightningModule):
 
     Args:
         checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
-        attention: The CP-attn variant by class_path and init_args; left out, it is the paper's own, FullKV.
+        attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
+            left out, it is the paper's own, full_kv.
         target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
         exclude_modules: What to leave out of them, in the same words.
         layers_to_transform: Numbers of the blocks to keep, as in peft.

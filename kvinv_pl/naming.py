@@ -37,15 +37,15 @@ def make_importable(configs: Sequence[str] = ()) -> None:
 def spell_out(argv: Sequence[str], option: str) -> list[str]:
     """`option` full_kv, as `kvinv variants` lists it, by the class that it stands for.
 
-    So is `option`.inner, the variant that it wraps.
+    So is `option`.inner, the variant that it wraps, and the one that is asked about by `option`.help.
     """
-    named = re.compile(rf"{re.escape(option)}((\.init_args)?\.inner)*")
+    named = re.compile(rf"{re.escape(option)}((\.init_args)?\.inner)*(\.help)?")
     out, left = list[str](), deque(argv)
     while left:
         arg = left.popleft()
         flag, equals, name = arg.partition("=")
         is_named = named.fullmatch(flag) is not None
-        if is_named and not equals and left:
+        if is_named and not equals and left and not left[0].startswith("-"):
             name = left.popleft()
         elif not (is_named and equals):
             out.append(arg)

@@ -155,8 +155,12 @@ def _load(point: EntryPoint) -> Variant:
         return Variant(point.name, None, _owner(point), "", f"{point.value} cannot be imported ({reason})")
     if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
         return Variant(point.name, None, _owner(point), "", f"{point.value} is not a subclass of CPAttention")
-    summary = (cls.__doc__ or "").strip().partition("\n")[0]
-    return Variant(point.name, cls, _owner(point), summary)
+    return Variant(point.name, cls, _owner(point), summary(cls))
+
+
+def summary(cls: type[CPAttention]) -> str:
+    """The first line of a variant's docstring."""
+    return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
 def _owner(point: EntryPoint) -> str:

@@ -113,6 +113,8 @@ def invert_picture(network: Network, work: Work, guidance: float, negative: str,
     store, table = work.store, network.table
     z_0 = network.backbone.encode(pixels[None].to(network.device))
     contexts = network.backbone.embed([record["inversion"]["negative"], work.source])[:, None]
+    if not work.source:
+        watch.note(f"{work.name}: the source prompt is empty; --source says what the picture shows")
     watch.begin("inverting", work.name, len(table))
     z = invert(
         network.guided_eps(contexts, guidance), z_0, table,

@@ -294,6 +294,8 @@ class KVTrainer(Trainer):
                 if self.fast_dev_run:
                     return
             model.certify_rest()
+            if not model.network.learns:
+                return  # again would be the same
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
 

@@ -7,6 +7,7 @@ import fits
 import pytest
 import torch
 from fits import SOURCE, tensors
+from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 
 from kvinv_pl.certificate import Demand, certify, next_attempt
 from kvinv_pl.data import SourceImages
@@ -60,6 +61,12 @@ def test_a_picture_that_does_not_pass_is_tuned_again_with_more_steps_and_the_bes
 def test_a_picture_that_passes_is_not_tuned_again(image: Path, tmp_path: Path) -> None:
     record = fits.fit(image, tmp_path / "run", required_psnr=1.0, retries=2).read_run()["reconstruction"]
     assert record["passed"] and len(record["attempts"]) == 1 and record["kept"] == 0
+
+
+def test_where_nothing_is_learned_nothing_is_tried_again(image: Path, tmp_path: Path) -> None:
+    settings = {"attention": Recorded, "required_psnr": 1000.0, "retries": 3}
+    record = fits.fit(image, tmp_path / "run", **settings).read_run()["reconstruction"]
+    assert not record["passed"] and len(record["attempts"]) == 1
 
 
 def test_a_finished_run_is_tried_again_only_where_more_is_asked_of_it(image: Path, tmp_path: Path) -> None:

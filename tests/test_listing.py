@@ -181,6 +181,18 @@ def test_a_variant_is_shown_with_every_option_its_default_and_its_meaning() -> N
         assert variant.cls and all(option.text for option in registry.options(variant.cls))
 
 
+def test_a_variant_that_is_not_installed_is_shown_by_its_class_path() -> None:
+    answer = kvinv("variants", "kvinv_plugins.low_rank.LowRank")
+    assert answer.code == 0 and "(not installed)" in answer.out and "rank" in answer.out
+    answer = kvinv("variants", "kvinv_plugins.low_rank.Nothing")
+    assert answer.code == 2 and "has no variant 'Nothing'" in answer.err
+
+
+def test_the_help_of_a_variant_is_asked_for_by_its_name() -> None:
+    answer = kvinv("run", "--model.attention.help", "low_rank")
+    assert answer.code == 0 and "--model.attention.rank" in answer.out
+
+
 def test_an_unknown_variant_is_answered_with_the_nearest(bare: Path) -> None:
     answer = kvinv("variants", "low_rnak", "--checkpoint", bare)
     assert answer.code == 2 and "no attention variant 'low_rnak'" in answer.err
