@@ -136,7 +136,7 @@ class Masked(CPAttention):
         mine = inner(partial(self._among, sdpa, self._subject))
         others = inner(partial(self._among, sdpa, self._background if self.separate else None))
         out = torch.where(subject[..., None], mine, others)
-        if undecided is None or not self.separate:  # subject and undecided have no token in common
+        if undecided is None or not self.separate:  # where the others read all keys, so do the undecided
             return out
         return torch.where(undecided[..., None], inner(partial(self._among, sdpa, None)), out)
 

@@ -89,16 +89,21 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.usefixtures("double")
-def test_in_float64_psi_of_a_picture_does_not_depend_on_who_shares_its_batch(tmp_path: Path) -> None:
-    for seed, name in enumerate("abc"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+def tuned_alone_and_beside(names: str, folder: Path) -> list[tuple[RunStore, RunStore]]:
+    """The runs of each picture, with one slot and with two."""
+    for seed, name in enumerate(names):
+        fits.picture(folder / "in" / f"{name}.png", seed=seed)
     stores: list[list[RunStore]] = []
     for slots in (1, 2):
-        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / str(slots)))
+        data = SourceImages(str(folder / "in"), SOURCE, out=str(folder / str(slots)))
         fits.trainer().fit(fits.model(slots=slots), datamodule=data)
         stores.append([work.store for work in data.works])
-    for alone, beside in zip(*stores, strict=True):
+    return list(zip(*stores, strict=True))
+
+
+@pytest.mark.usefixtures("double")
+def test_in_float64_psi_of_a_picture_does_not_depend_on_who_shares_its_batch(tmp_path: Path) -> None:
+    for alone, beside in tuned_alone_and_beside("abc", tmp_path):
         for i in range(3):
             one, other = alone.step(i), beside.step(i)
             assert {value.dtype for value in one.psi.values()} == {torch.float64}
@@ -107,14 +112,7 @@ def test_in_float64_psi_of_a_picture_does_not_depend_on_who_shares_its_batch(tmp
 
 
 def test_in_fp32_z_tilde_and_the_reconstruction_of_a_picture_hardly_depend_on_it(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
-    stores: list[list[RunStore]] = []
-    for slots in (1, 2):
-        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / str(slots)))
-        fits.trainer().fit(fits.model(slots=slots), datamodule=data)
-        stores.append([work.store for work in data.works])
-    for alone, beside in zip(*stores, strict=True):
+    for alone, beside in tuned_alone_and_beside("ab", tmp_path):
         torch.testing.assert_close(alone.step(2).z, beside.step(2).z, rtol=0, atol=2e-3)
         worth = [store.read_run()["reconstruction"]["psnr_to_round_trip"] for store in (alone, beside)]
         assert abs(worth[0] - worth[1]) <= 0.1
