@@ -30,6 +30,10 @@ class Failures:
         """Those that have not failed, in their order."""
         return [work for work in works if work not in self]
 
+    def among(self, works: Iterable[Work]) -> dict[str, str]:
+        """Why those of these pictures that have failed did, by their labels."""
+        return {work.label: self.reasons[work.label] for work in works if work in self}
+
     def note(self, label: str, reason: str) -> None:
         """This picture is given up; raises UserError where it is the only one."""
         if self.total == 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvinv_pl import logbook, rounding
 from kvinv_pl.attempts import Attempt
+from kvinv_pl.board import Alone, Claims
 from kvinv_pl.curriculum import Pass, Phase, SlotKeeper
 from kvinv_pl.ddim import predicted_z_0
 from kvinv_pl.failures import Failures
@@ -55,6 +56,7 @@ class Fit:
         self.failures, self.watch, self.x_0_every = failures, watch, x_0_every
         self.inner_steps = attempt.inner_steps(which)
         self.loggers: Sequence[Any] = []
+        self.claims: Claims = Alone()
         self._slots = Slots(network, self.works, self.recipe.negative, failures)
 
     @property
@@ -67,20 +69,21 @@ class Fit:
     @torch.no_grad()
     def begin(self, n: int) -> None:
         """Phase n begins: z_t of every slot, its pivot, and where psi_t starts."""
-        self._phase, slots, table = self.plan[n], self._slots, self.network.table
-        self._last = n == len(self.plan) - 1
+        self._n, self._phase, slots, table = n, self.plan[n], self._slots, self.network.table
         steps, width = self._phase.steps, len(self._phase.members)
         self.network.attached()
         self.network.front.forget()
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
-        slots.hold(self._phase)
+        self._takes = self.claims.take(n)
+        if self._takes:
+            slots.hold(self._phase)
         if self._phase.enters:
-            self._announce(n)
-        if slots.active():
+            self._announce()
+        if self._takes and slots.active():
             self._take_places()
-        if not slots.active():
+        if not (self._takes and slots.active()):
             self._keeper = SlotKeeper([], width, torch.ones(width, dtype=torch.bool))
             return
         self._pivot = slots.levels([i + 1 for i in steps])
@@ -100,16 +103,18 @@ class Fit:
         elif not self.rolls_out or steps[0] == 0 or not self.recipe.carry:
             slots.start(self.attempt.seed)
 
-    def _announce(self, n: int) -> None:
+    def _announce(self) -> None:
         """Tell the person who waits what begins."""
-        number, pictures = self.attempt.number, [work.name for _, work in self._slots.active()]
+        number = self.attempt.number
         again = f" again, with {self.attempt.inner_steps_at_most} inner steps" if number else ""
         if self.rolls_out:
+            pictures = [work.name for _, work in self._slots.active()]
             name = pictures[0] if len(pictures) == 1 else f"{len(pictures)} pictures"
             self.watch.begin("tuning", f"{name}{again}", len(self.network.table) - self._phase.steps[0])
-        elif n == 0:
+        elif self._n == 0:
             name = self.works[0].name if len(self.works) == 1 else f"{len(self.works)} pictures"
-            self.watch.begin("tuning at the pivots", f"{name}{again}", len(self.plan))
+            timesteps = sum(sum(phase.active) for phase in self.plan)
+            self.watch.begin("tuning at the pivots", f"{name}{again}", timesteps)
 
     # ---- within a phase
 
@@ -188,9 +193,17 @@ class Fit:
 
         A rehearsal writes nothing: its phase was cut short.
         """
+        if not self._takes:
+            self.watch.advance("on another device", sum(self._phase.active))
+        elif self._slots.active():
+            self._complete(rehearsal)
+        if self._takes and not rehearsal:
+            self.claims.done(self._n, self.failures.among(self.works))
+        if not self.rolls_out and self._n == len(self.plan) - 1:
+            self.watch.finish()
+
+    def _complete(self, rehearsal: bool) -> None:
         slots = self._slots
-        if not slots.active():
-            return
         self._keeper.restore()
         for value in self.network.values().values():
             value.copy_(rounding.rounded(value, self.recipe.store_dtype))
@@ -202,7 +215,8 @@ class Fit:
         lost = slots.lost.to(self.network.device)
         slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
         begins = ends if self._first_errors is None else self._first_errors
-        self.watch.advance(f"loss {float(ends[~slots.lost].mean()):.2e}")
+        made = 1 if self.rolls_out else sum(self._phase.active)
+        self.watch.advance(f"loss {float(ends[~slots.lost].mean()):.2e}", made)
         if rehearsal:
             return
         for slot, work in slots.active():
@@ -220,8 +234,6 @@ class Fit:
                     self._write_at_pivot(work, slot, psi, figures)
         if self.rolls_out and self._phase.steps[0] == len(self.network.table) - 1:
             self._certify_slots()
-        elif self._last and not self.rolls_out:
-            self.watch.finish()
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""

@@ -1,6 +1,6 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from kvinv_pl import certificate, memory, registry, rounding, stages
 from kvinv_pl.attempts import Attempt
 from kvinv_pl.attention import CPAttention, Selection, Site
 from kvinv_pl.backbone import Backbone
-from kvinv_pl.curriculum import Convergence, Curriculum, Pass
+from kvinv_pl.curriculum import Convergence, Curriculum, Pass, Phase
 from kvinv_pl.data import Job
 from kvinv_pl.errors import UserError
 from kvinv_pl.failures import Failures
@@ -268,7 +268,15 @@ class KVInversion(LightningModule):
         """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
         made = Attempt(attempt, self.recipe, self.demand)
         taken, plan = self._planner(works).plan(made, which, self.tuning_record, self.editing_record)
-        self._fit = Fit(self.network, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
+        return self._to_fit(made, which, taken, plan)
+
+    def join(self, works: list[Work], attempt: int, plan: Sequence[Phase]) -> Fit:
+        """Make ready for phases at the pivots that another process has planned, and lets others work on."""
+        made = Attempt(attempt, self.recipe, self.demand)
+        return self._to_fit(made, "pivots", self._planner(works).join(made), plan)
+
+    def _to_fit(self, made: Attempt, which: Pass, works: list[Work], plan: Sequence[Phase]) -> Fit:
+        self._fit = Fit(self.network, made, which, works, plan, self.failures, self.watch, self.x_0_every)
         return self._fit
 
     def _planner(self, works: list[Work]) -> Planner:

@@ -57,6 +57,16 @@ class Planner:
                     done[-1] = attempt.take_up(work, len(self.network.table), tuning(), editing())
         return works, self._phases(works, done, which)
 
+    def join(self, attempt: Attempt) -> list[Work]:
+        """The pictures at an attempt whose phases another process has planned.
+
+        Psi is as many slots wide as there are.
+        """
+        works = [attempt.at(work) for work in self.works]
+        for work in self.failures.left(works)[:1]:
+            self._place(work, self.slots)
+        return works
+
     def _phases(self, works: list[Work], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
         width, steps = self.slots, len(self.network.table)
         if "pivots" in self.recipe.passes(self.network.learns):

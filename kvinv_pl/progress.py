@@ -40,9 +40,9 @@ class Progress:
         else:
             self._write(f"{line}\n")
 
-    def advance(self, detail: str) -> None:
-        """One step is done."""
-        self._done += 1
+    def advance(self, detail: str, steps: int = 1) -> None:
+        """So many steps are done."""
+        self._done += steps
         self.show(detail)
 
     def finish(self, detail: str = "") -> None:

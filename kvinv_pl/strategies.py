@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,18 +17,18 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from kvinv_pl.board import Alone, Board, Claims, Offer, Shares
+from kvinv_pl.curriculum import Phase
 from kvinv_pl.errors import UserError
 
 STARTER = "KVINV_STARTED_BY"
 """Set in a rank that this program started: the process that did."""
 BOARD = "KVINV_BOARD"
 """Set beside it: the folder where the ranks of one machine say what they have taken, and what failed."""
+PAUSE = 0.05
+"""Seconds between two looks at what other ranks do."""
 PATIENCE = 10.0
 """Seconds that a rank has to end after it was asked to."""
-
-
-Shares = list[tuple[int, list[int]]]
-"""Slots, and the numbers of the pictures that are worked on side by side in them."""
 
 
 class RankFailedError(UserError):
@@ -43,7 +41,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
     A picture's psi belongs to that picture alone, so there is nothing to reduce, and ranks never wait for one
     another. Ranks are those of torchrun or SLURM where one of these is at work, and then every rank has its
     share of the pictures from the start. Otherwise they are the same command, started once more for each
-    further device, and a rank that is free takes the next pictures. When one rank fails, all stop.
+    further device, and a rank that is free takes the next pictures; where there are none, it takes phases of
+    other ranks' pictures, if they do not depend on each other. When one rank fails, all stop.
     """
 
     strategy_name = "image_parallel"
@@ -56,7 +55,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self.num_nodes = 1
         self.command = [sys.executable, *sys.orig_argv[1:]]
         self.reported: dict[str, str] = {}
-        self._board = Path(os.environ[BOARD]) if BOARD in os.environ else None
+        self._board = Board(os.environ[BOARD]) if BOARD in os.environ else None
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._looked = 0.0
 
@@ -106,60 +105,105 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         external = env is not None and env.creates_processes_externally and not self.was_started
         return self.world_size > 1 and (external or self.num_nodes > 1)
 
-    def given_shares(self) -> Shares | None:
-        """The shares of the work as the rank that started this one has made them; None: make them here."""
-        if not self.was_started or self._board is None:
-            return None
-        return json.loads((self._board / "shares").read_text(encoding="utf-8"))
-
     @contextmanager
-    def ranks(self, shares: Shares) -> Iterator[None]:
-        """Start further ranks for these shares of the work; at the end wait for them, or stop them all."""
+    def ranks(self) -> Iterator[None]:
+        """Start further ranks of this machine; at the end wait for them, or stop them all."""
         env, here = self.cluster_environment, len(self.parallel_devices)
         if here > 1 and self.root_device.type == "cpu":
             self._share_cores()
         started = env is None or env.creates_processes_externally
-        with tempfile.TemporaryDirectory(prefix="kvinv-ranks-") as board:
+        with tempfile.TemporaryDirectory(prefix="kvinv-ranks-") as folder:
             try:
                 if not started and here > 1:
-                    self._board = Path(board)
-                    (self._board / "shares").write_text(json.dumps(shares), encoding="utf-8")
-                    node_shares = len(range(self.global_rank // here, len(shares), self.num_nodes))
-                    for local_rank in range(1, min(here, node_shares)):
-                        self._ranks.append(self._start(local_rank))
+                    self._board = Board(folder)
+                    self._ranks = [self._start(local_rank, folder) for local_rank in range(1, here)]
                 yield
-                while any(rank.poll() is None for rank in self._ranks):
-                    self.look()
-                    time.sleep(0.05)
-                self.look()
-                for report in sorted(Path(board).glob("*.json")):
-                    self.reported |= json.loads(report.read_text(encoding="utf-8"))
+                self._wait(lambda: all(rank.poll() is not None for rank in self._ranks))
+                if self._ranks and self._board is not None:
+                    self.reported = self._board.reported()
             finally:
-                self._stop()
-                self._board = None
+                self._stop(self._ranks)
+                self._ranks, self._board = [], None
+
+    def given_shares(self) -> Shares:
+        """The shares of the work, as the rank that started this one makes them."""
+        assert self._board is not None
+        self._wait(lambda: self._shares_given() is not None)
+        return self._shares_given() or []
+
+    def give(self, shares: Shares, helping: bool) -> None:
+        """Tell the ranks that this one has started what there is to do; send those home that have nothing.
+
+        Args:
+            shares: Of the work of all ranks.
+            helping: Whether there may be work for a rank without a share.
+        """
+        if self._board is not None:
+            self._board.give(shares)
+            needed = len(self._ranks) if helping else max(0, len(self._of_node(len(shares))) - 1)
+            self._stop(self._ranks[needed:])
+            self._ranks = self._ranks[:needed]
 
     def mine(self, shares: int) -> Iterator[int]:
         """The shares of the work that are this rank's, one after the other; each is one rank's alone."""
-        here = len(self.parallel_devices)
-        of_node = range(self.global_rank // here, shares, self.num_nodes)
-        for n, share in enumerate(
-            of_node if self._board else range(self.global_rank, shares, self.world_size)
-        ):
+        here, board = len(self.parallel_devices), self._board
+        of_rank = self._of_node(shares) if board else range(self.global_rank, shares, self.world_size)
+        for n, share in enumerate(of_rank):
             self.look()
-            if self._board is None or n == self.local_rank:
-                yield share
-            elif n >= here:  # the first ones are kept for ranks that are still starting
-                try:
-                    (self._board / f"{share}.taken").touch(exist_ok=False)
-                except FileExistsError:
+            if board is not None:
+                # the first ones are kept for ranks that are still starting
+                own = n == self.local_rank if n < here else board.take(share)
+                if not own:
                     continue
-                yield share
+            yield share
+            if board is not None:
+                board.end(share)
+
+    def offered(self, shares: int) -> Iterator[Offer]:
+        """Phases of other ranks' shares that this rank may work on, until all shares are done."""
+        while self._board is not None:
+            offers = list(self._board.offers())
+            yield from offers
+            if all(self._board.has_ended(share) for share in self._of_node(shares)):
+                return
+            if not offers:
+                self.look()
+                time.sleep(PAUSE)
+
+    @contextmanager
+    def sharing(self, share: int, attempt: int, plan: Sequence[Phase]) -> Iterator[Claims]:
+        """Let other ranks work on phases that do not depend on each other; at the end, wait for all of them.
+
+        Args:
+            share: Whose phases they are.
+            attempt: At tuning it.
+            plan: The phases.
+        """
+        if self._board is None:
+            yield Alone()
+            return
+        offer = self._board.offer(share, attempt, plan)
+        yield offer
+        self._wait(lambda: offer.is_done)
 
     def report(self, reasons: Mapping[str, str]) -> None:
         """Tell the rank that started this one which pictures have failed."""
         if self._board is not None:
-            file = self._board / f"{self.local_rank}.json"
-            file.write_text(json.dumps(dict(reasons)), encoding="utf-8")
+            self._board.report(self.local_rank, reasons)
+
+    def _of_node(self, shares: int) -> range:
+        """The shares of this machine."""
+        return range(self.global_rank // len(self.parallel_devices), shares, self.num_nodes)
+
+    def _shares_given(self) -> Shares | None:
+        return self._board.shares() if self._board else None
+
+    def _wait(self, over: Callable[[], bool]) -> None:
+        """Wait until this is so, or another rank has failed."""
+        while not over():
+            self.look()
+            time.sleep(PAUSE)
+        self.look()
 
     def look(self) -> None:
         """Raise where another rank has failed, or the one that started this one is gone."""
@@ -177,12 +221,14 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             self._looked = now
             self.look()
 
-    def _start(self, local_rank: int) -> subprocess.Popen[bytes]:
+    def _start(self, local_rank: int, board: str) -> subprocess.Popen[bytes]:
         """This command once more, as another rank of this machine."""
         node = self.cluster_environment.node_rank() if self.cluster_environment else 0
-        told = {"LOCAL_RANK": local_rank, "NODE_RANK": node, STARTER: os.getpid(), BOARD: self._board}
+        told = {"LOCAL_RANK": local_rank, "NODE_RANK": node, STARTER: os.getpid(), BOARD: board}
         return subprocess.Popen(
-            self.command, env={**os.environ, **{name: str(value) for name, value in told.items()}}
+            self.command,
+            env={**os.environ, **{name: str(value) for name, value in told.items()}},
+            start_new_session=True,  # Ctrl-C is for this one to hear, which stops the others
         )
 
     def _share_cores(self) -> None:
@@ -193,9 +239,10 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             os.environ["OMP_NUM_THREADS"] = str(threads)  # ranks that are started read it
             torch.set_num_threads(threads)
 
-    def _stop(self) -> None:
+    @staticmethod
+    def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         """End what still runs, first by asking."""
-        running, self._ranks = [rank for rank in self._ranks if rank.poll() is None], []
+        running = [rank for rank in ranks if rank.poll() is None]
         for rank in running:
             rank.terminate()
         ends = time.monotonic() + PATIENCE

@@ -1,8 +1,7 @@
 """The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,15 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kvinv_pl.advice import without_advice
+from kvinv_pl.board import Alone, Claims, Shares
 from kvinv_pl.certificate import next_attempt
 from kvinv_pl.data import SourceImages
+from kvinv_pl.errand import Errand
 from kvinv_pl.errors import NoRoomError, UserError
-from kvinv_pl.failures import Failures
+from kvinv_pl.fit import Fit
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
-from kvinv_pl.strategies import ImageParallelStrategy, Shares
+from kvinv_pl.strategies import ImageParallelStrategy
 from kvinv_pl.work import Stage, Work
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -146,24 +147,21 @@ class KVTrainer(Trainer):
     def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
         """Everything that can be wrong is found first; then share after share goes through its stages."""
         model.watch, model.x_0_every = self.watch, self._x_0_every
-        failures = model.failures = Failures(len(data.works) + len(data.failed))
-        failures.reasons |= data.failed
-        if "edit" in stages:
-            self._require_targets(data, failures)
+        errand = Errand(model, data, stages, bool(self.fast_dev_run))
+        failures = model.failures = errand.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
-        model.load_backbone(COMPUTE_DTYPES[str(self.precision)])
-        with without_advice(), self._writing(data):
-            shares = self.ranks.given_shares()
-            shares = self._shares(model, data, stages, failures) if shares is None else shares
+        with without_advice(), self._writing(data), self.ranks.ranks():
+            shares = self._begin(errand)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
-            with self.ranks.ranks(shares):
-                for n in self.ranks.mine(len(shares)):
-                    model.side_by_side, members = shares[n]
-                    works = [data.works[member] for member in members]
-                    with self._held(model, works, data, stages, failures):
-                        self._through(model, works, data, stages, failures)
-                self.ranks.report(failures.reasons)
+            for n in self.ranks.mine(len(shares)):
+                works = errand.of_share(shares[n])
+                with errand.held(works):
+                    self._through(errand, n, works)
+            for offer in self.ranks.offered(len(shares)) if errand.can_be_helped else ():
+                works = errand.of_share(shares[offer.share])
+                self._tune(model.join(works, offer.attempt, offer.plan), errand, offer)
+            self.ranks.report(failures.reasons)
         failures.reasons |= self.ranks.reported
         self._say_where(failures.left(data.works))
         if self.ranks.was_started:
@@ -174,98 +172,29 @@ class KVTrainer(Trainer):
             return  # an exit code would end the other ranks
         failures.report()
 
-    def _shares(
-        self, model: KVInversion, data: SourceImages, stages: Sequence[Stage], failures: Failures
-    ) -> Shares:
-        """Pictures that are worked on side by side, and their slots; what cannot be worked on is given up."""
-        alike: dict[tuple[int, int, bool], list[int]] = {}
-        for n, work in enumerate(data.works[:1] if self.fast_dev_run else data.works):
-            if work not in failures:
-                with failures.of([work]):
-                    alike.setdefault(self._check(model, work, stages, data.overwrite), []).append(n)
-        if len(failures.reasons) == failures.total:
-            failures.report()
-        shares = []
-        for (height, width, _), members in alike.items():
-            slots = each = 1
-            if "fit" in stages:
-                model.to(self.ranks.root_device)
-                # free memory differs, and ranks that cannot ask one another must come to the same shares
-                alone = self.ranks.is_one_of_many
-                # no device is to wait while another has all the pictures
-                of_a_device = 1 if alone else -(-len(members) // len(self.ranks.parallel_devices))
-                slots = model.choose_slots((height, width), of_a_device)
-                each = 1 if alone and model.slots == "auto" else slots
-            shares += [(slots, members[begin : begin + each]) for begin in range(0, len(members), each)]
+    def _begin(self, errand: Errand) -> Shares:
+        """Load the model; the shares of the work, which the rank that started the others makes for all."""
+        model, ranks, dtype = errand.model, self.ranks, COMPUTE_DTYPES[str(self.precision)]
+        if ranks.was_started:
+            try:
+                model.load_backbone(dtype)
+            finally:  # what both stumble on, the one that started this one says
+                shares = ranks.given_shares()
+            return shares
+        model.load_backbone(dtype)
+        # free memory differs, and ranks that cannot ask one another must come to the same shares
+        shares = errand.shares(
+            None if ranks.is_one_of_many else len(ranks.parallel_devices), ranks.root_device
+        )
+        ranks.give(shares, errand.can_be_helped)
         return shares
-
-    @staticmethod
-    def _check(
-        model: KVInversion, work: Work, stages: Sequence[Stage], overwrite: bool
-    ) -> tuple[int, int, bool]:
-        """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
-        stage: Stage = "fit" if "fit" in stages else stages[-1]
-        try:
-            return model.check(work, stage)
-        except UserError:
-            if not (overwrite and work.image is not None and work.store.has_run()):
-                raise
-            return model.check(work, stage, anew=True)
-
-    @contextmanager
-    def _held(
-        self,
-        model: KVInversion,
-        works: list[Work],
-        data: SourceImages,
-        stages: Sequence[Stage],
-        failures: Failures,
-    ) -> Iterator[None]:
-        """Hold the run folders, and leave none where nothing came of it."""
-        fresh = [work.store.folder for work in works if not work.store.folder.exists()]
-        try:
-            with ExitStack() as held:
-                for work in works:
-                    with failures.of([work]):
-                        held.enter_context(work.store.lock())
-                        if data.overwrite and self._is_stale(model, work, stages):
-                            work.store.clear()
-                        elif work.store.has_run():
-                            work.store.settle()
-                if self._log_to_run and not self.loggers:
-                    self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
-                yield
-        finally:
-            for folder in fresh:
-                if folder.is_dir() and os.listdir(folder) == [".lock"]:
-                    (folder / ".lock").unlink()
-                    folder.rmdir()
-
-    @property
-    def _version(self) -> str:
-        """A folder of logs for each rank, where there are several."""
-        return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
-
-    def _is_stale(self, model: KVInversion, work: Work, stages: Sequence[Stage]) -> bool:
-        """Whether what lies in the run folder is of something else."""
-        try:
-            self._check(model, work, stages, overwrite=False)
-        except UserError:
-            return work.image is not None and work.store.has_run()
-        return False
 
     # ---- the stages of pictures side by side
 
-    def _through(
-        self,
-        model: KVInversion,
-        works: list[Work],
-        data: SourceImages,
-        stages: Sequence[Stage],
-        failures: Failures,
-    ) -> None:
-        """Take these pictures through the stages, each as far as it is not yet done."""
-        if "invert" in stages:
+    def _through(self, errand: Errand, share: int, works: list[Work]) -> None:
+        """Take the pictures of a share through the stages, each as far as it is not yet done."""
+        model, data, failures = errand.model, errand.data, errand.failures
+        if "invert" in errand.stages:
             missing = list[Work]()
             for work in failures.left(works):
                 with failures.of([work]):
@@ -275,22 +204,24 @@ class KVTrainer(Trainer):
             for work in failures.left(works):
                 with failures.of([work]):
                     work.remember_targets()
-        if "fit" in stages:
+        if "fit" in errand.stages:
             with failures.of(works):
-                self._fit(model, works, data, failures)
-        if "edit" in stages and not self.fast_dev_run and (left := failures.left(works)):
+                self._fit(errand, share, works)
+        if "edit" in errand.stages and not self.fast_dev_run and (left := failures.left(works)):
             self.predict(model, data.jobs("edit", left), return_predictions=False)
 
-    def _fit(self, model: KVInversion, works: list[Work], data: SourceImages, failures: Failures) -> None:
+    def _fit(self, errand: Errand, share: int, works: list[Work]) -> None:
         """Tune pictures side by side, and those again that do not pass."""
-        attempt: int | None = 0
+        model, failures, attempt = errand.model, errand.failures, 0
         while attempt is not None:
             for which in model.passes(works):
                 fit = model.prepare(works, attempt, which)
-                data.inner_steps = fit.inner_steps
-                if fit.plan:
-                    self.fit_loop.epoch_progress.reset()
-                    super().fit(model, datamodule=data)
+                if which == "pivots" and errand.can_be_helped:
+                    with self.ranks.sharing(share, attempt, fit.plan) as claims:
+                        self._tune(fit, errand, claims)
+                    failures.reasons |= claims.given_up()
+                else:
+                    self._tune(fit, errand, Alone())
                 if self.fast_dev_run:
                     return
             model.certify_rest()
@@ -298,6 +229,21 @@ class KVTrainer(Trainer):
                 return  # again would be the same
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
+
+    def _tune(self, fit: Fit, errand: Errand, claims: Claims) -> None:
+        """Lightning's fit, whose epochs are the phases of the plan, as far as they are this rank's."""
+        fit.claims, data = claims, errand.data
+        data.inner_steps = fit.inner_steps
+        if self._log_to_run and not self.loggers:
+            self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
+        if fit.plan:
+            self.fit_loop.epoch_progress.reset()
+            super().fit(errand.model, datamodule=data)
+
+    @property
+    def _version(self) -> str:
+        """A folder of logs for each rank, where there are several."""
+        return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
 
     # ---- what is around them
 
@@ -311,15 +257,6 @@ class KVTrainer(Trainer):
                 f"cannot write {error.filename or data.out}: {error.strerror or error}; "
                 "make room and give the same command again"
             ) from error
-
-    @staticmethod
-    def _require_targets(data: SourceImages, failures: Failures) -> None:
-        for work in data.works:
-            if not work.targets:
-                failures.note(
-                    work.label,
-                    f"no target for {work.name}: say with --target what it should become (repeatable)",
-                )
 
     def _say_where(self, works: Sequence[Work]) -> None:
         for work in works:

@@ -41,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "menagerie": {"errors"},
     "ddim": {"errors"},
     "curriculum": {"ddim", "errors"},
+    "board": {"curriculum", "errors"},
     "inversion": {"ddim", "errors"},
     "tuning": {"ddim", "errors"},
     "editing": {"ddim", "errors"},
@@ -97,7 +98,7 @@ ARROWS["attempts"] = {"certificate", "curriculum", "network", "recipe", "work"}
 ARROWS["slots"] = {"curriculum", "failures", "network", "stages", "store", "work"}
 ARROWS["planning"] = {"attempts", "curriculum", "failures", "network", "recipe", "work"}
 FIT = {"curriculum", "ddim", "logbook", "network", "optimizers", "progress", "rounding", "tuning"}
-ARROWS["fit"] = FIT | {"attempts", "failures", "slots", "work"}
+ARROWS["fit"] = FIT | {"attempts", "board", "failures", "slots", "work"}
 CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
 ARROWS |= {
     "data": CORE,
@@ -105,7 +106,8 @@ ARROWS |= {
     "verbs": CORE,
     "listing": CORE,
     "module": CORE | {"data"},
-    "trainer": CORE | {"data", "module", "strategies"},
+    "errand": CORE | {"data", "module"},
+    "trainer": CORE | {"data", "errand", "module", "strategies"},
     "api": CORE | {"data", "module", "trainer"},
     "plaincli": CORE | {"listing", "verbs"},
     "lightningcli": CORE | {"data", "module", "trainer"},

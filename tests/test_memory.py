@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvinv_pl import memory
 from kvinv_pl.data import SourceImages
-from kvinv_pl.failures import Failures
+from kvinv_pl.errand import Errand
 from kvinv_pl.module import KVInversion
 
 
@@ -103,10 +103,9 @@ def test_every_device_has_pictures(tmp_path: Path) -> None:
     for seed, name in enumerate("abcde"):
         fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
-    trainer = fits.trainer(devices=2)
     module = fits.model(slots="auto", steps=1)
     module.load_backbone(torch.float32)
-    shares = trainer._shares(module, data, ["fit"], Failures(5))
+    shares = Errand(module, data, ["fit"], rehearsal=False).shares(2, torch.device("cpu"))
     assert [members for _, members in shares] == [[0, 1, 2], [3, 4]]
 
 

@@ -14,8 +14,8 @@ from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImpo
 from torch import Tensor
 
 from kvinv_pl.data import SourceImages
+from kvinv_pl.errand import Errand
 from kvinv_pl.errors import SomeFailedError, UserError
-from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
 from kvinv_pl.slots import Member, Slots
 from kvinv_pl.store import RunStore
@@ -152,19 +152,25 @@ def test_one_picture_fills_the_slots_where_nobody_has_said_how_many(
     fits.trainer(quiet=False).fit(module, datamodule=data)
     said = capsys.readouterr().err
     assert "slots: 3 of 3 timesteps side by side (each takes about " in said
-    assert "tuning at the pivots cat.png: 1 steps" in said and "tuning cat.png: 3 steps" in said
+    assert "tuning at the pivots cat.png: 3 steps" in said and "tuning cat.png: 3 steps" in said
 
 
 def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_into_memory(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageParallelStrategy, "is_one_of_many", True)
-    trainer, module = fits.trainer(), fits.model(**PIVOT, slots="auto")
-    module.watch = trainer.watch
-    module.load_backbone(torch.float32)
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
-    shares = trainer._shares(module, data, ["invert", "fit"], Failures(2))
-    assert shares == [(3, [0]), (3, [1])]
+    errand = Errand(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
+    assert fits.trainer()._begin(errand) == [(3, [0]), (3, [1])]
+    monkeypatch.undo()
+    assert fits.trainer()._begin(errand) == [(6, [0, 1])]
+
+
+def test_every_device_has_pictures_to_roll_out(two: Path, tmp_path: Path) -> None:
+    data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
+    errand = Errand(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
+    errand.model.load_backbone(torch.float32)
+    assert errand.shares(2, torch.device("cpu")) == [(3, [0]), (3, [1])]
 
 
 def test_a_random_start_is_that_of_the_timestep_in_the_other_curriculum(image: Path, tmp_path: Path) -> None:

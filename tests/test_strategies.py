@@ -13,7 +13,10 @@ import torch
 from commands import command, process
 from fits import SOURCE
 
+from kvinv_pl.board import Board
 from kvinv_pl.cli import main
+from kvinv_pl.curriculum import at_pivots
+from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import UserError
 from kvinv_pl.store import RunStore
 from kvinv_pl.strategies import BOARD, STARTER, ImageParallelStrategy
@@ -126,15 +129,120 @@ def test_ranks_of_one_machine_begin_with_one_each_and_take_what_is_free(
     assert [*one, *other] == [5]
 
 
+class Rank:
+    """A process as `subprocess` has it, that ends when it is asked to."""
+
+    def __init__(self, ended: int | None = None) -> None:
+        self.ended = ended
+
+    def poll(self) -> int | None:
+        return self.ended
+
+    def terminate(self) -> None:
+        self.ended = -signal.SIGTERM
+
+    def wait(self, timeout: float) -> None:
+        assert self.ended is not None
+
+
+@pytest.mark.parametrize(("helping", "stay"), [(False, 1), (True, 3)])
+def test_ranks_without_a_share_go_home_unless_they_can_help(
+    helping: bool, stay: int, environment: dict[str, str], tmp_path: Path
+) -> None:
+    ranks, started = trainer(4).ranks, [Rank(), Rank(), Rank()]
+    ranks._board, ranks._ranks = Board(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
+    ranks.give([(1, [0]), (1, [1])], helping)
+    assert len(ranks._ranks) == stay and [rank.ended for rank in started[:stay]] == [None] * stay
+    assert all(rank.ended == -signal.SIGTERM for rank in started[stay:])
+    ranks.look()  # that they have been sent home is no failure
+    started[0].ended = 2
+    with pytest.raises(UserError, match="another rank has failed"):
+        ranks.look()
+
+
+def test_phases_are_waited_for_until_a_rank_fails(environment: dict[str, str], tmp_path: Path) -> None:
+    ranks, other = trainer(2).ranks, Rank()
+    ranks._board, ranks._ranks = Board(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    plan = at_pivots([{0, 1}], 2, 1)
+    with pytest.raises(UserError, match="another rank has failed"), ranks.sharing(0, 0, plan) as claims:
+        (offer,) = ranks._board.offers()
+        assert claims.take(0) and offer.take(1)
+        claims.done(0, {})
+        other.ended = 1
+
+
+def test_a_free_rank_is_offered_phases_until_all_shares_have_ended(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
+    ranks, board = trainer(2).ranks, Board(tmp_path)
+    board.offer(1, 0, at_pivots([{0}], 1, 1))
+    offered = ranks.offered(2)
+    assert next(offered).take(0)
+    board.end(0)
+    board.offer(1, 1, at_pivots([{0}], 1, 1))
+    again = next(offered)
+    assert (again.share, again.attempt) == (1, 1) and again.take(0)
+    board.end(1)
+    assert [*offered] == []
+
+
+def test_a_helping_rank_tunes_what_one_process_tunes(
+    folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"curriculum": "pivot", "slots": 2, "steps": 5}
+
+    def data(out: str) -> SourceImages:
+        return SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / out))
+
+    monkeypatch.setattr(RunStore, "settle", lambda store: None)  # which drops what was tuned at the pivots
+    fits.trainer().fit(fits.model(**settings), datamodule=data("alone"))
+    fits.trainer().invert(fits.model(**settings), datamodule=data("helped"))
+    alone, helped = (RunStore(tmp_path / name) for name in ("alone", "helped"))
+    board = Board(tmp_path / "board")
+    board.folder.mkdir()
+    board.give([(2, [0])])
+    offer = board.offer(0, 0, at_pivots([{*range(5)}], 5, 2))
+    assert offer.take(1)  # by the owner
+    board.end(0)
+    environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1"}
+    fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data("helped"))
+    assert helped.done_at_pivots() == {0, 1, 4} and not helped.done()
+    for i in (0, 1, 4):
+        torch.testing.assert_close(helped.pivot(i), alone.pivot(i), rtol=0, atol=0)
+    offer.done(1, {})
+    assert offer.is_done and offer.given_up() == {}
+
+
+def test_one_pictures_timesteps_fill_the_devices(folder: Path, tmp_path: Path) -> None:
+    """Whichever rank has made a phase at a pivot, the files are those of one process."""
+    for ranks in (1, 2):
+        pivot = (
+            "--model.curriculum",
+            "pivot",
+            "--model.inner_steps",
+            40,
+            "--model.tolerance",
+            0,
+            "--steps",
+            12,
+        )
+        args = given(folder / "a.png", tmp_path / str(ranks), ranks, *pivot)
+        answer = process(*args)
+        assert answer.code == 0, answer.err
+    one, two = (RunStore(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert fits.tensors(one) == fits.tensors(two) and len(fits.tensors(one)) == 13
+
+
 def test_what_failed_reaches_the_rank_that_started_this_one(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
     ranks = trainer(2).ranks
     ranks.report({"a.png": "is no picture"})
-    (tmp_path / "shares").write_text("[[2, [0, 1]], [2, [3]]]")
-    assert ranks.given_shares() == [[2, [0, 1]], [2, [3]]]
-    assert ranks.was_started and (tmp_path / "1.json").read_text() == '{"a.png": "is no picture"}'
+    Board(tmp_path).give([(2, [0, 1]), (2, [3])])
+    assert ranks.given_shares() == [(2, [0, 1]), (2, [3])]
+    assert ranks.was_started and Board(tmp_path).reported() == {"a.png": "is no picture"}
     environment[STARTER] = "1" if os.getppid() != 1 else "2"
     with pytest.raises(UserError, match="the process that started this rank is gone"):
         ranks.look()

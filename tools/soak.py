@@ -1,6 +1,6 @@
 """Kill a fit at random moments, again and again, and compare what comes of it with a fit that was left alone.
 
-    python tools/soak.py [--kills 20] [--slots 2] [--curriculum pivot] [--precision bf16-mixed]
+    python tools/soak.py [--kills 20] [--slots 2] [--curriculum pivot] [--precision bf16-mixed] [--devices 2]
 
 The pictures are animals of the embedded world and the model is the embedded one, or another by --checkpoint.
 Every file of tensors is compared, by its digest, and every run.json. The last line is the verdict; the exit
@@ -32,7 +32,7 @@ def command(options: argparse.Namespace, pictures: Path, out: Path) -> list[str]
         "--model.curriculum", options.curriculum, "--model.tolerance", "0", "--model.tolerance_growth", "0",
         "--model.required_psnr", "99", "--model.retries", "1",
         "--trainer.accelerator", "cpu", "--trainer.precision", options.precision,
-        "--trainer.logger", "false",
+        "--trainer.devices", str(options.devices), "--trainer.logger", "false",
     ]  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--curriculum", default="sequential")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--checkpoint", default="menagerie")
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -73,12 +74,12 @@ def main() -> None:
         kills = over = 0
         while kills < options.kills:
             began = time.monotonic()
-            child = subprocess.Popen(command(options, pictures, killed), stderr=subprocess.DEVNULL)
+            child = subprocess.Popen(command(options, pictures, killed), stderr=subprocess.PIPE)
             try:
-                child.wait(draw.uniform(0.1, 1.0) * took)
+                child.communicate(timeout=draw.uniform(0.1, 1.0) * took)
             except subprocess.TimeoutExpired:
                 child.kill()
-                child.wait()
+                child.communicate(timeout=30)  # which ends with the last rank that could still write
                 kills += 1
                 steps = len([*killed.rglob("steps/*.safetensors")])
                 print(f"kill {kills} after {time.monotonic() - began:.1f} s: {steps} phases done", flush=True)
@@ -98,7 +99,7 @@ def main() -> None:
             sys.exit(f"FAILED: {len(unlike)} of {len(expected)} files differ: {', '.join(unlike[:5])}")
         print(
             f"passed: {kills} kills, {over + 1} runs to the end, all {len(expected)} files equal "
-            f"({options.precision}, {options.slots} slots)"
+            f"({options.curriculum}, {options.precision}, {options.slots} slots, {options.devices} devices)"
         )
 
 
