@@ -89,7 +89,8 @@ def stage(verb: str, argv: list[str]) -> None:
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}") from error
-    except SomeFailedError:
+    except SomeFailedError as error:
+        error.reasons = {name: wording.of_setting(why, line.typed) for name, why in error.reasons.items()}
         raise
     except UserError as error:
         raise UserError(wording.of_setting(str(error), line.typed)) from error

@@ -131,7 +131,10 @@ class RunStore:
         for key in keys:
             if difference := _difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
                 made = "{} was made with {} = {}, not {}".format(self.folder, *difference)
-                raise UserError(f"{made}: give what it was made with, or another folder")
+                raise UserError(
+                    f"{made}: give what it was made with, or another folder, or make it anew by `kvinv run` "
+                    "or `kvinv fit` with --overwrite"
+                )
 
     def has_trajectory(self) -> bool:
         """Whether a whole trajectory is there, by its header."""

@@ -10,6 +10,24 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
+MADE_BY = {
+    "model.checkpoint": "model.checkpoint",
+    "scheduler.steps": "model.steps",
+    "picture.mode": "data.geometry",
+    "inversion.guidance": "model.inversion_guidance",
+    "inversion.negative": "model.negative",
+    "tuning.tolerance.0": "model.tolerance",
+    "tuning.tolerance.1": "model.tolerance_growth",
+}
+"""The option that a field of run.json comes from, where it comes from one alone."""
+MADE_BY |= {
+    f"tuning.{name}": f"model.{name}"
+    for name in (
+        *("negative", "max_grid", "kv", "curriculum", "inner_steps", "settle_steps", "carry", "seed"),
+        "store_dtype",
+    )
+}
+
 
 def expected(kind: Any) -> str:
     """A type in words."""
@@ -61,7 +79,12 @@ def of_parser(
 
 
 def of_setting(message: str, typed: Mapping[str, str]) -> str:
-    """A refusal such as "steps: expected 1 or more", under the name that the person typed."""
+    """A refusal such as "steps: expected 1 or more", under the name that the person typed.
+
+    A run that "was made with" another setting is told of by the option, too, rather than by the field of
+    run.json.
+    """
+    message = re.sub(r"(?<= was made with )[\w.]+(?= = )", lambda found: _option(found[0], typed), message)
     name, colon, rest = message.partition(": expected")
     given = [flag for key, flag in typed.items() if key.rpartition(".")[2] == name]
     return f"{given[0]}{colon}{rest}" if colon and given else message
@@ -72,6 +95,20 @@ def near(word: str, known: Collection[str]) -> str:
     whole = [name for name in known if name.lstrip("-").rpartition(".")[2] == word.lstrip("-")]
     found = whole or get_close_matches(word, list(known), 1, 0.7)
     return f": did you mean {found[0]}" if found else ""
+
+
+def _option(field: str, typed: Mapping[str, str]) -> str:
+    """The option that a field of run.json comes from, as it was typed; the field where there is no one."""
+    option = MADE_BY.get(field)
+    if re.fullmatch(r"tuning\.(attention|optimizer)(\.[a-z_]\w*)+", field):
+        option = _shorter(field.replace("tuning.", "model.", 1)).removesuffix(".class_path")
+    given = [flag for key, flag in typed.items() if _shorter(key) == option]
+    return given[0] if given else f"--{option}" if option else field
+
+
+def _shorter(key: str) -> str:
+    """An option of a class as it may be typed."""
+    return key.replace(".init_args.", ".")
 
 
 def _of_value(message: str, kind: Any, value: str | None) -> str:

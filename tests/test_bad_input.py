@@ -290,14 +290,32 @@ def test_a_run_of_another_picture_prompt_or_model_is_refused_and_kept(
     changes = {
         "picture": ["--image", photograph(tmp_path / "other.png", seed=1)],
         "source": ["--source", "a rabbit"],
-        "model": ["--checkpoint", other],
-        "scheduler": ["--steps", 3],
-        "tuning": ["--model.inner_steps", 3],
-        "attention": ["--model.attention", "full_kv", "--model.attention.scale", "head"],
+        "with --checkpoint = ": ["--checkpoint", other],
+        "with --steps = 2, not 3": ["--steps", 3],
+        "with --model.inner_steps = 2, not 3": ["--model.inner_steps", 3],
+        "with --model.optimizer.lr = 0.03, not 0.1": [
+            *("--model.optimizer", "Adam", "--model.optimizer.lr", 0.1),
+        ],
+        "with --model.attention.scale = 'layer', not 'head'": [
+            *("--model.attention", "full_kv", "--model.attention.scale", "head"),
+        ],
     }
     for field, change in changes.items():
-        refused(kvinv("run", *good, "--out", run, *change), field, "was made with")
+        anew = "make it anew by `kvinv run` or `kvinv fit` with --overwrite"
+        refused(kvinv("run", *good, "--out", run, *change), field, "was made with", anew)
         assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_of_many_pictures_one_that_was_made_otherwise_is_told_of_by_the_option(
+    good: list[object], tmp_path: Path
+) -> None:
+    for seed, name in enumerate("ab"):
+        photograph(tmp_path / "in" / f"{name}.png", seed=seed)
+    folder = tmp_path / "out" / "a"
+    assert kvinv("invert", *good, "--out", folder, "--image", tmp_path / "in" / "a.png").code == 0
+    answer = kvinv("invert", *good, "--image", tmp_path / "in", "--model.inversion_guidance", 2)
+    assert answer.code == 1 and "1 of 2 pictures" in answer.err
+    assert f"{folder} was made with --model.inversion_guidance = 1.0, not 2.0: " in answer.err
 
 
 def test_overwrite_starts_such_a_run_anew_and_goes_on_with_its_own(good: list[object], run: Path) -> None:
@@ -359,7 +377,7 @@ def test_what_a_run_folder_knows_is_not_asked_for_again(good: list[object], run:
     edit = ["edit", "--run", run, "--target", "a fox"]
     refused(kvinv(*edit, "--source", "a rabbit"), "--source does not go with --run")
     refused(kvinv(*edit, "--image", good[1]), "expected either image or run, got both")
-    refused(kvinv(*edit, "--steps", 3), "was made with scheduler.steps = 2, not 3")
+    refused(kvinv(*edit, "--steps", 3), "was made with --steps = 2, not 3")
 
 
 def test_an_edit_of_what_is_no_finished_run_is_refused(good: list[object], tmp_path: Path) -> None:

@@ -175,7 +175,10 @@ def test_a_run_of_another_variant_or_other_sites_is_refused(tmp_path: Path) -> N
         (["--model.attention", "low_rank"], "was made with tuning."),
     ):  # fmt: skip
         refused(kvinv("run", *args, *other), says)
-    refused(kvinv("edit", "--run", run, "--target", "a", "--model.attention", "v_only"), "tuning.attention")
+    refused(
+        kvinv("edit", "--run", run, "--target", "a", "--model.attention", "v_only"),
+        "with --model.attention =",
+    )
     refused(kvinv("edit", "--run", run, "--target", "a", "--model.target_modules", "encoder"), "tuning.sites")
     answer = kvinv("edit", "--run", run, "--target", "a", "--model.max_grid", 2)
     refused(answer, "--model.max_grid: expected at least 4, got 2")
