@@ -161,7 +161,7 @@ class Attachment:
         bars = cp(k, v)
         if not (isinstance(bars, tuple) and len(bars) == 2):
             got = type(bars).__name__
-            raise UserError(f"{type(cp).__name__}.forward: expected (k_bar, v_bar), got a {got}")
+            raise UserError(f"{_name(cp)}.forward: expected (k_bar, v_bar), got a {got}")
         return _cast(cp, "forward", bars[0], q), _cast(cp, "forward", bars[1], q)
 
     def _attend(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
@@ -191,12 +191,18 @@ def _cast(cp: CPAttention, method: str, got: Tensor, q: Tensor) -> Tensor:
     if not (isinstance(got, Tensor) and got.is_floating_point()):
         kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
         raise UserError(
-            f"{type(cp).__name__}.{method} returned {kind} at {cp.site.path}; expected a tensor of floating "
+            f"{_name(cp)}.{method} returned {kind} at {cp.site.path}; expected a tensor of floating "
             "point numbers, as k and v are"
         )
     if got.shape != q.shape:
         raise UserError(
-            f"{type(cp).__name__}.{method} returned the shape {tuple(got.shape)} at {cp.site.path}; "
+            f"{_name(cp)}.{method} returned the shape {tuple(got.shape)} at {cp.site.path}; "
             f"expected {tuple(q.shape)} (branches, slots, tokens, dim)"
         )
     return got.to(q.dtype)
+
+
+def _name(cp: CPAttention) -> str:
+    """A variant's class, and of one around others theirs too: what it returns may be what they did."""
+    inner = ", ".join(_name(child) for child in cp.children() if isinstance(child, CPAttention))
+    return f"{type(cp).__name__}({inner})" if inner else type(cp).__name__

@@ -467,6 +467,25 @@ class Merged(CPAttention):
         return sdpa(q, k, v).flatten(0, 1)
 
 
+class Around(CPAttention):
+    """Returns what the variant inside it does, as Masked."""
+
+    inside: type[CPAttention] = Transposed
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.inner = self.inside(site)
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(k, v)
+
+
+class AroundOne(Around):
+    """The same around one that forgets V-bar."""
+
+    inside = OneResult
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -478,6 +497,8 @@ class Merged(CPAttention):
             Transposed,
             r"Transposed.forward returned the shape \(1, 1, 8, 128\).*expected \(1, 1, 128, 8\)",
         ),
+        (Around, r"Around\(Transposed\).forward returned the shape \(1, 1, 8, 128\)"),
+        (AroundOne, r"AroundOne\(OneResult\).forward: expected \(k_bar, v_bar\), got a Tensor"),
         (Merged, r"Merged.attend returned the shape \(1, 128, 8\).*expected \(1, 1, 128, 8\)"),
     ],
 )
