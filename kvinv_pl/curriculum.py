@@ -124,12 +124,10 @@ class Convergence:
     growth: float
 
     def __post_init__(self) -> None:
-        """Refuse bounds below zero."""
-        if not (self.tolerance >= 0 and self.growth >= 0):
-            raise UserError(
-                "tolerance and tolerance_growth are squared errors, 0 or more; "
-                f"got {self.tolerance}, {self.growth}"
-            )
+        """Refuse bounds below zero, by the names that they have as settings."""
+        for name, bound in {"tolerance": self.tolerance, "tolerance_growth": self.growth}.items():
+            if not bound >= 0:
+                raise UserError(f"{name}: expected a mean squared error of 0 or more, got {bound}")
 
     def reached(
         self, mean_errors: Float[Tensor, " slots"], steps: Int[Tensor, " slots"]

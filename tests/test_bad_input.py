@@ -194,6 +194,10 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
             ["--model.tuning_guidance", "NaN"],
             "expected a finite number of 0 or more, got nan",
         ),
+        (
+            ["--model.tolerance", "nan"],
+            "error: --model.tolerance: expected a mean squared error of 0 or more, got nan",
+        ),
         (["--model.start=inf"], "--model.start: expected a share of the steps, 0 to 1, got inf"),
         (["--reading", "frosen"], "--reading: expected frozen or blend, got 'frosen'"),
         (["--start", "2"], "--start: expected a share of the steps, 0 to 1, got 2"),

@@ -78,9 +78,17 @@ def test_an_infinite_tolerance_is_reached_at_once_and_none_by_what_is_not_a_numb
     assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), torch.tensor([0])).any()
 
 
-@pytest.mark.parametrize("bounds", [(-1e-5, 0.0), (0.0, -1.0), (float("nan"), 0.0), (0.0, float("nan"))])
-def test_a_tolerance_below_zero_is_refused(bounds: tuple[float, float]) -> None:
-    with pytest.raises(UserError, match="tolerance and tolerance_growth are squared errors, 0 or more"):
+@pytest.mark.parametrize(
+    ("bounds", "says"),
+    [
+        ((-1e-5, 0.0), "tolerance: expected a mean squared error of 0 or more, got -1e-05"),
+        ((float("nan"), 0.0), "tolerance: expected a mean squared error of 0 or more, got nan"),
+        ((0.0, -1.0), "tolerance_growth: expected a mean squared error of 0 or more, got -1.0"),
+        ((0.0, float("nan")), "tolerance_growth: expected a mean squared error of 0 or more, got nan"),
+    ],
+)
+def test_a_tolerance_below_zero_is_refused_by_its_name(bounds: tuple[float, float], says: str) -> None:
+    with pytest.raises(UserError, match=f"^{says}$"):
         Convergence(*bounds)
 
 
