@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -79,3 +80,21 @@ def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of pixels in -1 .. 1; 100 where they are equal."""
     error = float((a.double() - b.double()).square().mean())
     return min(100.0, 10 * math.log10(4 / error)) if error > 0 else 100.0
+
+
+def told_apart(edit: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings in which the records of two edits differ, as each of them has it."""
+    asked = ("guidance", "reading", "kv", "start", "negative", "subject", "precision")
+    unlike = [key for key in asked if edit.get(key) != other.get(key)]
+    if "reading" in unlike and "kv" in unlike:  # blend has none
+        unlike.remove("kv")
+    if not unlike:  # the same was asked, after the picture was tuned once more
+        return [("this tuning", "an earlier one")]
+    return [(_setting(edit, key), _setting(other, key)) for key in unlike]
+
+
+def _setting(edit: Mapping[str, Any], key: str) -> str:
+    if key not in edit:
+        return f"no {key}"
+    value = edit[key]
+    return f"{key} {f'{value:g}' if isinstance(value, float) else value or 'empty'}"

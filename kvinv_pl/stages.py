@@ -210,7 +210,19 @@ def edit_picture(
         paths[target] = store.save_edit(target, picture, {**asked[target], "figures": {"seconds": seconds}})
     store.save_picture("sheet", sheet_of(store))
     watch.finish()
+    for target in targets:
+        _tell_apart(store, asked[target], paths[target], work.name, watch)
     return [paths[target] for target in asked]
+
+
+def _tell_apart(store: RunStore, record: dict[str, Any], path: Path, name: str, watch: Progress) -> None:
+    """Say what sets an edit apart from the one most like it whose target, and so name, is the same."""
+    there = [(other, file) for other, file in store.edits() if other["target"] == record["target"]]
+    unlike = [(records.told_apart(record, other), file) for other, file in there if file != path]
+    if unlike:
+        settings, file = min(unlike, key=lambda found: len(found[0]))
+        mine, its = (", ".join(texts) for texts in zip(*settings, strict=True))
+        watch.note(f"{name}: {path} has {mine}; {file.name}, of the same target, has {its}")
 
 
 def sheet_of(store: RunStore) -> Image.Image:
