@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from kvinv_pl import naming, wording
 from kvinv_pl.errors import SomeFailedError, UserError
-from kvinv_pl.line import RUN, SHORT, in_words, kinds_of, spelled_out, with_yaml_numbers
+from kvinv_pl.line import IDLE, RUN, SHORT, in_words, kinds_of, spelled_out, with_yaml_numbers
 
 USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
@@ -124,11 +124,13 @@ def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
     text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
     description, _, rest = text.partition("\n\n")
     rows = []
-    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **SHORT}.items():
+    used = {flag: short for flag, short in SHORT.items() if flag not in IDLE.get(verb, ())}
+    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **used}.items():
         section, _, name = target.partition(".")
         default = inspect.signature(classes[section]).parameters[name].default
         hidden = default is None or default is False or default == "" or isinstance(default, list)
         shown = "" if hidden else f" (default: {default})"
         rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
+    rows.append(f"  {'-c, --config FILE':<20}options from a YAML file, which flags override; repeatable")
     head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
     return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])

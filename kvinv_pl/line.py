@@ -34,6 +34,8 @@ SHORT = {
     "--negative": ("model.negative", "TEXT", "what the unconditional branch is told"),
 }
 """Flags of every stage, and what they are short for."""
+IDLE = {"invert": {"--guidance", "--start", "--reading", "--seed"}, "edit": {"--seed"}}
+"""Flags that a stage accepts, because the same options serve all of them, and makes nothing of."""
 RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant, settings and targets")
 
 

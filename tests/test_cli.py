@@ -14,6 +14,7 @@ import yaml
 from commands import QUICK, command, kvinv, photograph, process, size, times, tree
 from PIL import ExifTags, Image
 
+from kvinv_pl.line import SHORT
 from kvinv_pl.menagerie import ACTIONS
 from kvinv_pl.pictures import open_picture
 from kvinv_pl.store import RunStore
@@ -85,6 +86,27 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
     assert "known subclasses" not in out
     assert ("--run DIR" in out) == (verb == "edit")
     assert max(map(len, out.splitlines())) < 130
+
+
+@pytest.mark.parametrize(
+    ("verb", "idle"),
+    [
+        ("run", set()),
+        ("fit", set()),  # which remembers for the next edit what it makes nothing of
+        ("invert", {"--guidance", "--start", "--reading", "--seed"}),
+        ("edit", {"--seed"}),
+    ],
+)
+def test_the_usual_options_of_a_stage_are_those_that_it_makes_something_of(
+    verb: str, idle: set[str], cat: list[object]
+) -> None:
+    usual = kvinv(verb, "--help").out.partition("the usual options:\n")[2].partition("\n\n")[0]
+    shown = {line.split()[0] for line in usual.splitlines()}
+    assert shown == {*SHORT, *(["--run"] if verb == "edit" else []), "-c,"} - idle
+    assert usual.splitlines()[-1].startswith("  -c, --config FILE ")
+    given = [arg for flag in idle for arg in (flag, "blend" if flag == "--reading" else 1)]
+    answer = kvinv(verb, *cat, *given, "--print_config")  # taken all the same
+    assert answer.code == 0, answer.err
 
 
 @pytest.mark.parametrize(
