@@ -20,6 +20,13 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import logging as hub_logging
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -130,8 +137,19 @@ def _folder(checkpoint: str, configs_alone: bool = False) -> Path:
         raise
     except Exception as error:
         raise UserError(
-            f"no folder {checkpoint} here, and not to be had of the hub: {first_line(error)}"
+            f"no folder {checkpoint} here, and not to be had of the hub: {_of_hub(error)}"
         ) from error
+
+
+def _of_hub(error: Exception) -> str:
+    """Why the hub did not give what it was asked for; the first line of its refusals is but a number."""
+    if isinstance(error, GatedRepoError):
+        return "its owner lets in whom they choose; ask there, and log in by `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "nothing of that name is public there; check it, or log in by `hf auth login`"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f"what it has of that name lacks files; {NEEDED}"
+    return first_line(error)
 
 
 def _refuse_other_kinds(checkpoint: str, index: Mapping[str, Any]) -> None:
@@ -212,19 +230,23 @@ def _sha256(folder: Path, files: Iterable[Path]) -> str:
 
 @contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Keep diffusers and transformers from logging, warning and, unless bars, drawing progress bars."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    """Keep diffusers, transformers and the hub's library from logging, such as of each time that it tries.
+
+    Nor do they warn or, unless `bars`, draw progress bars.
+    """
+    drawing = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity()) for library in (*drawing, hub_logging)]
+    drew = [library for library in drawing if library.is_progress_bar_enabled() and not bars]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            for library in libraries:
+            for library, _ in before:
                 library.set_verbosity(logging.CRITICAL)
-                if not bars:
-                    library.disable_progress_bar()
+            for library in drew:
+                library.disable_progress_bar()
             yield
         finally:
-            for library, (verbosity, drew) in zip(libraries, before, strict=True):
+            for library, verbosity in before:
                 library.set_verbosity(verbosity)
-                if drew and not bars:
-                    library.enable_progress_bar()
+            for library in drew:
+                library.enable_progress_bar()

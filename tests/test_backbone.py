@@ -17,6 +17,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
@@ -317,6 +323,44 @@ def test_a_place_without_a_checkpoint_is_refused(
     refused(copy / "model_index.json", "is a file, expected a folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "has no model_index.json", "Stable Diffusion 1 or 2")
+
+
+def of_the_hub(error: type[Exception], status: int) -> Exception:
+    """What the hub's library raises, without the answer of the hub that it is made of."""
+    return error.__new__(error, f"{status} Client Error. (Request ID: Root=1)\n\nNot Found for url: https://")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            LocalEntryNotFoundError("Please check your connection\nor not"),
+            "hub: Please check your connection",
+        ),
+        (of_the_hub(RepositoryNotFoundError, 401), "hub: nothing of that name is public there; check it"),
+        (of_the_hub(GatedRepoError, 403), "hub: its owner lets in whom they choose; ask there"),
+        (of_the_hub(EntryNotFoundError, 404), "hub: what it has of that name lacks files; kvinv needs"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line_that_says_why(
+    error: Exception, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, heard = logging.getLogger("huggingface_hub"), list[logging.LogRecord]()
+
+    def download(*args: str) -> str:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise error
+
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", heard.append)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr("kvinv_pl.checkpoint.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    before = logger.level
+    refused("nobody/nothing", "no folder nobody/nothing here, and not to be had of the", says)
+    assert not heard and logger.level == before
+    logger.warning("what others have to say")
+    assert len(heard) == 1
 
 
 def test_a_hub_id_is_read_from_the_cache_when_offline(
