@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -15,13 +17,19 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from kvinv_pl.errors import NoRoomError, UserError
 
 FORMAT = 1
 TEMPORARY = ".kvinv-tmp"
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+"""Types of tensors as safetensors names them."""
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -87,13 +95,54 @@ def _check_format(file: Path, found: object) -> None:
         raise UserError(f"{file} has format {found}, expected {FORMAT}: {todo}")
 
 
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """The blake2b of a file's header and of every tensor's name, type, shape and bytes."""
-    digest = blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=32)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Head:
+    """The header of a safetensors file."""
+
+    metadata: dict[str, str]
+    table: dict[str, Any]
+    """Type, shape and place of every tensor, by its name."""
+    end: int
+    """Where the tensors begin."""
+
+    @classmethod
+    def of(cls, data: bytes | bytearray) -> _Head:
+        """The header of these bytes; raises ValueError where there is none."""
+        end = 8 + int.from_bytes(data[:8], "little")
+        table = json.loads(data[8:end])
+        if not (isinstance(table, dict) and isinstance(metadata := table.pop("__metadata__", {}), dict)):
+            raise ValueError("it has no table of tensors")
+        return cls(metadata, table, end)
+
+    def digest(self, data: bytes | bytearray) -> str:
+        """The blake2b of all this but the digest itself, and of the tensors' bytes."""
+        unsigned = {key: value for key, value in self.metadata.items() if key != "digest"}
+        digest = blake2b(json.dumps([unsigned, self.table], sort_keys=True).encode(), digest_size=32)
+        digest.update(memoryview(data)[self.end :])
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A file of tensors that has been read, and checked against its digest."""
+
+    info: dict[str, Any]
+    _data: bytearray
+    _head: _Head
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors in it whose names begin so, by name; views of what was read, not copies.
+
+        safetensors' own `load` copies all of them, which in an edit takes longer than all else of a step that
+        is not the network.
+        """
+        return {name: self._view(**at) for name, at in self._head.table.items() if name.startswith(prefix)}
+
+    def _view(self, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+        count, begin = math.prod(shape), self._head.end + data_offsets[0]
+        if not count:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.frombuffer(self._data, dtype=DTYPES[dtype], count=count, offset=begin).view(shape)
 
 
 def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -103,39 +152,56 @@ def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Ma
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    header = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
-    _write(file, save(plain, header | {"digest": _digest(plain, header)}))
+    metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
+    unsigned = save(plain, metadata)
+    _write(file, save(plain, metadata | {"digest": _Head.of(unsigned).digest(unsigned)}))
 
 
 def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
     """A file's checked metadata, and the `info` in it; opening compares the header with the file's length."""
-    if not os.path.exists(file):
-        raise UserError(f"{file} is missing: run `kvinv {'invert' if kind == 'trajectory' else 'fit'}` first")
+    _require(file, kind)
     try:
         with reported("read", file), safe_open(file, "pt") as opened:
-            header: dict[str, str] = opened.metadata() or {}
-        info = json.loads(header.get("info", ""))
-    except (SafetensorError, json.JSONDecodeError) as error:
+            metadata: dict[str, str] = opened.metadata() or {}
+    except SafetensorError as error:
         raise _damaged(file, str(error)) from error
-    _check_format(file, header.get("format"))
-    if header.get("kind") != kind:
-        raise _damaged(file, f"it holds {header.get('kind')}, expected {kind}")
-    return header, info
+    return metadata, _info(file, kind, metadata)
 
 
-def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and `info` of a file of this kind; raises DamagedError where the digest does not fit."""
-    header, info = read_header(file, kind)
-    digest = header.pop("digest", None)
-    with reported("read", file):
-        data = file.read_bytes()  # not mapped: what is checked is what is used
+def read_packed(file: Path, kind: str) -> Packed:
+    """A file of this kind, before tensors are made of it; raises DamagedError if its digest does not fit.
+
+    What takes time here leaves Python's other threads alone.
+    """
+    _require(file, kind)
+    with reported("read", file), file.open("rb") as opened:
+        data = bytearray(os.fstat(opened.fileno()).st_size)  # not mapped: what is checked is what is used
+        opened.readinto(data)
     try:
-        tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        head = _Head.of(data)
+    except ValueError as error:
         raise _damaged(file, str(error)) from error
-    if _digest(tensors, header) != digest:
+    info = _info(file, kind, head.metadata)
+    if head.digest(data) != head.metadata.get("digest"):
         raise _damaged(file, "its digest does not fit its content")
-    return tensors, info
+    return Packed(info, data, head)
+
+
+def _require(file: Path, kind: str) -> None:
+    if not os.path.exists(file):
+        raise UserError(f"{file} is missing: run `kvinv {'invert' if kind == 'trajectory' else 'fit'}` first")
+
+
+def _info(file: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The `info` in a file's metadata, once they are of this format and kind."""
+    try:
+        info = json.loads(metadata.get("info", ""))
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    _check_format(file, metadata.get("format"))
+    if metadata.get("kind") != kind:
+        raise _damaged(file, f"it holds {metadata.get('kind')}, expected {kind}")
+    return info
 
 
 def is_whole(file: Path, kind: str) -> bool:

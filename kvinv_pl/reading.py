@@ -18,7 +18,8 @@ from kvinv_pl.crossattention import Maps, cross_attentions, watching
 from kvinv_pl.errors import UserError
 from kvinv_pl.masks import START, word_positions
 from kvinv_pl.network import Network
-from kvinv_pl.store import RunStore, Step
+from kvinv_pl.step import Step
+from kvinv_pl.store import RunStore
 
 Reading = Literal["frozen", "blend"]
 KeyValues = Literal["stored", "replayed"]
@@ -153,6 +154,7 @@ class Reader:
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
         """One step of prefetch: the next psi_t is read while the network works."""
+        self._attachment = self.network.attached()
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
             self._expect(self.first)
@@ -167,29 +169,29 @@ class Reader:
     def psi(self, i: int) -> Iterator[None]:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
         step = self._coming.pop(i).result()
-        self._expect(i + 1)
-        self._at = i
-        attachment = self.network.attached()
+        self._at, attachment = i, self._attachment
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)
-        if self.reading == "blend":
-            self.network.read(step.psi, slot=0)
-            with attachment.blend():
-                yield
-        elif self.source is None:
-            with attachment.frozen(self._stored(step)):
-                yield
+        if self.reading == "frozen" and self.source is None:
+            way = attachment.frozen(self._stored(step))
         else:
             self.network.read(step.psi, slot=0)
-            with self._beside(self.source, i, step, attachment):
-                yield
+            way = (
+                attachment.blend() if self.source is None else self._beside(self.source, i, step, attachment)
+            )
+        self._expect(
+            i + 1
+        )  # once the tensors of this one are made, which two at a time would hold each other up
+        with way:
+            yield
 
     def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-        if step.kv is None:
+        kv = step.kv_on(self.network.device)
+        if kv is None:
             raise UserError(
                 f"{self.store.folder} holds no K-bar and V-bar: edit it with kv replayed, or reading blend"
             )
-        return {path: (k[:, None], v[:, None]) for path, (k, v) in step.kv.items()}
+        return {path: (k[:, None], v[:, None]) for path, (k, v) in kv.items()}
 
     @contextmanager
     def _beside(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:

@@ -13,7 +13,7 @@ from kvinv_pl import stages
 from kvinv_pl.curriculum import Phase
 from kvinv_pl.failures import Failures
 from kvinv_pl.network import Network
-from kvinv_pl.store import Step
+from kvinv_pl.step import Step
 from kvinv_pl.work import Work
 
 

@@ -10,7 +10,6 @@ import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl import files, rounding
+from kvinv_pl import files
 from kvinv_pl.errors import UserError
+from kvinv_pl.step import Bars, Step, of_step, packed, unpacked
 
 
 class InUseError(UserError):
     """Another process holds the run."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished phase: psi_t, z-tilde after the step, and K-bar, V-bar by site path if stored."""
-
-    psi: dict[str, Tensor]
-    z: Float[Tensor, "c h w"]
-    kv: dict[str, tuple[Tensor, Tensor]] | None
-    info: dict[str, Any]
 
 
 class RunStore:
@@ -146,14 +136,14 @@ class RunStore:
 
     def trajectory(self) -> Float[Tensor, "levels c h w"]:
         """z-hat_0 ... z-hat_T, fp32, on the CPU; raises UserError where it is missing or damaged."""
-        return files.read_tensors(self.folder / "trajectory.safetensors", "trajectory")[0]["z"]
+        return files.read_packed(self.folder / "trajectory.safetensors", "trajectory").tensors()["z"]
 
     def save_step(
         self,
         i: int,
         psi: Mapping[str, Tensor],
         z: Float[Tensor, "c h w"],
-        kv: Mapping[str, tuple[Tensor, Tensor]] | None,
+        kv: Mapping[str, Bars] | None,
         info: Mapping[str, Any],
         dtype: str | None = None,
     ) -> None:
@@ -161,27 +151,22 @@ class RunStore:
 
         Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32.
         """
-        given = {f"kv.{path}.{key}": bar for path, bars in (kv or {}).items() for key, bar in _named(bars)}
-        tensors = {"z": z.float(), **_packed(psi, dtype, "psi."), **_packed(given, dtype)}
-        files.write_tensors(self._step(i), f"step {i}", tensors, info)
+        files.write_tensors(self._step(i), f"step {i}", of_step(psi, z, kv, dtype), info)
 
     def step(self, i: int) -> Step:
         """Phase i, on the CPU; raises UserError where it is missing or damaged."""
-        tensors, info = _unpacked(self._step(i), f"step {i}")
-        psi = {name.removeprefix("psi."): t for name, t in tensors.items() if name.startswith("psi.")}
-        paths = [name[len("kv.") : -len(".k")] for name in tensors if re.fullmatch(r"kv\..*\.k", name)]
-        kv = {path: (tensors[f"kv.{path}.k"], tensors[f"kv.{path}.v"]) for path in paths}
-        return Step(psi, tensors["z"], kv or None, info)
+        return Step(files.read_packed(self._step(i), f"step {i}"))
 
     def save_pivot(
         self, i: int, psi: Mapping[str, Tensor], info: Mapping[str, Any], dtype: str | None = None
     ) -> None:
         """Write psi_t of step i (from noise) as tuned at its pivot, rounded to `dtype` if one is given."""
-        files.write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", _packed(psi, dtype), info)
+        files.write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", packed(psi, dtype), info)
 
     def pivot(self, i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Psi_t and the `info` of step i as tuned at its pivot; raises UserError if missing or damaged."""
-        return _unpacked(self._pivot / f"{i}.safetensors", f"pivot {i}")
+        found = files.read_packed(self._pivot / f"{i}.safetensors", f"pivot {i}")
+        return unpacked(found.tensors()), found.info
 
     def step_info(self, i: int) -> dict[str, Any]:
         """The `info` of phase i, from the file's header alone."""
@@ -253,25 +238,6 @@ class RunStore:
         names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
         possible = (self.folder / "edits" / f"{name}.json" for name in names)
         return next(file for file in possible if not file.exists() or _is_same_edit(file, record))
-
-
-def _named(bars: tuple[Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from zip("kv", bars, strict=True)
-
-
-def _packed(given: Mapping[str, Tensor], dtype: str | None, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors as they are stored, by name."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in given.items():
-        tensors |= rounding.packed(prefix + name, value, dtype) if dtype else {prefix + name: value}
-    return tensors
-
-
-def _unpacked(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file of this kind as they were given to it, and its `info`."""
-    stored, info = files.read_tensors(file, kind)
-    names = [name for name in stored if not name.endswith(rounding.SCALE)]
-    return {name: rounding.unpacked(stored, name) for name in names}, info
 
 
 def _whole(folder: Path, kind: str) -> set[int]:

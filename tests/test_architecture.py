@@ -62,7 +62,8 @@ ARROWS: dict[str, set[str]] = {
     "sheet": {"errors", "pictures"},
     "files": {"errors"},
     "rounding": {"errors"},
-    "store": {"errors", "files", "rounding"},
+    "step": {"files", "rounding"},
+    "store": {"errors", "files", "step"},
     "work": {"store"},
     "lists": {"errors"},
     "runs": {"errors", "store", "work"},
@@ -74,7 +75,7 @@ ARROWS: dict[str, set[str]] = {
     "masks": {"backbone", "crossattention", "errors", "pictures"},
     "segmenter": {"checkpoint", "errors", "menagerie"},
     "network": {"attachment", "attention", "backbone", "curriculum", "editing", "errors", "front"},
-    "reading": {"attachment", "backbone", "crossattention", "errors", "masks", "network", "store"},
+    "reading": {"attachment", "backbone", "crossattention", "errors", "masks", "network", "step", "store"},
 }
 ARROWS |= {
     "certificate": {"errors", "network", "pictures", "records", "store"},
@@ -95,7 +96,7 @@ STAGES = {
 ARROWS["stages"] = STAGES | {"reading", "store", "work"}
 ARROWS["recipe"] = {"attention", "curriculum", "errors", "records", "rounding"}
 ARROWS["attempts"] = {"certificate", "curriculum", "network", "recipe", "work"}
-ARROWS["slots"] = {"curriculum", "failures", "network", "stages", "store", "work"}
+ARROWS["slots"] = {"curriculum", "failures", "network", "stages", "step", "work"}
 ARROWS["planning"] = {"attempts", "curriculum", "failures", "network", "recipe", "work"}
 FIT = {"curriculum", "ddim", "logbook", "network", "optimizers", "progress", "rounding", "tuning"}
 ARROWS["fit"] = FIT | {"attempts", "board", "failures", "slots", "work"}

@@ -608,7 +608,7 @@ def test_every_kind_of_stable_diffusion_goes_all_the_way_with_a_picture_that_is_
         ({"start": float("nan")}, "start: expected"),
         ({"reading": "both"}, "reading: expected frozen or blend, got 'both'"),
         ({"store_dtype": "int4"}, "store_dtype: expected float16, bfloat16, float32, int8, got 'int4'"),
-        ({"tolerance": -1.0}, "0 or more; got -1.0"),
+        ({"tolerance": -1.0}, "tolerance: expected a mean squared error of 0 or more, got -1.0"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused_by_name(settings: dict[str, Any], message: str) -> None:
