@@ -108,6 +108,28 @@ def test_two_ranks_are_timed_against_two_processes(tool: Any, capsys: pytest.Cap
     assert 0.1 < ratio < 10
 
 
+def test_one_picture_is_timed_on_one_device_and_on_two(tool: Any, capsys: pytest.CaptureFixture[str]):
+    tool("bench_tuning").main(["devices", "--slots", "2", "--steps", "2", "--inner-steps=1", "--rounds=1"])
+    printed = capsys.readouterr().out
+    assert printed.count("ratio") == 2 and "the pass at the pivots" in printed
+
+
+def test_the_parts_of_a_fit_make_the_whole_of_it(tool: Any, tmp_path: Path):
+    parts = tool("tuning_costs.parts")
+    spent = {
+        way: parts.seconds_of_parts(str(fits.checkpoint()), 900_000, way, tmp_path, 2) for way in parts.WAYS
+    }
+    assert all(min(seconds.values()) > 0 for seconds in spent.values())
+    before, after = (spent[way]["inner steps: backward"] for way in parts.WAYS)
+    assert before > after
+
+
+def test_the_seconds_of_the_parts_are_printed_for_both_ways(tool: Any, capsys: pytest.CaptureFixture[str]):
+    tool("bench_tuning").main(["profile", f"--checkpoint={fits.checkpoint()}", "--steps=1", "--rounds=1"])
+    printed = capsys.readouterr().out
+    assert "as first built" in printed and "by default" in printed and printed.count("%") == 14
+
+
 def test_the_cheapest_way_that_gets_there_is_named(tool: Any):
     curves = tool("tuning_costs.curves")
     points = [curves.Point("a", 10, 0.4, 40), curves.Point("b", 5, 0.6, 39), curves.Point("c", 20, 0.1, 50)]

@@ -6,6 +6,8 @@
     python tools/bench_tuning.py curves --cases 4     # reconstruction against FLOPs, with null-text inversion
     python tools/bench_tuning.py stores --cases 2     # bytes and reconstruction of each store dtype
     python tools/bench_tuning.py throughput           # two ranks against two single processes
+    python tools/bench_tuning.py devices              # one picture's timesteps, on one device and on two
+    python tools/bench_tuning.py profile              # where the seconds of a fit go, before and after
 
 Alternatives run in turn in one process; times are medians with the distance between their quartiles, and
 ratios are medians over the rounds. FLOPs are counted by torch.utils.flop_counter, for Stable Diffusion 1.5 on
@@ -212,12 +214,70 @@ def throughput(pictures: int = 48, slots: int = 2, steps: int = 50, rounds: int 
     print(f"throughput {measuring.ratio(times[single], times[ranks]):.3f} of two processes'")
 
 
+def devices(slots: int = 4, inner_steps: int = 30, steps: int = 50, rounds: int = 3) -> None:
+    """One picture tuned with the curriculum pivot, whose timesteps fill one device or two, of one core each.
+
+    Args:
+        slots: timesteps side by side on each
+        inner_steps: of each timestep at its pivot
+        steps: DDIM steps
+        rounds: how often each is run
+    """
+    from tuning_costs import measuring
+    from tuning_costs.runs import one_picture
+
+    with tempfile.TemporaryDirectory() as folder:
+        works = one_picture(Path(folder), slots, inner_steps, steps)
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+        for _ in range(rounds):
+            for name, work in works.items():
+                seconds[name].append(work())
+    for n, what in enumerate(("from the command to its end", "the pass at the pivots")):
+        times = {name: measuring.Times([taken[n] for taken in seconds[name]]) for name in works}
+        two, one = times.values()
+        print(what)
+        for name, taken in times.items():
+            print(f"  {name:12s} {taken}")
+        print(f"  ratio        {measuring.ratio(two, one):.3f}")
+
+
+def profile(checkpoint: str = "menagerie", seed: int = 900_000, steps: int = 50, rounds: int = 3) -> None:
+    """Where the seconds of tuning one picture go, as first built and by default, without the inversion.
+
+    As first built: ten steps of Adam at 1e-2 for each timestep, every forward computed as a whole.
+
+    Args:
+        checkpoint: the model
+        seed: of the animal
+        steps: DDIM steps
+        rounds: how often each is run
+    """
+    import statistics
+
+    from tuning_costs.parts import WAYS, seconds_of_parts
+
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            with tempfile.TemporaryDirectory() as folder:
+                found[way].append(seconds_of_parts(checkpoint, seed, way, Path(folder), steps))
+    medians = {
+        way: {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+        for way, rows in found.items()
+    }
+    print(f"{'seconds (share)':46s}" + "".join(f"{way:>24s}" for way in medians))
+    for part in next(iter(medians.values())):
+        shares = [(row[part], row[part] / sum(row.values())) for row in medians.values()]
+        print(f"{part:46s}" + "".join(f"{f'{spent:.2f} ({share:.0%})':>24s}" for spent, share in shares))
+    print(f"{'in all':46s}" + "".join(f"{sum(row.values()):24.2f}" for row in medians.values()))
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake is one line and exit code 2."""
     given = sys.argv[1:] if args is None else args
     commands = {
         "front": front, "overhead": overhead, "edit": edit, "curves": curves, "stores": stores,
-        "throughput": throughput,
+        "throughput": throughput, "devices": devices, "profile": profile,
     }  # fmt: skip
     try:
         auto_cli(commands, args=[_as_declared(arg) for arg in given], as_positional=False)

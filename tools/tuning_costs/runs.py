@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -145,24 +146,11 @@ def two_processes(folder: Path, pictures: int, slots: int, steps: int) -> dict[s
 
     def taken(sources: list[Path], devices: int) -> float:
         outs = [folder / "runs" / source.name for source in sources]
-        common = [
-            sys.executable, "-m", "kvinv_pl", "fit", "--source", "an animal", "--steps", str(steps),
-            "--model.slots", str(slots), "--model.retries", "0", "--trainer.accelerator", "cpu",
-            "--trainer.quiet", "true", "--trainer.logger", "false", "--trainer.devices", str(devices),
-        ]  # fmt: skip
-        began = time.perf_counter()
-        started = [
-            subprocess.Popen(
-                [*common, "--image", str(source), "--out", str(out)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-            )
+        commands = [
+            [*_fit(source, out, slots, steps, devices), "--source", "an animal", "--trainer.quiet", "true"]
             for source, out in zip(sources, outs, strict=True)
         ]
-        ends = [process.wait() for process in started]
-        seconds = time.perf_counter() - began
-        if any(ends):
-            raise RuntimeError(f"kvinv fit ended with {ends}")
+        seconds, _ = _timed(commands)
         shutil.rmtree(folder / "runs")
         return seconds
 
@@ -170,3 +158,57 @@ def two_processes(folder: Path, pictures: int, slots: int, steps: int) -> dict[s
         "two ranks": lambda: taken([folder / "all"], 2),
         "two single processes": lambda: taken(halves, 1),
     }
+
+
+def one_picture(
+    folder: Path, slots: int, inner_steps: int, steps: int
+) -> dict[str, Callable[[], tuple[float, float]]]:
+    """A picture tuned with the curriculum pivot: seconds of the command, and of its pass at the pivots."""
+    image, source = picture(folder, 900_000)
+
+    def taken(devices: int) -> tuple[float, float]:
+        command = [
+            *_fit(image, folder / "run", slots, steps, devices), "--source", source,
+            "--model.curriculum", "pivot", "--model.inner_steps", str(inner_steps),
+            "--model.tolerance", "0", "--model.tolerance_growth", "0",
+        ]  # fmt: skip
+        seconds, (said,) = _timed([command])
+        shutil.rmtree(folder / "run")
+        found = re.search(r"at the pivots .* steps in ([\d.]+) s", said)
+        if found is None:
+            raise RuntimeError(f"kvinv fit said nothing of its pass at the pivots: {said}")
+        return seconds, float(found[1])
+
+    return {"two devices": lambda: taken(2), "one": lambda: taken(1)}
+
+
+def _fit(image: Path, out: Path, slots: int, steps: int, devices: int) -> list[str]:
+    return [
+        sys.executable, "-m", "kvinv_pl", "fit", "--image", str(image), "--out", str(out),
+        "--steps", str(steps), "--model.slots", str(slots), "--model.retries", "0",
+        "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.devices", str(devices),
+    ]  # fmt: skip
+
+
+def _timed(commands: list[list[str]]) -> tuple[float, list[str]]:
+    """Seconds until these commands, run at once with one thread for each of their ranks, have ended.
+
+    And what each of them has said.
+    """
+    began = time.perf_counter()
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [process.communicate()[1] for process in started]
+    seconds = time.perf_counter() - began
+    for process, words in zip(started, said, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"kvinv fit ended with {process.returncode}: {words}")
+    return seconds, said
