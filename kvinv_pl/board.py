@@ -26,13 +26,29 @@ class Claims(Protocol):
         """Phase n, taken before, is written; why pictures were given up, by their labels."""
         ...
 
+    def give_back(self, n: int) -> None:
+        """Phase n, taken before, is for another rank to make."""
+        ...
+
     def given_up(self) -> dict[str, str]:
         """Why any rank has given pictures up, by their labels, in the phases that are done."""
         ...
 
+    @property
+    def has_more(self) -> bool:
+        """Whether there is a phase that nobody has taken."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every phase is written, by whichever rank."""
+        ...
+
 
 class Alone:
-    """The claims of a rank that has a plan for itself."""
+    """The claims of a rank that has a plan for itself, and that goes through it once."""
+
+    has_more, is_done = False, True
 
     def take(self, n: int) -> bool:
         """Every phase is this rank's."""
@@ -40,6 +56,9 @@ class Alone:
 
     def done(self, n: int, reasons: Mapping[str, str]) -> None:
         """Nobody waits for it."""
+
+    def give_back(self, n: int) -> None:
+        """There is nobody to make it."""
 
     def given_up(self) -> dict[str, str]:
         """Nothing that this rank does not know."""
@@ -56,8 +75,16 @@ class Offer:
     plan: tuple[Phase, ...]
 
     def take(self, n: int) -> bool:
-        """Whether phase n is the caller's; it is one rank's alone."""
-        return _take(self.folder / f"{n}.taken")
+        """Whether phase n is the caller's; it is one rank's alone, and nobody's once it was withdrawn."""
+        return (self.folder / "plan").exists() and _take(self.folder / f"{n}.taken")
+
+    def give_back(self, n: int) -> None:
+        """Phase n, taken before, is for another rank to make."""
+        (self.folder / f"{n}.taken").unlink()
+
+    def withdraw(self) -> None:
+        """Offer nothing any more."""
+        (self.folder / "plan").unlink()
 
     def done(self, n: int, reasons: Mapping[str, str]) -> None:
         """Phase n, taken before, is written; why pictures were given up, by their labels."""
@@ -113,8 +140,12 @@ class Board:
         return (self.folder / f"{share}.over").exists()
 
     def report(self, rank: int, reasons: Mapping[str, str]) -> None:
-        """Say which pictures a rank has given up."""
+        """Say which pictures a rank has given up, which is the last that it says."""
         _post(self.folder / f"{rank}.failed", dict(reasons))
+
+    def has_reported(self, rank: int) -> bool:
+        """Whether a rank has said that it has nothing more to do."""
+        return (self.folder / f"{rank}.failed").exists()
 
     def reported(self) -> dict[str, str]:
         """Why pictures were given up, by their labels, as the ranks have reported."""
@@ -134,7 +165,12 @@ class Board:
     def offers(self) -> Iterator[Offer]:
         """What is offered, and has phases that nobody has taken."""
         for file in sorted(self.folder.glob("*/plan")):
-            said = _read(file)
+            if self.has_ended(int(file.parent.name.partition("-")[0])):
+                continue
+            try:
+                said = _read(file)
+            except FileNotFoundError:  # it has just been withdrawn
+                continue
             plan = tuple(_phase(phase) for phase in said["plan"])
             offer = Offer(file.parent, said["share"], said["attempt"], plan)
             if offer.has_more:

@@ -27,7 +27,9 @@ TEMPORARY = ".kvinv-tmp"
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"BOOL": torch.bool},
 }
 """Types of tensors as safetensors names them."""
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -154,18 +156,27 @@ def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Ma
     }
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
     unsigned = save(plain, metadata)
-    _write(file, save(plain, metadata | {"digest": _Head.of(unsigned).digest(unsigned)}))
+    digest = _Head.of(unsigned).digest(unsigned)
+    del unsigned  # which is as large as all of it
+    _write(file, save(plain, metadata | {"digest": digest}))
 
 
 def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
     """A file's checked metadata, and the `info` in it; opening compares the header with the file's length."""
-    _require(file, kind)
+    if not os.path.exists(file):
+        raise UserError(f"{file} is missing: run `kvinv {'invert' if kind == 'trajectory' else 'fit'}` first")
     try:
         with reported("read", file), safe_open(file, "pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
-    except SafetensorError as error:
+        info = json.loads(metadata.get("info", ""))
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise _damaged(file, str(error)) from error
-    return metadata, _info(file, kind, metadata)
+    if not isinstance(info, dict):
+        raise _damaged(file, "its info is no record")
+    _check_format(file, metadata.get("format"))
+    if metadata.get("kind") != kind:
+        raise _damaged(file, f"it holds {metadata.get('kind')}, expected {kind}")
+    return metadata, info
 
 
 def read_packed(file: Path, kind: str) -> Packed:
@@ -173,35 +184,17 @@ def read_packed(file: Path, kind: str) -> Packed:
 
     What takes time here leaves Python's other threads alone.
     """
-    _require(file, kind)
+    _, info = read_header(file, kind)
     with reported("read", file), file.open("rb") as opened:
         data = bytearray(os.fstat(opened.fileno()).st_size)  # not mapped: what is checked is what is used
         opened.readinto(data)
     try:
         head = _Head.of(data)
-    except ValueError as error:
+    except ValueError as error:  # it has been written to since
         raise _damaged(file, str(error)) from error
-    info = _info(file, kind, head.metadata)
     if head.digest(data) != head.metadata.get("digest"):
         raise _damaged(file, "its digest does not fit its content")
     return Packed(info, data, head)
-
-
-def _require(file: Path, kind: str) -> None:
-    if not os.path.exists(file):
-        raise UserError(f"{file} is missing: run `kvinv {'invert' if kind == 'trajectory' else 'fit'}` first")
-
-
-def _info(file: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The `info` in a file's metadata, once they are of this format and kind."""
-    try:
-        info = json.loads(metadata.get("info", ""))
-    except ValueError as error:
-        raise _damaged(file, str(error)) from error
-    _check_format(file, metadata.get("format"))
-    if metadata.get("kind") != kind:
-        raise _damaged(file, f"it holds {metadata.get('kind')}, expected {kind}")
-    return info
 
 
 def is_whole(file: Path, kind: str) -> bool:

@@ -57,6 +57,7 @@ class Fit:
         self.inner_steps = attempt.inner_steps(which)
         self.loggers: Sequence[Any] = []
         self.claims: Claims = Alone()
+        self._takes = False
         self._slots = Slots(network, self.works, self.recipe.negative, failures)
 
     @property
@@ -199,8 +200,12 @@ class Fit:
             self._complete(rehearsal)
         if self._takes and not rehearsal:
             self.claims.done(self._n, self.failures.among(self.works))
-        if not self.rolls_out and self._n == len(self.plan) - 1:
-            self.watch.finish()
+            self._takes = False
+
+    def give_back(self) -> None:
+        """Leave the phase that is not finished, if one is, to another rank."""
+        if self._takes:
+            self.claims.give_back(self._n)
 
     def _complete(self, rehearsal: bool) -> None:
         slots = self._slots

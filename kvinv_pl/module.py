@@ -268,15 +268,14 @@ class KVInversion(LightningModule):
         """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
         made = Attempt(attempt, self.recipe, self.demand)
         taken, plan = self._planner(works).plan(made, which, self.tuning_record, self.editing_record)
-        return self._to_fit(made, which, taken, plan)
+        self._fit = Fit(self.network, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
+        return self._fit
 
     def join(self, works: list[Work], attempt: int, plan: Sequence[Phase]) -> Fit:
         """Make ready for phases at the pivots that another process has planned, and lets others work on."""
         made = Attempt(attempt, self.recipe, self.demand)
-        return self._to_fit(made, "pivots", self._planner(works).join(made), plan)
-
-    def _to_fit(self, made: Attempt, which: Pass, works: list[Work], plan: Sequence[Phase]) -> Fit:
-        self._fit = Fit(self.network, made, which, works, plan, self.failures, self.watch, self.x_0_every)
+        works, unseen = self._planner(works).join(made), Progress(quiet=True)
+        self._fit = Fit(self.network, made, "pivots", works, plan, self.failures, unseen, self.x_0_every)
         return self._fit
 
     def _planner(self, works: list[Work]) -> Planner:

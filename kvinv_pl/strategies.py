@@ -1,15 +1,17 @@
-"""Many devices: every picture is tuned by one process, on one device, and nothing is averaged."""
+"""Many devices: a process for each, which tunes pictures of its own, and nothing is averaged."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -25,6 +27,8 @@ STARTER = "KVINV_STARTED_BY"
 """Set in a rank that this program started: the process that did."""
 BOARD = "KVINV_BOARD"
 """Set beside it: the folder where the ranks of one machine say what they have taken, and what failed."""
+CALL = "KVINV_CALL"
+"""And which call of a trainer, of those that the process has made, the rank was started for."""
 PAUSE = 0.05
 """Seconds between two looks at what other ranks do."""
 PATIENCE = 10.0
@@ -38,14 +42,16 @@ class RankFailedError(UserError):
 class ImageParallelStrategy(SingleDeviceStrategy):
     """One process for each device, without a process group: ranks share nothing but the run folders.
 
-    A picture's psi belongs to that picture alone, so there is nothing to reduce, and ranks never wait for one
-    another. Ranks are those of torchrun or SLURM where one of these is at work, and then every rank has its
-    share of the pictures from the start. Otherwise they are the same command, started once more for each
-    further device, and a rank that is free takes the next pictures; where there are none, it takes phases of
-    other ranks' pictures, if they do not depend on each other. When one rank fails, all stop.
+    A picture's psi belongs to that picture alone, so there is nothing to reduce. Ranks are those of torchrun
+    or SLURM where one of these is at work, and then every rank has its share of the pictures from the start.
+    Otherwise they are the same command, started once more for each further device, and a rank that is free
+    takes the next pictures; where there are none, it takes phases of other ranks' pictures, if they do not
+    depend on each other. When one rank fails, all stop.
     """
 
     strategy_name = "image_parallel"
+    calls: ClassVar[int] = 0
+    """How often a trainer of this process has been called."""
 
     def __init__(self) -> None:
         """Devices and environment are set by the trainer."""
@@ -112,9 +118,11 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         if here > 1 and self.root_device.type == "cpu":
             self._share_cores()
         started = env is None or env.creates_processes_externally
-        with tempfile.TemporaryDirectory(prefix="kvinv-ranks-") as folder:
+        starts = here > 1 and not started
+        temporary = tempfile.TemporaryDirectory(prefix="kvinv-ranks-") if starts else nullcontext("")
+        with temporary as folder:
             try:
-                if not started and here > 1:
+                if starts:
                     self._board = Board(folder)
                     self._ranks = [self._start(local_rank, folder) for local_rank in range(1, here)]
                 yield
@@ -124,6 +132,11 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             finally:
                 self._stop(self._ranks)
                 self._ranks, self._board = [], None
+
+    def is_called(self) -> bool:
+        """Count a call of the trainer; whether it is for this rank, which may be there for a later one."""
+        ImageParallelStrategy.calls += 1
+        return not self.was_started or int(os.environ.get(CALL, self.calls)) == self.calls
 
     def given_shares(self) -> Shares:
         """The shares of the work, as the rank that started this one makes them."""
@@ -172,7 +185,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
 
     @contextmanager
     def sharing(self, share: int, attempt: int, plan: Sequence[Phase]) -> Iterator[Claims]:
-        """Let other ranks work on phases that do not depend on each other; at the end, wait for all of them.
+        """Let other ranks work on phases that do not depend on each other, until this context ends.
 
         Args:
             share: Whose phases they are.
@@ -183,8 +196,15 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             yield Alone()
             return
         offer = self._board.offer(share, attempt, plan)
-        yield offer
-        self._wait(lambda: offer.is_done)
+        try:
+            yield offer
+        finally:
+            offer.withdraw()
+
+    def wait_for(self, claims: Claims) -> bool:
+        """Wait for other ranks' phases; whether all are done, and none was given back to be made here."""
+        self._wait(lambda: claims.is_done or claims.has_more)
+        return claims.is_done
 
     def report(self, reasons: Mapping[str, str]) -> None:
         """Tell the rank that started this one which pictures have failed."""
@@ -207,13 +227,19 @@ class ImageParallelStrategy(SingleDeviceStrategy):
 
     def look(self) -> None:
         """Raise where another rank has failed, or the one that started this one is gone."""
-        if any(rank.poll() not in (None, 0) for rank in self._ranks):
+        if any(self._has_failed(n, rank) for n, rank in enumerate(self._ranks, 1)):
             raise RankFailedError(
                 "another rank has failed, and all have stopped; put that right and give the command again"
             )
         starter = os.environ.get(STARTER)
         if starter is not None and os.getppid() != int(starter):
             raise RankFailedError("the process that started this rank is gone")
+
+    def _has_failed(self, local_rank: int, rank: subprocess.Popen[bytes]) -> bool:
+        """Whether a rank has ended otherwise than by having nothing more to do, for which 0 is not enough."""
+        return rank.poll() is not None and not (
+            rank.poll() == 0 and self._board is not None and self._board.has_reported(local_rank)
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Look around, a few times in a second at most."""
@@ -225,11 +251,11 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         """This command once more, as another rank of this machine."""
         node = self.cluster_environment.node_rank() if self.cluster_environment else 0
         told = {"LOCAL_RANK": local_rank, "NODE_RANK": node, STARTER: os.getpid(), BOARD: board}
-        return subprocess.Popen(
-            self.command,
-            env={**os.environ, **{name: str(value) for name, value in told.items()}},
-            start_new_session=True,  # Ctrl-C is for this one to hear, which stops the others
-        )
+        told |= {CALL: self.calls}
+        with _deaf_to_interrupts():  # Ctrl-C is for this one to hear, which stops the others
+            return subprocess.Popen(
+                self.command, env={**os.environ, **{name: str(value) for name, value in told.items()}}
+            )
 
     def _share_cores(self) -> None:
         """As many threads for each rank as there are cores for it, unless somebody has said how many."""
@@ -252,3 +278,16 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             except subprocess.TimeoutExpired:
                 rank.kill()
                 rank.wait()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Start processes that do not hear Ctrl-C; only the main thread can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

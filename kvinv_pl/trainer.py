@@ -18,7 +18,7 @@ from kvinv_pl.errors import NoRoomError, UserError
 from kvinv_pl.fit import Fit
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
-from kvinv_pl.strategies import ImageParallelStrategy
+from kvinv_pl.strategies import ImageParallelStrategy, RankFailedError
 from kvinv_pl.work import Stage, Work
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -52,9 +52,9 @@ class KVTrainer(Trainer):
 
         Args:
             accelerator: cpu, gpu, mps or auto.
-            devices: How many of this machine, -1 for all; each picture is tuned on one of them.
+            devices: How many of this machine, -1 for all; each has pictures of its own.
             num_nodes: How many machines, each with as many devices.
-            strategy: auto, which is image_parallel: every picture on one device, and nothing is averaged.
+            strategy: auto, which is image_parallel: a process for each device, and nothing is averaged.
             precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
             logger: True: TensorBoard under the run folder's logs.
             callbacks: Any Lightning callbacks.
@@ -146,26 +146,28 @@ class KVTrainer(Trainer):
 
     def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
         """Everything that can be wrong is found first; then share after share goes through its stages."""
+        if not self.ranks.is_called():
+            return  # what this rank was started for comes later in the program
         model.watch, model.x_0_every = self.watch, self._x_0_every
         errand = Errand(model, data, stages, bool(self.fast_dev_run))
         failures = model.failures = errand.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
-        with without_advice(), self._writing(data), self.ranks.ranks():
+        with without_advice(), self.ranks.ranks():
             shares = self._begin(errand)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
-            for n in self.ranks.mine(len(shares)):
-                works = errand.of_share(shares[n])
-                with errand.held(works):
-                    self._through(errand, n, works)
-            for offer in self.ranks.offered(len(shares)) if errand.can_be_helped else ():
-                works = errand.of_share(shares[offer.share])
-                self._tune(model.join(works, offer.attempt, offer.plan), errand, offer)
+            with self._writing(data):
+                for n in self.ranks.mine(len(shares)):
+                    works = errand.of_share(shares[n])
+                    with errand.held(works):
+                        self._through(errand, n, works)
+                if errand.can_be_helped:
+                    self._help(errand, shares)
             self.ranks.report(failures.reasons)
         failures.reasons |= self.ranks.reported
         self._say_where(failures.left(data.works))
         if self.ranks.was_started:
-            return  # who started this rank says what failed
+            raise SystemExit(0)  # who started this rank says what failed, and goes on with the program
         if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
             for label in failures.reasons.keys() - known.keys():
                 Progress(quiet=self._quiet).note(f"{label}: {failures.reasons[label]}")
@@ -219,9 +221,13 @@ class KVTrainer(Trainer):
                 if which == "pivots" and errand.can_be_helped:
                     with self.ranks.sharing(share, attempt, fit.plan) as claims:
                         self._tune(fit, errand, claims)
+                        while not self.ranks.wait_for(claims):
+                            self._tune(fit, errand, claims)
                     failures.reasons |= claims.given_up()
                 else:
                     self._tune(fit, errand, Alone())
+                if which == "pivots" and fit.plan:
+                    self.watch.finish()
                 if self.fast_dev_run:
                     return
             model.certify_rest()
@@ -229,6 +235,19 @@ class KVTrainer(Trainer):
                 return  # again would be the same
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
+
+    def _help(self, errand: Errand, shares: Shares) -> None:
+        """Work on phases of pictures that other ranks hold, who can do without where this one cannot."""
+        for offer in self.ranks.offered(len(shares)):
+            works = errand.of_share(shares[offer.share])
+            fit = errand.model.join(works, offer.attempt, offer.plan)
+            try:
+                self._tune(fit, errand, offer)
+            except (NoRoomError, RankFailedError):
+                raise
+            except (torch.OutOfMemoryError, MemoryError, UserError):
+                fit.give_back()
+                return
 
     def _tune(self, fit: Fit, errand: Errand, claims: Claims) -> None:
         """Lightning's fit, whose epochs are the phases of the plan, as far as they are this rank's."""

@@ -72,3 +72,25 @@ def test_a_rank_without_others_has_every_phase() -> None:
     assert claims.take(0) and claims.take(7)
     claims.done(0, {})
     assert claims.given_up() == {}
+
+
+def test_what_is_withdrawn_is_nobodys(board: Board) -> None:
+    mine = board.offer(0, 0, PLAN)
+    (theirs,) = board.offers()
+    mine.withdraw()
+    assert not [*board.offers()] and not theirs.take(0)
+
+
+def test_what_is_given_back_is_another_ranks(board: Board) -> None:
+    mine = board.offer(0, 0, PLAN)
+    (theirs,) = board.offers()
+    assert theirs.take(1)
+    theirs.give_back(1)
+    assert mine.has_more and mine.take(1)
+
+
+def test_of_a_share_that_has_ended_nothing_is_offered(board: Board) -> None:
+    board.offer(0, 0, PLAN)
+    other = board.offer(10, 0, PLAN)
+    board.end(0)
+    assert [offer.folder for offer in board.offers()] == [other.folder]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.files import FORMAT, DamagedError
+from kvinv_pl.files import DTYPES, FORMAT, DamagedError, read_packed, write_tensors
 from kvinv_pl.store import InUseError, RunStore
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -308,3 +308,37 @@ def test_any_prompt_makes_a_file_name(tmp_path: Path, prompt: str) -> None:
     path = RunStore(tmp_path).save_edit(prompt, Image.new("RGB", (2, 2)), {"target": prompt})
     assert path.parent == tmp_path / "edits" and path.is_file()
     assert json.loads(path.with_suffix(".json").read_bytes())["target"] == prompt
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"[" * 1000,
+        b"[]",
+        b"{",
+        b'{"z": 1}',
+        b'{"z": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"z": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"z": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"__metadata__": {"format": 1}}',
+        b'{"__metadata__": {"format": "1", "kind": "step 0", "info": "[]"}}',
+        b'{"__metadata__": {"format": "1", "kind": "step 0", "info": "{}"}}',
+    ],
+)
+def test_a_file_of_a_strange_header_is_refused(head: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "steps" / "0.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(UserError, match=r"0\.safetensors (is damaged|has format)"):
+        RunStore(tmp_path).step(0)
+
+
+def test_what_is_written_is_read_whatever_its_type(tmp_path: Path) -> None:
+    for name, dtype in DTYPES.items():
+        for shape in ((2, 3), (0,), ()):
+            given = torch.ones(shape).to(dtype)
+            write_tensors(tmp_path / "0.safetensors", "step 0", {"x": given}, {"type": name})
+            found = read_packed(tmp_path / "0.safetensors", "step 0")
+            assert found.info == {"type": name} and found.tensors().keys() == {"x"}
+            assert found.tensors()["x"].dtype == dtype and found.tensors()["x"].shape == given.shape
+            assert torch.equal(found.tensors()["x"].to(torch.complex64), given.to(torch.complex64))

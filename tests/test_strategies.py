@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fits
@@ -13,13 +14,14 @@ import torch
 from commands import command, process
 from fits import SOURCE
 
-from kvinv_pl.board import Board
+from kvinv_pl.board import Board, Offer
 from kvinv_pl.cli import main
 from kvinv_pl.curriculum import at_pivots
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import UserError
+from kvinv_pl.fit import Fit
 from kvinv_pl.store import RunStore
-from kvinv_pl.strategies import BOARD, STARTER, ImageParallelStrategy
+from kvinv_pl.strategies import BOARD, CALL, STARTER, ImageParallelStrategy
 from kvinv_pl.trainer import KVTrainer
 
 UNLIKE = ("--steps", 3, "--model.inner_steps", 4, "--model.tolerance", 0.12, "--model.retries", 0)
@@ -155,8 +157,22 @@ def test_ranks_without_a_share_go_home_unless_they_can_help(
     assert len(ranks._ranks) == stay and [rank.ended for rank in started[:stay]] == [None] * stay
     assert all(rank.ended == -signal.SIGTERM for rank in started[stay:])
     ranks.look()  # that they have been sent home is no failure
-    started[0].ended = 2
-    with pytest.raises(UserError, match="another rank has failed"):
+
+
+@pytest.mark.parametrize(
+    ("ended", "reported", "failed"), [(0, True, False), (0, False, True), (2, True, True)]
+)
+def test_a_rank_that_has_not_said_that_it_is_done_has_failed(
+    ended: int, reported: bool, failed: bool, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Lightning ends a process by exit code 0 where it was asked to end in the middle of a fit."""
+    ranks, other = trainer(2).ranks, Rank()
+    ranks._board, ranks._ranks = Board(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    ranks.look()
+    if reported:
+        ranks._board.report(1, {})
+    other.ended = ended
+    with pytest.raises(UserError, match="another rank has failed") if failed else nullcontext():
         ranks.look()
 
 
@@ -169,6 +185,23 @@ def test_phases_are_waited_for_until_a_rank_fails(environment: dict[str, str], t
         assert claims.take(0) and offer.take(1)
         claims.done(0, {})
         other.ended = 1
+        ranks.wait_for(claims)
+    assert not [*ranks._board.offers()]  # it was withdrawn
+
+
+def test_what_another_rank_gives_back_is_made_by_the_owner(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    ranks = trainer(2).ranks
+    ranks._board = Board(tmp_path)
+    with ranks.sharing(0, 0, at_pivots([{0, 1}], 2, 1)) as claims:
+        (offer,) = ranks._board.offers()
+        assert claims.take(0) and offer.take(1)
+        claims.done(0, {})
+        offer.give_back(1)
+        assert not ranks.wait_for(claims) and claims.take(1)
+        claims.done(1, {})
+        assert ranks.wait_for(claims)
 
 
 def test_a_free_rank_is_offered_phases_until_all_shares_have_ended(
@@ -204,14 +237,62 @@ def test_a_helping_rank_tunes_what_one_process_tunes(
     board.give([(2, [0])])
     offer = board.offer(0, 0, at_pivots([{*range(5)}], 5, 2))
     assert offer.take(1)  # by the owner
-    board.end(0)
+    done = Offer.done
+
+    def done_and_over(self: Offer, n: int, reasons: dict[str, str]) -> None:
+        done(self, n, reasons)
+        if n == 2:
+            board.end(0)
+
+    monkeypatch.setattr(Offer, "done", done_and_over)
     environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1"}
-    fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data("helped"))
+    with pytest.raises(SystemExit) as stop:  # the program is the starter's to go on with
+        fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data("helped"))
+    assert stop.value.code == 0 and board.has_reported(1)
     assert helped.done_at_pivots() == {0, 1, 4} and not helped.done()
     for i in (0, 1, 4):
         torch.testing.assert_close(helped.pivot(i), alone.pivot(i), rtol=0, atol=0)
     offer.done(1, {})
     assert offer.is_done and offer.given_up() == {}
+
+
+def test_what_a_helping_rank_cannot_do_stops_nobody(
+    folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"curriculum": "pivot", "slots": 2, "steps": 4}
+    data = SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / "run"))
+    fits.trainer().invert(fits.model(**settings), datamodule=data)
+    board = Board(tmp_path / "board")
+    board.folder.mkdir()
+    board.give([(2, [0])])
+    offer = board.offer(0, 0, at_pivots([{*range(4)}], 4, 2))
+
+    def out_of_memory(self: Fit, *_: object) -> None:
+        raise torch.OutOfMemoryError("there is none")
+
+    monkeypatch.setattr(Fit, "step", out_of_memory)
+    environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1"}
+    with pytest.raises(SystemExit) as stop:
+        fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data)
+    assert stop.value.code == 0 and board.has_reported(1) and board.reported() == {}
+    assert offer.take(0) and offer.take(1)  # nothing of it is held
+
+
+def test_a_rank_serves_the_call_that_it_was_started_for(
+    folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank goes anew through a program that calls a trainer twice, and leaves out the other call."""
+    board = Board(tmp_path / "board")
+    board.folder.mkdir()
+    board.give([])
+    monkeypatch.setattr(ImageParallelStrategy, "calls", 0)
+    environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1", CALL: "2"}
+    data, module = SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / "run")), fits.model()
+    fits.trainer(devices=2).invert(module, data)
+    assert not board.has_reported(1) and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        fits.trainer(devices=2).fit(module, datamodule=data)
+    assert board.has_reported(1)
 
 
 def test_one_pictures_timesteps_fill_the_devices(folder: Path, tmp_path: Path) -> None:

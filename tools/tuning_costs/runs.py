@@ -174,10 +174,10 @@ def one_picture(
         ]  # fmt: skip
         seconds, (said,) = _timed([command])
         shutil.rmtree(folder / "run")
-        found = re.search(r"at the pivots .* steps in ([\d.]+) s", said)
+        found = re.search(r"at the pivots .* steps in (?:(\d+):)?([\d.]+) (?:s|min)", said)
         if found is None:
             raise RuntimeError(f"kvinv fit said nothing of its pass at the pivots: {said}")
-        return seconds, float(found[1])
+        return seconds, 60 * int(found[1] or 0) + float(found[2])
 
     return {"two devices": lambda: taken(2), "one": lambda: taken(1)}
 
