@@ -176,12 +176,10 @@ class Reader:
             way = attachment.frozen(self._stored(step))
         else:
             self.network.read(step.psi, slot=0)
-            way = (
-                attachment.blend() if self.source is None else self._beside(self.source, i, step, attachment)
-            )
-        self._expect(
-            i + 1
-        )  # once the tensors of this one are made, which two at a time would hold each other up
+            source = self.source
+            way = attachment.blend() if source is None else self._beside(source, i, step, attachment)
+        # only now: making this step's tensors and reading the next one would hold each other up
+        self._expect(i + 1)
         with way:
             yield
 

@@ -239,14 +239,15 @@ class KVTrainer(Trainer):
     def _help(self, errand: Errand, shares: Shares) -> None:
         """Work on phases of pictures that other ranks hold, who can do without where this one cannot."""
         for offer in self.ranks.offered(len(shares)):
-            works = errand.of_share(shares[offer.share])
-            fit = errand.model.join(works, offer.attempt, offer.plan)
+            works, fit = errand.of_share(shares[offer.share]), None
             try:
+                fit = errand.model.join(works, offer.attempt, offer.plan)
                 self._tune(fit, errand, offer)
             except (NoRoomError, RankFailedError):
                 raise
             except (torch.OutOfMemoryError, MemoryError, UserError):
-                fit.give_back()
+                if fit is not None:
+                    fit.give_back()
                 return
 
     def _tune(self, fit: Fit, errand: Errand, claims: Claims) -> None:
