@@ -147,6 +147,18 @@ class Board:
         """Whether a rank has said that it has nothing more to do."""
         return (self.folder / f"{rank}.failed").exists()
 
+    def fail(self, rank: int, why: str, where: str) -> None:
+        """Say why a rank ends before all is done, in one line, and where in its program."""
+        _post(self.folder / f"{rank}.ended", [why, where])
+
+    def failed(self, rank: int) -> tuple[str, str] | None:
+        """Why a rank has ended before all was done, and where in its program; None: it has not said so."""
+        file = self.folder / f"{rank}.ended"
+        if not file.exists():
+            return None
+        why, where = _read(file)
+        return why, where
+
     def reported(self) -> dict[str, str]:
         """Why pictures were given up, by their labels, as the ranks have reported."""
         reasons: dict[str, str] = {}

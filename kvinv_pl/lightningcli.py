@@ -3,10 +3,8 @@
 import inspect
 import re
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 from kvinv_pl import naming, wording
@@ -72,7 +70,7 @@ def stage(verb: str, argv: list[str]) -> None:
 
     strict = {"exit_on_error": False, "parser_mode": naming.name_variants_in_yaml()}
     try:
-        with warnings.catch_warnings(), _threads_heard():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
             KVCLI(
                 KVInversion,
@@ -94,28 +92,6 @@ def stage(verb: str, argv: list[str]) -> None:
         raise
     except UserError as error:
         raise UserError(wording.of_setting(str(error), line.typed)) from error
-
-
-@contextmanager
-def _threads_heard() -> Iterator[None]:
-    """What a thread that writes logs could not write is said once, without a traceback, and not lost."""
-    before, failed = threading.excepthook, list[OSError]()
-
-    def hear(told: threading.ExceptHookArgs) -> None:
-        if isinstance(told.exc_value, OSError):
-            failed.append(told.exc_value)
-        else:
-            before(told)
-
-    threading.excepthook = hear
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-    if failed:
-        raise UserError(
-            f"cannot write the logs: {failed[0].strerror or failed[0]}; make room for the next ones"
-        )
 
 
 def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from kvinv_pl.board import Alone, Board, Claims, Offer, Shares
 from kvinv_pl.curriculum import Phase
 from kvinv_pl.errors import UserError
+from kvinv_pl.launching import Forked, Rank, can_fork, deaf_to_interrupts, stop
 
 STARTER = "KVINV_STARTED_BY"
 """Set in a rank that this program started: the process that did."""
@@ -31,12 +31,10 @@ CALL = "KVINV_CALL"
 """And which call of a trainer, of those that the process has made, the rank was started for."""
 PAUSE = 0.05
 """Seconds between two looks at what other ranks do."""
-PATIENCE = 10.0
-"""Seconds that a rank has to end after it was asked to."""
 
 
 class RankFailedError(UserError):
-    """Another rank of the same command has ended with an error, which it has said itself."""
+    """Another rank of the same command has ended with an error."""
 
 
 class ImageParallelStrategy(SingleDeviceStrategy):
@@ -44,9 +42,9 @@ class ImageParallelStrategy(SingleDeviceStrategy):
 
     A picture's psi belongs to that picture alone, so there is nothing to reduce. Ranks are those of torchrun
     or SLURM where one of these is at work, and then every rank has its share of the pictures from the start.
-    Otherwise they are the same command, started once more for each further device, and a rank that is free
-    takes the next pictures; where there are none, it takes phases of other ranks' pictures, if they do not
-    depend on each other. When one rank fails, all stop.
+    Otherwise they are started here, one for each further device, and a rank that is free takes the next
+    pictures; where there are none, it takes phases of other ranks' pictures, if they do not depend on each
+    other. When one rank fails, all stop.
     """
 
     strategy_name = "image_parallel"
@@ -62,7 +60,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self.command = [sys.executable, *sys.orig_argv[1:]]
         self.reported: dict[str, str] = {}
         self._board = Board(os.environ[BOARD]) if BOARD in os.environ else None
-        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._ranks: list[Rank] = []
         self._looked = 0.0
 
     def set_world_ranks(self) -> None:
@@ -112,26 +110,47 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         return self.world_size > 1 and (external or self.num_nodes > 1)
 
     @contextmanager
-    def ranks(self) -> Iterator[None]:
-        """Start further ranks of this machine; at the end wait for them, or stop them all."""
+    def ranks(self, again: Callable[[], None]) -> Iterator[None]:
+        """Start further ranks of this machine; at the end wait for them, or stop them all.
+
+        Args:
+            again: What this context is part of, for a rank that is a copy of this process.
+        """
+        if self.was_started:
+            with self._telling():
+                self._share_cores()
+                yield
+            return
         env, here = self.cluster_environment, len(self.parallel_devices)
-        if here > 1 and self.root_device.type == "cpu":
-            self._share_cores()
-        started = env is None or env.creates_processes_externally
-        starts = here > 1 and not started
+        external = env is None or env.creates_processes_externally
+        starts = here > 1 and not external
         temporary = tempfile.TemporaryDirectory(prefix="kvinv-ranks-") if starts else nullcontext("")
         with temporary as folder:
             try:
                 if starts:
                     self._board = Board(folder)
-                    self._ranks = [self._start(local_rank, folder) for local_rank in range(1, here)]
+                    self._start(folder, again)
+                self._share_cores()
                 yield
                 self._wait(lambda: all(rank.poll() is not None for rank in self._ranks))
                 if self._ranks and self._board is not None:
                     self.reported = self._board.reported()
             finally:
-                self._stop(self._ranks)
+                stop(self._ranks)
                 self._ranks, self._board = [], None
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What is wrong is said by the rank that started this one."""
+        try:
+            yield
+        except UserError as error:
+            assert self._board is not None
+            try:
+                self._board.fail(self.local_rank, str(error), traceback.format_exc())
+            except OSError:  # there is no board any more, or no room
+                sys.stderr.write(f"kvinv: error: {error}\n")
+            raise SystemExit(error.exit_code) from None
 
     def is_called(self) -> bool:
         """Count a call of the trainer; whether it is for this rank, which may be there for a later one."""
@@ -154,7 +173,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         if self._board is not None:
             self._board.give(shares)
             needed = len(self._ranks) if helping else max(0, len(self._of_node(len(shares))) - 1)
-            self._stop(self._ranks[needed:])
+            stop(self._ranks[needed:])
             self._ranks = self._ranks[:needed]
 
     def mine(self, shares: int) -> Iterator[int]:
@@ -227,15 +246,20 @@ class ImageParallelStrategy(SingleDeviceStrategy):
 
     def look(self) -> None:
         """Raise where another rank has failed, or the one that started this one is gone."""
-        if any(self._has_failed(n, rank) for n, rank in enumerate(self._ranks, 1)):
-            raise RankFailedError(
-                "another rank has failed, and all have stopped; put that right and give the command again"
-            )
+        for n, rank in enumerate(self._ranks, 1):
+            if self._has_failed(n, rank):
+                why, where = (self._board.failed(n) if self._board else None) or ("", "")
+                raise RankFailedError(
+                    f"{why}; with that all ranks have stopped"
+                    if why
+                    else "another rank has failed, and all have stopped; put that right and give the "
+                    "command again"
+                ) from (RuntimeError(f"in that rank:\n{where}") if where else None)
         starter = os.environ.get(STARTER)
         if starter is not None and os.getppid() != int(starter):
             raise RankFailedError("the process that started this rank is gone")
 
-    def _has_failed(self, local_rank: int, rank: subprocess.Popen[bytes]) -> bool:
+    def _has_failed(self, local_rank: int, rank: Rank) -> bool:
         """Whether a rank has ended otherwise than by having nothing more to do, for which 0 is not enough."""
         return rank.poll() is not None and not (
             rank.poll() == 0 and self._board is not None and self._board.has_reported(local_rank)
@@ -247,47 +271,36 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             self._looked = now
             self.look()
 
-    def _start(self, local_rank: int, board: str) -> subprocess.Popen[bytes]:
-        """This command once more, as another rank of this machine."""
+    def _start(self, board: str, again: Callable[[], None]) -> None:
+        """Start the other ranks of this machine."""
+
+        def begin() -> None:
+            self._board, self._ranks = Board(board), []
+            self.set_world_ranks()
+            again()
+
         node = self.cluster_environment.node_rank() if self.cluster_environment else 0
-        told = {"LOCAL_RANK": local_rank, "NODE_RANK": node, STARTER: os.getpid(), BOARD: board}
-        told |= {CALL: self.calls}
-        with _deaf_to_interrupts():  # Ctrl-C is for this one to hear, which stops the others
-            return subprocess.Popen(
-                self.command, env={**os.environ, **{name: str(value) for name, value in told.items()}}
-            )
+        told = {"NODE_RANK": str(node), STARTER: str(os.getpid()), BOARD: board, CALL: str(self.calls)}
+        # another device than the CPU is of no use to a copy of a process that has looked at it
+        forks = self.root_device.type == "cpu" and can_fork()
+        if not forks and (threads := self._threads()):
+            told["OMP_NUM_THREADS"] = str(threads)
+        with deaf_to_interrupts():  # Ctrl-C is for this one to hear, which stops the others
+            for local_rank in range(1, len(self.parallel_devices)):
+                env = {**told, "LOCAL_RANK": str(local_rank)}
+                self._ranks.append(
+                    Forked(env, begin) if forks else subprocess.Popen(self.command, env={**os.environ, **env})
+                )
 
     def _share_cores(self) -> None:
-        """As many threads for each rank as there are cores for it, unless somebody has said how many."""
-        if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(1, cores // len(self.parallel_devices))
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # ranks that are started read it
+        """Take this rank's part of the cores."""
+        if threads := self._threads():
             torch.set_num_threads(threads)
 
-    @staticmethod
-    def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-        """End what still runs, first by asking."""
-        running = [rank for rank in ranks if rank.poll() is None]
-        for rank in running:
-            rank.terminate()
-        ends = time.monotonic() + PATIENCE
-        for rank in running:
-            try:
-                rank.wait(max(0.0, ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.kill()
-                rank.wait()
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Start processes that do not hear Ctrl-C; only the main thread can say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def _threads(self) -> int | None:
+        """How many cores there are for each rank; None: somebody has said how many, or it does not matter."""
+        here = len(self.parallel_devices)
+        if here == 1 or self.root_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+            return None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // here)

@@ -1,7 +1,7 @@
 """The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
 from kvinv_pl.strategies import ImageParallelStrategy, RankFailedError
 from kvinv_pl.work import Stage, Work
+from kvinv_pl.writing import reported
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -106,7 +107,7 @@ class KVTrainer(Trainer):
             )  # fmt: skip
         self._log_to_run = logger is True and not fast_dev_run
         self._x_0_every, self._quiet = x_0_every, quiet
-        self.watch = Progress(quiet=quiet or not self.ranks.is_global_zero)
+        self.watch = Progress(quiet=quiet)
 
     @property
     def ranks(self) -> ImageParallelStrategy:
@@ -146,17 +147,21 @@ class KVTrainer(Trainer):
 
     def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
         """Everything that can be wrong is found first; then share after share goes through its stages."""
-        if not self.ranks.is_called():
-            return  # what this rank was started for comes later in the program
+        if self.ranks.is_called():  # what a rank was started for may come later in the program
+            self._work_as_rank(model, data, stages)
+
+    def _work_as_rank(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
+        """As `_work`, on this device; further ranks are started that do this for theirs."""
+        self.watch.quiet = self._quiet or not self.ranks.is_global_zero
         model.watch, model.x_0_every = self.watch, self._x_0_every
         errand = Errand(model, data, stages, bool(self.fast_dev_run))
         failures = model.failures = errand.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
-        with without_advice(), self.ranks.ranks():
+        with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages)):
             shares = self._begin(errand)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
-            with self._writing(data):
+            with reported(data.out):
                 for n in self.ranks.mine(len(shares)):
                     works = errand.of_share(shares[n])
                     with errand.held(works):
@@ -264,19 +269,6 @@ class KVTrainer(Trainer):
     def _version(self) -> str:
         """A folder of logs for each rank, where there are several."""
         return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
-
-    # ---- what is around them
-
-    @contextmanager
-    def _writing(self, data: SourceImages) -> Iterator[None]:
-        """Report what Lightning and TensorBoard cannot write beside our own files."""
-        try:
-            yield
-        except OSError as error:
-            raise NoRoomError(
-                f"cannot write {error.filename or data.out}: {error.strerror or error}; "
-                "make room and give the same command again"
-            ) from error
 
     def _say_where(self, works: Sequence[Work]) -> None:
         for work in works:
