@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvinv_pl.attention import CPAttention
 from kvinv_pl.errors import UserError
-from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Sdpa, for_edits, layer_at
+from kvinv_pl.processor import KV, PLAIN, CPProcessor, Mode, Project, Sdpa, for_edits, layer_at
 from kvinv_pl.sites import Site
 
 Looks = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"] | None]
@@ -70,7 +70,7 @@ class Attachment:
     def blend(self) -> AbstractContextManager[None]:
         """Eq. 1 with the live psi."""
 
-        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             return self._attend(site, q, self._bars(site, q, *project()), sdpa)
 
         return self._in(mode)
@@ -80,7 +80,7 @@ class Attachment:
         """As `blend`; the K-bar and V-bar that were used come into the dictionary, detached."""
         kept: dict[str, KV] = {}
 
-        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = self._bars(site, q, *project())
             kept[site.path] = k_bar.detach(), v_bar.detach()
             return self._attend(site, q, (k_bar, v_bar), sdpa)
@@ -98,7 +98,7 @@ class Attachment:
                 f"missing: {missing}, not attached: {unknown}; read the run with the sites it was tuned on"
             )
 
-        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = kv[site.path]
             return self._attend_edit(site, q, (k_bar, v_bar), sdpa)
 
@@ -111,10 +111,9 @@ class Attachment:
         The source's rows are ordered as in tuning (uncond and cond, or cond alone); the edits' rows follow.
         """
 
-        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
-            k, v = project()
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             own, edits = q[:sources], q[sources:]
-            bars = self._bars(site, own, k[:sources], v[:sources])
+            bars = self._bars(site, own, *project(sources))
             return torch.cat(
                 [self._attend(site, own, bars, sdpa), self._attend_edit(site, edits, bars, sdpa)]
             )
@@ -135,7 +134,7 @@ class Attachment:
         """Plain attention, psi unused; each layer's own K and V come into the dictionary, detached."""
         kept: dict[str, KV] = {}
 
-        def mode(site: Site, q: Tensor, project: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k, v = project()
             kept[site.path] = k.detach(), v.detach()
             return sdpa(q, k, v)

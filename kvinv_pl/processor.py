@@ -20,7 +20,8 @@ from kvinv_pl.sites import Site
 
 KV = tuple[Tensor, Tensor]
 Sdpa = Callable[..., Tensor]  # sdpa(q, k, v, mask=None) -> out, all (branches, slots, tokens, dim)
-Mode = Callable[[Site, Tensor, Callable[[], KV], Sdpa], Tensor]  # (site, q, project to k and v, sdpa) -> out
+Project = Callable[..., KV]  # project(branches=None) -> k and v of the first so many branches; None: of all
+Mode = Callable[[Site, Tensor, Project, Sdpa], Tensor]  # (site, q, project, sdpa) -> out
 
 # What computes plain attention and keeps no weights of its own, and the call that puts it there.
 PLAIN: dict[type, str] = {
@@ -67,7 +68,7 @@ class CPProcessor:
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
 
-        def project(layer: nn.Module | None, norm: nn.Module | None = None) -> Tensor:
+        def project(x: Tensor, layer: nn.Module | None, norm: nn.Module | None = None) -> Tensor:
             if layer is None:
                 raise UserError(f"{self.site.path} has no K and V of its own: leave it out of the selection")
             y = layer(x)
@@ -75,10 +76,11 @@ class CPProcessor:
                 y = norm(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
             return y.unflatten(0, (-1, self.site.slots))
 
-        def keys_values() -> KV:
-            return project(attn.to_k, attn.norm_k), project(attn.to_v)
+        def keys_values(branches: int | None = None) -> KV:
+            own = x if branches is None else x[: branches * self.site.slots]
+            return project(own, attn.to_k, attn.norm_k), project(own, attn.to_v)
 
-        q = project(attn.to_q, attn.norm_q)
+        q = project(x, attn.to_q, attn.norm_q)
         bias = attention_mask
         if bias is not None:
             bias = attn.prepare_attention_mask(bias, tokens, rows)
