@@ -71,6 +71,8 @@ ARROWS: dict[str, set[str]] = {
     "failures": {"errors", "work"},
     "logbook": {"errors"},
     "advice": set(),
+    "launching": set(),
+    "writing": {"errors"},
     "records": {"attention", "ddim", "errors", "pictures", "store"},
     "masks": {"backbone", "crossattention", "errors", "pictures"},
     "segmenter": {"checkpoint", "errors", "menagerie"},

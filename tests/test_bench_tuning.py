@@ -101,6 +101,22 @@ def test_the_overhead_is_measured_on_a_checkpoint_of_its_own(tool: Any, capsys: 
     assert "overhead" in capsys.readouterr().out
 
 
+def test_an_edit_is_timed_against_plain_sampling_on_a_geometry_too(
+    tool: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    models, bench = tool("tuning_costs.models"), tool("bench_tuning")
+    tiny = {"sample_size": 16, "block_out_channels": (32,) * 4, "cross_attention_dim": 8}
+    monkeypatch.setattr(models, "GEOMETRIES", {"tiny": {**tiny, "layers_per_block": 1}})
+    bench.main(["edit", "--geometry=tiny", "--steps=2", "--targets=2", "--rounds=1"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    stored, replayed = (float(row[-1]) for row in rows if row[0] == "ratio")
+    # K and V of the upgraded layers are not projected where they are read; n edits are n + 1 pictures
+    assert 0.9 < stored < 1 < replayed < 1.5
+    with pytest.raises(SystemExit):
+        bench.main(["edit", "--geometry", "none"])
+    assert "geometry: expected tiny, got none" in capsys.readouterr().err
+
+
 def test_two_ranks_are_timed_against_two_processes(tool: Any, capsys: pytest.CaptureFixture[str]):
     tool("bench_tuning").main(["throughput", "--pictures", "2", "--slots", "1", "--steps", "1", "--rounds=1"])
     printed = capsys.readouterr().out.split()

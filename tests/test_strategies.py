@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -57,6 +58,44 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_pat
         used |= {two.step_info(i)["inner_steps"] for i in range(3)}
     assert len(used) > 1  # of unlike convergence
     assert {path.name for path in (tmp_path / "2" / "logs").iterdir() if path.is_dir()} == {"rank0", "rank1"}
+
+
+PROGRAM = """
+import sys, threading, time
+from kvinv_pl.data import SourceImages
+from kvinv_pl.module import KVInversion
+from kvinv_pl.trainer import KVTrainer
+
+print("begins", flush=True)
+folder, checkpoint, out, threads = sys.argv[1:]
+for _ in range(int(threads)):
+    threading.Thread(target=time.sleep, args=[1000], daemon=True).start()
+data = SourceImages(folder, "a cat standing", out=out)
+settings = {"steps": 2, "inner_steps": 1, "retries": 0, "slots": 1}
+trainer = KVTrainer(accelerator="cpu", devices=2, quiet=True)
+trainer.fit(KVInversion(checkpoint, **settings), datamodule=data)
+print("ends")
+"""
+
+
+@pytest.mark.parametrize(("threads", "begun"), [(0, 1 if sys.platform == "linux" else 2), (1, 2)])
+def test_a_rank_is_a_copy_of_a_program_with_one_thread_and_else_goes_through_it_itself(
+    threads: int, begun: int, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("ab"):
+        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "program.py", "in", str(fits.checkpoint()), "out", str(threads)], timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # a rank that goes through the program itself leaves it after its call
+    assert done.stdout.splitlines() == ["begins"] * begun + ["ends"]
+    logs = {path.name for path in (tmp_path / "out" / "logs").iterdir() if path.is_dir()}
+    assert logs == {"rank0", "rank1"}
+    assert all(len(fits.tensors(RunStore(tmp_path / "out" / name))) == 3 for name in "ab")
 
 
 def test_when_a_rank_is_killed_all_stop_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
@@ -174,6 +213,23 @@ def test_a_rank_that_has_not_said_that_it_is_done_has_failed(
     other.ended = ended
     with pytest.raises(UserError, match="another rank has failed") if failed else nullcontext():
         ranks.look()
+
+
+def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    starter, other = trainer(2).ranks, Rank()
+    starter._board, starter._ranks = Board(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
+    with pytest.raises(SystemExit) as stop, trainer(2).ranks.ranks(lambda: None):
+        raise UserError("no room in out: make some")
+    other.ended = stop.value.code
+    del environment[STARTER]
+    with pytest.raises(
+        UserError, match="no room in out: make some; with that all ranks have stopped"
+    ) as told:
+        starter.look()
+    assert other.ended == 2 and "in that rank" in str(told.value.__cause__)
 
 
 def test_phases_are_waited_for_until_a_rank_fails(environment: dict[str, str], tmp_path: Path) -> None:

@@ -94,22 +94,36 @@ def overhead(inner_steps: int = 60, rounds: int = 5) -> None:
     print(f"overhead {statistics.median(added):.2f} ms, of the rounds {min(added):.2f} to {max(added):.2f}")
 
 
-def edit(checkpoint: str = "menagerie", steps: int = 50, targets: int = 4, rounds: int = 5) -> None:
+def edit(
+    checkpoint: str = "menagerie",
+    geometry: str | None = None,
+    steps: int = 50,
+    targets: int = 4,
+    rounds: int = 5,
+) -> None:
     """An edit that reads K-bar and V-bar in every step, against plain DDIM sampling of as many pictures.
 
     Args:
         checkpoint: the model
+        geometry: of a U-Net with random weights, in place of a checkpoint
         steps: DDIM steps
         targets: how many are rendered at once with kv replayed, up to 5
         rounds: how often each is run
     """
     from tuning_costs import measuring
+    from tuning_costs.models import GEOMETRIES, checkpoint_of
     from tuning_costs.runs import edits
 
+    if geometry is not None and geometry not in GEOMETRIES:
+        raise UserError(f"geometry: expected {', '.join(GEOMETRIES)}, got {geometry}")
     if not 1 <= targets <= 5:
         raise UserError(f"targets: expected 1 to 5, got {targets}")
     with tempfile.TemporaryDirectory() as folder:
-        prepared = edits(checkpoint, Path(folder), steps)
+        size = None
+        if geometry is not None:
+            checkpoint = str(checkpoint_of(geometry, Path(folder) / "checkpoint"))
+            size = 8 * GEOMETRIES[geometry]["sample_size"]
+        prepared = edits(checkpoint, Path(folder), steps, size)
         ways: dict[Literal["stored", "replayed"], int] = {"stored": 1, "replayed": targets}
         for kv, count in ways.items():
             works = {f"kv {kv}": prepared(kv, count), "plain DDIM": prepared(None, count)}

@@ -36,8 +36,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "block_out_channels": (96, 192, 384, 384),
         "cross_attention_dim": 192,
     },
+    "sd15-half": {"sample_size": 32, "block_out_channels": (160, 320, 640, 640), "cross_attention_dim": 384},
 }
-"""sd15: Stable Diffusion 1.5 at 512 px. sd15-quarter: its blocks, narrower and at 128 px, for a CPU."""
+"""sd15: Stable Diffusion 1.5 at 512 px. The others: its blocks, narrower and at 128 or 256 px, for a CPU."""
 
 
 @dataclass
@@ -87,30 +88,38 @@ class Tuning:
 
 def tiny_checkpoint(folder: Path) -> Path:
     """A Stable Diffusion folder whose network costs next to nothing, so that what is around it shows."""
+    unet = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+        "cross_attention_dim": 8, "attention_head_dim": 2, "block_out_channels": (8, 8), "norm_num_groups": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    return _random_checkpoint(folder, unet, levels=2)
+
+
+def checkpoint_of(geometry: str, folder: Path) -> Path:
+    """A Stable Diffusion folder with the U-Net of a geometry, for pictures 8 times its latents' size."""
+    return _random_checkpoint(folder, {**FOUR_LEVELS, **GEOMETRIES[geometry]}, levels=4)
+
+
+def _random_checkpoint(folder: Path, unet: dict[str, Any], levels: int) -> Path:
+    """A U-Net of random weights, and a VAE and a text encoder that are as small as can be."""
     source = menagerie.checkpoint()
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / "model_index.json", folder)
     vocabulary = json.loads((source / "text_encoder" / "config.json").read_text())["vocab_size"]
-    blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4}
-    coders: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
     torch.manual_seed(0)
     with quiet():
-        UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, **blocks,
-        ).save_pretrained(folder / "unet")  # fmt: skip
+        UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
         AutoencoderKL(
-            latent_channels=4, sample_size=16, **blocks, **coders,
+            latent_channels=4, sample_size=8 * 2**levels, block_out_channels=(8,) * levels, norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         ).save_pretrained(folder / "vae")  # fmt: skip
         CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=vocabulary, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
-                num_attention_heads=2, max_position_embeddings=32,
+                vocab_size=vocabulary, hidden_size=unet["cross_attention_dim"], intermediate_size=16,
+                num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
                 bos_token_id=0, eos_token_id=1, pad_token_id=1,
             )
         ).save_pretrained(folder / "text_encoder")  # fmt: skip

@@ -46,11 +46,12 @@ class StepTimes(Callback):
         self._last = now
 
 
-def picture(folder: Path, seed: int) -> tuple[Path, str]:
-    """An animal drawn into the folder, and its prompt."""
+def picture(folder: Path, seed: int, size: int | None = None) -> tuple[Path, str]:
+    """An animal drawn into the folder, and its prompt; None: of the size that the embedded model knows."""
     animal = Animal.sample(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    animal.render().save(folder / f"{seed}.png")
+    drawn = animal.render()
+    drawn.resize((size, size) if size else drawn.size).save(folder / f"{seed}.png")
     return folder / f"{seed}.png", animal.prompt()
 
 
@@ -95,13 +96,13 @@ def _plain_steps(module: KVInversion, store: RunStore, source: str, inner_steps:
 
 
 def edits(
-    checkpoint: str, folder: Path, steps: int
+    checkpoint: str, folder: Path, steps: int, size: int | None
 ) -> Callable[[Literal["stored", "replayed"] | None, int], Callable[[], float]]:
     """Edits of one tuned picture to some targets at once, each giving the seconds of one target.
 
     Called with where K-bar and V-bar come from, or None for plain DDIM, and the number of targets, up to 5.
     """
-    image, source = picture(folder, 900_000)
+    image, source = picture(folder, 900_000, size)
     settings: dict[str, Any] = {"steps": steps, "tolerance": float("inf")}
     module, out = KVInversion(checkpoint, **settings), folder / "run"
     KVTrainer(accelerator="auto", logger=False, quiet=True).fit(
