@@ -224,8 +224,11 @@ def _sha256(folder: Path, files: Iterable[Path]) -> str:
                 content.update(chunk)
         return f"{path.relative_to(folder).as_posix()} {content.hexdigest()}\n"
 
+    def attempted(path: Path) -> str:
+        return attempt(path, lambda: digest(path))
+
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256("".join(pool.map(digest, sorted(files))).encode()).hexdigest()
+        return hashlib.sha256("".join(pool.map(attempted, sorted(files))).encode()).hexdigest()
 
 
 @contextmanager

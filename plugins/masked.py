@@ -99,7 +99,7 @@ class Masked(CPAttention):
         inner = partial(self.inner.attend, q, k, v)
         if self._subject is None:
             return inner(sdpa)
-        return self._apart(inner, sdpa, self._subject[None])
+        return self._apart(q, inner, sdpa, self._subject[None])
 
     def attend_edit(
         self,
@@ -115,30 +115,40 @@ class Masked(CPAttention):
             return inner(sdpa)
         there = self._subject[None]
         if self.queries == "source":
-            return self._apart(inner, sdpa, there)
+            return self._apart(q, inner, sdpa, there)
         if subject is None:  # where it will be is not known yet
             return inner(sdpa)
         # it moves, and is as large as it was: cut midway, such a map has half of the picture
         size = there.sum(2, keepdim=True)
         looked_for = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2) < size
         if self.queries == "agreed":
-            return self._apart(inner, sdpa, looked_for & there, undecided=looked_for ^ there)
-        return self._apart(inner, sdpa, looked_for if self.queries == "words" else looked_for | there)
+            return self._apart(q, inner, sdpa, looked_for & there, undecided=looked_for ^ there)
+        return self._apart(q, inner, sdpa, looked_for if self.queries == "words" else looked_for | there)
 
     def _apart(
         self,
+        q: Float[Tensor, "branches slots tokens dim"],
         inner: Callable[[Sdpa], Tensor],
         sdpa: Sdpa,
         subject: Bool[Tensor, "#branches slots tokens"],
         undecided: Bool[Tensor, "#branches slots tokens"] | None = None,
     ) -> Float[Tensor, "branches slots tokens dim"]:
         """The subject's queries from its keys, the others from the background's, undecided ones from all."""
-        mine = inner(partial(self._among, sdpa, self._subject))
-        others = inner(partial(self._among, sdpa, self._background if self.separate else None))
+
+        def reading(keys: Bool[Tensor, "slots tokens"] | None) -> Tensor:
+            out = inner(partial(self._among, sdpa, keys))
+            if out.shape != q.shape:
+                raise UserError(
+                    f"inner: {type(self.inner).__name__} returned the shape {tuple(out.shape)} at "
+                    f"{self.site.path}; expected {tuple(q.shape)} (branches, slots, tokens, dim)"
+                )
+            return out
+
+        mine, others = reading(self._subject), reading(self._background if self.separate else None)
         out = torch.where(subject[..., None], mine, others)
         if undecided is None or not self.separate:  # where the others read all keys, so do the undecided
             return out
-        return torch.where(undecided[..., None], inner(partial(self._among, sdpa, None)), out)
+        return torch.where(undecided[..., None], reading(None), out)
 
     def _among(
         self,

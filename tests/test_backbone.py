@@ -271,6 +271,12 @@ def test_the_identity_follows_the_contents_and_not_the_place(copy: Path, load: L
     assert len({here["sha256"], after_schedule, after_weights}) == 3
 
 
+def test_a_file_that_is_only_hashed_and_cannot_be_read_is_named(copy: Path) -> None:
+    (copy / "tokenizer" / "notes.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"notes\.txt cannot be read: .*; download or copy it again"):
+        Backbone.load(str(copy))
+
+
 def test_weights_are_found_as_bin_files_and_as_an_fp16_variant(copy: Path, load: Load) -> None:
     def rename(folder: str, old: str, new: str) -> None:
         (copy / folder / old).rename(copy / folder / new)

@@ -263,6 +263,21 @@ def test_keys_of_which_the_mask_says_nothing_are_refused_in_one_line(more: bool,
             attend(features(0), features(1), features(2), SDPA)
 
 
+class Narrow(Recorded):
+    """Answers for the first slot alone."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sdpa: Callable[..., Tensor]) -> Tensor:
+        return sdpa(q, k, v)[:, :1]
+
+
+def test_an_inner_variant_that_returns_another_shape_is_refused_in_one_line() -> None:
+    cp = Masked(SITE, Narrow, "source")
+    cp.bind(halves())
+    says = rf"inner: Narrow returned the shape .* at {SITE.path}; expected \(4, {SITE.slots}, 24, "
+    with pytest.raises(UserError, match=says):
+        cp.attend(features(0), features(1), features(2), SDPA)
+
+
 def test_such_an_inner_variant_is_refused_before_anything_is_tuned(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got Registers, which attends to"):
         fit(folder, tmp_path / "run", fits.model(attention=partial(Masked, inner=Registers)))

@@ -109,13 +109,15 @@ def _random_checkpoint(folder: Path, unet: dict[str, Any], levels: int) -> Path:
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / "model_index.json", folder)
     vocabulary = json.loads((source / "text_encoder" / "config.json").read_text())["vocab_size"]
+    vae: dict[str, Any] = {
+        "latent_channels": 4, "sample_size": 8 * 2**levels, "norm_num_groups": 4,
+        "block_out_channels": (8,) * levels, "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }  # fmt: skip
     torch.manual_seed(0)
     with quiet():
         UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
-        AutoencoderKL(
-            latent_channels=4, sample_size=8 * 2**levels, block_out_channels=(8,) * levels, norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        ).save_pretrained(folder / "vae")  # fmt: skip
+        AutoencoderKL(**vae).save_pretrained(folder / "vae")
         CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=vocabulary, hidden_size=unet["cross_attention_dim"], intermediate_size=16,
