@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Exit codes: 0; 1 where some of many pictures failed, with a line for each of them; 2 with one line for a
-    user's mistake, or where all pictures failed; 130 if interrupted.
+    user's mistake, or where all pictures failed; 130 if interrupted, and 143 if asked to end (SIGTERM).
     """
     argv = list(sys.argv[1:] if args is None else args)
     # numpy's own threads, of no use here, would keep ranks on the CPU from being copies of this process
@@ -48,21 +48,23 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"kvinv: error: {line}\n")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        _interrupted()
+        _stopped(signal.SIGINT)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning gave it a code of its own
-            _interrupted()
+            _stopped(signal.SIGINT)
+        if error.code == 128 + signal.SIGTERM:
+            _stopped(signal.SIGTERM)
         raise
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
 
-def _interrupted() -> None:
+def _stopped(by: signal.Signals) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which Lightning leaves so
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr.write("\nkvinv: stopped; the same command goes on where it was\n")
-    raise SystemExit(130) from None
+    raise SystemExit(128 + by) from None
 
 
 def _dispatch(argv: list[str]) -> None:

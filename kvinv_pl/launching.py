@@ -1,4 +1,4 @@
-"""Starting the ranks of one machine: by a fork where that is safe, elsewhere by the command once more."""
+"""How the ranks of one machine begin, by a fork where that is safe, else by the command, and how they end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 PATIENCE = 10.0
 """Seconds that a rank has to end after it was asked to."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code of a command that was asked to end, as shells say it."""
 
 
 class Rank(Protocol):
@@ -93,6 +97,29 @@ def stop(ranks: Sequence[Rank]) -> None:
         except subprocess.TimeoutExpired:
             rank.kill()
             rank.wait()
+
+
+@contextmanager
+def ending_when_asked(code: int) -> Iterator[None]:
+    """SIGTERM raises SystemExit with this code, unless whoever calls this has a use for it.
+
+    So that it ends at once and leaves nothing behind, as Ctrl-C does, where Lightning waits for the end of
+    an inner step, or of all of sampling. Only the main thread can say so.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_IGN)  # nothing is to come between what is cleared up
+        raise SystemExit(code)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

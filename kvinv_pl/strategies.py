@@ -21,7 +21,15 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from kvinv_pl.board import Alone, Board, Claims, Offer, Shares
 from kvinv_pl.curriculum import Phase
 from kvinv_pl.errors import UserError
-from kvinv_pl.launching import Forked, Rank, can_fork, deaf_to_interrupts, stop
+from kvinv_pl.launching import (
+    TERMINATED,
+    Forked,
+    Rank,
+    can_fork,
+    deaf_to_interrupts,
+    ending_when_asked,
+    stop,
+)
 
 STARTER = "KVINV_STARTED_BY"
 """Set in a rank that this program started: the process that did."""
@@ -117,7 +125,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             again: What this context is part of, for a rank that is a copy of this process.
         """
         if self.was_started:
-            with self._telling():
+            with ending_when_asked(1), self._telling():
                 self._share_cores()
                 yield
             return
@@ -125,7 +133,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         external = env is None or env.creates_processes_externally
         starts = here > 1 and not external
         temporary = tempfile.TemporaryDirectory(prefix="kvinv-ranks-") if starts else nullcontext("")
-        with temporary as folder:
+        with ending_when_asked(TERMINATED), temporary as folder:
             try:
                 if starts:
                     self._board = Board(folder)

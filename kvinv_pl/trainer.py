@@ -143,6 +143,17 @@ class KVTrainer(Trainer):
         """All three stages: invert, tune and edit, each as far as it is not yet done."""
         self._work(model, datamodule, ["invert", "fit", "edit"])
 
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any = None,
+    ) -> None:
+        """Nothing: all that is done is in the run folder, and the same command goes on from there.
+
+        Lightning calls it where SLURM puts a job back into its queue, and would begin that with such a file.
+        """
+
     # ---- from the pictures to those that are worked on side by side
 
     def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:

@@ -456,8 +456,11 @@ def test_a_disk_that_fills_during_the_fit_loses_no_finished_phase(good: list[obj
     assert before.items() <= times(tmp_path / "out").items()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to another process")
-def test_an_interrupted_command_goes_on_where_it_was(good: list[object], tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to another process")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_goes_on_where_it_was(
+    sent: signal.Signals, code: int, good: list[object], tmp_path: Path
+) -> None:
     slower = [*good, "--steps", 30, "--model.inner_steps", 4, "--model.tolerance_growth", 0]
     # whoever runs the tests in the background has it ignored, and so would the child
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -468,9 +471,9 @@ def test_an_interrupted_command_goes_on_where_it_was(good: list[object], tmp_pat
         while not (tmp_path / "out" / "steps" / "1.safetensors").exists() and time.monotonic() < ends:
             assert child.poll() is None, child.stderr and child.stderr.read()
             time.sleep(0.02)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(sent)
         _, err = child.communicate(timeout=60)
-    assert child.returncode == 130, err
+    assert child.returncode == code, err
     assert "Traceback" not in err and err.splitlines()[-1].startswith(
         "kvinv: stopped; the same command goes on"
     )

@@ -1,6 +1,9 @@
 """The trainer around the stages: what it goes on with, what it refuses, what it says and what it leaves."""
 
 import logging
+import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errors import UserError
 from kvinv_pl.module import KVInversion
+from kvinv_pl.progress import Progress
 from kvinv_pl.store import InUseError, RunStore
 from kvinv_pl.trainer import KVTrainer
 
@@ -346,6 +350,35 @@ def test_warnings_that_are_not_lightnings_advice_are_let_through(image: Path, tm
     trainer = fits.trainer(callbacks=[Warn()])
     with pytest.warns(FutureWarning, match="something to know"):
         trainer.fit(fits.model(), datamodule=data(image, tmp_path / "run"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process")
+def test_a_process_that_is_asked_to_end_does_not_wait_for_the_end_of_sampling(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = fits.fit(image, tmp_path / "run"), list[str]()
+
+    def advance(self: Progress, detail: str, steps: int = 1) -> None:
+        made.append(detail)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+            patched.setattr(Progress, "advance", advance)
+            fits.trainer().edit(fits.model(), data(image, tmp_path / "run"))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143 and len(made) == 1 and not store.edits()
+    with store.lock():  # which is free
+        pass
+
+
+def test_slurms_requeueing_leaves_no_checkpoint_that_a_fit_would_go_on_from(tmp_path: Path) -> None:
+    trainer = fits.trainer(default_root_dir=str(tmp_path))
+    trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(str(tmp_path)))
+    assert not [*tmp_path.iterdir()]
 
 
 # ------------------------------------------------------------------------------------- what is refused
