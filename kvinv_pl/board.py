@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +118,10 @@ class Board:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Use a folder that is there, and empty when the command begins."""
         self.folder = Path(folder)
+
+    def remove(self) -> None:
+        """Take the board down; another rank may do so at the same time."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def give(self, shares: Shares) -> None:
         """Say what there is to do."""

@@ -12,8 +12,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
-class NoRoomError(UserError):
-    """The disk takes no more: whatever else there is to do would fail as well."""
+class StopError(UserError):
+    """No matter of one picture: whatever else there is to do would fail as well."""
+
+
+class NoRoomError(StopError):
+    """The disk takes no more."""
 
 
 class SomeFailedError(UserError):

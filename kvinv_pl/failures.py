@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
+from kvinv_pl.errors import SomeFailedError, StopError, UserError
 from kvinv_pl.work import Work
 
 MEMORY = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slots 1"
@@ -42,7 +42,7 @@ class Failures:
 
     @contextmanager
     def of(self, works: Iterable[Work]) -> Iterator[None]:
-        """Where something goes wrong inside, give these pictures up; a full disk is no matter of theirs."""
+        """Where something goes wrong inside, give these pictures up; a StopError is no matter of theirs."""
         works = list(works)
         try:
             yield
@@ -52,7 +52,7 @@ class Failures:
             for work in works:
                 self.note(work.label, f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}")
         except UserError as error:
-            if self.total == 1 or isinstance(error, NoRoomError):
+            if self.total == 1 or isinstance(error, StopError):
                 raise
             for work in works:
                 self.note(work.label, str(error))

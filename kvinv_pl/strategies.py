@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from kvinv_pl.board import Alone, Board, Claims, Offer, Shares
 from kvinv_pl.curriculum import Phase
-from kvinv_pl.errors import UserError
+from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.launching import (
     TERMINATED,
     Forked,
@@ -41,7 +41,7 @@ PAUSE = 0.05
 """Seconds between two looks at what other ranks do."""
 
 
-class RankFailedError(UserError):
+class RankFailedError(StopError):
     """Another rank of the same command has ended with an error."""
 
 
@@ -265,6 +265,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
                 ) from (RuntimeError(f"in that rank:\n{where}") if where else None)
         starter = os.environ.get(STARTER)
         if starter is not None and os.getppid() != int(starter):
+            if self._board is not None:
+                self._board.remove()  # nobody else will
             raise RankFailedError("the process that started this rank is gone")
 
     def _has_failed(self, local_rank: int, rank: Rank) -> bool:

@@ -14,11 +14,11 @@ from kvinv_pl.board import Alone, Claims, Shares
 from kvinv_pl.certificate import next_attempt
 from kvinv_pl.data import SourceImages
 from kvinv_pl.errand import Errand
-from kvinv_pl.errors import NoRoomError, UserError
+from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.fit import Fit
 from kvinv_pl.module import KVInversion
 from kvinv_pl.progress import Progress
-from kvinv_pl.strategies import ImageParallelStrategy, RankFailedError
+from kvinv_pl.strategies import ImageParallelStrategy
 from kvinv_pl.work import Stage, Work
 from kvinv_pl.writing import reported
 
@@ -259,7 +259,7 @@ class KVTrainer(Trainer):
             try:
                 fit = errand.model.join(works, offer.attempt, offer.plan)
                 self._tune(fit, errand, offer)
-            except (NoRoomError, RankFailedError):
+            except StopError:
                 raise
             except (torch.OutOfMemoryError, MemoryError, UserError):
                 if fit is not None:

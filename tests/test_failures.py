@@ -18,6 +18,7 @@ from kvinv_pl.failures import Failures
 from kvinv_pl.module import KVInversion
 from kvinv_pl.slots import Member, Slots
 from kvinv_pl.store import RunStore
+from kvinv_pl.strategies import ImageParallelStrategy, RankFailedError
 from kvinv_pl.work import Work
 
 
@@ -115,6 +116,21 @@ def test_a_full_disk_stops_everything_at_once(folder: Path, monkeypatch: pytest.
     with pytest.raises(NoRoomError, match=r"No space left.*make room"):
         tune(folder, fits.model(), "invert")
     assert files.TEMPORARY not in "".join(os.listdir(folder.parent))
+
+
+def test_a_rank_that_fails_is_no_fault_of_the_picture_in_hand(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, begun = fits.model(inner_steps=1), list[int]()
+
+    def on_train_batch_start(self: ImageParallelStrategy, batch: object, batch_idx: int) -> None:
+        begun.append(batch_idx)
+        raise RankFailedError("another rank has failed")
+
+    monkeypatch.setattr(ImageParallelStrategy, "on_train_batch_start", on_train_batch_start)
+    with pytest.raises(RankFailedError):
+        tune(folder, module, "fit")
+    assert begun == [0] and len(module.failures.reasons) == 1  # of what is no picture
 
 
 def test_a_picture_in_use_is_left_to_whoever_uses_it(folder: Path) -> None:

@@ -375,6 +375,7 @@ def test_what_failed_reaches_the_rank_that_started_this_one(
     environment[STARTER] = "1" if os.getppid() != 1 else "2"
     with pytest.raises(UserError, match="the process that started this rank is gone"):
         ranks.look()
+    assert not tmp_path.exists()  # whoever was to remove the board cannot
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed", "ddp_spawn"])
