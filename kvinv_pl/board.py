@@ -85,7 +85,7 @@ class Offer:
 
     def withdraw(self) -> None:
         """Offer nothing any more."""
-        (self.folder / "plan").unlink()
+        (self.folder / "plan").unlink(missing_ok=True)  # as where the board was taken down
 
     def done(self, n: int, reasons: Mapping[str, str]) -> None:
         """Phase n, taken before, is written; why pictures were given up, by their labels."""

@@ -14,6 +14,13 @@ MEMORY = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slo
 """What to do where memory does not suffice."""
 
 
+def reason(error: BaseException) -> str:
+    """What a picture's failure is called: of one that found no memory, what to do about it, too."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}"
+    return str(error)
+
+
 class Failures:
     """Why pictures of a command failed, by the picture. Of a picture that is alone, it is raised."""
 
@@ -50,7 +57,7 @@ class Failures:
             if self.total == 1:
                 raise
             for work in works:
-                self.note(work.label, f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}")
+                self.note(work.label, reason(error))
         except UserError as error:
             if self.total == 1 or isinstance(error, StopError):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -19,6 +20,9 @@ PATIENCE = 10.0
 
 TERMINATED = 128 + signal.SIGTERM
 """The exit code of a command that was asked to end, as shells say it."""
+
+UNTIMELY = frozenset({signal.SIGINT, signal.SIGTERM})
+"""Signals that wait while this process is copied."""
 
 
 class Rank(Protocol):
@@ -42,12 +46,18 @@ class Rank(Protocol):
 
 
 class Forked:
-    """A copy of this process, which does what it is told and ends; nothing of its callers' is run in it."""
+    """A copy of this process, which does what it is told and ends; nothing of its callers' is run in it.
+
+    It does not hear Ctrl-C, and ends at once when it is asked to. To be made while `undisturbed`.
+    """
 
     def __init__(self, env: Mapping[str, str], then: Callable[[], None]) -> None:
         """Fork, set variables of the environment, and call `then`."""
 
         def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, _end_at_once)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, UNTIMELY)
             os.environ.update(env)
             then()
 
@@ -56,7 +66,12 @@ class Forked:
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None: it runs."""
-        return self._process.exitcode
+        code = self._process.exitcode
+        if code is None and multiprocessing.connection.wait([self._process.sentinel], 0):
+            self._process.join()
+            code = self._process.exitcode
+            return 0 if code is None else code  # where SIGCHLD is ignored, nobody is told how it ended
+        return code
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -76,13 +91,14 @@ class Forked:
 
 
 def can_fork() -> bool:
-    """Whether a copy of this process would be whole: it has one thread, as far as Linux can tell.
+    """Whether a copy of this process would be whole: it has one thread, which Linux alone can tell.
 
     Other threads do not go with a copy, and what they hold is never given back there: OpenMP, for one, waits
     for its threads for ever. So it must be asked before anything is computed.
     """
     tasks = Path("/proc/self/task")
-    return tasks.is_dir() and len(os.listdir(tasks)) == 1
+    alone = tasks.is_dir() and len(os.listdir(tasks)) == 1
+    return alone and not multiprocessing.current_process().daemon  # which may not have children
 
 
 def stop(ranks: Sequence[Rank]) -> None:
@@ -99,27 +115,71 @@ def stop(ranks: Sequence[Rank]) -> None:
             rank.wait()
 
 
-@contextmanager
-def ending_when_asked(code: int) -> Iterator[None]:
-    """SIGTERM raises SystemExit with this code, unless whoever calls this has a use for it.
+class Request:
+    """What Ctrl-C or SIGTERM has asked of this process, which heeds it at once, or where it is told to.
 
-    So that it ends at once and leaves nothing behind, as Ctrl-C does, where Lightning waits for the end of
-    an inner step, or of all of sampling. Only the main thread can say so.
+    So that it leaves nothing behind; left to itself, Lightning waits for the end of all of sampling.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+
+    def __init__(self) -> None:
+        """Nothing was asked."""
+        self.waits = False
+        """Whether a first signal waits for `heed`; a second one does not."""
+        self._signal: int | None = None
+
+    def heed(self) -> None:
+        """Raise KeyboardInterrupt or SystemExit, if that was asked; what a finaliser had swallowed, again."""
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal == signal.SIGTERM:
+            raise SystemExit(TERMINATED)
+
+    def hear(self, signum: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        first, self._signal = self._signal is None, signum
+        if not (self.waits and first):
+            self.heed()
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Hear the signals, unless somebody else does; only the main thread can say so."""
+        own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        main = threading.current_thread() is threading.main_thread()
+        free = {number: old for number, old in own.items() if main and signal.getsignal(number) is old}
+        for number in free:
+            signal.signal(number, self.hear)
+        try:
+            yield
+        finally:
+            for number, old in free.items():
+                signal.signal(number, old)
+
+
+@contextmanager
+def ending_at_once_when_asked() -> Iterator[None]:
+    """SIGTERM ends this process as SIGKILL does, whatever it is at: what it writes is made for that."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signum, signal.SIG_IGN)  # nothing is to come between what is cleared up
-        raise SystemExit(code)
-
-    signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, _end_at_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_at_once(signum: int, frame: FrameType | None) -> None:
+    os._exit(TERMINATED)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: what they raise amid a fork is lost, or the copy is, of which nobody knows."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, UNTIMELY)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def stage(verb: str, argv: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from kvinv_pl.data import SourceImages
-    from kvinv_pl.failures import MEMORY
+    from kvinv_pl.failures import reason
     from kvinv_pl.module import KVInversion
     from kvinv_pl.trainer import KVTrainer
 
@@ -65,7 +65,7 @@ def stage(verb: str, argv: list[str]) -> None:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"the settings do not fit together: {error}") from error
-            # a rank for each further device is this command once more
+            # where a rank cannot be a copy of this process, it is this command once more
             cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
 
     strict = {"exit_on_error": False, "parser_mode": naming.name_variants_in_yaml()}
@@ -86,7 +86,7 @@ def stage(verb: str, argv: list[str]) -> None:
                 load_from_checkpoint_support=False,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}") from error
+        raise UserError(reason(error)) from error
     except SomeFailedError as error:
         error.reasons = {name: wording.of_setting(why, line.typed) for name, why in error.reasons.items()}
         raise

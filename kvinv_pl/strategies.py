@@ -17,18 +17,22 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kvinv_pl.board import Alone, Board, Claims, Offer, Shares
 from kvinv_pl.curriculum import Phase
 from kvinv_pl.errors import StopError, UserError
+from kvinv_pl.failures import reason
 from kvinv_pl.launching import (
     TERMINATED,
     Forked,
     Rank,
+    Request,
     can_fork,
     deaf_to_interrupts,
-    ending_when_asked,
+    ending_at_once_when_asked,
     stop,
+    undisturbed,
 )
 
 STARTER = "KVINV_STARTED_BY"
@@ -70,12 +74,19 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self._board = Board(os.environ[BOARD]) if BOARD in os.environ else None
         self._ranks: list[Rank] = []
         self._looked = 0.0
+        self._request = Request()
 
     def set_world_ranks(self) -> None:
         """Take rank and device from the environment, as Lightning reads it."""
         env = self.cluster_environment
-        if isinstance(env, LightningEnvironment) and env.node_rank() >= self.num_nodes:
-            raise UserError(f"NODE_RANK: expected 0 to {self.num_nodes - 1}, got {env.node_rank()}")
+        if isinstance(env, LightningEnvironment) and self.num_nodes > 1:
+            if not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+                raise UserError(
+                    f"num_nodes: got {self.num_nodes}, but nothing says which of them this is: start the "
+                    "command by torchrun or srun, or set NODE_RANK on each machine"
+                )
+            if env.node_rank() >= self.num_nodes:
+                raise UserError(f"NODE_RANK: expected 0 to {self.num_nodes - 1}, got {env.node_rank()}")
         if env is not None:
             self.local_rank, here = env.local_rank(), len(self.parallel_devices)
             self.world_size = here * self.num_nodes
@@ -125,7 +136,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             again: What this context is part of, for a rank that is a copy of this process.
         """
         if self.was_started:
-            with ending_when_asked(1), self._telling():
+            with ending_at_once_when_asked(), self._telling():
                 self._share_cores()
                 yield
             return
@@ -133,7 +144,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         external = env is None or env.creates_processes_externally
         starts = here > 1 and not external
         temporary = tempfile.TemporaryDirectory(prefix="kvinv-ranks-") if starts else nullcontext("")
-        with ending_when_asked(TERMINATED), temporary as folder:
+        self._request = Request()
+        with self._request.heard(), temporary as folder:
             try:
                 if starts:
                     self._board = Board(folder)
@@ -152,13 +164,25 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         """What is wrong is said by the rank that started this one."""
         try:
             yield
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError, MemoryError) as error:
             assert self._board is not None
             try:
-                self._board.fail(self.local_rank, str(error), traceback.format_exc())
+                self._board.fail(self.local_rank, reason(error), traceback.format_exc())
             except OSError:  # there is no board any more, or no room
-                sys.stderr.write(f"kvinv: error: {error}\n")
-            raise SystemExit(error.exit_code) from None
+                sys.stderr.write(f"kvinv: error: {reason(error)}\n")
+            raise SystemExit(UserError.exit_code) from None
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM wait for the end of an inner step: a log cut short hangs when it is closed."""
+        self._request.waits = True
+        try:
+            yield
+        except SIGTERMException:  # Lightning has it in mind, too
+            raise SystemExit(TERMINATED) from None
+        finally:
+            self._request.waits = False
+        self._request.heed()
 
     def is_called(self) -> bool:
         """Count a call of the trainer; whether it is for this rank, which may be there for a later one."""
@@ -253,15 +277,18 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self.look()
 
     def look(self) -> None:
-        """Raise where another rank has failed, or the one that started this one is gone."""
+        """Raise where another rank has failed, its starter is gone, or this one was asked to end."""
+        self._request.heed()
         for n, rank in enumerate(self._ranks, 1):
             if self._has_failed(n, rank):
                 why, where = (self._board.failed(n) if self._board else None) or ("", "")
+                code = rank.poll() or 0
+                how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
                 raise RankFailedError(
                     f"{why}; with that all ranks have stopped"
                     if why
-                    else "another rank has failed, and all have stopped; put that right and give the "
-                    "command again"
+                    else f"another rank has failed: process {n + 1} of {len(self.parallel_devices)} has "
+                    f"ended {how}, and all have stopped; the same command goes on"
                 ) from (RuntimeError(f"in that rank:\n{where}") if where else None)
         starter = os.environ.get(STARTER)
         if starter is not None and os.getppid() != int(starter):
@@ -277,6 +304,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Look around, a few times in a second at most."""
+        self._request.heed()
         if self._looked + 0.2 < (now := time.monotonic()):
             self._looked = now
             self.look()
@@ -295,7 +323,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         forks = self.root_device.type == "cpu" and can_fork()
         if not forks and (threads := self._threads()):
             told["OMP_NUM_THREADS"] = str(threads)
-        with deaf_to_interrupts():  # Ctrl-C is for this one to hear, which stops the others
+        # Ctrl-C is for this one to hear, which stops the others
+        with undisturbed() if forks else deaf_to_interrupts():
             for local_rank in range(1, len(self.parallel_devices)):
                 env = {**told, "LOCAL_RANK": str(local_rank)}
                 self._ranks.append(

@@ -172,7 +172,7 @@ class KVTrainer(Trainer):
         with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages)):
             shares = self._begin(errand)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
-            with reported(data.out):
+            with reported(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     works = errand.of_share(shares[n])
                     with errand.held(works):
@@ -180,6 +180,8 @@ class KVTrainer(Trainer):
                 if errand.can_be_helped:
                     self._help(errand, shares)
             self.ranks.report(failures.reasons)
+        if lost:
+            Progress().note(f"the logs are not whole: {lost[0].strerror or lost[0]}")
         failures.reasons |= self.ranks.reported
         self._say_where(failures.left(data.works))
         if self.ranks.was_started:
@@ -196,9 +198,10 @@ class KVTrainer(Trainer):
         if ranks.was_started:
             try:
                 model.load_backbone(dtype)
-            finally:  # what both stumble on, the one that started this one says
-                shares = ranks.given_shares()
-            return shares
+            except Exception:  # what both stumble on, the one that started this one says
+                ranks.given_shares()
+                raise
+            return ranks.given_shares()
         model.load_backbone(dtype)
         # free memory differs, and ranks that cannot ask one another must come to the same shares
         shares = errand.shares(
@@ -274,7 +277,8 @@ class KVTrainer(Trainer):
             self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
         if fit.plan:
             self.fit_loop.epoch_progress.reset()
-            super().fit(errand.model, datamodule=data)
+            with self.ranks.between_steps():
+                super().fit(errand.model, datamodule=data)
 
     @property
     def _version(self) -> str:
@@ -288,4 +292,5 @@ class KVTrainer(Trainer):
                 for name in ("sheet.png", "reconstruction.png", "run.json")
                 if (file := work.store.folder / name).exists()
             ]
-            self.watch.note(f"look at {found[0] if found else work.store.folder}")
+            if found or work.store.folder.exists():  # others may be another machine's
+                self.watch.note(f"look at {found[0] if found else work.store.folder}")

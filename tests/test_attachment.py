@@ -411,9 +411,18 @@ def test_replayed_beside_its_edits_the_source_gives_what_would_have_been_stored(
         alone = run(unet, source)
     with attachment.frozen(kv):
         frozen = run(unet, rows)
+    projected = set[int]()
+    hooks = [
+        layer.register_forward_hook(lambda module, given, out: projected.add(len(out)))
+        for path in attachment.psi
+        for layer in (unet.get_submodule(f"{path}.to_k"), unet.get_submodule(f"{path}.to_v"))
+    ]
     with attachment.replaying(branches):
         both = run(unet, cast(Any, tuple(torch.cat(part) for part in zip(source, rows, strict=True))))
+    for hook in hooks:
+        hook.remove()
     assert close(both, torch.cat([alone, frozen]))
+    assert projected == {branches * slots}  # the edits' own K and V are nobody's
     assert not close(run(unet, rows), frozen)
 
 

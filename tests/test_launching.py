@@ -11,7 +11,7 @@ if sys.platform != "linux":
 BEGIN = """
 import atexit, os, signal, sys, threading, time
 from kvinv_pl import launching
-from kvinv_pl.launching import Forked, can_fork, stop
+from kvinv_pl.launching import Forked, can_fork, stop, undisturbed
 
 def said(*words):
     print(*words, flush=True)
@@ -72,7 +72,71 @@ except Exception as error:
     said(type(error).__name__, ranks[0].poll())
 stop(ranks)
 said([rank.poll() for rank in ranks])
-""") == ["TimeoutExpired None", "[-15, -9]"]
+""") == ["TimeoutExpired None", "[143, -9]"]
+
+
+def test_a_copy_is_known_to_have_ended_where_the_system_does_not_tell() -> None:
+    assert said_by("""
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+rank = Forked({}, lambda: None)
+until(lambda: rank.poll() is not None)
+other = Forked({}, lambda: time.sleep(100))
+said(rank.poll(), other.poll())
+stop([rank, other])
+said(other.poll())
+""") == ["0 None", "0"]
+
+
+def test_a_copy_ends_when_asked_to_whatever_its_maker_does_then() -> None:
+    assert said_by("""
+signal.signal(signal.SIGTERM, lambda *_: said("the maker's own"))
+def begin():
+    os.write(out, b"x")
+    time.sleep(100)
+into, out = os.pipe()
+rank = Forked({}, begin)
+os.read(into, 1)
+began = time.monotonic()
+stop([rank])
+said(rank.poll(), time.monotonic() - began < 5)
+os.kill(os.getpid(), signal.SIGTERM)
+""") == ["143 True", "the maker's own"]
+
+
+def test_sigterm_is_raised_and_remembered_where_it_was_raised_in_vain() -> None:
+    assert said_by("""
+class Closed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.unraisablehook = lambda told: None
+request = launching.Request()
+with request.heard():
+    closed = Closed()
+    del closed
+    for ask in (request.heed, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        try:
+            ask()
+        except SystemExit as stop:
+            said(stop.code)
+said(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+""") == ["143", "143", "True"]
+
+
+def test_a_first_signal_can_wait_and_a_second_one_does_not() -> None:
+    assert said_by("""
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGINT, signal.SIGTERM):
+    for second in (False, True):
+        request = launching.Request()
+        with request.heard():
+            request.waits = True
+            os.kill(os.getpid(), number)
+            try:
+                os.kill(os.getpid(), number) if second else request.heed()
+            except BaseException as stop:
+                said(type(stop).__name__)
+said(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+""") == ["KeyboardInterrupt"] * 2 + ["SystemExit"] * 2 + ["True"]
 
 
 def test_a_process_with_another_thread_is_not_copied() -> None:

@@ -2,22 +2,25 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
+import fits
 import pytest
+from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl.errors import NoRoomError, UserError
+from kvinv_pl.data import SourceImages
+from kvinv_pl.errors import NoRoomError
+from kvinv_pl.store import RunStore
 from kvinv_pl.writing import reported
 
 FULL = OSError(28, "No space left on device")
 
 
-def run(error: Exception) -> None:
-    """Raise it in a thread of its own, and wait for that."""
-
-    def fail() -> None:
-        raise error
-
-    thread = threading.Thread(target=fail)
+def run(error: Exception, module: str) -> None:
+    """Raise it in a thread of its own, from a function of this module, and wait for that."""
+    there: dict[str, Any] = {"__name__": module, "error": error}
+    exec("def fail():\n    raise error", there)
+    thread = threading.Thread(target=there["fail"])
     thread.start()
     thread.join()
 
@@ -29,22 +32,37 @@ def test_what_cannot_be_written_is_one_line_with_the_file_or_the_folder(tmp_path
             raise error
 
 
-def test_what_a_thread_could_not_write_is_said_once_all_else_is_done(
+def test_what_tensorboards_threads_could_not_write_is_kept_for_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = False
-    with pytest.raises(UserError, match="cannot write the logs: No space left on device"), reported(tmp_path):
-        run(FULL)
-        run(FULL)
-        done = True
-    assert done and not capsys.readouterr().err
+    with reported(tmp_path) as lost:
+        run(FULL, "tensorboard.summary.writer.event_file_writer")
+    assert lost == [FULL] and not capsys.readouterr().err
 
 
-def test_a_threads_other_errors_go_where_they_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class LastWords(Callback):
+    """TensorBoard's thread fails when nobody writes any more, who would be told."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run(FULL, "tensorboard.writer")
+
+
+def test_lost_logs_are_said_and_fail_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = SourceImages(str(fits.picture(tmp_path / "in.png")), fits.SOURCE, out=str(tmp_path / "run"))
+    fits.trainer(callbacks=[LastWords()]).fit(fits.model(), datamodule=data)
+    said = capsys.readouterr().err.splitlines()
+    assert set(said) == {"the logs are not whole: No space left on device"} and len(said) == 1
+    assert len(RunStore(tmp_path / "run").done()) == 3
+
+
+def test_other_threads_and_other_errors_go_where_they_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard = list[object]()
     monkeypatch.setattr(threading, "excepthook", lambda told: heard.append(told.exc_value))
-    error = RuntimeError("a bug")
-    with reported(tmp_path):
-        run(error)
-    run(FULL)
-    assert heard == [error, FULL]
+    bug, broken = RuntimeError("a bug"), BrokenPipeError(32, "Broken pipe")
+    with reported(tmp_path) as lost:
+        run(bug, "tensorboard.writer")
+        run(broken, "somebodys_server")
+    run(FULL, "tensorboard.writer")
+    assert heard == [bug, broken, FULL] and not lost
