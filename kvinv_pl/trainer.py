@@ -294,3 +294,10 @@ class KVTrainer(Trainer):
             ]
             if found or work.store.folder.exists():  # others may be another machine's
                 self.watch.note(f"look at {found[0] if found else work.store.folder}")
+            if self.ranks.world_size > 1 and work.store.has_run():  # what other ranks say is not shown
+                figures = work.store.read_run().get("reconstruction", {"passed": True})
+                if not figures["passed"]:
+                    self.watch.note(
+                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round trip, "
+                        f"is below the {figures['psnr_demanded']:g} dB asked for"
+                    )
