@@ -298,6 +298,6 @@ class KVTrainer(Trainer):
                 figures = work.store.read_run().get("reconstruction", {"passed": True})
                 if not figures["passed"]:
                     self.watch.note(
-                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round trip, "
-                        f"is below the {figures['psnr_demanded']:g} dB asked for"
+                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
+                        f"trip, is below the {figures['psnr_demanded']:g} dB asked for"
                     )
