@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvinv_pl.api import load
     from kvinv_pl.attention import CPAttention, Site
-    from kvinv_pl.data import SourceImages
-    from kvinv_pl.module import KVInversion
-    from kvinv_pl.store import RunStore
+    from kvinv_pl.data.run_store import RunStore
+    from kvinv_pl.training.datamodule import SourceImages
+    from kvinv_pl.training.module import KVInversion
 
 __all__ = ["CPAttention", "KVInversion", "RunStore", "Site", "SourceImages", "load"]
 _WHERE = {
     "load": "api",
     "CPAttention": "attention",
-    "Site": "sites",
-    "SourceImages": "data",
-    "KVInversion": "module",
-    "RunStore": "store",
+    "Site": "attention",
+    "SourceImages": "training.datamodule",
+    "KVInversion": "training.module",
+    "RunStore": "data.run_store",
 }
 
 

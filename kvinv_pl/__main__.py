@@ -1,5 +1,5 @@
 """`python -m kvinv_pl` is `kvinv`."""
 
-from kvinv_pl.cli import main
+from kvinv_pl.cli.entry import main
 
 main()

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from kvinv_pl import pictures
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
-from kvinv_pl.module import KVInversion
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
@@ -31,7 +31,7 @@ class Run:
     @property
     def reconstruction(self) -> Image.Image:
         """The picture as the tuned model renders it, in the size that it came in."""
-        return pictures.open_picture(self.folder / "reconstruction.png").image
+        return open_picture(self.folder / "reconstruction.png").image
 
     def edit(
         self,
@@ -64,7 +64,7 @@ class Run:
         model = self.owner.model
         with _changed(model, {name: value for name, value in asked.items() if value is not None}):
             self.owner.trainer().edit(model, data)
-            return pictures.open_picture(model.last_edits[0]).image
+            return open_picture(model.last_edits[0]).image
 
 
 class KVInverter:

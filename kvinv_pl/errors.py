@@ -1,6 +1,7 @@
 """The one kind of error that is shown to a user without a traceback."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -35,3 +36,10 @@ class SomeFailedError(UserError):
             "command goes on with what was put right"
         )
         self.reasons = dict(reasons)
+
+
+def near(word: str, known: Collection[str]) -> str:
+    """A guess at what was meant, if there is one; a name without its section is near to the one with it."""
+    whole = [name for name in known if name.lstrip("-").rpartition(".")[2] == word.lstrip("-")]
+    found = whole or get_close_matches(word, list(known), 1, 0.7)
+    return f": did you mean {found[0]}" if found else ""

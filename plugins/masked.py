@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvinv_pl.attention import CPAttention, Sdpa, Site
+from kvinv_pl.attention import CPAttention, Sdpa, Site, resolve
 from kvinv_pl.errors import UserError
-from kvinv_pl.registry import resolve
 
 
 class Masked(CPAttention):

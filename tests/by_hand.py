@@ -13,11 +13,11 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl import pictures
-from kvinv_pl.attachment import attach
+from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.attention import Selection, select, self_attentions
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.ddim import move
+from kvinv_pl.attention.attachment import attach
+from kvinv_pl.data.pictures import fit_geometry, open_picture, to_image, to_pixels
+from kvinv_pl.models.stable_diffusion import Backbone
 
 W, LR = 2.0, 0.1
 
@@ -29,9 +29,9 @@ class ByHand:
         self.optimizer = optimizer or partial(torch.optim.Adam, lr=LR)
         self.backbone = backbone = Backbone.load(str(fits.checkpoint()))
         self.table = backbone.step_table(steps)
-        opened = pictures.open_picture(image).image
-        self.geometry = pictures.fit_geometry(opened.size, backbone.sample_size, backbone.multiple, "keep")
-        z_0 = backbone.encode(pictures.to_pixels(opened, self.geometry)[None])
+        opened = open_picture(image).image
+        self.geometry = fit_geometry(opened.size, backbone.sample_size, backbone.multiple, "keep")
+        z_0 = backbone.encode(to_pixels(opened, self.geometry)[None])
         self.empty, self.source, self.target = backbone.embed(["", SOURCE, TARGET]).unsqueeze(1)
         self.pivots = [z_0]
         with torch.no_grad():
@@ -102,4 +102,4 @@ class ByHand:
         z = self.pivots[-1]
         for i in range(len(self.table)):
             z = self.guided(z, i, self.target)
-        return pictures.to_image(self.backbone.decode(z)[0], self.geometry)
+        return to_image(self.backbone.decode(z)[0], self.geometry)

@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.checkpoint import quiet
+from kvinv_pl.models.loading import quiet
 
 Kind = Literal["sd15", "sd21", "anything_v3", "tiny"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from kvinv_pl.cli import main
+from kvinv_pl.cli.entry import main
 
 QUICK = ("--steps", 2, "--model.inner_steps", 2, "--model.retries", 0)
 """Enough to go through everything."""

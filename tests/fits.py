@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from kvinv_pl.api import _changed
-from kvinv_pl.data import SourceImages
-from kvinv_pl.module import KVInversion
-from kvinv_pl.store import RunStore
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 SOURCE = "a cat standing"
 TARGET = "a cat running"

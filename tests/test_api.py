@@ -11,8 +11,8 @@ from PIL import Image
 
 import kvinv_pl
 from kvinv_pl.api import KVInverter, Run
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.store import RunStore
 
 SETTINGS: dict[str, Any] = {**fits.QUICK, "optimizer": fits.adam()}
 
@@ -143,8 +143,8 @@ def test_a_picture_in_memory_is_the_same_as_one_on_disk(kv: KVInverter, run: Run
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_a_picture_in_memory_may_be_of_any_mode_that_a_file_may_have(mode: str, tmp_path: Path) -> None:
-    from kvinv_pl import pictures
     from kvinv_pl.api import _file
+    from kvinv_pl.data.pictures import open_picture
 
     rgb = fits.opened(fits.picture(tmp_path / "cat.png", (24, 16)))
     if mode == "I;16":
@@ -152,7 +152,7 @@ def test_a_picture_in_memory_may_be_of_any_mode_that_a_file_may_have(mode: str, 
         assert image.mode == "I;16"
     else:
         image = rgb.convert(mode)
-    opened = pictures.open_picture(_file(image, tmp_path, "picture")).image
+    opened = open_picture(_file(image, tmp_path, "picture")).image
     expected = rgb.convert("L") if mode in ("L", "LA", "I;16") else image.convert("RGB")
     assert opened.size == (24, 16)
     assert fits.levels(opened, expected.convert("RGB")) <= (1 if mode != "CMYK" else 60)

@@ -1,4 +1,4 @@
-"""Who may import whom: each heavy library has its doors, and arrows between our own modules point one way."""
+"""Who may import whom: folders stand on floors, arrows point down, and each heavy library has its doors."""
 
 from __future__ import annotations
 
@@ -13,121 +13,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Who may import a library. One that is not here, nor below, has no door yet: state one, and why.
+# A folder (or a file beside them) imports itself and what stands on lower floors, never a neighbour.
+FLOORS = [
+    {"errors"},
+    {"algorithm", "attention", "menagerie", "optimizers"},
+    {"data", "models"},
+    {"stages", "testing"},
+    {"training"},
+    {"api", "cli"},
+    {"__init__", "__main__"},
+]
+# Who may import a library. One that has no door yet: state one, and why.
 DOORS = {
-    "lightning": {"data", "lightningcli", "module", "strategies", "trainer"},
+    "lightning": {"training", "cli"},
     # testing: the conformance kit puts variants into a layer as they will be used, and not into one like it
-    "diffusers": {"backbone", "checkpoint", "crossattention", "processor", "sites", "testing"},
-    "transformers": {"backbone", "checkpoint", "segmenter"},
-    "huggingface_hub": {"checkpoint"},
-    "peft": {"sites"},
-    "safetensors": {"files", "menagerie"},  # a run's files; the weights of the menagerie's judge
-    "filelock": {"store"},
-    "jsonargparse": {"naming", "plaincli"},
+    "diffusers": {"attention", "models", "testing"},
+    "transformers": {"models"},
+    "huggingface_hub": {"models"},
+    "peft": {"attention"},
+    "safetensors": {"data", "menagerie"},  # a run's files; the weights of the menagerie's judge
+    "filelock": {"data"},
+    "jsonargparse": {"attention", "cli"},  # attention: a variant is made from its record as from a YAML file
+    "numpy": {"data", "menagerie", "models"},
+    "PIL": {"api", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
-PICTURES = {"numpy", "PIL"}  # anywhere but in the mathematics and around CP-attn
-WITHOUT_PICTURES = {
-    *("ddim", "curriculum", "inversion", "tuning", "editing"),
-    *("sites", "processor", "attention", "attachment", "crossattention", "front", "optimizers", "rounding"),
-    *("registry", "testing", "backbone"),
-}
-
-# Which of our modules a module may import. Attention is the door of sites and processor: no other lists them.
-ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "wording": {"errors"},
-    "progress": {"errors"},
-    "menagerie": {"errors"},
-    "ddim": {"errors"},
-    "curriculum": {"ddim", "errors"},
-    "board": {"curriculum", "errors"},
-    "inversion": {"ddim", "errors"},
-    "tuning": {"ddim", "errors"},
-    "editing": {"ddim", "errors"},
-    "sites": {"errors"},
-    "processor": {"errors", "sites"},
-    "attention": {"errors", "processor", "sites"},
-    "attachment": {"attention", "errors", "processor", "sites"},
-    "registry": {"attention", "errors", "wording"},
-    "naming": {"attention", "errors", "registry", "wording"},
-    "front": set(),
-    "optimizers": {"errors"},
-    "testing": {"attachment", "attention", "errors", "naming", "records", "registry", "store"},
-    "scaffold": {"errors"},
-    "crossattention": {"errors", "sites"},
-    "checkpoint": {"errors", "menagerie"},
-    "backbone": {"checkpoint", "ddim", "errors"},
-    "pictures": {"errors"},
-    "sheet": {"errors", "pictures"},
-    "files": {"errors"},
-    "rounding": {"errors"},
-    "step": {"files", "rounding"},
-    "store": {"errors", "files", "step"},
-    "work": {"store"},
-    "lists": {"errors"},
-    "runs": {"errors", "store", "work"},
-    "line": {"errors", "naming", "runs", "wording"},
-    "failures": {"errors", "work"},
-    "logbook": {"errors"},
-    "advice": set(),
-    "launching": set(),
-    "writing": {"errors"},
-    "records": {"attention", "ddim", "errors", "pictures", "store"},
-    "masks": {"backbone", "crossattention", "errors", "pictures"},
-    "segmenter": {"checkpoint", "errors", "menagerie"},
-    "network": {"attachment", "attention", "backbone", "curriculum", "editing", "errors", "front"},
-    "reading": {"attachment", "backbone", "crossattention", "errors", "masks", "network", "step", "store"},
-}
-ARROWS |= {
-    "certificate": {"errors", "network", "pictures", "records", "store"},
-    "memory": {"network"},
-}
-STAGES = {
-    "curriculum",
-    "editing",
-    "errors",
-    "inversion",
-    "masks",
-    "network",
-    "pictures",
-    "progress",
-    "records",
-    "sheet",
-}
-ARROWS["stages"] = STAGES | {"reading", "store", "work"}
-ARROWS["recipe"] = {"attention", "curriculum", "errors", "records", "rounding"}
-ARROWS["attempts"] = {"certificate", "curriculum", "network", "recipe", "work"}
-ARROWS["slots"] = {"curriculum", "failures", "network", "stages", "step", "work"}
-ARROWS["planning"] = {"attempts", "curriculum", "failures", "network", "recipe", "work"}
-FIT = {"curriculum", "ddim", "logbook", "network", "optimizers", "progress", "rounding", "tuning"}
-ARROWS["fit"] = FIT | {"attempts", "board", "failures", "slots", "work"}
-CORE = set(ARROWS) - {"sites", "processor"}  # all that knows nothing of Lightning
-ARROWS |= {
-    "data": CORE,
-    "strategies": CORE,
-    "verbs": CORE,
-    "listing": CORE,
-    "module": CORE | {"data"},
-    "errand": CORE | {"data", "module"},
-    "trainer": CORE | {"data", "errand", "module", "strategies"},
-    "api": CORE | {"data", "module", "trainer"},
-    "plaincli": CORE | {"listing", "verbs"},
-    "lightningcli": CORE | {"data", "module", "trainer"},
-    "cli": {"errors", "lightningcli", "plaincli", "wording"},
-    "__init__": CORE | {"api", "data", "module"},
-    "__main__": {"cli"},
-}
-# What a plugin may import of ours, by names without an underscore, and in __all__ where there is one.
-PUBLIC = {"kvinv_pl", "kvinv_pl.attention", "kvinv_pl.errors", "kvinv_pl.registry"}
+PUBLIC = {"kvinv_pl", "kvinv_pl.attention", "kvinv_pl.errors"}
+"""What a plugin may import of ours, by the names in `__all__` where there is one."""
 
 PACKAGE = sorted((ROOT / "kvinv_pl").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    """The module that a file of kvinv_pl belongs to; a folder is one module."""
-    return path.relative_to(ROOT / "kvinv_pl").parts[0].removesuffix(".py")
+FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 
 
 def imports(source: str, package: str) -> Iterator[tuple[str, str | None]]:
@@ -146,31 +62,44 @@ def imports(source: str, package: str) -> Iterator[tuple[str, str | None]]:
                 yield str(node.args[0].value), None
 
 
-def own(module: str, name: str | None) -> str:
-    """Which of our modules an import of kvinv_pl means: `from kvinv_pl import store` means store."""
-    inner = module.removeprefix("kvinv_pl").removeprefix(".").partition(".")[0]
-    return inner or (name if name in ARROWS else "__init__")
+def imports_of(path: Path) -> list[tuple[str, str | None]]:
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    return list(imports(path.read_text(encoding="utf-8"), package))
 
 
-def stranger(module: str) -> bool:
+def room(path: Path) -> str:
+    """The folder of kvinv_pl that a file lies in, or its own name."""
+    return path.relative_to(ROOT / "kvinv_pl").parts[0].removesuffix(".py")
+
+
+def file_of(module: str, name: str | None) -> Path:
+    """The file that an import of ours means: `from kvinv_pl.attention import registry` means registry.py."""
+    place = ROOT.joinpath(*module.split("."))
+    for found in [place / f"{name}.py", place / str(name) / "__init__.py", place.with_suffix(".py")]:
+        if found.is_file():
+            return found
+    return place / "__init__.py"
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "kvinv_pl"
+
+
+def is_foreign(module: str) -> bool:
     """Whether a module comes from another distribution."""
-    top = module.partition(".")[0]
-    return top not in sys.stdlib_module_names and top != "kvinv_pl"
+    return not is_ours(module) and module.partition(".")[0] not in sys.stdlib_module_names
 
 
-def faults(name: str, source: str, package: str = "kvinv_pl") -> list[str]:
-    """What a file of the module `name` imports and may not."""
+def faults(name: str, source: str) -> list[str]:
+    """What a file in this folder imports and may not."""
     found: list[str] = []
-    for module, what in imports(source, package):
+    for module, what in imports(source, f"kvinv_pl.{name}"):
         top = module.partition(".")[0]
-        if not stranger(module):
-            target = own(module, what) if top == "kvinv_pl" else name
-            if target != name and target not in ARROWS[name]:
-                found.append(f"{name} may not import {target} of ours")
-        elif top in PICTURES:
-            if name in WITHOUT_PICTURES:
-                found.append(f"{name} has nothing to do with pictures: no {top}")
-        elif top not in ANYWHERE and name not in DOORS.get(top, ()):
+        if is_ours(module):
+            target = room(file_of(module, what))
+            if target != name and FLOOR[target] >= FLOOR[name]:
+                found.append(f"{name} may not import {target}: only what stands below it")
+        elif is_foreign(module) and top not in ANYWHERE and name not in DOORS.get(top, ()):
             doors = ", ".join(sorted(DOORS.get(top, ()))) or "nobody"
             found.append(f"{name} may not import {top}: {doors} may")
     return found
@@ -180,26 +109,23 @@ def plugin_faults(source: str) -> list[str]:
     """What a plugin imports and may not."""
     found: list[str] = []
     for module, name in imports(source, "kvinv_plugins"):
-        if stranger(module):
-            if module.partition(".")[0] not in ANYWHERE:
-                found.append(f"a plugin may not import {module}: torch and kvinv_pl")
-        elif module.partition(".")[0] == "kvinv_pl" and not public(module, name):
+        if is_ours(module) and not is_public(module, name):
             found.append(f"{module}.{name} is not public" if name else f"{module} is not public")
+        elif is_foreign(module) and module.partition(".")[0] not in ANYWHERE:
+            found.append(f"a plugin may not import {module}: torch and kvinv_pl")
     return found
 
 
-def public(module: str, name: str | None) -> bool:
+def is_public(module: str, name: str | None) -> bool:
     """Whether a plugin may rely on it."""
-    if module == "kvinv_pl" and name in ARROWS:
+    if module == "kvinv_pl" and name in FLOOR:
         return f"kvinv_pl.{name}" in PUBLIC
     if module not in PUBLIC or (name or "").startswith("_"):
         return False
-    path = ROOT.joinpath(*module.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     listed = next(
         (
             ast.literal_eval(node.value)
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            for node in ast.parse(file_of(module, None).read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         ),
         None,
@@ -207,15 +133,10 @@ def public(module: str, name: str | None) -> bool:
     return name is None or listed is None or name in listed
 
 
-def package_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).parent.parts)
-
-
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_follows_a_stated_rule(path: Path):
-    name = name_of(path)
-    assert name in ARROWS, f"{path.name} has no rule: say in ARROWS what it may import"
-    assert not faults(name, path.read_text(encoding="utf-8"), package_of(path))
+def test_every_file_imports_what_stands_below_it_and_libraries_by_their_doors(path: Path):
+    assert room(path) in FLOOR, f"{room(path)} stands on no floor: say in FLOORS on which"
+    assert not faults(room(path), path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.name)
@@ -223,22 +144,16 @@ def test_a_plugin_imports_torch_and_the_public_names_of_kvinv_pl(path: Path):
     assert not plugin_faults(path.read_text(encoding="utf-8"))
 
 
-def test_no_two_of_our_modules_need_each_other():
-    graph: dict[str, set[str]] = {}
-    for path in PACKAGE:
-        name, found = name_of(path), imports(path.read_text(encoding="utf-8"), package_of(path))
-        targets = {own(module, what) for module, what in found if module.partition(".")[0] == "kvinv_pl"}
-        graph.setdefault(name, set()).update(targets - {name})
+def test_no_two_of_our_files_need_each_other():
+    graph = {
+        path: {file_of(*found) for found in imports_of(path) if is_ours(found[0])} - {path}
+        for path in PACKAGE
+    }
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def test_one_function_of_peft_is_all_that_is_used():
-    used = {
-        (module, name)
-        for path in PACKAGE
-        for module, name in imports(path.read_text(encoding="utf-8"), package_of(path))
-        if module.partition(".")[0] == "peft"
-    }
+    used = {found for path in PACKAGE for found in imports_of(path) if found[0].partition(".")[0] == "peft"}
     assert used <= {("peft.tuners.tuners_utils", "check_target_module_exists")}
 
 
@@ -249,8 +164,8 @@ def test_what_is_imported_is_declared():
     used = {
         module.partition(".")[0].replace("PIL", "pillow")
         for path in [*PACKAGE, *PLUGINS]
-        for module, _ in imports(path.read_text(encoding="utf-8"), package_of(path))
-        if stranger(module)
+        for module, _ in imports_of(path)
+        if is_foreign(module)
     }
     assert used <= declared
 
@@ -258,19 +173,19 @@ def test_what_is_imported_is_declared():
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("tuning", "import lightning.pytorch as pl"),
-        ("editing", "from kvinv_pl.attachment import Attachment"),
-        ("editing", "from kvinv_pl import attention"),
-        ("editing", "from .attachment import Attachment"),
-        ("editing", "from . import attention"),
-        ("inversion", "def f():\n    from diffusers import DDIMScheduler"),
-        ("ddim", "if TYPE_CHECKING:\n    import numpy"),
-        ("store", "from importlib import import_module\nimport_module('transformers')"),
-        ("module", "from kvinv_pl.sites import Site"),
-        ("module", "from kvinv_pl.trainer import KVTrainer"),
+        ("algorithm", "import lightning.pytorch as pl"),
+        ("algorithm", "from kvinv_pl.attention.attachment import Attachment"),
+        ("algorithm", "from kvinv_pl import attention"),
+        ("algorithm", "from ..attention import Attachment"),
+        ("algorithm", "def f():\n    from diffusers import DDIMScheduler"),
+        ("algorithm", "if TYPE_CHECKING:\n    import numpy"),
+        ("attention", "from kvinv_pl.models.checkpoint import load"),
+        ("data", "from importlib import import_module\nimport_module('transformers')"),
+        ("data", "from kvinv_pl.models import denoiser"),
+        ("stages", "from kvinv_pl.training.trainer import KVTrainer"),
+        ("training", "from kvinv_pl import api"),
         ("cli", "from kvinv_plugins.full_kv import FullKV"),
-        ("menagerie", "from kvinv_pl.backbone import Backbone"),
-        ("sheet", "import matplotlib"),
+        ("stages", "import matplotlib"),
     ],
 )
 def test_an_import_against_the_arrows_is_noticed(name: str, source: str):
@@ -281,10 +196,10 @@ def test_an_import_against_the_arrows_is_noticed(name: str, source: str):
     "source",
     [
         "import diffusers",
-        "from kvinv_pl.store import RunStore",
-        "from kvinv_pl import store",
-        "from kvinv_pl.registry import _load",
-        "from kvinv_pl.attachment import Attachment",
+        "from kvinv_pl.data.run_store import RunStore",
+        "from kvinv_pl import stages",
+        "from kvinv_pl.attention.registry import resolve",
+        "from kvinv_pl.attention.attachment import Attachment",
         "from kvinv_pl.attention import Mode",
         "from kvinv_plugins.full_kv import FullKV",
         "from .full_kv import FullKV",

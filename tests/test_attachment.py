@@ -14,8 +14,8 @@ from kvinv_plugins.v_only import VOnly  # pyright: ignore[reportMissingImports]
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from kvinv_pl.attachment import Attachment, attach
 from kvinv_pl.attention import CPAttention, Site, self_attentions
+from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.errors import UserError
 
 LATENT = (8, 16)

@@ -1,4 +1,4 @@
-"""kvinv_pl.backbone against diffusers' own pipeline, and against checkpoints that are not what it needs."""
+"""The backbone against diffusers' own pipeline, and against checkpoints that are not what it needs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.checkpoint import quiet
-from kvinv_pl.ddim import move
+from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "", "A red  horse, jumping!", "a dog " * 60]
 Load: TypeAlias = Callable[[Kind], Backbone]
@@ -94,7 +94,7 @@ def test_encoding_is_the_scaled_mean_of_the_posterior_and_the_same_in_any_batch(
     with torch.no_grad():
         posterior: Any = backbone.vae.encode(pixels)
     torch.testing.assert_close(z, posterior.latent_dist.mean * backbone.vae.config["scaling_factor"])
-    monkeypatch.setattr("kvinv_pl.backbone.PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr("kvinv_pl.models.stable_diffusion.PIXELS_AT_ONCE", 1)
     torch.testing.assert_close(backbone.encode(pixels), z)
     torch.testing.assert_close(backbone.decode(z), torch.cat([backbone.decode(row) for row in z.split(1)]))
 
@@ -360,7 +360,7 @@ def test_what_the_hub_does_not_give_is_one_line_that_says_why(
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", heard.append)
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr("kvinv_pl.checkpoint.hf_hub_download", download)
+    monkeypatch.setattr("kvinv_pl.models.checkpoint.hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     before = logger.level
     refused("nobody/nothing", "no folder nobody/nothing here, and not to be had of the", says)

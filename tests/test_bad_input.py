@@ -21,7 +21,7 @@ from commands import QUICK, command, kvinv, photograph, process, refused, times,
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from kvinv_pl.store import RunStore
+from kvinv_pl.data.run_store import RunStore
 
 
 @pytest.fixture(scope="session")
@@ -425,7 +425,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_half_written(
     good: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as injected:
-        injected.setattr("kvinv_pl.store.os.fsync", no_room)
+        injected.setattr("kvinv_pl.data.run_store.os.fsync", no_room)
         refused(
             kvinv("run", *good, "--trainer.logger", "false"), "cannot write", "No space left", "make room"
         )

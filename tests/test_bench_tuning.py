@@ -13,11 +13,11 @@ import fits
 import pytest
 import torch
 
+from kvinv_pl.algorithm.ddim import move
+from kvinv_pl.algorithm.inversion import invert
 from kvinv_pl.attention import Selection
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.ddim import move
-from kvinv_pl.inversion import invert
-from kvinv_pl.network import Network
+from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.stable_diffusion import Backbone
 
 ROOT = Path(__file__).parents[1]
 

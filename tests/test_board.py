@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kvinv_pl.board import Alone, Board
-from kvinv_pl.curriculum import Phase, at_pivots
+from kvinv_pl.stages.curriculum import Phase, at_pivots
+from kvinv_pl.stages.plan import Alone
+from kvinv_pl.training.work_queue import Board
 
 PLAN = at_pivots([{0, 1, 2}, {1, 2}], 3, 4)
 

@@ -14,10 +14,10 @@ import yaml
 from commands import QUICK, command, kvinv, photograph, process, size, times, tree
 from PIL import ExifTags, Image
 
-from kvinv_pl.line import SHORT
+from kvinv_pl.cli.arguments import SHORT
+from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.menagerie import ACTIONS
-from kvinv_pl.pictures import open_picture
-from kvinv_pl.store import RunStore
 
 
 @pytest.fixture(scope="session")

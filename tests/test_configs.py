@@ -14,11 +14,11 @@ from checkpoints import Kind, change_json, make
 from PIL import Image
 
 from kvinv_pl.attention import CPAttention, Site
-from kvinv_pl.cli import STAGES, main
-from kvinv_pl.data import SourceImages
-from kvinv_pl.module import KVInversion
-from kvinv_pl.records import of_variant
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.attention.config import of_variant
+from kvinv_pl.cli.entry import STAGES, main
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 # Lightning's command line calls jsonargparse by an older name
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

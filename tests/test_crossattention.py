@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kvinv_pl.attachment import attach
 from kvinv_pl.attention import CPAttention, Selection, Site, select, self_attentions
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.crossattention import cross_attentions, resized, watching
+from kvinv_pl.attention.attachment import attach
+from kvinv_pl.attention.cross_attention import cross_attentions, resized, watching
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.stable_diffusion import Backbone
 
 GRID = (8, 6)  # of the latents: not square
 PROMPTS = ["", "a cat running"]

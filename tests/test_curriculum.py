@@ -2,17 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from kvinv_pl.curriculum import (
-    Convergence,
-    SlotKeeper,
-    at_pivots,
-    batches,
-    first_missing,
-    generator,
-    missing_at_pivots,
-    roll_out,
-)
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.denoiser import generator
+from kvinv_pl.stages.curriculum import at_pivots, batches, first_missing, missing_at_pivots, roll_out
+from kvinv_pl.stages.settings import Convergence
+from kvinv_pl.stages.slots import SlotKeeper
 
 
 def test_a_picture_goes_on_at_its_first_missing_step_whatever_lies_after_it() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from commands import photograph
 
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.store import RunStore
+from kvinv_pl.training.datamodule import SourceImages
 
 
 def told(data: SourceImages) -> list[tuple[str, str, list[str], str]]:

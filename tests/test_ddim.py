@@ -1,4 +1,4 @@
-"""kvinv_pl.ddim against diffusers' schedulers, and against itself."""
+"""algorithm.ddim against diffusers' schedulers, and against itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 
-from kvinv_pl.ddim import StepTable, from_v, move, predicted_z_0
+from kvinv_pl.algorithm.ddim import StepTable, from_v, move, predicted_z_0
 from kvinv_pl.errors import UserError
 
 SD: dict[str, Any] = {

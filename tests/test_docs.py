@@ -14,7 +14,7 @@ import pytest
 import segmenters
 from commands import QUICK, kvinv
 
-from kvinv_pl import scaffold
+from kvinv_pl.cli.new_variant import write
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -34,7 +34,7 @@ def without_figures(text: str) -> str:
 
 
 def test_the_page_shows_the_files_that_new_variant_writes(tmp_path: Path) -> None:
-    code, config, test = (file.read_text(encoding="utf-8") for file in scaffold.write("gated", tmp_path))
+    code, config, test = (file.read_text(encoding="utf-8") for file in write("gated", tmp_path))
     whole, part = (text for kind, text in BLOCKS if kind == "python")
     (settings,) = (text for kind, text in BLOCKS if kind == "yaml")
     assert whole == code and part in test and config.endswith(settings)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvinv_pl.ddim import StepTable, move
-from kvinv_pl.editing import edit, first_step, guided
+from kvinv_pl.algorithm.ddim import StepTable, move
+from kvinv_pl.algorithm.editing import edit, first_step, guided
 
 T = 10
 TABLE = StepTable(

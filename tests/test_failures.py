@@ -11,15 +11,15 @@ import torch
 from commands import QUICK, kvinv
 from fits import SOURCE, TARGET
 
-from kvinv_pl import files
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.files import TEMPORARY
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.source_image import Work
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
-from kvinv_pl.failures import Failures
-from kvinv_pl.module import KVInversion
-from kvinv_pl.slots import Member, Slots
-from kvinv_pl.store import RunStore
-from kvinv_pl.strategies import ImageParallelStrategy, RankFailedError
-from kvinv_pl.work import Work
+from kvinv_pl.stages.slots import Member, Slots
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.strategy import ImageParallelStrategy, RankFailedError
 
 
 @pytest.fixture
@@ -112,10 +112,10 @@ def test_a_full_disk_stops_everything_at_once(folder: Path, monkeypatch: pytest.
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("kvinv_pl.store.os.fsync", full)
+    monkeypatch.setattr("kvinv_pl.data.run_store.os.fsync", full)
     with pytest.raises(NoRoomError, match=r"No space left.*make room"):
         tune(folder, fits.model(), "invert")
-    assert files.TEMPORARY not in "".join(os.listdir(folder.parent))
+    assert TEMPORARY not in "".join(os.listdir(folder.parent))
 
 
 def test_a_rank_that_fails_is_no_fault_of_the_picture_in_hand(

@@ -1,9 +1,9 @@
 """A run folder that an older kvinv made opens, goes on and is edited, to the same bits.
 
-Bits can be asked for only where the processor adds up convolutions and matrix products in the order in which
-the one that made the folders did: kernels are chosen by its instruction set, and sums of floats depend on their
-order. Where the inversion made here is not the folder's own bit for bit, this is such a machine; pictures are
-then held to be within one level of 255, which holds on any.
+Bits can be asked for only where the processor adds up convolutions and matrix products in the order that it
+had on the machine that made the folders: kernels are chosen by instruction set, and sums of floats depend on
+their order. Where an inversion made here is not the folder's own, bit for bit, pictures are held to be within
+one level of 255 instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 import torch
 from commands import kvinv
 
-from kvinv_pl.store import RunStore
+from kvinv_pl.data.run_store import RunStore
 
 MADE = Path(__file__).parent / "data" / "run_format_1"
 TRAINER = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
@@ -31,7 +31,8 @@ def fit(out: Path) -> None:
         "fit", "--image", MADE / "picture.png", "--source", "a cat standing", "--target", "a cat running",
         "--checkpoint", MADE / "checkpoint", "--steps", 4, "--guidance", 2.0, "--model.attention", "low_rank",
         "--model.attention.rank", 2, "--model.inner_steps", 3, "--model.tolerance", 0,
-        "--model.tolerance_growth", 0, "--model.retries", 0, "--model.required_psnr", 0, *TRAINER, "--out", out,
+        "--model.tolerance_growth", 0, "--model.retries", 0, "--model.required_psnr", 0, *TRAINER,
+        "--out", out,
     )  # fmt: skip
     assert done.code == 0, done.err
 

@@ -17,11 +17,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvinv_pl.attachment import Attachment, attach
 from kvinv_pl.attention import Selection, Site, select, self_attentions
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.data import SourceImages
-from kvinv_pl.front import Front
+from kvinv_pl.attention.attachment import Attachment, attach
+from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.training.datamodule import SourceImages
 
 TINY: dict[str, Any] = {
     "sample_size": 8,

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvinv_pl.ddim import StepTable, move
-from kvinv_pl.inversion import invert
+from kvinv_pl.algorithm.ddim import StepTable, move
+from kvinv_pl.algorithm.inversion import invert
 
 TABLE = StepTable(
     torch.tensor([901, 601, 301, 1]), torch.tensor([0.01, 0.2, 0.6, 0.95, 0.999], dtype=torch.float64)

@@ -10,8 +10,8 @@ if sys.platform != "linux":
 
 BEGIN = """
 import atexit, os, signal, sys, threading, time
-from kvinv_pl import launching
-from kvinv_pl.launching import Forked, can_fork, stop, undisturbed
+from kvinv_pl.training import launcher
+from kvinv_pl.training.launcher import Forked, can_fork, stop, undisturbed
 
 def said(*words):
     print(*words, flush=True)
@@ -62,7 +62,7 @@ def deaf():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.write(out, b"x")
     time.sleep(100)
-launching.PATIENCE = 0.3
+launcher.PATIENCE = 0.3
 into, out = os.pipe()
 ranks = [Forked({}, lambda: time.sleep(100)), Forked({}, deaf)]
 os.read(into, 1)
@@ -109,7 +109,7 @@ class Closed:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
 sys.unraisablehook = lambda told: None
-request = launching.Request()
+request = launcher.Request()
 with request.heard():
     closed = Closed()
     del closed
@@ -127,7 +127,7 @@ def test_a_first_signal_can_wait_and_a_second_one_does_not() -> None:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGINT, signal.SIGTERM):
     for second in (False, True):
-        request = launching.Request()
+        request = launcher.Request()
         with request.heard():
             request.waits = True
             os.kill(os.getpid(), number)

@@ -14,11 +14,12 @@ import pytest
 from commands import kvinv
 from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImports]
 
-from kvinv_pl import checkpoint as checkpoints_of_ours
-from kvinv_pl import listing, registry, rounding
-from kvinv_pl.attention import CPAttention, Site
-from kvinv_pl.module import KVInversion
-from kvinv_pl.registry import Variant
+from kvinv_pl.attention import CPAttention, Site, registry
+from kvinv_pl.attention.registry import Variant
+from kvinv_pl.cli.variants import sites
+from kvinv_pl.data.tensors import DTYPES, StoreDtype
+from kvinv_pl.models import checkpoint as checkpoints_of_ours
+from kvinv_pl.training.module import KVInversion
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +77,10 @@ def test_the_mebibytes_are_those_that_a_run_leaves_on_disk(kv: str, dtype: str, 
 
 
 def test_the_names_of_store_dtype_are_the_module_s(bare: Path) -> None:
-    names = get_args(rounding.StoreDtype)
-    for command in (listing.sites, KVInversion):
-        assert inspect.signature(command).parameters["store_dtype"].annotation is rounding.StoreDtype
-    assert set(names) == set(rounding.DTYPES)
+    names = get_args(StoreDtype)
+    for command in (sites, KVInversion):
+        assert inspect.signature(command).parameters["store_dtype"].annotation is StoreDtype
+    assert set(names) == set(DTYPES)
     taken = {
         name: rows(kvinv("sites", "--checkpoint", bare, "--size", "32x32", "--store_dtype", name).out)
         for name in names

@@ -8,10 +8,10 @@ import pytest
 import torch
 from fits import SOURCE
 
-from kvinv_pl import logbook
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.store import RunStore
+from kvinv_pl.stages.progress import log_picture
+from kvinv_pl.training.datamodule import SourceImages
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_every_other_phase_has_its_predicted_picture_and_every_one_the_memory(
 
 
 def test_a_logger_that_takes_no_pictures_is_given_none() -> None:
-    logbook.log_picture([object()], "cat/predicted_x_0", 0, torch.zeros(3, 2, 2))
+    log_picture([object()], "cat/predicted_x_0", 0, torch.zeros(3, 2, 2))
 
 
 def test_a_number_of_timesteps_below_zero_is_refused() -> None:

@@ -25,12 +25,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from kvinv_pl.attention import CPAttention, Site
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.module import KVInversion
-from kvinv_pl.reading import STRUCTURE, UNSETTLED, subject_of
-from kvinv_pl.store import RunStore
-from kvinv_pl.testing.bench import attention, fused
+from kvinv_pl.models.prompts import STRUCTURE, subject_of
+from kvinv_pl.stages.reader import UNSETTLED
+from kvinv_pl.testing.harness import attention, fused
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
 
 # Lightning's command line calls jsonargparse by an older name
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

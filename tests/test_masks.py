@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kvinv_pl import masks, pictures
-from kvinv_pl.backbone import Backbone
+from kvinv_pl.data.masks import fitted, open_mask, shown
+from kvinv_pl.data.pictures import Geometry, as_pixels, fit_geometry
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.pictures import Geometry
+from kvinv_pl.models.prompts import mask_from_word, word_positions
+from kvinv_pl.models.stable_diffusion import Backbone
 
 SIZE = (20, 12)  # width and height
 WHOLE = Geometry(SIZE, SIZE)
@@ -80,7 +81,7 @@ def test_every_kind_of_file_gives_the_same_mask(
     tmp_path: Path, make: Callable[[np.ndarray], Image.Image], suffix: str
 ) -> None:
     make(subject()).save(tmp_path / f"mask.{suffix}")
-    mask = masks.open_mask(tmp_path / f"mask.{suffix}").image
+    mask = open_mask(tmp_path / f"mask.{suffix}").image
     assert mask.mode == "L"
     np.testing.assert_array_equal(np.array(mask), subject() * np.uint8(255))
 
@@ -92,28 +93,28 @@ def test_what_lies_between_black_and_white_is_kept(tmp_path: Path, kind: str) ->
     if kind == "alpha":
         image = Image.merge("LA", (Image.new("L", SIZE, 90), image))
     image.save(tmp_path / "mask.tif")
-    np.testing.assert_array_equal(np.array(masks.open_mask(tmp_path / "mask.tif").image), ramp)
+    np.testing.assert_array_equal(np.array(open_mask(tmp_path / "mask.tif").image), ramp)
 
 
 def test_a_file_that_is_no_mask_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full(SIZE[::-1], -1.0, np.float32)).save(tmp_path / "mask.tif")
     with pytest.raises(UserError, match=r"mask\.tif cannot be read .*neither 0 to 1 nor of 8 or 16 bit"):
-        masks.open_mask(tmp_path / "mask.tif")
+        open_mask(tmp_path / "mask.tif")
     with pytest.raises(UserError, match=r"nope\.png, found nothing"):
-        masks.open_mask(tmp_path / "nope.png")
+        open_mask(tmp_path / "nope.png")
 
 
 def test_a_mask_is_upright_like_its_picture(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # turn it right
     grey(subject()).save(tmp_path / "mask.png", exif=exif)
-    turned = np.array(masks.open_mask(tmp_path / "mask.png").image)
+    turned = np.array(open_mask(tmp_path / "mask.png").image)
     np.testing.assert_array_equal(turned, np.rot90(subject(), -1) * np.uint8(255))
 
 
 def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
-    geometry = pictures.fit_geometry(SIZE, (24, 24), 8, "keep")
-    mask = masks.fitted(grey(subject()), geometry, "it")
+    geometry = fit_geometry(SIZE, (24, 24), 8, "keep")
+    mask = fitted(grey(subject()), geometry, "it")
     assert mask.shape == (24, 40) and mask.min() == 0 and mask.max() == 1
     assert abs(float(mask.mean()) - subject().mean()) < 0.02
 
@@ -129,21 +130,21 @@ def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
 )
 def test_a_mask_of_another_size_an_empty_and_a_full_one_are_refused(mask: Image.Image, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        masks.fitted(mask, WHOLE, "it")
+        fitted(mask, WHOLE, "it")
 
 
 def test_a_subject_outside_the_crop_is_refused() -> None:
     mask = Image.new("L", SIZE)
     mask.paste(255, (0, 0, 3, 12))
-    geometry = pictures.fit_geometry(SIZE, (12, 12), 4, "crop")
+    geometry = fit_geometry(SIZE, (12, 12), 4, "crop")
     with pytest.raises(UserError, match=r"it is empty: .* in the part of the picture that is used"):
-        masks.fitted(mask, geometry, "it")
-    assert masks.fitted(mask, WHOLE, "it").any()
+        fitted(mask, geometry, "it")
+    assert fitted(mask, WHOLE, "it").any()
 
 
 def test_a_mask_is_shown_by_a_tint_on_the_subject_alone() -> None:
     picture = Image.effect_noise(SIZE, 80).convert("RGB")
-    before, after = np.array(picture), np.array(masks.shown(picture, grey(subject())))
+    before, after = np.array(picture), np.array(shown(picture, grey(subject())))
     np.testing.assert_array_equal(after[~subject()], before[~subject()])
     assert (after[subject()] != before[subject()]).any(-1).all()
 
@@ -163,7 +164,7 @@ def test_a_mask_is_shown_by_a_tint_on_the_subject_alone() -> None:
     ],
 )
 def test_a_word_stands_at_its_tokens(backbone: Backbone, prompt: str, word: str, expected: list[int]) -> None:
-    assert masks.word_positions(backbone, prompt, word) == expected
+    assert word_positions(backbone, prompt, word) == expected
     ids = backbone.tokenizer(prompt)["input_ids"]
     said = backbone.tokenizer.decode([ids[at] for at in expected])
     assert word.lower() in said
@@ -187,16 +188,16 @@ def test_a_word_that_the_model_does_not_read_is_refused(
     backbone: Backbone, prompt: str, word: str, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        masks.word_positions(backbone, prompt, word)
+        word_positions(backbone, prompt, word)
 
 
 def test_a_mask_from_a_word_is_always_the_same_and_leaves_the_model_as_it_was(backbone: Backbone) -> None:
     pixels = torch.rand(3, 24, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     state = torch.random.get_rng_state()
-    mask = masks.from_word(backbone, pixels, "a cat standing", "cat")
+    mask = mask_from_word(backbone, pixels, "a cat standing", "cat")
     assert mask.shape == (24, 16) and set(mask.unique().tolist()) == {0, 1}
-    assert torch.equal(mask, masks.from_word(backbone, pixels, "a cat standing", "cat"))
-    assert not torch.equal(mask, masks.from_word(backbone, pixels, "a cat standing", "standing"))
+    assert torch.equal(mask, mask_from_word(backbone, pixels, "a cat standing", "cat"))
+    assert not torch.equal(mask, mask_from_word(backbone, pixels, "a cat standing", "standing"))
     assert torch.equal(state, torch.random.get_rng_state())
     assert not any(module._forward_pre_hooks for module in backbone.unet.modules())
 
@@ -204,8 +205,8 @@ def test_a_mask_from_a_word_is_always_the_same_and_leaves_the_model_as_it_was(ba
 def test_a_mask_from_the_word_of_an_animal_lies_on_the_animal() -> None:
     embedded, overlaps, shares = Backbone.load("menagerie"), list[float](), list[float]()
     for animal in (Animal.sample(900_100 + number) for number in range(8)):
-        pixels, true = pictures.as_pixels(animal.render()), torch.from_numpy(np.array(animal.mask()))
-        found = masks.from_word(embedded, pixels, animal.prompt(), animal.species) > 0.5
+        pixels, true = as_pixels(animal.render()), torch.from_numpy(np.array(animal.mask()))
+        found = mask_from_word(embedded, pixels, animal.prompt(), animal.species) > 0.5
         overlaps.append(float((found & true).sum() / (found | true).sum()))
         shares.append(float(true.float().mean()))  # the IoU of marking everything
     assert np.mean(overlaps) > 0.4 > 0.25 > np.mean(shares)

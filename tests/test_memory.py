@@ -11,10 +11,10 @@ from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from kvinv_pl import memory
-from kvinv_pl.data import SourceImages
-from kvinv_pl.errand import Errand
-from kvinv_pl.module import KVInversion
+from kvinv_pl.models import memory
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.workload import Errand
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
 from kvinv_pl import menagerie
-from kvinv_pl.backbone import Backbone
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 from kvinv_pl.menagerie.judge import FILE, WORDS, Judge, accuracy, nearest_action
-from kvinv_pl.segmenter import Segmenter
+from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.models.stable_diffusion import Backbone
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = 900_000

@@ -16,12 +16,12 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from PIL import Image
 from torch import Tensor, nn
 
-from kvinv_pl.attachment import attach
 from kvinv_pl.attention import Selection, Site, select, self_attentions
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.data import SourceImages
+from kvinv_pl.attention.attachment import attach
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.store import RunStore
+from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.training.datamodule import SourceImages
 
 
 @pytest.fixture(scope="module")

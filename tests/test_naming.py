@@ -14,7 +14,7 @@ import pytest
 import yaml
 from commands import QUICK, Answer, kvinv, photograph, process
 
-from kvinv_pl import naming
+from kvinv_pl.cli.variant_names import YAML, name_variants_in_yaml
 
 # Lightning's command line calls jsonargparse by an older name
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -97,16 +97,16 @@ def test_a_variant_is_named_by_a_flag(name: str, tmp_path: Path) -> None:
 
 
 def test_a_variant_that_a_variant_wraps_has_a_short_name_too() -> None:
-    naming.name_variants_in_yaml()
+    name_variants_in_yaml()
     from jsonargparse import get_loader
 
     inner = {"class_path": "low_rank", "init_args": {"rank": 2}}
     text = {"model": {"attention": {"class_path": "v_only", "init_args": {"inner": inner}}}}
-    loaded = get_loader(naming.YAML)(yaml.safe_dump(text))
+    loaded = get_loader(YAML)(yaml.safe_dump(text))
     assert loaded["model"]["attention"]["init_args"]["inner"]["class_path"] == LOW_RANK
     assert loaded["model"]["attention"]["class_path"] == "kvinv_plugins.v_only.VOnly"
     other = {"data": {"attention": "low_rank"}, "model": {"optimizer": {"class_path": "Adam"}}}
-    assert get_loader(naming.YAML)(yaml.safe_dump(other)) == other
+    assert get_loader(YAML)(yaml.safe_dump(other)) == other
 
 
 def test_a_name_that_nobody_has_is_answered_with_the_nearest(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from kvinv_pl.data.pictures import Geometry, fit_geometry, open_picture, to_image, to_mask, to_pixels
 from kvinv_pl.errors import UserError
-from kvinv_pl.pictures import Geometry, fit_geometry, open_picture, to_image, to_mask, to_pixels
 
 WIDTH, HEIGHT = 24, 16
 

@@ -13,14 +13,14 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from kvinv_pl.data import SourceImages
-from kvinv_pl.errand import Errand
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.source_image import Work
 from kvinv_pl.errors import SomeFailedError, UserError
-from kvinv_pl.module import KVInversion
-from kvinv_pl.slots import Member, Slots
-from kvinv_pl.store import RunStore
-from kvinv_pl.strategies import ImageParallelStrategy
-from kvinv_pl.work import Work
+from kvinv_pl.stages.slots import Member, Slots
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.strategy import ImageParallelStrategy
+from kvinv_pl.training.workload import Errand
 
 PIVOT: dict[str, Any] = {"curriculum": "pivot"}
 SGD = partial(torch.optim.SGD, lr=0.5)

@@ -10,12 +10,11 @@ import torch
 from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl import rounding
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.pictures import as_pixels, psnr
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.tensors import DTYPES
 from kvinv_pl.errors import UserError
-from kvinv_pl.pictures import as_pixels
-from kvinv_pl.records import psnr
-from kvinv_pl.store import RunStore
+from kvinv_pl.training.datamodule import SourceImages
 
 AGREE = 30.0
 """dB between the reconstructions of fp32 and of bf16-mixed, at least."""
@@ -82,8 +81,8 @@ def test_loss_scaling_starts_anew_in_every_phase_and_changes_no_result(image: Pa
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Everything in float64, psi as it is stored, too."""
-    monkeypatch.setitem(rounding.DTYPES, "float32", torch.float64)
-    monkeypatch.setattr("kvinv_pl.trainer.COMPUTE_DTYPES", {"32-true": torch.float64})
+    monkeypatch.setitem(DTYPES, "float32", torch.float64)
+    monkeypatch.setattr("kvinv_pl.training.trainer.COMPUTE_DTYPES", {"32-true": torch.float64})
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvinv_pl import progress
-from kvinv_pl.progress import Progress
+from kvinv_pl.stages import progress
+from kvinv_pl.stages.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -19,9 +19,9 @@ from kvinv_plugins.v_only import VOnly  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from kvinv_pl.attention import CPAttention, Site
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.module import KVInversion
-from kvinv_pl.store import RunStore
+from kvinv_pl.training.module import KVInversion
 
 Make = Callable[[Site], CPAttention]
 MAKES: dict[str, Make] = {

@@ -9,33 +9,34 @@ import pytest
 import torch
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 
-from kvinv_pl import records
+from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention import Site
-from kvinv_pl.ddim import StepTable
-from kvinv_pl.pictures import fit_geometry, open_picture
+from kvinv_pl.attention.config import of_variant
+from kvinv_pl.data.pictures import fit_geometry, open_picture, psnr
+from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture, of_table, told_apart
 
 
 def test_psnr_counts_pixels_from_minus_one_to_one() -> None:
     zeros = torch.zeros(3, 8, 8)
-    assert records.psnr(zeros, zeros + 2) == pytest.approx(0)
-    assert records.psnr(zeros, zeros + 0.2) == pytest.approx(20, abs=1e-4)
-    assert records.psnr(zeros, zeros) == 100
-    assert math.isfinite(records.psnr(zeros, zeros + 1e-9))
+    assert psnr(zeros, zeros + 2) == pytest.approx(0)
+    assert psnr(zeros, zeros + 0.2) == pytest.approx(20, abs=1e-4)
+    assert psnr(zeros, zeros) == 100
+    assert math.isfinite(psnr(zeros, zeros + 1e-9))
 
 
 @pytest.mark.parametrize("mode", ["keep", "crop"])
 def test_a_geometry_comes_back_from_json_as_it_was(mode: Literal["keep", "crop"], tmp_path: Path) -> None:
     opened = open_picture(fits.picture(tmp_path / "cat.png", (37, 23)))
     geometry = fit_geometry(opened.image.size, (16, 16), 4, mode)
-    record = json.loads(json.dumps(records.of_picture("cat.png", opened, geometry, mode, None)))
-    assert records.geometry_of(record) == geometry
+    record = json.loads(json.dumps(of_picture("cat.png", opened, geometry, mode, None)))
+    assert geometry_of(record) == geometry
 
 
 def test_a_table_is_written_down_step_by_step_without_loss() -> None:
     table = StepTable(
         torch.tensor([501, 1]), torch.tensor([0.1, 0.7, 0.9991234567890123], dtype=torch.float64)
     )
-    record = json.loads(json.dumps(records.of_table(table, predicts_v=True)))
+    record = json.loads(json.dumps(of_table(table, predicts_v=True)))
     assert record["prediction"] == "v_prediction" and record["steps"] == 2
     assert record["timesteps"] == [501, 1]
     assert torch.equal(torch.tensor(record["alphas"], dtype=torch.float64), table.alphas)
@@ -43,7 +44,7 @@ def test_a_table_is_written_down_step_by_step_without_loss() -> None:
 
 def test_a_variant_is_written_down_as_a_configuration_names_it() -> None:
     cp = partial(FullKV, start="noise", noise_std=0.5)(Site("up_blocks.0", 1, (2, 2), 8, 2))
-    record = json.loads(json.dumps(records.of_variant(cp)))
+    record = json.loads(json.dumps(of_variant(cp)))
     assert record["class_path"] == "kvinv_plugins.full_kv.FullKV"
     assert record["init_args"] == {"start": "noise", "noise_std": 0.5, "scale": "layer"}
 
@@ -54,7 +55,7 @@ def test_optimisers_that_differ_in_a_setting_differ_in_their_record(
 ) -> None:
     def record(lr: float) -> dict[str, object]:
         made = kind([torch.nn.Parameter(torch.zeros(1))], lr=lr)  # pyright: ignore[reportCallIssue]
-        return json.loads(json.dumps(records.of_optimizer(made)))
+        return json.loads(json.dumps(of_optimizer(made)))
 
     assert str(record(0.1)["class_path"]).endswith(f".{kind.__name__}")
     assert record(0.1) == record(0.1) != record(0.2)
@@ -78,4 +79,4 @@ def test_edits_are_told_apart_by_the_settings_in_which_they_differ(
         "target": "a cat", "guidance": 9.0, "reading": "frozen", "start": 0.0, "kv": "stored", "negative": "",
         "tuning": {"seed": 0},
     }  # fmt: skip
-    assert records.told_apart({**there, **change}, there) == told
+    assert told_apart({**there, **change}, there) == told

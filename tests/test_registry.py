@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 
+from kvinv_pl.attention.registry import load_all, resolve, variants
 from kvinv_pl.errors import UserError
-from kvinv_pl.registry import load_all, resolve, variants
 
 Install = Callable[[str, str, str], None]
 

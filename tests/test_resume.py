@@ -15,9 +15,9 @@ import pytest
 from commands import command, kvinv
 from fits import SOURCE
 
-from kvinv_pl import files
-from kvinv_pl.data import SourceImages
-from kvinv_pl.store import RunStore
+from kvinv_pl.data import files
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.training.datamodule import SourceImages
 
 
 def snapshots(monkeypatch: pytest.MonkeyPatch, out: Path, to: Path) -> list[Path]:

@@ -8,8 +8,8 @@ import fits
 import pytest
 import torch
 
-from kvinv_pl import rounding
-from kvinv_pl.store import RunStore
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.tensors import DTYPES, quantized, rounded
 
 
 def values(seed: int, size: float = 1.0) -> torch.Tensor:
@@ -21,22 +21,22 @@ def values(seed: int, size: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", rounding.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_again_changes_nothing(dtype: str, seed: int):
-    once = rounding.rounded(values(seed), dtype)
-    assert torch.equal(once, rounding.rounded(once, dtype))
+    once = rounded(values(seed), dtype)
+    assert torch.equal(once, rounded(once, dtype))
     assert once.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e4])
 def test_int8_misses_less_than_one_part_in_250_of_each_channels_largest_value(size: float):
     x = values(0, size)
-    missed = (rounding.rounded(x, "int8") - x).abs()
+    missed = (rounded(x, "int8") - x).abs()
     assert (missed <= x.abs().amax(-2, keepdim=True) / 250).all()
 
 
 def test_int8_takes_a_byte_a_value_and_a_scale_a_channel():
-    parts = rounding.packed("k", values(0), "int8")
+    parts = quantized("k", values(0), "int8")
     assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == {
         "k": (torch.int8, (2, 64, 12)),
         "k#scale": (torch.float32, (2, 1, 12)),
@@ -46,17 +46,17 @@ def test_int8_takes_a_byte_a_value_and_a_scale_a_channel():
 
 def test_slots_are_rounded_apart():
     x = values(0)
-    both = rounding.rounded(x, "int8")
+    both = rounded(x, "int8")
     x[1] *= 1e3
-    assert torch.equal(both[0], rounding.rounded(x, "int8")[0])
+    assert torch.equal(both[0], rounded(x, "int8")[0])
 
 
 def test_lambda_and_gamma_stay_as_they_are_beside_int8():
     x = torch.tensor([[0.123456789]])
-    assert torch.equal(rounding.rounded(x, "int8"), x)
+    assert torch.equal(rounded(x, "int8"), x)
 
 
-@pytest.mark.parametrize("dtype", rounding.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fit_advances_with_the_very_psi_that_it_stores(dtype: str, tmp_path: Path):
     module = fits.model(store_dtype=dtype)
     store = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "run", module)
@@ -65,12 +65,12 @@ def test_a_fit_advances_with_the_very_psi_that_it_stores(dtype: str, tmp_path: P
         assert torch.equal(step.psi[name].float(), value[0].detach())
     for pair in (step.kv or {}).values():
         for bar in pair:
-            assert torch.equal(rounding.rounded(bar, dtype), bar)
+            assert torch.equal(rounded(bar, dtype), bar)
 
 
 def test_a_smaller_dtype_makes_smaller_files(tmp_path: Path):
     sizes = {}
-    for dtype in rounding.DTYPES:
+    for dtype in DTYPES:
         kv = {"up.attn1": (values(0), values(1))}
         RunStore(tmp_path / dtype).save_step(0, {"up.k_hat": values(2)[0]}, values(3), kv, {}, dtype)
         sizes[dtype] = (tmp_path / dtype / "steps" / "0.safetensors").stat().st_size

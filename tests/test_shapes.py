@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvinv_pl.ddim import StepTable
+from kvinv_pl.algorithm.ddim import StepTable
 
 jaxtyping = pytest.importorskip("jaxtyping")
 pytest.importorskip("beartype")
@@ -13,5 +13,5 @@ def test_a_shape_that_is_not_as_the_signature_says_is_noticed():
 
 
 def test_the_command_line_s_classes_are_left_as_they_are_written():
-    data = pytest.importorskip("kvinv_pl.data")
+    data = pytest.importorskip("kvinv_pl.training.datamodule")
     assert not hasattr(data.SourceImages.__init__, "__wrapped__")

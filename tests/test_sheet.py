@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvinv_pl.sheet import ACROSS, GAP, SIDES, sheet
+from kvinv_pl.data.sheet import ACROSS, GAP, SIDES, sheet
 
 
 def plain(size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:

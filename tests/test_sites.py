@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
 from kvinv_pl.errors import UserError
-from kvinv_pl.sites import Selection, Site, select, self_attentions
 
 LATENT = (16, 24)
 

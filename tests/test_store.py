@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kvinv_pl.data.files import DTYPES, FORMAT, DamagedError, read_packed, write_tensors
+from kvinv_pl.data.run_store import InUseError, RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.files import DTYPES, FORMAT, DamagedError, read_packed, write_tensors
-from kvinv_pl.store import InUseError, RunStore
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 Z = torch.arange(12.0).reshape(3, 2, 2) / 7
@@ -26,9 +26,7 @@ def psi() -> dict[str, Tensor]:
 
 def child(program: str, folder: Path) -> subprocess.Popen[str]:
     """A second process with a RunStore on the folder."""
-    start = (
-        "import os, sys, time, torch\nfrom kvinv_pl.store import RunStore\nstore = RunStore(sys.argv[1])\n"
-    )
+    start = "import os, sys, time, torch\nfrom kvinv_pl import RunStore\nstore = RunStore(sys.argv[1])\n"
     command = [sys.executable, "-c", start + program, str(folder)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

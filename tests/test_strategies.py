@@ -16,16 +16,16 @@ import torch
 from commands import command, process
 from fits import SOURCE
 
-from kvinv_pl.board import Board, Offer
-from kvinv_pl.cli import main
-from kvinv_pl.curriculum import at_pivots
-from kvinv_pl.data import SourceImages
+from kvinv_pl.cli.entry import main
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.fit import Fit
-from kvinv_pl.launching import PATIENCE
-from kvinv_pl.store import RunStore
-from kvinv_pl.strategies import BOARD, CALL, STARTER, ImageParallelStrategy
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.stages.curriculum import at_pivots
+from kvinv_pl.stages.tune import Fit
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.launcher import PATIENCE
+from kvinv_pl.training.strategy import BOARD, CALL, STARTER, ImageParallelStrategy
+from kvinv_pl.training.trainer import KVTrainer
+from kvinv_pl.training.work_queue import Board, Offer
 
 UNLIKE = ("--steps", 3, "--model.inner_steps", 4, "--model.tolerance", 0.12, "--model.retries", 0)
 
@@ -70,9 +70,9 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_pat
 
 PROGRAM = """
 import sys, threading, time
-from kvinv_pl.data import SourceImages
-from kvinv_pl.module import KVInversion
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 print("begins", flush=True)
 folder, checkpoint, out, threads = sys.argv[1:]

@@ -17,12 +17,12 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.run_store import InUseError, RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.module import KVInversion
-from kvinv_pl.progress import Progress
-from kvinv_pl.store import InUseError, RunStore
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.stages.progress import Progress
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 
 @pytest.fixture(scope="module")

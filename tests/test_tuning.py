@@ -3,8 +3,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
-from kvinv_pl.ddim import StepTable
-from kvinv_pl.tuning import reconstruct, squared_errors
+from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 
 
 def diffusers_table(steps: int) -> tuple[DDIMScheduler, StepTable]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvinv_pl.registry import variants
+from kvinv_pl.attention.registry import variants
 from kvinv_pl.testing import Trial, trials
 
 EVERY = [

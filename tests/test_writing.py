@@ -8,10 +8,10 @@ import fits
 import pytest
 from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import NoRoomError
-from kvinv_pl.store import RunStore
-from kvinv_pl.writing import reported
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.logs import reported
 
 FULL = OSError(28, "No space left on device")
 

@@ -29,12 +29,12 @@ from calling import call
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 
-from kvinv_pl.data import SourceImages
+from kvinv_pl.data.sheet import sheet
 from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.menagerie.judge import Judge, nearest_action
-from kvinv_pl.module import KVInversion
-from kvinv_pl.sheet import sheet
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 COLUMNS = (
     "right action %",
@@ -178,7 +178,7 @@ class Bench:
 
     def through_vae(self, draw: Callable[[Case], Image.Image], name: str) -> Row:
         """Pictures that are only encoded and decoded."""
-        from kvinv_pl.pictures import Geometry, to_image, to_pixels
+        from kvinv_pl.data.pictures import Geometry, to_image, to_pixels
 
         backbone = self.module().load_backbone(torch.float32)
         pictures = []

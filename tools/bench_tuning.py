@@ -186,7 +186,7 @@ def stores(
     """
     from tuning_costs.runs import kept_as
 
-    from kvinv_pl.rounding import DTYPES
+    from kvinv_pl.data.tensors import DTYPES
 
     settings = {"checkpoint": checkpoint, **(model or {})}
     seeds = range(seed_base, seed_base + cases)

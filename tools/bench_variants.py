@@ -26,9 +26,9 @@ from bench_actions import COLUMNS, Bench, Case, Row, in_processes
 from calling import call
 from PIL import Image, ImageFilter
 
-from kvinv_pl.module import KVInversion
-from kvinv_pl.segmenter import Segmenter
-from kvinv_pl.sheet import sheet
+from kvinv_pl.data.sheet import sheet
+from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.training.module import KVInversion
 
 PLUGINS = "kvinv_plugins"
 FULL, LOW = f"{PLUGINS}.full_kv.FullKV", f"{PLUGINS}.low_rank.LowRank"

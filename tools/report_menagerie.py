@@ -20,12 +20,12 @@ from menagerie_training.segmenting import BOX_BAR, POINT_BAR, own_iou
 from PIL import Image
 
 from kvinv_pl import menagerie
+from kvinv_pl.data.sheet import sheet
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.menagerie.judge import WORDS, Judge, accuracy, nearest_action
-from kvinv_pl.progress import Progress
-from kvinv_pl.segmenter import Segmenter
-from kvinv_pl.sheet import sheet
+from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.stages.progress import Progress
 
 FRAME_BAR, ANIMAL_BAR = 30.0, 25.0  # dB of the autoencoder
 NEAREST_TRUE_BAR, NEAREST_TRIP_BAR = 99.0, 98.0  # percent of actions named by the nearest true picture
@@ -190,7 +190,7 @@ def report(
         batch: samples at once
         out: folder of round_trips.png, samples.png and report.json
     """
-    from kvinv_pl.backbone import Backbone
+    from kvinv_pl.models.stable_diffusion import Backbone
 
     for name, value, least in (("cases", cases, 1), ("samples", samples, 0), ("batch", batch, 1)):
         if value < least:

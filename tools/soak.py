@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvinv_pl.files import read_header
+from kvinv_pl.data.files import read_header
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.store import RunStore
 
 
 def command(options: argparse.Namespace, pictures: Path, out: Path) -> list[str]:

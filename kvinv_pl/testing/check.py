@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvinv_pl.testing.bench import Factory
+from kvinv_pl.testing.harness import Factory
 
 CHECKS: list[Check] = []
 """Every check, in the order in which they are run."""

@@ -12,11 +12,21 @@ import torch
 from jaxtyping import config
 from torch import Tensor
 
-from kvinv_pl import naming, records
-from kvinv_pl.attention import Site
-from kvinv_pl.store import RunStore
-from kvinv_pl.testing.bench import PATH, SITE, Bench, Factory, attention, features, fused, seeded, written_out
+from kvinv_pl.attention.config import build, of_variant
+from kvinv_pl.attention.sites import Site
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
+from kvinv_pl.testing.harness import (
+    PATH,
+    SITE,
+    Bench,
+    Factory,
+    attention,
+    features,
+    fused,
+    seeded,
+    written_out,
+)
 
 __all__ = ["CHECKS"]
 SILENT = 1e-7  # a gradient below this is none
@@ -194,11 +204,11 @@ def _compiles(variant: Factory) -> None:
 @check("built from its own record", "run.json names the variant; an edit builds it from there.")
 def _built(variant: Factory) -> None:
     cp = variant(SITE)
-    record = json.loads(json.dumps(records.of_variant(cp)))
-    again = naming.build(record)(SITE)
+    record = json.loads(json.dumps(of_variant(cp)))
+    again = build(record)(SITE)
     if type(again) is not type(cp):
         raise NonconformingError(f"{record['class_path']} is another class")
-    if (built := json.loads(json.dumps(records.of_variant(again)))) != record:
+    if (built := json.loads(json.dumps(of_variant(again)))) != record:
         raise NonconformingError(f"from {record['init_args']} it comes back as {built['init_args']}")
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from kvinv_pl.attention import CPAttention
+from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.errors import UserError
-from kvinv_pl.testing.bench import SITE, Factory
 from kvinv_pl.testing.check import Check, NonconformingError
 from kvinv_pl.testing.checks import CHECKS
+from kvinv_pl.testing.harness import SITE, Factory
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from kvinv_pl import pictures, records
+from kvinv_pl.algorithm.inversion import invert
+from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.attention import Selection
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.inversion import invert
+from kvinv_pl.data.pictures import Geometry, psnr, to_pixels
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.network import Network
+from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import GaussNewtonDescent
-from kvinv_pl.tuning import reconstruct, squared_errors
 from tuning_costs import measuring, null_text
 
 Optimizer = Callable[[list[Tensor]], Any]
@@ -50,7 +50,7 @@ class Picture:
         self.network, self.w = network, w
         animal = Animal.sample(seed)
         drawn = animal.render()
-        self.pixels = pictures.to_pixels(drawn, pictures.Geometry(drawn.size, drawn.size))[None]
+        self.pixels = to_pixels(drawn, Geometry(drawn.size, drawn.size))[None]
         backbone = network.backbone
         self.contexts = backbone.embed(["", animal.prompt()])[:, None]
         with torch.no_grad():
@@ -62,9 +62,9 @@ class Picture:
     def point(self, way: str, z_0: Tensor, gflops: float) -> Point:
         """What z-tilde_0 is worth."""
         decoded = self.network.backbone.decode(z_0)
-        ceiling = records.psnr(self.round_trip, self.pixels)
-        below = ceiling - records.psnr(decoded, self.pixels)
-        return Point(way, gflops, below, records.psnr(decoded, self.round_trip))
+        ceiling = psnr(self.round_trip, self.pixels)
+        below = ceiling - psnr(decoded, self.pixels)
+        return Point(way, gflops, below, psnr(decoded, self.round_trip))
 
     def tuned(self, way: str, optimizer: Optimizer, inner_steps: int) -> Point:
         """KV Inversion with so many steps in every phase, each phase beginning with the psi before."""

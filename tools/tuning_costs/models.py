@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl import menagerie
-from kvinv_pl.attachment import Attachment, attach
 from kvinv_pl.attention import Selection, select, self_attentions
-from kvinv_pl.checkpoint import quiet
-from kvinv_pl.front import Front
+from kvinv_pl.attention.attachment import Attachment, attach
+from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.loading import quiet
 
 FOUR_LEVELS: dict[str, Any] = {
     "in_channels": 4,

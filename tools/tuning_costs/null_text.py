@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvinv_pl.ddim import move
-from kvinv_pl.editing import guided
-from kvinv_pl.network import Network
+from kvinv_pl.algorithm.ddim import move
+from kvinv_pl.algorithm.editing import guided
+from kvinv_pl.models.denoiser import Network
 
 
 def reconstruct(

@@ -12,14 +12,14 @@ from unittest.mock import patch
 
 import torch
 
-from kvinv_pl.attempts import Attempt
-from kvinv_pl.backbone import Backbone
-from kvinv_pl.data import SourceImages
-from kvinv_pl.fit import Fit
-from kvinv_pl.front import Front
-from kvinv_pl.module import KVInversion
-from kvinv_pl.store import RunStore
-from kvinv_pl.trainer import KVTrainer
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.stages.certificate import Attempt
+from kvinv_pl.stages.tune import Fit
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 from tuning_costs.runs import picture
 
 REST = "Lightning, the loss, and all else"

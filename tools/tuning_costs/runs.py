@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from lightning import Callback
 
-from kvinv_pl.data import SourceImages
+from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.menagerie import ACTIONS, Animal
-from kvinv_pl.module import KVInversion
-from kvinv_pl.store import RunStore
-from kvinv_pl.trainer import KVTrainer
-from kvinv_pl.tuning import reconstruct, squared_errors
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
 
 NEVER: dict[str, Any] = {"tolerance": 0.0, "tolerance_growth": 0.0}
 

@@ -1,0 +1,1 @@
+"""The paper on tensors: DDIM in both directions, and the three stages of Algorithm 1."""

@@ -1,0 +1,57 @@
+"""Stage 3: sampling towards the target prompt under the psi of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.algorithm.ddim import StepTable, move
+
+Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""eps(z, t): the unconditional and the conditional epsilon for latents (edits, c, h, w)."""
+Psi = Callable[[int], AbstractContextManager[None]]
+"""psi(i): the context in which the network attends with what was learned for step i."""
+
+
+def guided(eps_u: Tensor, eps_c: Tensor, w: float) -> Tensor:
+    """Classifier-free guidance: eps_u + w (eps_c - eps_u); exactly eps_c at w = 1."""
+    return eps_c if w == 1 else eps_u + w * (eps_c - eps_u)
+
+
+def first_step(start: float, steps: int) -> int:
+    """The step index, counted from noise, from which CP-attn is active: round(start * T), halves upward."""
+    return math.floor(start * steps + 0.5)
+
+
+def edit(
+    eps: Branches,
+    z_T: Float[Tensor, "edits c h w"],
+    table: StepTable,
+    psi: Psi,
+    w: float,
+    start: float,
+    watch: Callable[[int], None] = lambda i: None,
+) -> Float[Tensor, "edits c h w"]:
+    """Algorithm 1, editing: z-bar_0, from z-bar_T = z-hat_T.
+
+    Args:
+        eps: The network under the target prompts.
+        z_T: The noisiest level of the trajectory, once for each target.
+        table: The schedule.
+        psi: What was learned; entered around the network from step round(start * T) on.
+        w: The guidance scale.
+        start: 0 (CP-attn throughout) to 1 (never).
+        watch: Told each step index, 0 ... T - 1, once its move is made.
+    """
+    z, first = z_T, first_step(start, len(table))
+    for i in range(len(table)):
+        t = table.timesteps[i].to(z.device).expand(len(z))
+        with psi(i) if i >= first else nullcontext():
+            eps_u, eps_c = eps(z, t)
+        z = move(z, guided(eps_u, eps_c, w), table.alphas[i], table.alphas[i + 1])
+        watch(i)
+    return z

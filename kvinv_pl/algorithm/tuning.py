@@ -1,0 +1,33 @@
+"""Stage 2: one reconstruction step and what it misses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvinv_pl.algorithm.ddim import StepTable, move
+
+Eps = Callable[[Tensor, Tensor], Tensor]
+"""eps(z, t): epsilon for latents (slots, c, h, w) at timesteps (slots,), under the psi being tuned."""
+
+
+def reconstruct(
+    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: StepTable, i: int | Int[Tensor, " slots"]
+) -> Float[Tensor, "slots c h w"]:
+    """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise: one for all slots, or one each."""
+    steps = torch.as_tensor(i).expand(len(z_t)).cpu()
+    t = table.timesteps[steps].to(z_t.device)
+    return move(z_t, eps(z_t, t), table.alphas[steps], table.alphas[steps + 1])
+
+
+def squared_errors(
+    pivot: Float[Tensor, "slots c h w"], z: Float[Tensor, "slots c h w"]
+) -> Float[Tensor, " slots"]:
+    """Eq. 3 for each slot: the sum over the latent of (z-hat_{t-1} - z-tilde_{t-1})^2, in fp32.
+
+    A sum, because a mean over a Stable Diffusion latent would bring gradients down to Adam's eps.
+    """
+    return (pivot.float() - z.float()).square().flatten(1).sum(1)

@@ -1,0 +1,207 @@
+"""How CP-attn comes into a U-Net's self-attentions and out again, and what they compute in between."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.processor import KV, PLAIN, CPProcessor, Mode, Project, Sdpa, for_edits, layer_at
+from kvinv_pl.attention.sites import Site
+from kvinv_pl.errors import UserError
+
+Looks = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"] | None]
+"""looks(grid): where the rows of the edits look for the subject's word, see CPAttention.attend_edit."""
+
+
+class Attachment:
+    """CP-attn in a U-Net. Outside a mode (`blend`, `frozen`, `replaying`, ...) the U-Net is as it was.
+
+    With gradient checkpointing, call `backward` inside the same context as the forward, which it repeats.
+    """
+
+    def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
+        """Put the processors in, or raise before anything is changed; see `attach`."""
+        layers = {path: layer_at(unet, path, cp.site) for path, cp in psi.items()}
+        self.unet = unet
+        self.psi = dict(psi)
+        self._layers = layers
+        self._processors = {path: CPProcessor(cp.site, layers[path].processor) for path, cp in psi.items()}
+        self._attached = True
+        self._looks: Looks | None = None
+        for path, processor in self._processors.items():
+            layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
+
+    def check(self) -> None:
+        """Make sure that every processor is still ours; diffusers replaces processors without a word."""
+        if not self._attached:
+            raise UserError("CP-attn has been detached from this U-Net: attach it again")
+        lost = [(path, cause) for path in self._processors if (cause := self._lost(path))]
+        if lost:
+            raise UserError(
+                f"CP-attn is gone from {len(lost)} of its {len(self._processors)} self-attentions: at "
+                f"{lost[0][0]} {lost[0][1]}. Do that before CP-attn is attached, or undo it and attach again"
+            )
+
+    def _lost(self, path: str) -> str | None:
+        """What was found instead of our processor, and what is known to put it there."""
+        try:
+            layer = self.unet.get_submodule(path)
+        except AttributeError:
+            return "the layer is no longer in the U-Net"
+        if layer is not self._layers[path]:
+            return f"the layer was replaced by a {type(layer).__name__}, as adapters and quantisation do"
+        found = self._layers[path].processor
+        if found is self._processors[path]:
+            return None
+        cause = PLAIN.get(type(found), "set_attn_processor or an adapter with processors of its own")
+        return f"{type(found).__name__} is there instead, as after {cause}"
+
+    def detach(self) -> None:
+        """Put back the very processors that were there; one that somebody else set since is left alone."""
+        self._attached = False
+        for path, processor in self._processors.items():
+            processor.mode = None
+            if self._layers[path].processor is processor:
+                self._layers[path].set_processor(processor.original)
+
+    def blend(self) -> AbstractContextManager[None]:
+        """Eq. 1 with the live psi."""
+
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
+            return self._attend(site, q, self._bars(site, q, *project()), sdpa)
+
+        return self._in(mode)
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, KV]]:
+        """As `blend`; the K-bar and V-bar that were used come into the dictionary, detached."""
+        kept: dict[str, KV] = {}
+
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
+            k_bar, v_bar = self._bars(site, q, *project())
+            kept[site.path] = k_bar.detach(), v_bar.detach()
+            return self._attend(site, q, (k_bar, v_bar), sdpa)
+
+        with self._in(mode):
+            yield kept
+
+    @contextmanager
+    def frozen(self, kv: Mapping[str, KV]) -> Iterator[None]:
+        """K-bar and V-bar are given: (1 or 2 branches, slots, tokens, dim), and serve any number of edits."""
+        missing, unknown = sorted(self.psi.keys() - kv.keys()), sorted(kv.keys() - self.psi.keys())
+        if missing or unknown:
+            raise UserError(
+                "expected K-bar and V-bar for exactly the self-attentions that CP-attn is attached to; "
+                f"missing: {missing}, not attached: {unknown}; read the run with the sites it was tuned on"
+            )
+
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
+            k_bar, v_bar = kv[site.path]
+            return self._attend_edit(site, q, (k_bar, v_bar), sdpa)
+
+        with self._in(mode):
+            yield
+
+    def replaying(self, sources: int) -> AbstractContextManager[None]:
+        """The first `sources` branches are the source's, under Eq. 1 with the live psi; the edits read those.
+
+        The source's rows are ordered as in tuning (uncond and cond, or cond alone); the edits' rows follow.
+        """
+
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
+            own, edits = q[:sources], q[sources:]
+            bars = self._bars(site, own, *project(sources))
+            return torch.cat(
+                [self._attend(site, own, bars, sdpa), self._attend_edit(site, edits, bars, sdpa)]
+            )
+
+        return self._in(mode)
+
+    @contextmanager
+    def following(self, looks: Looks) -> Iterator[None]:
+        """Tell the variants that follow it where the edits' rows look for the subject's word."""
+        self._looks = looks
+        try:
+            yield
+        finally:
+            self._looks = None
+
+    @contextmanager
+    def observing(self) -> Iterator[dict[str, KV]]:
+        """Plain attention, psi unused; each layer's own K and V come into the dictionary, detached."""
+        kept: dict[str, KV] = {}
+
+        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
+            k, v = project()
+            kept[site.path] = k.detach(), v.detach()
+            return sdpa(q, k, v)
+
+        with self._in(mode):
+            yield kept
+
+    @contextmanager
+    def _in(self, mode: Mode) -> Iterator[None]:
+        self.check()
+        before = {processor: processor.mode for processor in self._processors.values()}
+        for processor in before:
+            processor.mode = mode
+        try:
+            yield
+        finally:
+            for processor, previous in before.items():
+                processor.mode = previous if self._attached else None
+
+    def _bars(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> KV:
+        """Eq. 1 with the live psi, in the dtype of q."""
+        cp = self.psi[site.path]
+        bars = cp(k, v)
+        if not (isinstance(bars, tuple) and len(bars) == 2):
+            got = type(bars).__name__
+            raise UserError(f"{_name(cp)}.forward: expected (k_bar, v_bar), got a {got}")
+        return _cast(cp, "forward", bars[0], q), _cast(cp, "forward", bars[1], q)
+
+    def _attend(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
+        """Eq. 2, as the variant wants it."""
+        cp = self.psi[site.path]
+        return _cast(cp, "attend", cp.attend(q, *bars, sdpa), q)
+
+    def _attend_edit(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
+        """Eq. 2 of the edits' rows with the source's K-bar and V-bar."""
+        cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
+        subject = self._looks(site.grid) if self._looks is not None and cp.follows else None
+        return _cast(cp, "attend_edit", cp.attend_edit(q, k_bar, v_bar, sdpa, subject), q)
+
+
+def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:
+    """Put each variant of `psi`, by module path, in its self-attention. Psi stays the caller's."""
+    if not psi:
+        raise UserError("there is no self-attention to attach CP-attn to: expected at least one site in psi")
+    slots = {cp.site.slots for cp in psi.values()}
+    if len(slots) > 1:
+        raise UserError(f"expected one number of slots at all sites, got {sorted(slots)}: slots are rows")
+    return Attachment(unet, psi)
+
+
+def _cast(cp: CPAttention, method: str, got: Tensor, q: Tensor) -> Tensor:
+    """What a variant returned, in the dtype of q; the shape must be right already."""
+    if not (isinstance(got, Tensor) and got.is_floating_point()):
+        kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
+        raise UserError(
+            f"{_name(cp)}.{method} returned {kind} at {cp.site.path}; expected a tensor of floating "
+            "point numbers, as k and v are"
+        )
+    if got.shape != q.shape:
+        raise UserError(
+            f"{_name(cp)}.{method} returned the shape {tuple(got.shape)} at {cp.site.path}; "
+            f"expected {tuple(q.shape)} (branches, slots, tokens, dim)"
+        )
+    return got.to(q.dtype)
+
+
+def _name(cp: CPAttention) -> str:
+    """A variant's class, and of one around others theirs too: what it returns may be what they did."""
+    inner = ", ".join(_name(child) for child in cp.children() if isinstance(child, CPAttention))
+    return f"{type(cp).__name__}({inner})" if inner else type(cp).__name__

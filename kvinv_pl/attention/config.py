@@ -1,0 +1,39 @@
+"""A variant as a configuration names it, by class_path and init_args, and made from that again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.sites import Site
+from kvinv_pl.errors import UserError
+
+
+def of_variant(cp: CPAttention) -> dict[str, Any]:
+    """The variant, in the form in which a configuration names it."""
+    # an option that makes a variant is one inside another
+    options: dict[str, Any] = {}
+    for name, value in cp.options.items():
+        made: Any = value(cp.site) if callable(value) else None
+        options[name] = value if made is None else of_variant(made)
+    return {"class_path": f"{type(cp).__module__}.{type(cp).__qualname__}", "init_args": options}
+
+
+def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
+    """What makes a variant, from its class_path and init_args, as a configuration is read.
+
+    Raises UserError with what jsonargparse says, in its own words.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser: Any = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--attention", type=Callable[[Site], CPAttention])
+    try:
+        read = parser.parse_object({"attention": dict(record)})
+        # the second is its name before 4.49
+        return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(read).attention
+    except Exception as error:  # ArgumentError, and what its parts let through
+        raise UserError(
+            f"{record['class_path']} cannot be made from {record['init_args']}: {error}"
+        ) from error

@@ -1,0 +1,166 @@
+"""Variants are found by their entry points; nothing registers itself."""
+
+import inspect
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.errors import UserError, near
+
+GROUP = "kvinv_pl.attention"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One registered attention variant: its class, or why it could not be imported."""
+
+    name: str
+    cls: type[CPAttention] | None
+    distribution: str
+    summary: str
+    error: str | None = None
+
+
+def variants() -> dict[str, Variant]:
+    """Every variant in the entry-point group `kvinv_pl.attention`, by name; two of one name are an error."""
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = points.setdefault(point.name, point)
+        if other is not point:
+            raise UserError(
+                f"two attention variants are named {point.name!r}: {other.value} of {_owner(other)} and "
+                f"{point.value} of {_owner(point)}; uninstall one of them, or have it renamed"
+            )
+    return {name: _load(points[name]) for name in sorted(points)}
+
+
+def load_all() -> dict[str, Variant]:
+    """As `variants`, and reports the broken ones; for the start of a command, before it is parsed."""
+    found = variants()
+    for variant in found.values():
+        if variant.error:
+            log.warning("skipped the variant %r of %s: %s", variant.name, variant.distribution, variant.error)
+    return found
+
+
+def resolve(name: str) -> type[CPAttention]:
+    """The class of a variant by its registered name or its class's name; a broken one is an error now."""
+    variant = named(name)
+    if variant.cls is None:
+        raise UserError(f"the variant {name!r} of {variant.distribution} is broken: {variant.error}")
+    return variant.cls
+
+
+def named(name: str) -> Variant:
+    """A variant, broken or not, by its registered name or its class's name."""
+    found = variants()
+    by_class = {variant.cls.__name__: variant for variant in found.values() if variant.cls}
+    if name in found or name in by_class:
+        return found.get(name) or by_class[name]
+    guess = near(name, [*found, *by_class])
+    raise UserError(f"no attention variant {name!r}: expected one of {', '.join(found) or '(none)'}{guess}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a variant: its type as written, its default, and what its docstring says of it."""
+
+    name: str
+    kind: Any
+    default: Any
+    text: str
+
+
+def options(cls: type[CPAttention]) -> list[Option]:
+    """What may be given to a variant besides the site, from its signature and the Args of its docstring."""
+    try:
+        signature = inspect.signature(cls.__init__, eval_str=True)
+    except NameError:  # types that are imported for the type checker alone
+        signature = inspect.signature(cls.__init__)
+    parameters = list(signature.parameters.values())[2:]  # without self and the site
+    texts = _arguments(cls.__init__.__doc__) | _arguments(cls.__doc__)
+    return [Option(p.name, p.annotation, p.default, texts.get(p.name, "")) for p in parameters]
+
+
+def _arguments(docstring: str | None) -> dict[str, str]:
+    """The Args section of a Google-style docstring, by name."""
+    _, _, section = inspect.cleandoc(docstring or "").partition("Args:\n")
+    texts: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if found := re.match(r" {1,7}(\w+)(?: \([^)]*\))?: (.*)", line):
+            name, text = found.groups()
+            texts[name] = text.strip()
+        elif name and line.strip():
+            texts[name] += f" {line.strip()}"
+    return texts
+
+
+def locate(target: str) -> type[CPAttention]:
+    """The class that a person names: a registered name, a class path, or FILE.py:CLASS."""
+    place, colon, name = target.rpartition(":")
+    if not (colon and place.endswith(".py")):
+        place, _, name = target.rpartition(".")
+        if not place:
+            return resolve(target)
+        if name == "py":
+            raise UserError(f"{target} is a file: name a class in it, {target}:CLASS")
+        module = _import(place, Path.cwd())
+    else:
+        file = Path(place).expanduser().resolve()
+        if not file.is_file():
+            raise UserError(f"there is no file {place}; expected FILE.py:CLASS")
+        module = _import(file.stem, file.parent)
+        if module.__file__ is None or Path(module.__file__).resolve() != file:
+            raise UserError(f"{place} has the name of another module, {module.__file__}: rename the file")
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
+        there = [key for key, value in vars(module).items() if _is_defined_in(value, module)]
+        raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(there) or '(none)'}")
+    return cls
+
+
+def _is_defined_in(value: object, module: ModuleType) -> bool:
+    return isinstance(value, type) and issubclass(value, CPAttention) and value.__module__ == module.__name__
+
+
+def _import(name: str, folder: Path) -> ModuleType:
+    """A module that may lie in `folder`, as one beside a YAML does."""
+    if os.fspath(folder) not in sys.path:
+        sys.path.insert(0, os.fspath(folder))
+    try:
+        return import_module(name)
+    except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name} cannot be imported ({reason})") from error
+
+
+def _load(point: EntryPoint) -> Variant:
+    try:
+        cls = point.load()
+    except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Variant(point.name, None, _owner(point), "", f"{point.value} cannot be imported ({reason})")
+    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
+        return Variant(point.name, None, _owner(point), "", f"{point.value} is not a subclass of CPAttention")
+    return Variant(point.name, cls, _owner(point), summary(cls))
+
+
+def summary(cls: type[CPAttention]) -> str:
+    """The first line of a variant's docstring."""
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

@@ -1,0 +1,150 @@
+"""What was typed: short flags as the options they stand for, and what is said of a mistake in them."""
+
+import inspect
+import json
+import re
+from argparse import ArgumentError
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from kvinv_pl.cli.messages import of_parser
+from kvinv_pl.cli.variant_names import spell_out
+from kvinv_pl.errors import UserError
+
+SHORT = {
+    "--image": ("data.image", "FILE", "a picture, a folder of pictures, or a .csv or .jsonl list"),
+    "--source": ("data.source", "TEXT", "what the picture shows; may be empty"),
+    "--target": ("data.targets", "TEXT", "what it should become; repeatable"),
+    "--mask": ("data.mask", "FILE", "a mask of the subject, for variants that take one"),
+    "--out": ("data.out", "DIR", "the run folder; also -o"),
+    "--overwrite": (
+        "data.overwrite",
+        "",
+        "start another run in the folder anew, and render its edits again",
+    ),
+    "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
+    "--steps": ("model.steps", "N", "DDIM steps; with few, such as 10, most edits miss the action"),
+    "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
+    "--start": ("model.start", "S", "share of the steps that an edit makes before CP-attn is active"),
+    "--reading": ("model.reading", "NAME", "frozen or blend"),
+    "--seed": ("model.seed", "N", "of random starts of psi"),
+    "--negative": ("model.negative", "TEXT", "what the unconditional branch is told"),
+}
+"""Flags of every stage, and what they are short for."""
+IDLE = {"invert": {"--guidance", "--start", "--reading", "--seed"}, "edit": {"--seed"}}
+"""Flags that a stage accepts, because the same options serve all of them, and makes nothing of."""
+RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant, settings and targets")
+
+
+@dataclass
+class Line:
+    """A command line for the parser, and what the person typed for each option, by the option's full name."""
+
+    argv: list[str]
+    flags: Sequence[str] = ()
+    configs: list[str] = field(default_factory=list)
+    typed: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+
+    def note(self, key: str, flag: str, value: str) -> None:
+        """This option was given, by this flag."""
+        self.typed[key], self.values[key] = flag, value
+
+    def read_rest(self, argv: Sequence[str]) -> None:
+        """Note the options that are passed on as they are."""
+        for arg, following in zip(argv, [*argv[1:], ""], strict=False):
+            if arg.startswith("-"):
+                flag, equals, value = arg.partition("=")
+                key = {"-c": "config", "-o": "out"}.get(flag, flag.lstrip("-"))
+                self.note(key, flag, value if equals else following)
+
+
+def spelled_out(verb: str, argv: Sequence[str]) -> Line:
+    """Short flags as the options they stand for; --run as the settings that the run was made with."""
+    short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
+    line, targets, left = Line([], [*short]), list[str](), deque(argv)
+    first, passed = list[str](), list[str]()  # what YAML says comes first, so that flags override it
+    while left:
+        arg = left.popleft()
+        flag, equals, value = arg.partition("=")
+        flag = {"-o": "--out", "-c": "--config"}.get(flag, flag)
+        if flag not in short and flag != "--config":
+            passed.append(arg)
+            continue
+        value = value if equals else _value_of(verb, flag, left)
+        key = short[flag][0] if flag in short else "config"
+        line.note(key, flag, value)
+        if flag == "--target":
+            targets.append(value)
+        elif flag == "--run":
+            from kvinv_pl.data.source_image import settings_of
+
+            first[:0] = ["--config", json.dumps(settings_of(Path(value).expanduser()))]
+        elif flag == "--config":
+            first += ["--config", value]
+            line.configs.append(value)
+        else:
+            line.argv.append(f"--{key}={value}")
+    line.read_rest(passed)
+    if "data.run" in line.typed and (also := {"--source", "--mask", "--out"} & set(line.typed.values())):
+        raise UserError(
+            f"{', '.join(sorted(also))} does not go with --run: the run folder knows; leave it out"
+        )
+    if targets:
+        line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")
+    line.argv[:0] = [*first, *spell_out(passed, "--model.attention")]
+    return line
+
+
+def _value_of(verb: str, flag: str, left: deque[str]) -> str:
+    """What follows a flag; the next flag does not."""
+    ours = ("--model.", "--data.", "--trainer.")
+    following = left[0] if left else None
+    flags = {*SHORT, "--run", "-o", "--config", "-c", "--help"}
+    is_flag = following is not None and (following.partition("=")[0] in flags or following.startswith(ours))
+    if flag == "--overwrite" and (following is None or following.startswith("-")):
+        return "true"
+    if following is None or is_flag:
+        raise UserError(f"{flag} expects a value, got {following or 'nothing'}; see kvinv {verb} --help")
+    return left.popleft()
+
+
+def kinds_of(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """The type of every option, by its full name."""
+    return {
+        f"{prefix}{name}": parameter.annotation
+        for prefix, cls in classes.items()
+        for name, parameter in inspect.signature(cls).parameters.items()
+    }
+
+
+def with_yaml_numbers(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
+    """Nan and inf for a number as YAML writes them, so that it is the number's range that refuses them."""
+    out = list[str]()
+    for arg, before in zip(argv, ["", *argv], strict=False):
+        flag, equals, text = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        found = re.fullmatch(r"\+?(-?)(nan|inf)(?:inity)?", text, re.IGNORECASE)
+        kind = kinds.get(flag.removeprefix("--"))
+        if found and float in (kind, *get_args(kind)):
+            arg = f"{flag}{equals}" * bool(equals) + f"{found[1]}.{found[2].lower()}"
+        out.append(arg)
+    return out
+
+
+@contextmanager
+def in_words(verb: str, line: Line, kinds: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what jsonargparse says of a command line into one line."""
+    try:
+        yield
+    except ArgumentError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+            cause = cause.__cause__ or cause.__context__
+        told = of_parser(str(error), line.typed, kinds, line.values, line.flags)
+        raise UserError(f"{told.rstrip(';. ')}; see kvinv {verb} --help") from error

@@ -1,0 +1,106 @@
+"""The command line: which command it is, and how it ends."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from kvinv_pl.errors import SomeFailedError, UserError, near
+
+STAGES = {
+    "run": "all three stages for a picture: invert, tune and edit",
+    "invert": "stage 1: find the trajectory of every picture by DDIM inversion",
+    "fit": "stage 2: learn psi_t of every picture, timestep by timestep",
+    "edit": "stage 3: render tuned pictures as their targets say",
+}
+OTHERS = {
+    "world": "draw animals of the embedded world in all their actions",
+    "variants": "list the attention variants that are installed, or show one with its options",
+    "sites": "show the self-attentions of a checkpoint, and what psi takes there",
+    "check": "check that an attention variant does what every variant must",
+    "new-variant": "write a variant to start from, its configuration and its test",
+    "mask": "find the subject of a picture, by SAM or by a word, and show it",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Exit codes: 0; 1 where some of many pictures failed, with a line for each of them; 2 with one line for a
+    user's mistake, or where all pictures failed; 130 if interrupted, and 143 if asked to end (SIGTERM).
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    # numpy's own threads, of no use here, would keep ranks on the CPU from being copies of this process
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    debug = "--debug" in argv
+    argv = [arg for arg in argv if arg != "--debug"]
+    try:
+        _dispatch(argv)
+        sys.stdout.flush()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        for picture, reason in error.reasons.items() if isinstance(error, SomeFailedError) else ():
+            sys.stderr.write(f"kvinv: {picture}: {reason}\n")
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"kvinv: error: {line}\n")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _stopped(signal.SIGINT)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning gave it a code of its own
+            _stopped(signal.SIGINT)
+        if error.code == 128 + signal.SIGTERM:
+            _stopped(signal.SIGTERM)
+        raise
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def _stopped(by: signal.Signals) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which Lightning leaves so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr.write("\nkvinv: stopped; the same command goes on where it was\n")
+    raise SystemExit(128 + by) from None
+
+
+def _dispatch(argv: list[str]) -> None:
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb == "--version":
+        from importlib.metadata import version
+
+        print(f"kvinv {version('kvinv-pl')}")
+    elif verb in STAGES:
+        from kvinv_pl.cli.lightning_cli import stage
+
+        stage(verb, argv[1:])
+    elif verb in OTHERS:
+        from kvinv_pl.cli.commands import command
+
+        command(verb, argv[1:])
+    else:
+        known = [*STAGES, *OTHERS]
+        guess = near(verb, known)
+        raise UserError(f"no command {verb!r}{guess}: expected one of {', '.join(known)}; see kvinv --help")
+
+
+def _overview() -> str:
+    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **OTHERS}.items()]
+    return "\n".join(
+        [
+            "usage: kvinv COMMAND [options]      (kvinv COMMAND --help for its options)",
+            "",
+            "Change what the subject of a picture is doing, by text (KV Inversion, arXiv 2309.16608):",
+            "",
+            '  kvinv run --image cat.png --source "a cat standing" --target "a cat running" --out DIR',
+            "",
+            "commands:",
+            *rows,
+            "",
+            "  --debug   with any command: show where an error came from",
+        ]
+    )

@@ -1,0 +1,113 @@
+"""The stages: KVTrainer, KVInversion and SourceImages through LightningCLI."""
+
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, in_words, kinds_of, spelled_out, with_yaml_numbers
+from kvinv_pl.cli.messages import of_setting
+from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
+from kvinv_pl.errors import SomeFailedError, UserError
+
+USAGE = {
+    "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
+    "invert": '--image PICTURE --source "what it shows" --out DIR',
+    "fit": '--image PICTURE --source "what it shows" --out DIR',
+    "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) [--target "what it becomes"]',
+}
+
+
+def stage(verb: str, argv: list[str]) -> None:
+    """One stage through LightningCLI, with the short flags spelled out."""
+    line = spelled_out(verb, argv)
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+    from kvinv_pl.data.failures import reason
+    from kvinv_pl.training.datamodule import SourceImages
+    from kvinv_pl.training.module import KVInversion
+    from kvinv_pl.training.trainer import KVTrainer
+
+    make_importable(line.configs)
+    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
+    kinds["seed_everything"] = bool | int
+    line.argv = with_yaml_numbers(line.argv, kinds)
+
+    class Parser(LightningArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            return _help(
+                verb, super().format_help(*args, **kwargs), {"data": SourceImages, "model": KVInversion}
+            )
+
+    class SaveConfig(SaveConfigCallback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            if trainer.logger is not None:  # otherwise it would be saved in the working directory
+                super().setup(trainer, pl_module, stage)
+
+    class KVCLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            loaders = {"train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"}
+            return {verb: {"model", "datamodule", *(loaders if verb == "fit" else ())}}
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            with in_words(verb, line, kinds):
+                self.config = parser.parse_args(args)
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"the settings do not fit together: {error}") from error
+            # where a rank cannot be a copy of this process, it is this command once more
+            cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
+
+    strict = {"exit_on_error": False, "parser_mode": name_variants_in_yaml()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
+            KVCLI(
+                KVInversion,
+                SourceImages,
+                trainer_class=KVTrainer,
+                args=cast(Any, [verb, *line.argv]),
+                parser_class=Parser,
+                parser_kwargs={**strict, "prog": "kvinv", "allow_abbrev": False, verb: strict},
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(reason(error)) from error
+    except SomeFailedError as error:
+        error.reasons = {name: of_setting(why, line.typed) for name, why in error.reasons.items()}
+        raise
+    except UserError as error:
+        raise UserError(of_setting(str(error), line.typed)) from error
+
+
+def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
+    """The help of a stage with the short flags first, and without the lists of everybody's subclasses."""
+    text = text.partition("\n\n")[2]  # the usage that names every option
+    text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
+    description, _, rest = text.partition("\n\n")
+    rows = []
+    used = {flag: short for flag, short in SHORT.items() if flag not in IDLE.get(verb, ())}
+    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **used}.items():
+        section, _, name = target.partition(".")
+        default = inspect.signature(classes[section]).parameters[name].default
+        hidden = default is None or default is False or default == "" or isinstance(default, list)
+        shown = "" if hidden else f" (default: {default})"
+        rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
+    rows.append(f"  {'-c, --config FILE':<20}options from a YAML file, which flags override; repeatable")
+    head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
+    return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])

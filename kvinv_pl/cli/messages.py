@@ -1,0 +1,137 @@
+"""What the command line says of a mistake: the words of its libraries turned into one line for a person."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from kvinv_pl.errors import near
+
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+MADE_BY = {
+    "model.checkpoint": "model.checkpoint",
+    "scheduler.steps": "model.steps",
+    "picture.mode": "data.geometry",
+    "inversion.guidance": "model.inversion_guidance",
+    "inversion.negative": "model.negative",
+    "tuning.tolerance.0": "model.tolerance",
+    "tuning.tolerance.1": "model.tolerance_growth",
+}
+"""The option that a field of run.json comes from, where it comes from one alone."""
+MADE_BY |= {
+    f"tuning.{name}": f"model.{name}"
+    for name in (
+        *("negative", "max_grid", "kv", "curriculum", "inner_steps", "settle_steps", "carry", "seed"),
+        "store_dtype",
+    )
+}
+
+
+def expected(kind: Any) -> str:
+    """A type in words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind in PLAIN:
+        return PLAIN[kind]
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin in (Union, UnionType):
+        return " or ".join(expected(arg) for arg in args)
+    if origin is list:
+        return f"a list of {'text' if args == (str,) else 'them'}"
+    if isinstance(origin, type) and issubclass(origin, Callable):
+        return f"the class_path of {_with_article(args[-1].__name__)}"
+    return _with_article(getattr(kind, "__name__", str(kind)))
+
+
+def of_parser(
+    message: str,
+    typed: Mapping[str, str],
+    kinds: Mapping[str, Any],
+    values: Mapping[str, str],
+    flags: Collection[str] = (),
+) -> str:
+    """What jsonargparse says of a command line, in one line.
+
+    Args:
+        message: its own words.
+        typed: how the person wrote each option that they gave, by its full name.
+        kinds: every option's type, by its full name.
+        values: what the person gave for each option, by its full name.
+        flags: the short flags that there are.
+    """
+    message = " ".join(message.split())
+    if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
+        key, rest = found.groups()
+        return f"{typed.get(key, key)}: {_of_value(rest, kinds.get(key), values.get(key))}"
+    if found := re.match(r"[Uu]nrecognized arguments: (.*)", message):
+        return _of_stranger(found.group(1), [*flags, *(f"--{key}" for key in kinds)])
+    if found := re.search(r"does not accept (?:nested )?(?:option|key) '?([\w.]+)", message):
+        return f"no option {found.group(1)!r}{near(found.group(1), kinds)}"
+    if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
+        where, detail = values.get("config", "the text given"), found.group(1)[:120]
+        detail = detail.replace(' in "<unicode string>",', "")
+        return (
+            f"{where} is no configuration: expected YAML with sections such as model and data; got {detail}"
+        )
+    return message
+
+
+def of_setting(message: str, typed: Mapping[str, str]) -> str:
+    """A refusal such as "steps: expected 1 or more", under the name that the person typed.
+
+    A run that "was made with" another setting is told of by the option, too, rather than by the field of
+    run.json.
+    """
+    message = re.sub(r"(?<= was made with )[\w.]+(?= = )", lambda found: _option(found[0], typed), message)
+    name, colon, rest = message.partition(": expected")
+    given = [flag for key, flag in typed.items() if key.rpartition(".")[2] == name]
+    return f"{given[0]}{colon}{rest}" if colon and given else message
+
+
+def _option(field: str, typed: Mapping[str, str]) -> str:
+    """The option that a field of run.json comes from, as it was typed; the field where there is no one."""
+    option = MADE_BY.get(field)
+    if re.fullmatch(r"tuning\.(attention|optimizer)(\.[a-z_]\w*)+", field):
+        option = _shorter(field.replace("tuning.", "model.", 1)).removesuffix(".class_path")
+    given = [flag for key, flag in typed.items() if _shorter(key) == option]
+    return given[0] if given else f"--{option}" if option else field
+
+
+def _shorter(key: str) -> str:
+    """An option of a class as it may be typed."""
+    return key.replace(".init_args.", ".")
+
+
+def _of_value(message: str, kind: Any, value: str | None) -> str:
+    if found := re.search(r"File does not exist: '?([^']*)'?", message):
+        return f"there is no file {value or found.group(1)}"
+    inner = re.findall(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (.+?)(?:\.? |$)', message)
+    if inner:  # an argument of a class that is given by class_path
+        key, wanted, got = inner[-1]
+        wanted = re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", wanted)
+        plain = {f"<class '{kind.__name__}'>": words for kind, words in PLAIN.items()}
+        wanted = plain.get(wanted, wanted)
+        return f"{key}: expected {wanted}, got {got.rstrip('.')!r}"
+    if unknown := re.search(
+        r"Option '([\w.]+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", message
+    ):
+        return f"{unknown.group(2)} takes no argument {unknown.group(1)!r}"
+    found = re.search(r".*(?:Got|Given) value: (.*)$", message)
+    if kind is None or not (found or value):
+        return message
+    return f"expected {expected(kind)}, got {value if value is not None else found and found.group(1)!r}"
+
+
+def _of_stranger(text: str, known: Collection[str]) -> str:
+    """Text that belongs to no option."""
+    word = text.split()[0]
+    if not word.startswith("-"):
+        return f"unexpected {text!r}: put text of several words in quotes"
+    option = word.partition("=")[0]
+    return f"no option {option}{near(option, known)}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"

@@ -1,0 +1,89 @@
+"""How a variant is named on the command line and in YAML: shortly, by its class path, or in a file nearby."""
+
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+YAML = "yaml with variants"
+"""The name under which jsonargparse knows the loader of `name_variants_in_yaml`."""
+
+
+class NoYamlError(Exception):
+    """What the YAML library says of a text."""
+
+
+def make_importable(configs: Sequence[str] = ()) -> None:
+    """Import what is registered; a variant may lie in the working directory or beside the YAML naming it."""
+    from kvinv_pl.attention.registry import load_all
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for file in map(Path, configs):
+        if file.is_file() and (folder := str(file.resolve().parent)) not in sys.path:
+            sys.path.append(folder)
+    load_all()
+
+
+def spell_out(argv: Sequence[str], option: str) -> list[str]:
+    """`option` full_kv, as `kvinv variants` lists it, by the class that it stands for.
+
+    So is `option`.inner, the variant that it wraps, and the one that is asked about by `option`.help.
+    """
+    named = re.compile(rf"{re.escape(option)}((\.init_args)?\.inner)*(\.help)?")
+    out, left = list[str](), deque(argv)
+    while left:
+        arg = left.popleft()
+        flag, equals, name = arg.partition("=")
+        is_named = named.fullmatch(flag) is not None
+        if is_named and not equals and left and not left[0].startswith("-"):
+            name = left.popleft()
+        elif not (is_named and equals):
+            out.append(arg)
+            continue
+        out.append(f"{flag}={_class_path(name)}")
+    return out
+
+
+def name_variants_in_yaml() -> str:
+    """Register a loader of YAML in which model.attention, and a class_path in it, may be a short name."""
+    from jsonargparse import get_loader, set_loader
+
+    plain = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        try:
+            value = plain(text)
+        except Exception as error:
+            raise NoYamlError(str(error)) from error
+        model = value.get("model") if isinstance(value, dict) else None
+        if isinstance(model, dict) and "attention" in model:
+            model["attention"] = _spelled(model["attention"])
+        return value
+
+    set_loader(YAML, load, (NoYamlError,))
+    return YAML
+
+
+def _spelled(attention: Any) -> Any:
+    """A variant as a configuration names it, and in its arguments any other that it wraps."""
+    if not isinstance(attention, dict):
+        return _class_path(attention)
+    inner = {
+        key: _spelled(value) if isinstance(value, dict) or key == "inner" else value
+        for key, value in attention.items()
+    }
+    return {**inner, "class_path": _class_path(inner["class_path"])} if "class_path" in inner else inner
+
+
+def _class_path(name: Any) -> Any:
+    """The class path for a short name; what is no name, and null, stays as it is."""
+    if not isinstance(name, str) or not name.isidentifier() or name == "null":
+        return name
+    from kvinv_pl.attention.registry import resolve
+
+    cls = resolve(name)
+    return f"{cls.__module__}.{cls.__qualname__}"

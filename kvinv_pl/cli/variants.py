@@ -1,0 +1,191 @@
+"""The commands that say what there is to choose from, and whether a variant does what it must."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from kvinv_pl.attention import registry
+from kvinv_pl.attention.config import build
+from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
+from kvinv_pl.cli.messages import expected, of_parser
+from kvinv_pl.data.pictures import fit_geometry
+from kvinv_pl.data.tensors import StoreDtype, stored_bytes
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoint import outline
+
+MIB = 2**20
+BRANCHES = 2  # unconditional and conditional
+
+
+def variants(name: str | None = None, checkpoint: str | None = None) -> None:
+    """List the attention variants that are installed; or show one of them, with its options.
+
+    Args:
+        name: Which one to show, by its name, class path or FILE.py:CLASS; `kvinv variants NAME` does as well.
+        checkpoint: The model whose decoder the values of psi are counted for; menagerie, if it is not given.
+    """
+    places, unknown = list[Site](), ""
+    try:
+        unet, told = outline(checkpoint or "menagerie")
+        height, width = (side // told.vae_factor for side in told.sample)
+        places = select(self_attentions(unet, (height, width)), Selection("decoder"))
+    except UserError as error:
+        if checkpoint is not None:
+            raise
+        unknown = f"how many values of psi they have is not known: {error}"
+    shown = [_asked(name)] if name is not None else list(registry.variants().values())
+    for variant in shown:
+        where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
+        print(f"{variant.name:<12}{where}  ({variant.distribution})")
+        print(f"{'':<12}{variant.error or variant.summary}")
+        if variant.cls and places:
+            print(f"{'':<12}{_worth(variant.cls, places, checkpoint or 'menagerie')}")
+        if variant.cls and name is not None:
+            print("\n".join(_details(variant.name, variant.cls)))
+    if unknown:
+        print(unknown)
+
+
+def _asked(name: str) -> registry.Variant:
+    """The variant that a person names, which need not be installed."""
+    if "." not in name:
+        return registry.named(name)
+    cls = registry.locate(name)
+    return registry.Variant(cls.__name__, cls, "not installed", registry.summary(cls))
+
+
+def _worth(cls: type[CPAttention], places: list[Site], checkpoint: str) -> str:
+    """How much a variant learns at one timestep, with its options as they are."""
+    missing = [option.name for option in registry.options(cls) if option.default is inspect.Parameter.empty]
+    if missing:
+        return f"values of psi: it depends on {', '.join(missing)}, which must be given"
+    count = sum(_values(cls(site)) for site in places)
+    return f"{count:,} values of psi for one timestep on {checkpoint} (decoder)"
+
+
+def _details(name: str, cls: type[CPAttention]) -> list[str]:
+    """The rest of a variant's docstring, and its options."""
+    rest = inspect.cleandoc(cls.__doc__ or "").partition("Args:")[0].strip().partition("\n")[2].strip()
+    lines = [*textwrap.indent(rest, " " * 12).splitlines()]
+    options = registry.options(cls)
+    lines += ["", f"options, after --model.attention {name}:" if options else "It has no options."]
+    for option in options:
+        required = option.default is inspect.Parameter.empty
+        default = "must be given" if required else f"default: {option.default}"
+        lines.append(f"  --model.attention.{option.name}  {expected(option.kind)} ({default})")
+        lines += textwrap.wrap(option.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def sites(
+    checkpoint: str = "menagerie",
+    attention: Callable[[Site], CPAttention] | None = None,
+    target_modules: str | list[str] = "decoder",
+    exclude_modules: str | list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: str | list[str] | None = None,
+    max_grid: int | None = None,
+    steps: int = 50,
+    size: str | None = None,
+    store_dtype: StoreDtype = "int8",
+) -> None:
+    """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
+
+    Args:
+        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
+        attention: The CP-attn variant, as for --model.attention; left out, it is full_kv.
+        target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
+        exclude_modules: What to leave out of them, in the same words.
+        layers_to_transform: Numbers of the blocks to keep, as in peft.
+        layers_pattern: The module list that layers_to_transform counts.
+        max_grid: Only self-attentions of at most max_grid x max_grid tokens.
+        steps: DDIM steps T of the run.
+        size: Of the picture, as WIDTHxHEIGHT in pixels; left out, what the checkpoint was made for.
+        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
+    """
+    if steps < 1:
+        raise UserError(f"steps: expected 1 or more, got {steps}")
+    make = attention or registry.resolve("full_kv")
+    unet, told = outline(checkpoint)
+    picture = (told.sample[1], told.sample[0]) if size is None else _size(size)
+    width, height = fit_geometry(picture, told.sample, told.multiple, "keep").resized
+    grid = height // told.vae_factor, width // told.vae_factor
+    every = self_attentions(unet, grid)
+    selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid)
+    chosen = select(every, selection)
+    values, psi, bars = dict[Site, int](), dict[Site, float](), dict[Site, float]()
+    for site in every:
+        cp = make(site)
+        values[site] = _values(cp)
+        psi[site] = _stored(cp.state_dict().values(), store_dtype) * steps / MIB
+        bars[site] = _stored([torch.zeros(BRANCHES, site.tokens, site.dim)] * 2, store_dtype) * steps / MIB
+    longest = max(len(site.path) for site in every)
+    print(f"{checkpoint}: a picture of {width} x {height}, latents of {grid[1]} x {grid[0]}")
+    print(
+        f"  {'path':<{longest}}  {'grid':>9}  {'tokens':>6}  {'width':>5}  {'heads':>5}  {'psi, 1 step':>13}"
+        f"  {'psi, MiB':>9}  {'psi, K, V, MiB':>14}"
+    )
+    for site in every:
+        shape = f"{site.grid[0]}x{site.grid[1]}"
+        print(
+            f"{'*' if site in chosen else ' '} {site.path:<{longest}}  {shape:>9}  {site.tokens:>6}  "
+            f"{site.dim:>5}  {site.heads:>5}  {values[site]:>13,}  {psi[site]:>9.2f}  "
+            f"{psi[site] + bars[site]:>14.2f}"
+        )
+    count, alone, both = (sum(of[site] for site in chosen) for of in (values, psi, bars))
+    print(f"* {len(chosen)} of {len(every)} chosen: {count:,} values of psi a step; {steps} steps take")
+    print(f"  with kv replayed: {alone:.2f} MiB on disk, psi as {store_dtype}")
+    print(f"  with kv stored: {alone + both:.2f} MiB, K-bar and V-bar (both branches) with it")
+
+
+def _values(cp: CPAttention) -> int:
+    """How many values of psi the store keeps for one slot."""
+    return sum(value.numel() for value in cp.state_dict().values())
+
+
+def _stored(values: Iterable[torch.Tensor], dtype: StoreDtype) -> int:
+    """The bytes of one step's values on disk."""
+    return sum(stored_bytes(value.detach(), dtype) for value in values)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height from WIDTHxHEIGHT."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip().lower())
+    if found is None:
+        raise UserError(f"size: expected WIDTHxHEIGHT in pixels such as 512x768, got {text!r}")
+    return int(found.group(1)), int(found.group(2))
+
+
+def check(target: str, options: dict[str, Any] | None = None) -> None:
+    """Check that an attention variant does what every variant must; the exit code is 1 if it does not.
+
+    Args:
+        target: FILE.py:CLASS, a class path, or a name that `kvinv variants` lists; `kvinv check NAME` does as
+            well.
+        options: What to make the variant with, such as '{"rank": 4}'; left out, its defaults are checked, and
+            each other choice among its options.
+    """
+    from kvinv_pl.testing import CHECKS, report, trials
+
+    cls = registry.locate(target)
+    record = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
+    lines, failed = report(trials(_built(record) if options else cls))
+    print("\n".join(lines))
+    if failed:
+        print(f"{cls.__name__} fails {failed} of {len(CHECKS)} checks")
+        raise SystemExit(1)
+    print(f"{cls.__name__} passes {len(CHECKS)} checks")
+
+
+def _built(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
+    """What makes the variant; where it cannot be made, why not, in words."""
+    try:
+        return build(record)
+    except UserError as error:
+        said = str(error.__cause__)
+        raise UserError(str(error).replace(said, of_parser(said, {}, {}, {}))) from error

@@ -1,0 +1,67 @@
+"""The command that draws animals of the embedded world. Its docstring is its help."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import ACTIONS, SIZE, Animal
+
+LARGEST = 4096  # pixels a side
+MOST = 1000  # animals on a page
+
+
+def world(out: str = "world", seed: int = 7, sheet: int = 0, size: int = SIZE) -> None:
+    """Draw an animal of the embedded world: its picture, mask and prompt in every action.
+
+    Args:
+        out: The folder to write to (also -o).
+        seed: Which animal.
+        sheet: Write one page of this many animals, from seed on, in all actions, in place of pictures.
+        size: Pixels a side.
+    """
+    if seed < 0:
+        raise UserError(f"seed: expected 0 or more, got {seed}")
+    if not 0 <= sheet <= MOST:
+        raise UserError(f"sheet: expected a number of animals, 1 to {MOST}, got {sheet}")
+    if not 8 <= size <= LARGEST:
+        raise UserError(f"size: expected 8 to {LARGEST} pixels a side, got {size}")
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _page(folder, seed, sheet, size) if sheet else _pictures(folder, seed, size)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}; name another folder") from error
+    print("\n".join(lines))
+
+
+def _page(out: Path, seed: int, count: int, size: int) -> list[str]:
+    page = Image.new("RGB", (size * len(ACTIONS), size * count))
+    for row in range(count):
+        animal = Animal.sample(seed + row)
+        for column, action in enumerate(ACTIONS):
+            page.paste(animal.render(action, size), (column * size, row * size))
+    return [str(_save(page, out / "sheet.png"))]
+
+
+def _pictures(out: Path, seed: int, size: int) -> list[str]:
+    animal = Animal.sample(seed)
+    lines = []
+    for action in ACTIONS:
+        file = _save(animal.render(action, size), out / f"{action}.png")
+        _save(animal.mask(action, size), out / f"{action}-mask.png")
+        lines.append(f"{file}\t{animal.prompt(action)}")
+    (out / "prompts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def _save(picture: Image.Image, file: Path) -> Path:
+    """Write a picture as a whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file

@@ -1,0 +1,1 @@
+"""The disk: photographs in, run folders out."""

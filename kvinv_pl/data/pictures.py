@@ -1,0 +1,242 @@
+"""Photographs in and out: any file to upright 8-bit sRGB, pictures to a model's pixels and back."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from torch import Tensor
+
+from kvinv_pl.errors import UserError
+
+SMALLEST_SIDE = 8
+LONGEST_RATIO = 8
+MOST_PIXELS = 100_000_000
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES = {"1": "black and white", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright 8-bit image (sRGB, or a mask), what was done to it, the SHA-256 of its size and pixels."""
+
+    image: Image.Image
+    notes: list[str]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """From a picture to a model's pixels, all (w, h): `box` (l, t, r, b) is cut out, then resized."""
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    box: tuple[int, int, int, int] | None = None
+
+    @property
+    def result(self) -> tuple[int, int]:
+        """The (w, h) of what `to_image` returns: the crop's, or the original's."""
+        if self.box is None:
+            return self.original
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+
+def open_picture(path: str | os.PathLike[str]) -> Picture:
+    """Read a picture: EXIF turned, colours to sRGB, transparency over white, 8 bit; raises UserError."""
+    return read_picture(path, _srgb)
+
+
+def read_picture(
+    path: str | os.PathLike[str], to_eight_bit: Callable[[Image.Image, list[str]], Image.Image]
+) -> Picture:
+    """Read a picture, upright, as `to_eight_bit` makes it of the file's own; raises UserError.
+
+    Args:
+        path: the file.
+        to_eight_bit: from the picture in the file's mode to mode RGB or L; it may add notes.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):
+        found = "something else" if os.path.exists(path) else "nothing"
+        raise UserError(f"expected a picture file at {path}, found {found}")
+    notes: list[str] = []
+    too_large = UserError(f"{path} has more than {MOST_PIXELS // 1_000_000} million pixels: make it smaller")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's remarks on odd files, and on sizes, which are checked here
+        try:
+            with Image.open(path) as opened:
+                width, height = opened.size
+                if width * height > MOST_PIXELS:
+                    raise too_large
+                if min(width, height) < SMALLEST_SIDE:
+                    raise UserError(
+                        f"{path} is {width}x{height}, expected {SMALLEST_SIDE} pixels a side or more"
+                    )
+                opened.load()
+                image = to_eight_bit(_upright(opened, notes), notes)
+        except UserError:
+            raise
+        except Image.DecompressionBombError:
+            raise too_large from None
+        except Exception as error:  # PIL's readers raise nearly anything on a broken file
+            reason = "it is in no format of pictures" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"{path} cannot be read as a picture: {reason}") from error
+    pixels = np.ascontiguousarray(np.asarray(image))
+    digest = sha256(f"{image.width}x{image.height}".encode() + pixels.tobytes()).hexdigest()
+    return Picture(Image.fromarray(pixels), notes, digest)  # made anew: no profile or EXIF goes along
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        notes.append("only the first frame was taken")
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as above
+        notes.append("its EXIF data is broken and was ignored")
+        return image
+    if orientation not in _TURNS:
+        return image
+    notes.append(f"turned upright (EXIF orientation {orientation})")
+    return image.transpose(_TURNS[orientation])
+
+
+def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """RGB in sRGB, over white where transparent."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):
+        image = _from_deep_grey(image, notes)
+    elif image.mode not in ("RGB", "RGBA"):
+        notes.append(f"{_MODES.get(image.mode, image.mode)} turned into RGB")
+    transparent = image.has_transparency_data
+    with_alpha = image.convert("RGBA") if transparent else image
+    if image.mode in ("1", "L", "LA"):
+        colour = image.convert("L")
+    else:
+        colour = image if image.mode == "CMYK" else with_alpha.convert("RGB")
+    if profile:
+        colour = _from_profile(colour, profile, notes)
+    colour = colour.convert("RGB")
+    if not transparent or (alpha := with_alpha.getchannel("A")).getextrema() == (255, 255):
+        return colour
+    notes.append("transparency laid over white")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(colour, mask=alpha)
+    return white
+
+
+def _from_deep_grey(image: Image.Image, notes: list[str]) -> Image.Image:
+    """16-bit grey (PIL's modes I;16 and I) to 8 bit, with a transparent value's alpha."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its grey values are not of 8 or 16 bit; save it with 8 bit")
+    notes.append("16-bit grey turned into 8-bit RGB")
+    grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _from_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    """The colours of an embedded ICC profile in sRGB; a profile that is broken or does not fit is ignored."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        name = ImageCms.getProfileDescription(source).strip()
+        if colour.mode == "RGB" and "sRGB" in name:
+            return colour
+        target = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(colour, source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ImportError) as error:
+        notes.append(f"its colour profile was ignored ({error})")
+        return colour
+    notes.append(f"colours turned from {name!r} into sRGB")
+    return converted or colour
+
+
+def fit_geometry(
+    size: tuple[int, int], sample_size: tuple[int, int], multiple: int, mode: Literal["keep", "crop"]
+) -> Geometry:
+    """How a picture of `size` (w, h) reaches a model made for `sample_size` (h, w) pixels.
+
+    Args:
+        size: width and height of the picture.
+        sample_size: height and width the checkpoint was made for.
+        multiple: what both sides of the pixels have to be multiples of.
+        mode: "keep" keeps the aspect, with the shorter side as the model has it, and results come back in the
+            picture's size; "crop" takes the middle in the model's shape, and results are that crop.
+    """
+    width, height = size
+    if max(size) > LONGEST_RATIO * min(size):
+        raise UserError(f"the picture is {width}x{height}, expected at most {LONGEST_RATIO}:1: crop it first")
+
+    def rounded(side: int | float) -> int:
+        return max(1, int(side / multiple + 0.5)) * multiple
+
+    if mode == "keep":
+        scale = min(sample_size) / min(size)
+        return Geometry(size, (rounded(width * scale), rounded(height * scale)))
+    if mode != "crop":
+        raise UserError(f"expected mode 'keep' or 'crop', got {mode!r}")
+    h, w = map(rounded, sample_size)
+    scale = min(width / w, height / h)
+    box_w, box_h = max(1, round(w * scale)), max(1, round(h * scale))
+    left, top = (width - box_w) // 2, (height - box_h) // 2
+    return Geometry(size, (w, h), (left, top, left + box_w, top + box_h))
+
+
+def to_pixels(image: Image.Image, geometry: Geometry) -> Float[Tensor, "3 h w"]:
+    """The picture as the model takes it, in -1 .. 1."""
+    resized = _resize(image.convert("RGB"), geometry, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().contiguous() / 127.5 - 1
+
+
+def as_pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """The picture in its own size, in -1 .. 1."""
+    return to_pixels(image, Geometry(image.size, image.size))
+
+
+def to_mask(image: Image.Image, geometry: Geometry) -> Float[Tensor, "h w"]:
+    """A mask (white: the subject) that lies over the model's pixels, in 0 .. 1."""
+    resized = _resize(image.convert("L"), geometry, Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).float() / 255
+
+
+def to_image(pixels: Float[Tensor, "3 h w"], geometry: Geometry) -> Image.Image:
+    """The model's pixels (-1 .. 1, clamped) as a picture of the original's or the crop's size."""
+    if tuple(pixels.shape[-2:]) != geometry.resized[::-1]:
+        raise ValueError(f"expected pixels (3, *{geometry.resized[::-1]}), got {tuple(pixels.shape)}")
+    array = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    image = Image.fromarray(array.permute(1, 2, 0).contiguous().cpu().numpy())
+    return image.resize(geometry.result, Image.Resampling.LANCZOS)
+
+
+def _resize(image: Image.Image, geometry: Geometry, resampling: Image.Resampling) -> Image.Image:
+    if image.size != geometry.original:
+        expected, got = ("{}x{}".format(*size) for size in (geometry.original, image.size))
+        raise UserError(f"expected a picture or mask of {expected} pixels, got {got}: make both of one size")
+    return image.resize(geometry.resized, resampling, box=geometry.box)
+
+
+def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
+    """Peak signal-to-noise ratio in dB of two tensors of pixels in -1 .. 1; 100 where they are equal."""
+    error = float((a.double() - b.double()).square().mean())
+    return min(100.0, 10 * math.log10(4 / error)) if error > 0 else 100.0

@@ -1,0 +1,81 @@
+"""What run.json says: everything that the files of a run depend on, and the figures that came of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.data.pictures import Geometry, Picture
+
+INVERTED = ("model", "scheduler", "picture", "source", "inversion")
+"""The fields that a trajectory depends on; psi depends on these and on "tuning"."""
+LIBRARIES = ("kvinv-pl", "torch", "lightning", "diffusers", "transformers", "peft")
+
+
+def of_picture(
+    name: str, picture: Picture, geometry: Geometry, mode: str, mask: str | None
+) -> dict[str, Any]:
+    """The picture: its name, how it was read and reached the model, and digests of its pixels."""
+    return {
+        "name": name,
+        "sha256": picture.sha256,
+        "notes": picture.notes,
+        "mode": mode,
+        "size": list(geometry.original),
+        "model_size": list(geometry.resized),
+        "box": list(geometry.box) if geometry.box else None,
+        "mask": mask,
+    }
+
+
+def geometry_of(record: dict[str, Any]) -> Geometry:
+    """The geometry that `of_picture` wrote down."""
+    box = record["box"]
+    return Geometry(tuple(record["size"]), tuple(record["model_size"]), tuple(box) if box else None)
+
+
+def of_table(table: StepTable, predicts_v: bool) -> dict[str, Any]:
+    """The schedule, step by step."""
+    return {
+        "steps": len(table),
+        "prediction": "v_prediction" if predicts_v else "epsilon",
+        "timesteps": table.timesteps.tolist(),
+        "alphas": table.alphas.tolist(),
+    }
+
+
+def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's class and everything that it was given."""
+    kind = type(optimizer)
+    given = {key: value for key, value in sorted(optimizer.defaults.items()) if not isinstance(value, Tensor)}
+    plain = json.loads(json.dumps(given, default=str))
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **plain}
+
+
+def versions() -> dict[str, str]:
+    """The libraries whose behaviour a run may depend on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def told_apart(edit: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings in which the records of two edits differ, as each of them has it."""
+    asked = ("guidance", "reading", "kv", "start", "negative", "subject", "precision")
+    unlike = [key for key in asked if edit.get(key) != other.get(key)]
+    if "reading" in unlike and "kv" in unlike:  # blend has none
+        unlike.remove("kv")
+    if not unlike:  # the same was asked, after the picture was tuned once more
+        return [("this tuning", "an earlier one")]
+    return [(_setting(edit, key), _setting(other, key)) for key in unlike]
+
+
+def _setting(edit: Mapping[str, Any], key: str) -> str:
+    if key not in edit:
+        return f"no {key}"
+    value = edit[key]
+    return f"{key} {f'{value:g}' if isinstance(value, float) else value or 'empty'}"

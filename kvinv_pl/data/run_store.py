@@ -1,0 +1,280 @@
+"""The run folder: run.json, the trajectory, psi_t of every phase, pictures and edits. Nothing is pickled."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from kvinv_pl.data.files import (
+    TEMPORARY,
+    is_whole,
+    read_header,
+    read_json,
+    read_packed,
+    reported,
+    write_json,
+    write_png,
+    write_tensors,
+)
+from kvinv_pl.data.tensors import Bars, Step, of_step, pack, unpack
+from kvinv_pl.errors import UserError
+
+
+class InUseError(UserError):
+    """Another process holds the run."""
+
+
+class RunStore:
+    """One image's run folder; every write is atomic and every read is checked. Writers hold `lock()`."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Name the folder; it is made when something is first written to it."""
+        self.folder = self._place = Path(folder)
+
+    @property
+    def _steps(self) -> Path:
+        return self._place / "steps"
+
+    @property
+    def _pivot(self) -> Path:
+        return self._place / "pivot"
+
+    def at_attempt(self, number: int) -> RunStore:
+        """The same run with the phases of a later attempt at tuning, apart from those of the run (0)."""
+        other = RunStore(self.folder)
+        other._place = self.folder / "attempts" / str(number) if number else self.folder
+        return other
+
+    def settle(self) -> None:
+        """Put the attempt that run.json keeps into the run's place, and drop the others.
+
+        What was tuned at the pivots goes, once the picture is tuned. A crash on the way leaves either the
+        attempt's folder, from which this goes on, or all of it done.
+        """
+        reconstruction = self.read_run().get("reconstruction")
+        if reconstruction is None:
+            return
+        self._drop("pivot")
+        kept = reconstruction["kept"]
+        better = self.at_attempt(kept)._steps
+        if kept and better.exists():
+            with reported("write", self.folder):
+                shutil.rmtree(self.folder / "steps", ignore_errors=True)
+                os.replace(better, self.folder / "steps")
+            self.drop_attempts()
+        for number in range(1, len(reconstruction["attempts"])):  # what a crash has left of those made
+            self._drop(f"attempts/{number}")
+
+    def drop_attempts(self) -> None:
+        """Remove what later attempts at tuning have left."""
+        self._drop("attempts")
+
+    def _drop(self, name: str) -> None:
+        with reported("remove", self.folder / name):
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run against other processes, and clear what a killed one left; raises InUseError."""
+        owner = self.folder / ".lock.pid"
+        with reported("write", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:  # flock, or what Windows has for it: the system frees it when its process dies
+                held = FileLock(self.folder / ".lock").acquire(timeout=0)
+            except Timeout:
+                process = owner.read_text() if owner.exists() else "unknown"
+                message = f"{self.folder} is in use by process {process}: wait for it or stop it"
+                raise InUseError(message) from None
+        with held:
+            with reported("write", self.folder):
+                tuned = ("steps/", "pivot/", "attempts/*/steps/", "attempts/*/pivot/")
+                for place in ("", "edits/", *tuned):
+                    for leftover in self.folder.glob(f"{place}.*{TEMPORARY}"):
+                        leftover.unlink()
+                owner.write_text(str(os.getpid()))
+            try:
+                yield
+            finally:
+                owner.unlink(missing_ok=True)
+
+    def has_run(self) -> bool:
+        """Whether the folder holds a run.json."""
+        return os.path.isfile(self.folder / "run.json")
+
+    def read_run(self) -> dict[str, Any]:
+        """What `write_run` was given, as JSON returns it (tuples are lists)."""
+        if not self.has_run():
+            raise UserError(f"{self.folder} has no run.json: name the folder of a run, or make one")
+        return read_json(self.folder / "run.json")
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Write run.json, with the format number."""
+        write_json(self.folder / "run.json", run)
+
+    def require(self, expected: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """Raise UserError at the first field of `keys` whose value in run.json is not the expected one."""
+        run = self.read_run()
+        for key in keys:
+            if difference := _difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
+                made = "{} was made with {} = {}, not {}".format(self.folder, *difference)
+                raise UserError(
+                    f"{made}: give what it was made with, or another folder, or make it anew by `kvinv run` "
+                    "or `kvinv fit` with --overwrite"
+                )
+
+    def has_trajectory(self) -> bool:
+        """Whether a whole trajectory is there, by its header."""
+        return is_whole(self.folder / "trajectory.safetensors", "trajectory")
+
+    def save_trajectory(self, z: Float[Tensor, "levels c h w"]) -> None:
+        """Write z-hat_0 ... z-hat_T in fp32."""
+        write_tensors(self.folder / "trajectory.safetensors", "trajectory", {"z": z.float()}, {})
+
+    def trajectory(self) -> Float[Tensor, "levels c h w"]:
+        """z-hat_0 ... z-hat_T, fp32, on the CPU; raises UserError where it is missing or damaged."""
+        return read_packed(self.folder / "trajectory.safetensors", "trajectory").tensors()["z"]
+
+    def save_step(
+        self,
+        i: int,
+        psi: Mapping[str, Tensor],
+        z: Float[Tensor, "c h w"],
+        kv: Mapping[str, Bars] | None,
+        info: Mapping[str, Any],
+        dtype: str | None = None,
+    ) -> None:
+        """Write phase i (from noise) as one file: psi_t by "path.name", z-tilde, and K-bar, V-bar.
+
+        Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32.
+        """
+        write_tensors(self._step(i), f"step {i}", of_step(psi, z, kv, dtype), info)
+
+    def step(self, i: int) -> Step:
+        """Phase i, on the CPU; raises UserError where it is missing or damaged."""
+        return Step(read_packed(self._step(i), f"step {i}"))
+
+    def save_pivot(
+        self, i: int, psi: Mapping[str, Tensor], info: Mapping[str, Any], dtype: str | None = None
+    ) -> None:
+        """Write psi_t of step i (from noise) as tuned at its pivot, rounded to `dtype` if one is given."""
+        write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", pack(psi, dtype), info)
+
+    def pivot(self, i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Psi_t and the `info` of step i as tuned at its pivot; raises UserError if missing or damaged."""
+        found = read_packed(self._pivot / f"{i}.safetensors", f"pivot {i}")
+        return unpack(found.tensors()), found.info
+
+    def step_info(self, i: int) -> dict[str, Any]:
+        """The `info` of phase i, from the file's header alone."""
+        return read_header(self._step(i), f"step {i}")[1]
+
+    def done(self) -> set[int]:
+        """Phases whose file is whole, by its header; a cut file is not done."""
+        return _whole(self._steps, "step")
+
+    def done_at_pivots(self) -> set[int]:
+        """Steps whose psi_t is tuned at the pivot, and not yet dropped."""
+        return _whole(self._pivot, "pivot")
+
+    def has_begun(self) -> bool:
+        """Whether there is anything of psi."""
+        return bool(self.done() or self.done_at_pivots())
+
+    def clear(self) -> None:
+        """Remove all that a run leaves, its edits too."""
+        with reported("remove", self.folder):
+            for name in ("run.json", "trajectory.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("source", "reconstruction", "sheet", "mask"):
+                (self.folder / f"{name}.png").unlink(missing_ok=True)
+            for name in ("steps", "pivot", "attempts", "edits"):
+                self._drop(name)
+
+    def edits(self) -> list[tuple[dict[str, Any], Path]]:
+        """Every edit's record and picture, oldest first."""
+        written = (self.folder / "edits").glob("*.json")
+        records = sorted(written, key=lambda file: (file.stat().st_mtime_ns, file.name))
+        return [(read_json(file), file.with_suffix(".png")) for file in records]
+
+    def _step(self, i: int) -> Path:
+        return self._steps / f"{i}.safetensors"
+
+    def save_picture(self, name: str, picture: Image.Image) -> Path:
+        """Write <name>.png."""
+        return write_png(self.folder / f"{name}.png", picture)
+
+    def save_edit(self, slug: str, picture: Image.Image, record: Mapping[str, Any]) -> Path:
+        """Write edits/<slug>.png and .json; the slug gets a number where an edit with other settings has it.
+
+        Args:
+            slug: the target prompt, or a name for the edit; made fit for a file name here.
+            picture: the edited picture.
+            record: what was asked, with which settings; its field "figures" (measured) is no setting.
+        """
+        file = self._edit_file(slug, record)
+        write_png(file.with_suffix(".png"), picture)
+        write_json(file, record)  # last: an edit is there when its record is
+        return file.with_suffix(".png")
+
+    def edit_like(self, slug: str, record: Mapping[str, Any]) -> Path | None:
+        """The picture of an edit that was made with these very settings, if it is there and whole."""
+        file = self._edit_file(slug, record)
+        if not file.exists():
+            return None
+        try:
+            with Image.open(file.with_suffix(".png")) as picture:
+                picture.verify()
+        except (OSError, SyntaxError):  # pillow says so of a broken PNG
+            return None
+        return file.with_suffix(".png")
+
+    def _edit_file(self, slug: str, record: Mapping[str, Any]) -> Path:
+        """The record of an edit with these settings, there or not."""
+        words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", slug).lower())[:48].strip("-") or "edit"
+        names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
+        possible = (self.folder / "edits" / f"{name}.json" for name in names)
+        return next(file for file in possible if not file.exists() or _is_same_edit(file, record))
+
+
+def _whole(folder: Path, kind: str) -> set[int]:
+    """The numbers of the files of this kind that are whole."""
+    numbered = [file for file in folder.glob("*.safetensors") if re.fullmatch(r"0|[1-9][0-9]*", file.stem)]
+    return {int(file.stem) for file in numbered if is_whole(file, f"{kind} {file.stem}")}
+
+
+def _is_same_edit(file: Path, record: Mapping[str, Any]) -> bool:
+    try:
+        there = read_json(file)
+    except UserError:
+        return False
+    asked = json.loads(json.dumps(dict(record)))
+    return {**there, "figures": None} == {**asked, "figures": None}
+
+
+def _difference(field: str, there: Any, asked: Any) -> tuple[str, str, str] | None:
+    """The first leaf in which two JSON values differ: its field and both values, cut to a readable length."""
+    if there == asked:
+        return None
+    if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
+        there, asked = dict(enumerate(there)), dict(enumerate(asked))
+    if isinstance(there, dict) and isinstance(asked, dict):
+        missing = "nothing"
+        for key in [*there, *(key for key in asked if key not in there)]:
+            if found := _difference(f"{field}.{key}", there.get(key, missing), asked.get(key, missing)):
+                return found
+    shown = [text if len(text) <= 120 else f"{text[:117]}..." for text in map(repr, (there, asked))]
+    return field, shown[0], shown[1]

@@ -1,0 +1,123 @@
+"""A picture with its prompts and its run folder, as it is found by name or in a run that is there."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.errors import UserError
+
+Stage = Literal["invert", "fit", "edit"]
+
+
+@dataclass(eq=False)
+class Work:
+    """One picture to be worked on, and the folder where all of it lies.
+
+    Without an `image` the folder must hold what the earlier stages left.
+    """
+
+    name: str
+    store: RunStore
+    image: Path | None
+    source: str
+    targets: list[str]
+    mask: Path | None = None
+    geometry: Literal["keep", "crop"] = "keep"
+
+    @property
+    def label(self) -> str:
+        """What the person knows the picture by: its path, or its run folder."""
+        return str(self.image or self.store.folder)
+
+    def remember_targets(self) -> None:
+        """Note in run.json what the picture is to become, for an edit of the run that is not told."""
+        run = self.store.read_run()
+        if self.targets and run.get("targets") != self.targets:
+            self.store.write_run({**run, "targets": self.targets})
+
+
+def _stores_in(folder: Path) -> list[RunStore]:
+    """The run folder that this is, or those that lie in it."""
+    if RunStore(folder).has_run():
+        return [RunStore(folder)]
+    stores = [RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))]
+    if not stores:
+        found = "it has no run.json, nor has a folder in it" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder} is no run folder: {found}; name one that `kvinv fit` or `kvinv run` made")
+    return stores
+
+
+@contextmanager
+def _reading(store: RunStore) -> Iterator[None]:
+    """Say which field a run.json lacks, where one is read."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        file = store.folder / "run.json"
+        raise UserError(f"{file} is damaged (it lacks {error}): remove the run and make it again") from error
+
+
+def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[Work]:
+    """The finished or half-finished runs in a folder, or the one that it is; the damaged go to `failed`.
+
+    Without targets, those of each are what it was inverted or tuned with.
+    """
+    stores = _stores_in(folder)
+    for store in stores:
+        try:
+            with _reading(store):
+                record = store.read_run()
+                picture, source = record["picture"], record["source"]
+                mask = store.folder / "mask.png" if picture["mask"] else None
+                told = targets or _remembered(store, record)
+                work = Work(picture["name"], store, None, source, told, mask, picture["mode"])
+        except UserError as error:
+            if len(stores) == 1:
+                raise
+            failed[str(store.folder)] = str(error)
+            continue
+        yield work
+
+
+def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
+    """The targets that a picture came with."""
+    targets = run.get("targets", [])
+    if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        file = store.folder / "run.json"
+        raise UserError(f"{file} is damaged (targets: expected a list of texts): give --target")
+    return targets
+
+
+def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the model that a run.json says its run was made with."""
+    if "tuning" not in run:
+        raise UserError(f"{folder} is not tuned: go on with `kvinv fit` before editing")
+    tuning = run["tuning"]
+    return {
+        "checkpoint": run["model"]["checkpoint"],
+        "attention": tuning["attention"],
+        "target_modules": tuning["sites"],
+        "max_grid": tuning["max_grid"],
+        "kv": tuning["kv"],
+        "steps": run["scheduler"]["steps"],
+        **run["editing"],
+    }
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
+    settings, refused = [], list[UserError]()
+    for store in _stores_in(folder):
+        try:
+            with _reading(store):
+                settings.append(_settings_in(store.folder, store.read_run()))
+        except UserError as error:  # one of many is reported when the others are done
+            refused.append(error)
+    if not settings:
+        raise refused[0]
+    if any(other != settings[0] for other in settings):
+        raise UserError(f"the runs in {folder} were made with unlike settings: edit them one by one")
+    return {"model": settings[0], "data": {"run": str(folder)}}

@@ -1,0 +1,141 @@
+"""What a finished phase leaves: psi_t, z-tilde and, if stored, K-bar and V-bar, as tensors of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.data.files import Packed
+from kvinv_pl.errors import UserError
+
+StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
+"""The names that `store_dtype` may have."""
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(StoreDtype)}
+LEVELS = 127
+SCALE = "#scale"
+"""The end of the name under which the scales of an int8 tensor lie beside it."""
+
+
+def rounded(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> Float[Tensor, "*rows tokens dim"]:
+    """What comes back of x once it has been stored; rounding again changes nothing."""
+    return dequantized(quantized("x", x, dtype), "x").to(x.dtype)
+
+
+def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> dict[str, Tensor]:
+    """What is stored for x: one tensor, or for int8 two, the integers and their scales, (*rows, 1, dim).
+
+    What has a single token (lambda and gamma) is next to nothing, and stays in fp32 where the rest is int8.
+    Integers stay as they are; raises UserError for what is too large for a floating dtype.
+    """
+    if not x.is_floating_point():
+        return {name: x}
+    if dtype != "int8":
+        stored = x.to(DTYPES[dtype])
+        if x.isfinite().all() and not stored.isfinite().all():
+            raise UserError(
+                f"{name}: expected values within {torch.finfo(DTYPES[dtype]).max:g}, the most that "
+                f"store_dtype {dtype} holds, got up to {float(x.abs().max()):g}; "
+                "use store_dtype bfloat16 or float32"
+            )
+        return {name: stored}
+    if x.ndim < 2 or x.shape[-2] == 1:
+        return {name: x.float()}
+    scale = _short(x.float().abs().amax(-2, keepdim=True) / LEVELS)
+    levels = torch.where(scale > 0, x.float() / scale, 0).round()
+    return {name: levels.to(torch.int8), name + SCALE: scale}
+
+
+def stored_bytes(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> int:
+    """How many bytes x takes where it is stored, its scales too."""
+    return sum(stored.nbytes for stored in quantized("x", x, dtype).values())
+
+
+def dequantized(stored: dict[str, Tensor], name: str) -> Tensor:
+    """The tensor that was stored under `name`; int8 becomes fp32."""
+    return stored[name] * stored[name + SCALE] if name + SCALE in stored else stored[name]
+
+
+def _short(scale: Tensor) -> Tensor:
+    """The scale with 16 binary digits, upward: multiples of it up to 127 are then exact in fp32."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
+
+
+Bars = tuple[Tensor, Tensor]
+"""K-bar and V-bar of one self-attention, each (1 or 2 branches, tokens, dim)."""
+
+
+class Step:
+    """A finished phase that was read and checked; tensors are made of it where they are first asked for.
+
+    To make them takes many small operations, which in a thread of their own would hold up the others for
+    longer than they take.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        """Take a phase's file."""
+        self.info: dict[str, Any] = packed.info
+        """The figures of the phase."""
+        self._packed = packed
+
+    @cached_property
+    def z(self) -> Float[Tensor, "c h w"]:
+        """Z-tilde after the step, in fp32."""
+        return self._packed.tensors("z")["z"]
+
+    @cached_property
+    def psi(self) -> dict[str, Tensor]:
+        """Psi_t by "path.name", without the slot axis."""
+        return {
+            name.removeprefix("psi."): value for name, value in unpack(self._packed.tensors("psi.")).items()
+        }
+
+    @cached_property
+    def kv(self) -> dict[str, Bars] | None:
+        """K-bar and V-bar by site path; None if they are not stored."""
+        return self.kv_on("cpu")
+
+    def kv_on(self, device: torch.device | str) -> dict[str, Bars] | None:
+        """K-bar and V-bar by site path, on a device, where they come in the bytes that they have on disk."""
+        values = unpack({name: value.to(device) for name, value in self._packed.tensors("kv.").items()})
+        paths = sorted({name.removeprefix("kv.")[: -len(".k")] for name in values})
+        return {path: (values[f"kv.{path}.k"], values[f"kv.{path}.v"]) for path in paths} or None
+
+
+def of_step(
+    psi: Mapping[str, Tensor], z: Float[Tensor, "c h w"], kv: Mapping[str, Bars] | None, dtype: str | None
+) -> dict[str, Tensor]:
+    """The tensors of a phase's file.
+
+    Args:
+        psi: Psi_t by "path.name".
+        z: Z-tilde after the step, which is kept in fp32.
+        kv: K-bar and V-bar by site path; None: they are not stored.
+        dtype: What psi, K-bar and V-bar are rounded to; None: they are kept as they are.
+    """
+    given = {f"kv.{path}.{key}": bar for path, bars in (kv or {}).items() for key, bar in _named(bars)}
+    named = {f"psi.{name}": value for name, value in psi.items()}
+    return {"z": z.float(), **pack(named, dtype), **pack(given, dtype)}
+
+
+def pack(given: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """Tensors by name as they are stored, rounded to `dtype`, if one is given."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in given.items():
+        tensors |= quantized(name, value, dtype) if dtype else {name: value}
+    return tensors
+
+
+def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that were given to be stored; what was rounded to int8 comes back in fp32."""
+    names = [name for name in stored if not name.endswith(SCALE)]
+    return {name: dequantized(stored, name) for name in names}
+
+
+def _named(bars: Bars) -> Iterator[tuple[str, Tensor]]:
+    yield from zip("kv", bars, strict=True)

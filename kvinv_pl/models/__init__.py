@@ -1,0 +1,1 @@
+"""Frozen networks: Stable Diffusion, SAM, and the denoiser that psi is attached to."""

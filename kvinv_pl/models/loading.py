@@ -1,0 +1,74 @@
+"""Reading a model's files: what is wrong with them in one line, which they are, and quiet libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
+
+from kvinv_pl.errors import UserError
+
+AGAIN = "download or copy it again"
+
+
+def attempt(path: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives, or whatever a damaged file provokes in a sentence."""
+    try:
+        return read()
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}; {AGAIN}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, of whatever length the libraries think fit."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def sha256(folder: Path, files: Iterable[Path]) -> str:
+    """One digest of the names and contents of files; threads, because hashing leaves Python alone."""
+
+    def digest(path: Path) -> str:
+        content = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                content.update(chunk)
+        return f"{path.relative_to(folder).as_posix()} {content.hexdigest()}\n"
+
+    def attempted(path: Path) -> str:
+        return attempt(path, lambda: digest(path))
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256("".join(pool.map(attempted, sorted(files))).encode()).hexdigest()
+
+
+@contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Keep diffusers, transformers and the hub's library from logging, such as of each time that it tries.
+
+    Nor do they warn or, unless `bars`, draw progress bars.
+    """
+    drawing = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity()) for library in (*drawing, hub_logging)]
+    drew = [library for library in drawing if library.is_progress_bar_enabled() and not bars]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for library, _ in before:
+                library.set_verbosity(logging.CRITICAL)
+            for library in drew:
+                library.disable_progress_bar()
+            yield
+        finally:
+            for library, verbosity in before:
+                library.set_verbosity(verbosity)
+            for library in drew:
+                library.enable_progress_bar()

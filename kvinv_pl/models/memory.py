@@ -1,0 +1,77 @@
+"""How many pictures fit into memory side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvinv_pl.models.denoiser import Network
+
+MOST = 8
+"""Side by side at most: pictures that have converged are computed along until the last one has."""
+SHARE = 0.7
+"""Of what is free; the rest is for what a forward needs for a moment and for other programs."""
+COPIES = 6
+"""Of psi for each slot: itself, its gradient, Adam's two moments, what stopped, and K-bar, V-bar."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    if (table := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # how much is taken is not said
+    return 4 * 2**30
+
+
+def bytes_per_slot(network: Network, grid: tuple[int, int], w: float) -> int:
+    """What tuning one picture of this latent size holds until its backward pass, and psi with its copies."""
+    network.place(grid, 1)
+    backbone, device = network.backbone, network.device
+    z = torch.zeros(1, backbone.latent_channels, *grid, device=device)
+    t = network.table.timesteps[:1].to(device)
+    contexts = backbone.embed(["", ""])[:, None]
+    with network.attached().blend():
+        held = _held(
+            lambda: network.guided_eps(contexts, w)(z, t), {p.data_ptr() for p in network.parameters()}
+        )
+    return held + COPIES * sum(p.numel() * p.element_size() for p in network.psi.parameters())
+
+
+def _held(run: Callable[[], Tensor], known: set[int]) -> int:
+    """The bytes that autograd keeps of a forward, counted once for each piece of memory; `known` is there."""
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = run()  # held on to, so that no piece of memory is used twice
+    return sum(found.values()) + out.nbytes
+
+
+def side_by_side(network: Network, grid: tuple[int, int], w: float, pictures: int) -> tuple[int, str]:
+    """How many of so many pictures to tune side by side, and the reason."""
+    if pictures == 1:
+        return 1, "one picture"
+    each, free = bytes_per_slot(network, grid, w), free_bytes(network.device)
+    fitting = int(free * SHARE // max(1, each))
+    chosen = max(1, min(pictures, fitting, MOST))
+    return chosen, f"each takes about {_size(each)}, {_size(free)} are free"
+
+
+def _size(count: float) -> str:
+    """Bytes as a person says them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

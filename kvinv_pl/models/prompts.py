@@ -1,0 +1,114 @@
+"""Words among the tokens of a prompt: which of them is the subject, and where the model looks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.attention.cross_attention import cross_attentions, watching
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.stable_diffusion import Backbone
+
+SHARES = (0.2, 0.4, 0.6)  # of the noise schedule, where a word is looked for
+START = (0,)  # the prompt's first token, to compare with
+
+
+def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
+    """Where a word (or several in a row) stands among the tokens of a prompt, at every occurrence.
+
+    A word that is not in the prompt, or comes after the last token that the model reads, is a UserError.
+    """
+
+    def tokens(text: str) -> list[str]:
+        ids = backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
+
+    said, sought = tokens(prompt), tokens(word)
+
+    def begins() -> Iterator[int]:
+        for at in range(len(said) - len(sought) + 1):
+            whole = at == 0 or said[at - 1].endswith("</w>")  # not the end of a longer word
+            if sought and whole and said[at : at + len(sought)] == sought:
+                yield at
+
+    found = sorted({1 + at + n for at in begins() for n in range(len(sought))})  # after the start token
+    if not found:
+        words = ", ".join(dict.fromkeys(prompt.split())) or "no words"
+        raise UserError(f"{word!r} is not in the prompt {prompt!r}: expected one of {words}")
+    if found[-1] > backbone.prompt_length - 2:
+        raise UserError(f"{word!r} comes after the end of what the model reads of the prompt: say it earlier")
+    return found
+
+
+@torch.no_grad()
+def mask_from_word(
+    backbone: Backbone, pixels: Float[Tensor, "3 h w"], prompt: str, word: str
+) -> Float[Tensor, "h w"]:
+    """Where the model looks for a word of the prompt in a picture: a mask of 0 and 1.
+
+    The decoder's cross-attention to the word, against that to the prompt's start, is averaged over noised
+    versions of the picture (always the same ones) and cut midway between its least and its most.
+
+    Args:
+        backbone: the model.
+        pixels: the picture as the model takes it, in -1..1.
+        prompt: what it shows.
+        word: which word of the prompt; it may be several in a row.
+    """
+    positions = word_positions(backbone, prompt, word)
+    device, alphas = backbone.alphas_cumprod.device, backbone.alphas_cumprod
+    t = torch.tensor([int(share * len(alphas)) for share in SHARES], device=device)
+    z_0, alpha = backbone.encode(pixels[None].to(device)), alphas[t].view(-1, 1, 1, 1)
+    noise = torch.randn(len(t), *z_0.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+    z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
+    paths = cross_attentions(backbone.unet)
+    decoder = [path for path in paths if path.startswith("up_blocks.")]
+    with watching(backbone.unet, [positions], START, decoder or paths) as maps:
+        backbone.eps(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
+    seen = maps.now((pixels.shape[1], pixels.shape[2]))
+    if seen is None:
+        raise UserError("this checkpoint has no cross-attention to read a mask from: give a mask or use SAM")
+    mean = seen.mean(0).cpu()
+    return (mean > (mean.min() + mean.max()) / 2).float()
+
+
+STRUCTURE = frozenset(
+    ["a", "an", "the", "is", "are", "was", "were", "that", "which", "of", "in", "on", "at", "and"]
+)
+"""Words that no picture is of."""
+
+
+def subject_of(source: str, target: str) -> str:
+    """The word for the subject where none is given: the last that both prompts have before they differ.
+
+    "a cat standing on grass" and "a cat running on grass" are both of a cat. Raises UserError where both
+    begin with nothing in common, or do not differ.
+    """
+    said, asked = ([word.strip(",.;:") for word in prompt.split()] for prompt in (source, target))
+    alike = [mine.lower() == its.lower() for mine, its in zip(asked, said, strict=False)]
+    common = asked[: [*alike, False].index(False)]
+    words = [word for word in common if word.lower() not in STRUCTURE]
+    if not words or (all(alike) and len(said) == len(asked)):
+        raise UserError(
+            f"subject: which word of {target!r} is the subject cannot be told from {source!r}: "
+            "give --model.subject"
+        )
+    return words[-1]
+
+
+def subject_positions(
+    backbone: Backbone, source: str, targets: Sequence[str], subject: str | None
+) -> list[list[int]]:
+    """Where the subject's word stands among the tokens of each target; raises UserError if it does not.
+
+    Args:
+        backbone: The model.
+        source: What the picture shows.
+        targets: What it should become.
+        subject: The word, the same for all; None: see `subject_of`.
+    """
+    words = [subject or subject_of(source, target) for target in targets]
+    return [word_positions(backbone, target, word) for target, word in zip(targets, words, strict=True)]

@@ -1,0 +1,152 @@
+"""A Stable Diffusion checkpoint, frozen, as encode / decode / embed / eps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from kvinv_pl.algorithm.ddim import StepTable, from_v
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoint import NEEDED, load, sizes
+from kvinv_pl.models.loading import attempt
+
+CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
+
+
+class Backbone(nn.Module):
+    """A frozen latent diffusion model; the U-Net and the text model in a dtype of choice, the VAE in fp32."""
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler_config: Mapping[str, Any],
+        identity: Mapping[str, str],
+    ) -> None:
+        """Freeze the parts; scheduler_config is that of the checkpoint, whichever scheduler it is for."""
+        super().__init__()
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae.float(), text_encoder, tokenizer
+        self.identity = dict(identity)
+        self.scheduler = _ddim(scheduler_config)
+        self.predicts_v = self.scheduler.config["prediction_type"] == "v_prediction"
+        self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod.clone(), persistent=False)
+        self.latent_channels = int(vae.config["latent_channels"])
+        told = sizes(unet.config, vae.config)
+        self.vae_factor, self.multiple, self.sample_size = told.vae_factor, told.multiple, told.sample
+        """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
+        self.prompt_length = min(tokenizer.model_max_length, int(text_encoder.config.max_position_embeddings))
+        self._refuse_other_conditions()
+        self.requires_grad_(False).train(False)
+
+    @classmethod
+    def load(cls, checkpoint: str, dtype: torch.dtype = torch.float32) -> Backbone:
+        """Load a folder as diffusers saves it, a hub id (owner/name), or "menagerie", the embedded model."""
+        return cls(**vars(load(checkpoint, dtype)))
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode, whatever a trainer asks for."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c i j"]:
+        """Encode(I): the mean of the posterior for pixels in [-1, 1], in the scale of the U-Net, in fp32."""
+        h, w = pixels.shape[-2:]
+        if h % self.vae_factor or w % self.vae_factor:
+            raise UserError(f"both sides of a picture must be multiples of {self.vae_factor}, got {h} x {w}")
+        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config["scaling_factor"]
+        with torch.autocast(pixels.device.type, enabled=False):
+            rows = pixels.float().split(max(1, PIXELS_AT_ONCE // (h * w)))
+            means = torch.cat([self.vae.encode(x, return_dict=False)[0].mean for x in rows])
+        return (means - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, z: Float[Tensor, "n c i j"]) -> Float[Tensor, "n 3 h w"]:
+        """Decode(z_0): pixels in [-1, 1], in fp32."""
+        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config["scaling_factor"]
+        at_once = max(1, PIXELS_AT_ONCE // (z.shape[-2] * z.shape[-1] * self.vae_factor**2))
+        with torch.autocast(z.device.type, enabled=False):
+            rows = (z.float() / scale + shift).split(at_once)
+            pixels = torch.cat([self.vae.decode(x, return_dict=False)[0] for x in rows])
+        if not pixels.isfinite().all():
+            raise UserError(
+                "the decoded picture is not finite: the latents have run away; "
+                "use a lower guidance scale or learning rate, or float32 in place of half precision"
+            )
+        return pixels.clamp(-1, 1)
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
+        """The text model's reading of prompts, L tokens each; what comes after is not read (see unread)."""
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=self.prompt_length, truncation=True, return_tensors="pt"
+        ).to(self.text_encoder.device)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens["attention_mask"] if masked else None
+        return self.text_encoder(tokens["input_ids"], attention_mask=mask)[0]
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that embed leaves out for want of tokens; empty for a prompt that fits."""
+        tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        return str(self.tokenizer.decode(tokens[self.prompt_length - 2 :])).strip()
+
+    def eps(
+        self, z: Float[Tensor, "rows c i j"], t: Int[Tensor, " rows"], prompt: Float[Tensor, "rows L d"]
+    ) -> Float[Tensor, "rows c i j"]:
+        """epsilon_theta(z, t, c) in fp32; a v-prediction is converted with the alpha of its t."""
+        dtype = self.unet.conv_in.weight.dtype
+        out = self.unet(z.to(dtype), t, encoder_hidden_states=prompt.to(dtype), return_dict=False)[0]
+        return from_v(z.float(), out, self.alphas_cumprod[t]) if self.predicts_v else out.float()
+
+    def step_table(self, steps: int) -> StepTable:
+        """The DDIM steps of the checkpoint's own schedule, each going to the next entry of the table."""
+        train = self.scheduler.config["num_train_timesteps"]
+        if not 1 <= steps <= train:
+            raise UserError(f"the number of steps must be 1 to {train}, got {steps}")
+        self.scheduler.set_timesteps(steps)
+        # trailing spacing may come with one timestep too many, below zero
+        timesteps = self.scheduler.timesteps[:steps]
+        final_alpha = float(self.scheduler.final_alpha_cumprod)
+        return StepTable.through(timesteps, self.scheduler.alphas_cumprod, final_alpha)
+
+    def _refuse_other_conditions(self) -> None:
+        """Refuse a U-Net that wants to be told more than z, t and a prompt."""
+        config, name = self.unet.config, self.identity.get("checkpoint", "this checkpoint")
+        if config["in_channels"] != self.latent_channels:
+            raise UserError(
+                f"the U-Net of {name} takes {config['in_channels']} channels where its VAE gives "
+                f"{self.latent_channels}: an inpainting or picture-conditioned model; {NEEDED}, text to image"
+            )
+        if extra := [key for key in CONDITIONS if config.get(key) is not None]:
+            raise UserError(f"the U-Net of {name} asks for more than a prompt ({', '.join(extra)}); {NEEDED}")
+        if (width := config["cross_attention_dim"]) != (given := self.text_encoder.config.hidden_size):
+            raise UserError(
+                f"the U-Net of {name} reads prompts of width {width}, its text model gives {given}"
+            )
+
+
+def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
+    """DDIM on the noise schedule of any scheduler's configuration, without clipping."""
+    kind, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if "beta_start" not in config and config.get("trained_betas") is None:
+        raise UserError(f"the scheduler {kind} has no betas, so DDIM cannot run on its schedule; {NEEDED}")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"the scheduler says prediction_type {prediction!r}, expected epsilon or v_prediction"
+        )
+    make = partial(DDIMScheduler.from_config, dict(config), clip_sample=False, thresholding=False)
+    return attempt(Path("scheduler"), make)

@@ -1,0 +1,1 @@
+"""The three stages of pictures, from and into their run folders."""

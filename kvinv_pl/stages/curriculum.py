@@ -1,0 +1,105 @@
+"""Tuning as a curriculum: which timesteps a phase holds, when it has converged, and what it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import Literal
+
+Curriculum = Literal["sequential", "pivot"]
+"""sequential: z-tilde rolls out, and every timestep is tuned where it has come to (the paper's). pivot: every
+timestep is tuned at its pivot z-hat_t, and then settled where z-tilde comes to in rolling out."""
+Pass = Literal["pivots", "roll-out"]
+"""A part of the curriculum: all timesteps at their pivots, or z-tilde rolling out."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One epoch of the fit: which picture each slot holds, and at which step, counted from noise.
+
+    An empty slot holds a copy that counts for nothing.
+    """
+
+    members: tuple[int, ...]
+    steps: tuple[int, ...]
+    active: tuple[bool, ...]
+    enters: bool
+    """Whether the slots are filled here, rather than by the phase before."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures tuned side by side, each in its slot. An empty slot holds a copy that counts for nothing."""
+
+    members: tuple[int, ...]
+    active: tuple[bool, ...]
+    first: int  # the step at which it goes on
+
+
+def first_missing(done: Set[int], steps: int) -> int:
+    """Where a picture goes on: z-tilde of a step depends on every step before it."""
+    return next((i for i in range(steps) if i not in done), steps)
+
+
+def batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Batch]:
+    """Unfinished pictures in batches of `slots`, those that go on at the same step together; None: leave it.
+
+    Who shares a batch, and in which slot, follows from the order alone and not from what is done, so that a
+    fit that goes on computes what it would have computed. For the same reason a picture that is one step
+    ahead, as a kill between the files of one phase leaves it, makes that step again.
+    """
+    found = []
+    for begin in range(0, len(done), slots):
+        row = enumerate(done[begin : begin + slots])
+        firsts = {slot: first_missing(made, steps) for slot, made in row if made is not None}
+        waiting = {slot: first for slot, first in firsts.items() if first < steps}
+        while waiting:
+            first = min(waiting.values())
+            active = [slot for slot, at in firsts.items() if first <= at <= first + 1]
+            members = [begin + (slot if slot in active else active[0]) for slot in range(slots)]
+            found.append(Batch(tuple(members), tuple(slot in active for slot in range(slots)), first))
+            waiting = {slot: at for slot, at in waiting.items() if slot not in active}
+    return found
+
+
+def roll_out(made: Iterable[Batch], steps: int) -> list[Phase]:
+    """The phases in which z-tilde of every batch rolls out, in order: all slots are at the same step."""
+    return [
+        Phase(batch.members, (step,) * len(batch.members), batch.active, step == batch.first)
+        for batch in made
+        for step in range(batch.first, steps)
+    ]
+
+
+def missing_at_pivots(
+    made: Iterable[Batch], done: Sequence[Set[int]], steps: int, carry: bool
+) -> list[set[int]]:
+    """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out.
+
+    With `carry`, a batch that goes on needs the step before, too.
+    """
+    missing = [set[int]() for _ in done]
+    for batch in made:
+        for member, active in zip(batch.members, batch.active, strict=True):
+            if active:
+                missing[member] = {*range(max(0, batch.first - carry), steps)} - done[member]
+    return missing
+
+
+def at_pivots(needed: Sequence[Set[int]], steps: int, slots: int) -> list[Phase]:
+    """The phases in which timesteps are tuned at their pivots, `needed` being those of each picture.
+
+    Timesteps at their pivots do not depend on each other, so all of them, of one picture after the other,
+    fill the slots. Which of them share a phase, and in which slot, follows from the order alone and not from
+    what is needed, so that a fit that goes on computes what it would have computed.
+    """
+    every = [(picture, step) for picture in range(len(needed)) for step in range(steps)]
+    found = []
+    for begin in range(0, len(every), slots):
+        items = every[begin : begin + slots]
+        active = [step in needed[picture] for picture, step in items]
+        if any(active):
+            empty = slots - len(items)
+            members, at = zip(*items, *[items[-1]] * empty, strict=True)
+            found.append(Phase(members, at, (*active, *[False] * empty), True))
+    return found

@@ -1,0 +1,146 @@
+"""Stage 3 of one picture, from its run folder and back into it: edits, and the sheet of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from kvinv_pl.algorithm.editing import edit, first_step
+from kvinv_pl.attention.config import of_variant
+from kvinv_pl.data.pictures import open_picture, to_image
+from kvinv_pl.data.records import geometry_of, told_apart
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.sheet import sheet
+from kvinv_pl.data.source_image import Work
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.prompts import subject_positions
+from kvinv_pl.stages.invert import is_tuned, mask_of
+from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.reader import Reader
+
+
+def refuse_unreadable(network: Network, work: Work, reading: str, subject: str | None, masked: bool) -> None:
+    """Refuse, rather than after the tuning, what an edit could not read with the variant that is attached.
+
+    Args:
+        network: The model, with psi attached.
+        work: The picture with its targets.
+        reading: frozen or blend.
+        subject: The word for the subject, if one was given.
+        masked: Whether the picture has a mask.
+    """
+    if why := network.why_not(reading):
+        other = {"frozen": "blend", "blend": "frozen"}[reading]
+        raise UserError(f"reading: expected {other}, got {reading}: {why}")
+    variant = network.cps[0]
+    if variant.wants_mask and not masked:
+        raise UserError(
+            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
+        )
+    if subject and not variant.follows:
+        raise UserError(
+            f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
+        )
+    if variant.follows:
+        subject_positions(network.backbone, work.source, work.targets, subject)
+
+
+@torch.no_grad()
+def edit_picture(
+    network: Network,
+    work: Work,
+    guidance: float,
+    reading: str,
+    kv: str,
+    start: float,
+    negative: str,
+    subject: str | None,
+    watch: Progress,
+    again: bool = False,
+) -> list[Path]:
+    """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
+
+    What was rendered with the very same settings is not rendered again, unless `again`.
+    """
+    store, table, began = work.store, network.table, time.perf_counter()
+    run = store.read_run()
+    if not is_tuned(network, store) or not {"tuning", "reconstruction"} <= run.keys():
+        raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
+    trajectory = store.trajectory()
+    attachment = network.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
+    here = {"sites": list(attachment.psi), "attention": of_variant(network.cps[0])}
+    store.require({"tuning": {**run["tuning"], **here}}, ["tuning"])
+    if reading == "frozen" and kv == "stored" and run["tuning"]["kv"] == "replayed":
+        raise UserError(
+            f"{store.folder} holds psi alone, without K-bar and V-bar: edit it with kv replayed, "
+            "or reading blend"
+        )
+    mask = mask_of(store)
+    network.bind(None if mask is None else mask[None])
+    asked = {
+        target: {
+            "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
+            "tuned_at": run["tuning"]["guidance"], "reading": reading, "start": start,
+            **({"kv": kv} if reading == "frozen" else {}),
+            **({"subject": subject} if subject else {}),
+            "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
+            "precision": str(network.backbone.unet.dtype).removeprefix("torch."),
+            "tuning": run["tuning"], "attempt": run["reconstruction"]["kept"],
+        }
+        for target in work.targets
+    }  # fmt: skip
+    there = {} if again else {target: store.edit_like(target, record) for target, record in asked.items()}
+    paths = {target: path for target, path in there.items() if path is not None}
+    for path in paths.values():
+        watch.note(f"{work.name}: {path} is there with these settings; --overwrite renders it again")
+    targets = [target for target in asked if target not in paths]
+    if not targets:
+        store.save_picture("sheet", sheet_of(store))  # a kill may have left an older one
+        return list(paths.values())
+    if guidance != run["tuning"]["guidance"]:
+        watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
+    reader = Reader(network, store, targets, negative, reading, kv, first_step(start, len(table)), subject)
+    watch.begin("editing", work.name, len(table))
+    z_T = trajectory[-1:].to(network.device).expand(len(targets), -1, -1, -1)
+    with reader.reading_ahead():
+        z_0 = edit(
+            reader.eps, z_T, table, reader.psi, guidance, start,
+            lambda i: watch.advance(f"timestep {int(table.timesteps[i])}"),
+        )  # fmt: skip
+    geometry = geometry_of(run["picture"])
+    edited = [to_image(pixels.cpu(), geometry) for pixels in network.backbone.decode(z_0)]
+    seconds = round((time.perf_counter() - began) / len(edited), 2)
+    for target, picture in zip(targets, edited, strict=True):
+        paths[target] = store.save_edit(target, picture, {**asked[target], "figures": {"seconds": seconds}})
+    store.save_picture("sheet", sheet_of(store))
+    watch.finish()
+    for target in targets:
+        _tell_apart(store, asked[target], paths[target], work.name, watch)
+    return [paths[target] for target in asked]
+
+
+def _tell_apart(store: RunStore, record: dict[str, Any], path: Path, name: str, watch: Progress) -> None:
+    """Say what sets an edit apart from the one most like it whose target, and so name, is the same."""
+    there = [(other, file) for other, file in store.edits() if other["target"] == record["target"]]
+    unlike = [(told_apart(record, other), file) for other, file in there if file != path]
+    if unlike:
+        settings, file = min(unlike, key=lambda found: len(found[0]))
+        mine, its = (", ".join(texts) for texts in zip(*settings, strict=True))
+        watch.note(f"{name}: {path} has {mine}; {file.name}, of the same target, has {its}")
+
+
+def sheet_of(store: RunStore) -> Image.Image:
+    """The source, the reconstruction and every edit that lies in the run folder."""
+    run, done = store.read_run(), store.edits()
+    files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
+    quality = run["reconstruction"]["psnr_to_round_trip"]
+    captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
+    for record, _ in done:
+        how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
+        captions.append(f"{record['target']}\n{how}")
+    return sheet([open_picture(file).image for file in files], captions)

@@ -1,0 +1,113 @@
+"""What a run tells the person who waits for it, and the loggers."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+REDRAWN = 0.1  # seconds, on a terminal
+REPEATED = 30.0  # seconds, where lines stay
+
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a line now and then and one at the end."""
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        """Write to `stream` (None: standard error), or nothing at all if `quiet`."""
+        self.stream = stream
+        self.quiet = quiet
+        self._task = ""
+        self._total = self._done = 0
+        self._began = self._drawn = 0.0
+
+    def begin(self, stage: str, picture: str, total: int) -> None:
+        """A stage of one picture (or several) with `total` steps begins."""
+        self._task, self._total, self._done = f"{stage} {picture}", total, 0
+        self._began = self._drawn = time.monotonic()
+
+    def show(self, detail: str) -> None:
+        """Say where the stage is, but not too often."""
+        now = time.monotonic()
+        if self.quiet or now - self._drawn < (REDRAWN if self._interactive else REPEATED):
+            return
+        self._drawn = now
+        left = f", {_clock((now - self._began) * (self._total / self._done - 1))} left" if self._done else ""
+        line = f"{self._task}: {self._done}/{self._total} {detail}{left}"
+        if self._interactive:  # a line that wraps could not be rewritten
+            self._write(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}")
+        else:
+            self._write(f"{line}\n")
+
+    def advance(self, detail: str, steps: int = 1) -> None:
+        """So many steps are done."""
+        self._done += steps
+        self.show(detail)
+
+    def finish(self, detail: str = "") -> None:
+        """The stage is over: leave a line that stays."""
+        took = _clock(time.monotonic() - self._began)
+        self.note(f"{self._task}: {self._done} steps in {took}{', ' if detail else ''}{detail}")
+
+    def note(self, text: str) -> None:
+        """Something the person should know."""
+        self._write(f"\r\x1b[2K{text}\n" if self._interactive else f"{text}\n")
+
+    @property
+    def _interactive(self) -> bool:
+        return (self.stream or sys.stderr).isatty()
+
+    def _write(self, text: str) -> None:
+        if not self.quiet:
+            stream = self.stream or sys.stderr
+            stream.write(text)
+            stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as a person says them: 4.2 s, 3:07 min, 2:15 h."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def log_phase(loggers: Sequence[Any], name: str, i: int, figures: Mapping[str, float], device: Any) -> None:
+    """Write the figures of phase i (from noise), and the memory taken so far, under the picture's name."""
+    if loggers:
+        told = {f"{name}/{key}": value for key, value in figures.items()}
+        told |= {f"{name}/peak_memory_gib": peak_memory(torch.device(device)) / 2**30}
+        for logger in loggers:
+            logger.log_metrics(told, step=i)
+
+
+def log_result(loggers: Sequence[Any], name: str, record: Mapping[str, Any]) -> None:
+    """Write what the reconstruction is worth, in dB, attempt by attempt."""
+    told = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
+    for logger in loggers:
+        logger.log_metrics(told, step=len(record["attempts"]) - 1)
+
+
+def log_picture(loggers: Sequence[Any], name: str, i: int, pixels: Float[Tensor, "3 h w"]) -> None:
+    """Write a picture (pixels in -1 .. 1) with those loggers that take pictures."""
+    for logger in loggers:
+        if callable(show := getattr(getattr(logger, "experiment", None), "add_image", None)):
+            show(name, ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), i)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most that was taken so far, in bytes: of the GPU's memory, or elsewhere of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,175 @@
+"""What an edit reads at each step: psi_t itself, or the K-bar and V-bar of the source, stored or replayed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, cat
+
+from kvinv_pl.attention.attachment import Attachment
+from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.tensors import Step
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.prompts import START, subject_positions
+
+Reading = Literal["frozen", "blend"]
+KeyValues = Literal["stored", "replayed"]
+
+
+@dataclass(eq=False)
+class Source:
+    """The source's rows in a forward beside its edits: its prompts, and its latent at the step in hand."""
+
+    contexts: Float[Tensor, "branches L d"]
+    z: Float[Tensor, "1 c h w"] | None = None
+
+
+UNSETTLED = 0.2
+"""The share of the steps, from noise, in which cross-attention cannot tell where the subject will be."""
+
+
+class Reader:
+    """The network under the target prompts, and what was tuned for it to read; the steps are read ahead."""
+
+    def __init__(
+        self,
+        network: Network,
+        store: RunStore,
+        targets: Sequence[str],
+        negative: str,
+        reading: str,
+        kv: str,
+        first: int,
+        subject: str | None = None,
+    ) -> None:
+        """Embed the prompts.
+
+        Args:
+            network: The model with psi attached, one slot wide.
+            store: A run that is tuned to the end.
+            targets: What the source should become, one edit for each.
+            negative: What the unconditional branch of the edits is told.
+            reading: frozen or blend.
+            kv: Where frozen has K-bar and V-bar from: stored ones, or the source's pass beside the edits.
+            first: The first step, counted from noise, at which something is read.
+            subject: The word for the subject in the targets, for variants that follow it; None: see
+                `subject_of`.
+        """
+        self.network, self.store, self.first = network, store, first
+        self.reading: str = reading
+        # rows of the U-Net: edit after edit, each unconditional, then conditional
+        self.contexts = network.backbone.embed([text for target in targets for text in (negative, target)])
+        self.source = self._source() if (reading, kv) == ("frozen", "replayed") else None
+        self._coming: dict[int, Future[Step]] = {}
+        self._positions: list[list[int]] | None = None  # a row's; the unconditional ones have no word
+        if reading == "frozen" and any(cp.follows for cp in network.cps):
+            found = subject_positions(network.backbone, store.read_run()["source"], targets, subject)
+            self._positions = [positions for each in found for positions in ([], each)]
+        self._at = first
+        self._open = ExitStack()
+
+    def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
+        """From here on, variants are told where the edits look for the subject's word."""
+        extra = 0 if self.source is None else len(self.source.contexts)
+        unet = self.network.backbone.unet
+        known = math.ceil(UNSETTLED * len(self.network.table))
+
+        def looks(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
+            return _looks(maps, extra, grid) if self._at >= known else None
+
+        # the decoder's say best where a word is, see prompts.mask_from_word
+        decoder = [path for path in cross_attentions(unet) if path.startswith("up_blocks.")]
+        watched = watching(unet, [[]] * extra + positions, START, decoder or None)
+        maps = self._open.enter_context(watched)
+        self._open.enter_context(attachment.following(looks))
+
+    def _source(self) -> Source:
+        """The branches that tuning ran, under the prompts that it ran them with."""
+        run = self.store.read_run()
+        tuning = run["tuning"]
+        prompts = [run["source"]] if tuning["guidance"] == 1 else [tuning["negative"], run["source"]]
+        self._trajectory = self.store.trajectory()
+        return Source(self.network.backbone.embed(prompts))
+
+    def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> tuple[Tensor, Tensor]:
+        """The unconditional and the conditional epsilon of every edit."""
+        rows, times, contexts = z.repeat_interleave(2, 0), t.repeat_interleave(2), self.contexts
+        extra = 0
+        if self.source is not None and self.source.z is not None:
+            extra = len(self.source.contexts)
+            rows = cat([self.source.z.expand(extra, -1, -1, -1), rows])
+            times, contexts = cat([t[:1].expand(extra), times]), cat([self.source.contexts, contexts])
+        with self.network.autocast():
+            eps = self.network.backbone.eps(rows, times, contexts)[extra:]
+        eps_u, eps_c = eps.unflatten(0, (-1, 2)).unbind(1)
+        return eps_u, eps_c
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """One step of prefetch: the next psi_t is read while the network works."""
+        self._attachment = self.network.attached()
+        with ThreadPoolExecutor(1) as pool:
+            self._pool = pool
+            self._expect(self.first)
+            with self._open:
+                yield
+
+    def _expect(self, i: int) -> None:
+        if i < len(self.network.table):
+            self._coming[i] = self._pool.submit(self.store.step, i)
+
+    @contextmanager
+    def psi(self, i: int) -> Iterator[None]:
+        """The context in which the network reads what was tuned for step i; one step comes after another."""
+        step = self._coming.pop(i).result()
+        self._at, attachment = i, self._attachment
+        if i == self.first and self._positions is not None:
+            self._follow(self._positions, attachment)
+        if self.reading == "frozen" and self.source is None:
+            way = attachment.frozen(self._stored(step))
+        else:
+            self.network.read(step.psi, slot=0)
+            source = self.source
+            way = attachment.blend() if source is None else self._beside(source, i, step, attachment)
+        # only now: making this step's tensors and reading the next one would hold each other up
+        self._expect(i + 1)
+        with way:
+            yield
+
+    def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
+        kv = step.kv_on(self.network.device)
+        if kv is None:
+            raise UserError(
+                f"{self.store.folder} holds no K-bar and V-bar: edit it with kv replayed, or reading blend"
+            )
+        return {path: (k[:, None], v[:, None]) for path, (k, v) in kv.items()}
+
+    @contextmanager
+    def _beside(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
+        """The source's own rows run along from where K-bar and V-bar of step i were taken in tuning."""
+        if i == 0 or self.network.at_pivot:
+            source.z = self._trajectory[len(self.network.table) - i][None].to(self.network.device)
+        elif i == self.first:
+            source.z = self.store.step(i - 1).z[None].to(self.network.device)
+        with attachment.replaying(len(source.contexts)):
+            yield
+        source.z = step.z[None].to(self.network.device)  # z-tilde of the next step
+
+
+def _looks(maps: Maps, extra: int, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
+    """Where each edit's row looks for its word: this forward so far and those before, in equal parts."""
+    known = [seen for seen in (maps.now(grid), maps.average(grid)) if seen is not None]
+    if not known:  # the very first
+        return None
+    # only the conditional rows have the word, and speak for their edits' unconditional ones
+    seen = (sum(known[1:], known[0]) / len(known))[extra:][1::2].repeat_interleave(2, 0)
+    least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
+    return ((seen - least) / (most - least).clamp_min(1e-12))[:, None]

@@ -1,0 +1,316 @@
+"""Stage 2 of pictures side by side: what happens at the beginning, within and at the end of a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvinv_pl.algorithm.ddim import predicted_z_0
+from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
+from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.tensors import rounded
+from kvinv_pl.models.denoiser import Network
+from kvinv_pl.optimizers import needs_closure, reads_residuals
+from kvinv_pl.stages.certificate import Attempt
+from kvinv_pl.stages.curriculum import Pass, Phase
+from kvinv_pl.stages.plan import Alone, Claims
+from kvinv_pl.stages.progress import Progress, log_phase, log_picture, log_result
+from kvinv_pl.stages.slots import SlotKeeper, Slots
+
+
+class Fit:
+    """One pass of the curriculum over pictures: the phases of `plan`, z-tilde and psi in their slots.
+
+    Who calls it owns the loop and the optimiser: `begin`, then `step` while not `converged`, then `end`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        attempt: Attempt,
+        which: Pass,
+        works: Sequence[Work],
+        plan: Sequence[Phase],
+        failures: Failures,
+        watch: Progress,
+        x_0_every: int = 0,
+    ) -> None:
+        """Take the network with psi attached, as many slots wide as the phases are.
+
+        Args:
+            network: The model.
+            attempt: How psi is tuned.
+            which: The pass: all timesteps at their pivots, or z-tilde rolling out.
+            works: The pictures, with the phases of this attempt; phases know them by their number.
+            plan: The phases that remain, in order.
+            failures: Where a picture that cannot go on is noted.
+            watch: What the person who waits is told.
+            x_0_every: Every so many timesteps the predicted x_0 is logged; 0: never.
+        """
+        self.network, self.attempt, self.recipe = network, attempt, attempt.recipe
+        self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
+        self.failures, self.watch, self.x_0_every = failures, watch, x_0_every
+        self.inner_steps = attempt.inner_steps(which)
+        self.loggers: Sequence[Any] = []
+        self.claims: Claims = Alone()
+        self._takes = False
+        self._slots = Slots(network, self.works, self.recipe.negative, failures)
+
+    @property
+    def converged(self) -> bool:
+        """Whether every slot has stopped, and with them the phase."""
+        return self._keeper.all_stopped
+
+    # ---- a phase begins
+
+    @torch.no_grad()
+    def begin(self, n: int) -> None:
+        """Phase n begins: z_t of every slot, its pivot, and where psi_t starts."""
+        self._n, self._phase, slots, table = n, self.plan[n], self._slots, self.network.table
+        steps, width = self._phase.steps, len(self._phase.members)
+        self.network.attached()
+        self.network.front.forget()
+        self._first_errors: Tensor | None = None
+        self._steps = torch.tensor(steps)
+        self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
+        self._takes = self.claims.take(n)
+        if self._takes:
+            slots.hold(self._phase)
+        if self._phase.enters:
+            self._announce()
+        if self._takes and slots.active():
+            self._take_places()
+        if not (self._takes and slots.active()):
+            self._keeper = SlotKeeper([], width, torch.ones(width, dtype=torch.bool))
+            return
+        self._pivot = slots.levels([i + 1 for i in steps])
+        idle = slots.lost | torch.tensor([not table.has_effect(i) for i in steps])
+        learned = list(self.network.psi.parameters())
+        self._keeper = SlotKeeper(learned, width, idle | (not learned))
+
+    def _take_places(self) -> None:
+        """Z_t and psi_t of every slot, where they are not those that the phase before has left."""
+        slots, steps = self._slots, self._phase.steps
+        if not self.rolls_out:
+            slots.z = slots.levels(steps)
+        elif self._phase.enters:
+            slots.go_on(steps[0])
+        if self.rolls_out and "pivots" in self.recipe.passes(self.network.learns):
+            self._used_at_pivots = torch.tensor(slots.settle(self.recipe.carry))
+        elif not self.rolls_out or steps[0] == 0 or not self.recipe.carry:
+            slots.start(self.attempt.seed)
+
+    def _announce(self) -> None:
+        """Tell the person who waits what begins."""
+        number = self.attempt.number
+        again = f" again, with {self.attempt.inner_steps_at_most} inner steps" if number else ""
+        if self.rolls_out:
+            pictures = [work.name for _, work in self._slots.active()]
+            name = pictures[0] if len(pictures) == 1 else f"{len(pictures)} pictures"
+            self.watch.begin("tuning", f"{name}{again}", len(self.network.table) - self._phase.steps[0])
+        elif self._n == 0:
+            name = self.works[0].name if len(self.works) == 1 else f"{len(self.works)} pictures"
+            timesteps = sum(sum(phase.active) for phase in self.plan)
+            self.watch.begin("tuning at the pivots", f"{name}{again}", timesteps)
+
+    # ---- within a phase
+
+    def step(self, count: int, optimizer: Any, backward: Callable[[Tensor], None]) -> None:
+        """One optimiser step of Eq. 3, the phase's number `count`, for the slots that have not converged."""
+        with self.network.attached().blend(), self.network.front.kept():
+            z = self._reconstruct()
+            errors = squared_errors(self._pivot, z)
+            self._give_up_unless_finite(errors)
+            means = (errors.detach() / self._pivot[0].numel()).cpu()
+            self._first_errors = means if self._first_errors is None else self._first_errors
+            self._keeper.stop(self.recipe.convergence.reached(means, self._steps))
+            if self._keeper.all_stopped:
+                return
+            running = ~self._keeper.stopped
+            self._used += running
+            self.watch.show(f"{self._where()}, inner step {count}, loss {float(means[running].mean()):.2e}")
+            running = running.to(self.network.device)
+
+            values, known = list(self.network.psi.parameters()), [z]
+            at = [value._version for value in values]
+
+            def residuals() -> Tensor:
+                # an optimiser begins where psi is, and what is missed there has been computed
+                fresh = known and at == [value._version for value in values]
+                z = known.pop() if fresh else self._reconstruct()
+                return torch.where(running[:, None], (z - self._pivot).flatten(1), 0)
+
+            def lowered() -> float:
+                optimizer.zero_grad()
+                total = residuals().square().sum()
+                backward(total)
+                return float(total.detach())
+
+            if needs_closure(optimizer):
+                closure: Any = residuals if reads_residuals(optimizer) else lowered
+                optimizer.step(closure)
+            else:
+                optimizer.zero_grad()
+                backward(errors[running].sum())
+                if bool(self._slots.lost.any()):
+                    self._keeper.silence(self._slots.lost)
+                optimizer.step()
+        self._keeper.restore()
+
+    def _where(self) -> str:
+        """Which timesteps are tuned, as the person is told."""
+        first, last = (int(t) for t in self.network.table.timesteps[self._steps[[0, -1]]])
+        return f"timestep {first}" if first == last else f"timesteps {first} to {last}"
+
+    def _reconstruct(self, z: Tensor | None = None) -> Tensor:
+        """z-tilde_{t-1} for every slot, from z-tilde_t or from z."""
+        eps = self.network.guided_eps(self._slots.contexts, self.recipe.guidance)
+        return reconstruct(eps, self._slots.z if z is None else z, self.network.table, self._steps)
+
+    def _give_up_unless_finite(self, errors: Tensor) -> None:
+        """A picture whose latents have run away is given up; those beside it go on."""
+        lost = ~errors.detach().isfinite().cpu() & ~self._slots.lost
+        if not bool(lost.any()):
+            return
+        for slot, work in self._slots.active():
+            if lost[slot]:
+                self.failures.note(
+                    work.label,
+                    f"the reconstruction is no longer finite at step {self._phase.steps[slot]}: use a lower "
+                    "learning rate or guidance scale, or precision 32-true",
+                )
+        self._slots.lost |= lost
+        self._keeper.give_up(lost)
+
+    # ---- a phase ends
+
+    @torch.no_grad()
+    def end(self, rehearsal: bool = False) -> None:
+        """A phase ends: round psi_t as it is stored, make the step of Eq. 4 with it, and write both.
+
+        A rehearsal writes nothing: its phase was cut short.
+        """
+        if not self._takes:
+            self.watch.advance("on another device", sum(self._phase.active))
+        elif self._slots.active():
+            self._complete(rehearsal)
+        if self._takes and not rehearsal:
+            self.claims.done(self._n, self.failures.among(self.works))
+            self._takes = False
+
+    def give_back(self) -> None:
+        """Leave the phase that is not finished, if one is, to another rank."""
+        if self._takes:
+            self.claims.give_back(self._n)
+
+    def _complete(self, rehearsal: bool) -> None:
+        slots = self._slots
+        self._keeper.restore()
+        for value in self.network.values().values():
+            value.copy_(rounded(value, self.recipe.store_dtype))
+        before = slots.z
+        kv = self._advance()
+        self.network.front.forget()
+        ends = (squared_errors(self._pivot, slots.z) / self._pivot[0].numel()).cpu()
+        self._give_up_unless_finite(ends)
+        lost = slots.lost.to(self.network.device)
+        slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
+        begins = ends if self._first_errors is None else self._first_errors
+        made = 1 if self.rolls_out else sum(self._phase.active)
+        self.watch.advance(f"loss {float(ends[~slots.lost].mean()):.2e}", made)
+        if rehearsal:
+            return
+        for slot, work in slots.active():
+            figures = {
+                "loss_start": float(begins[slot]),
+                "loss_end": float(ends[slot]),
+                "inner_steps": int(self._used[slot]),
+            }
+            psi = {name: value[slot].cpu() for name, value in self.network.values().items()}
+            with self.failures.of([work]):
+                if self.rolls_out:
+                    bars = {path: (k[:, slot].cpu(), v[:, slot].cpu()) for path, (k, v) in kv.items()}
+                    self._write(work, slot, psi, bars, figures, before)
+                else:
+                    self._write_at_pivot(work, slot, psi, figures)
+        if self.rolls_out and self._phase.steps[0] == len(self.network.table) - 1:
+            self._certify_slots()
+
+    def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""
+        attachment, slots = self.network.attached(), self._slots
+        if not self.network.at_pivot:
+            with attachment.recording() as kv, self.network.front.kept():
+                slots.z = self._reconstruct()
+            return kv
+        with attachment.recording() as kv:
+            self._reconstruct(slots.levels(self._phase.steps))
+        with attachment.frozen(kv):  # as an edit to the source prompt would
+            slots.z = self._reconstruct()
+        return kv
+
+    def _write(
+        self,
+        work: Work,
+        slot: int,
+        psi: dict[str, Tensor],
+        bars: dict[str, tuple[Tensor, Tensor]],
+        figures: dict[str, float],
+        before: Tensor,
+    ) -> None:
+        """What a picture's roll-out came to at this step: psi_t, z-tilde, and K-bar and V-bar if stored."""
+        i, z = self._phase.steps[slot], self._slots.z[slot : slot + 1]
+        if self.recipe.curriculum == "pivot":
+            figures = {**figures, "inner_steps_at_pivot": int(self._used_at_pivots[slot])}
+        stored = bars if self.recipe.kv == "stored" else None
+        work.store.save_step(i, psi, z[0].cpu(), stored, figures, self.recipe.store_dtype)
+        name = self.attempt.logged_as(work)
+        log_phase(self.loggers, name, i, figures, self.network.device)
+        self._show_z_0(name, i, before[slot : slot + 1], z)
+
+    def _write_at_pivot(
+        self, work: Work, slot: int, psi: dict[str, Tensor], figures: dict[str, float]
+    ) -> None:
+        """Psi_t as tuned at its pivot, for the roll-out to start from."""
+        i, name = self._phase.steps[slot], f"{self.attempt.logged_as(work)}/at_pivot"
+        work.store.save_pivot(i, psi, figures, self.recipe.store_dtype)
+        log_phase(self.loggers, name, i, figures, self.network.device)
+
+    def _show_z_0(self, name: str, i: int, z_from: Tensor, z_to: Tensor) -> None:
+        """Every few steps, hand the loggers the picture that the process believes in (the paper's Fig. 3)."""
+        table = self.network.table
+        if self.loggers and self.x_0_every and i % self.x_0_every == 0 and table.has_effect(i):
+            z_0 = predicted_z_0(z_from, z_to, table.alphas[i], table.alphas[i + 1])
+            pixels = self.network.backbone.decode(z_0)[0].cpu()
+            log_picture(self.loggers, f"{name}/predicted_x_0", i, pixels)
+
+    # ---- the end of a picture's tuning
+
+    def certify_rest(self) -> None:
+        """Do what a fit that was stopped after its last phase has left undone."""
+        for work in self.works:
+            with self.failures.of([work]):
+                if work not in self.failures and self.attempt.is_due(work):
+                    self._certify(work)
+
+    def _certify_slots(self) -> None:
+        """The pictures in the slots are tuned: write their certificates, and say what they are worth."""
+        worth = list[float]()
+        for _, work in self._slots.active():
+            with self.failures.of([work]):
+                worth.append(self._certify(work))
+        demanded = self.attempt.demand.psnr
+        below = sum(value < demanded for value in worth)
+        missed = f"; {below} below the {demanded:g} dB asked for" if below else ""
+        shown = ", ".join(f"{value:.1f}" for value in worth)
+        self.watch.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
+
+    def _certify(self, work: Work) -> float:
+        """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
+        record = self.attempt.certify(self.network, work)
+        log_result(self.loggers, work.store.folder.name, record)
+        return record["psnr_to_round_trip"]

@@ -1,0 +1,1 @@
+"""Lightning: the module, the trainer, and the ranks of a machine."""

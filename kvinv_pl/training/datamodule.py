@@ -1,0 +1,114 @@
+"""The pictures of a run: one, a folder, or a CSV or JSONL list, each with its prompts and its run folder."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from kvinv_pl.data.manifest import LISTS, rows_of
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.source_image import Work, works_in
+from kvinv_pl.errors import UserError
+
+
+@dataclass(eq=False)
+class Job:
+    """One stage of one picture, as the trainer's predict loop hands it to the module."""
+
+    stage: Literal["invert", "edit"]
+    work: Work
+    again: bool = False
+    """Whether an edit that is there is rendered all the same."""
+
+
+class SourceImages(LightningDataModule):
+    """Pictures, what they show, what they are to become, and where their runs lie.
+
+    Args:
+        image: A picture, a folder of pictures, or a .csv or .jsonl list with the columns image, source,
+            targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row leaves
+            out is taken from the other options, and rows of one picture and source share its run.
+        source: What the picture shows, in a few words; may be empty.
+        targets: What it should become, one edit for each; with run, what it came with if nothing is given.
+        mask: A picture of the same size, white on the subject; for attention variants that use one.
+        out: The run folder: of the one picture itself, or with a folder or list, of one folder for each.
+        geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
+        overwrite: Start runs anew where the folder holds one that was made otherwise, and render edits again
+            that are there.
+        run: A run folder (or a folder of them) to go on with, in place of image, source and out.
+    """
+
+    def __init__(
+        self,
+        image: str | None = None,
+        source: str = "",
+        targets: list[str] = [],  # noqa: B006  (jsonargparse shows it)
+        mask: str | None = None,
+        out: str = "runs/kvinv",
+        geometry: Literal["keep", "crop"] = "keep",
+        overwrite: bool = False,
+        run: str | None = None,
+    ):
+        """Read the list, if it is one; the pictures themselves are opened later, one at a time."""
+        super().__init__()
+        if image is not None and run is not None:
+            raise UserError("expected either image or run, got both: a run folder knows its picture")
+        if image is None and run is None:
+            raise UserError(
+                "no picture: give --image FILE (a picture, a folder or a list) or, to edit, --run DIR"
+            )
+        for name, path in {"image": image, "out": out, "run": run}.items():
+            if path is not None and not path.strip():  # which would be the working directory
+                raise UserError(f"{name}: expected a path, got an empty text")
+        self.overwrite = overwrite
+        self.works: list[Work]
+        self.failed: dict[str, str] = {}
+        if run is not None:
+            self.out = Path(run).expanduser()
+            self.works = list(works_in(self.out, targets, self.failed))
+        elif image is not None:
+            self.out, path = Path(out).expanduser(), Path(image).expanduser()
+            given = Path(mask).expanduser() if mask else None
+            rows = rows_of(path, source, targets, given)
+            alone = path.suffix.lower() not in LISTS and not path.is_dir()
+            folders = [self.out] if alone else _folders(self.out, [row.image for row in rows])
+            self.works = [
+                Work(row.image.name, RunStore(folder), row.image, row.source, row.targets, row.mask, geometry)
+                for row, folder in zip(rows, folders, strict=True)
+            ]
+        for work in self.works:
+            _check_targets(work)
+        self.inner_steps = 1
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """The inner steps of one phase; which phase it is, the curriculum knows."""
+        return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
+
+    def jobs(self, stage: Literal["invert", "edit"], works: Iterable[Work] | None = None) -> DataLoader[Job]:
+        """One stage of these pictures (None: of all), for the trainer's predict loop."""
+        found: Any = [Job(stage, work, self.overwrite) for work in (self.works if works is None else works)]
+        return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
+
+
+def _folders(out: Path, images: list[Path]) -> list[Path]:
+    """A run folder for each picture, named after it; a second one of the same name gets a number."""
+    taken: set[str] = set()
+    folders = []
+    for image in images:
+        names = itertools.chain([image.stem], (f"{image.stem}-{n}" for n in itertools.count(2)))
+        name = next(name for name in names if name.lower() not in taken)  # as some file systems compare them
+        taken.add(name.lower())
+        folders.append(out / name)
+    return folders
+
+
+def _check_targets(work: Work) -> None:
+    for target in work.targets:
+        if not target.strip():
+            raise UserError(
+                f"an empty target for {work.name}: say in a few words what the picture should become"
+            )

@@ -1,0 +1,342 @@
+"""KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.registry import resolve
+from kvinv_pl.attention.sites import Selection, Site
+from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.source_image import Stage, Work
+from kvinv_pl.data.tensors import StoreDtype
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.memory import side_by_side
+from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
+from kvinv_pl.stages.certificate import Attempt, Demand
+from kvinv_pl.stages.curriculum import Curriculum, Pass, Phase
+from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
+from kvinv_pl.stages.invert import inversion_record, invert_picture, is_inverted, is_tuned
+from kvinv_pl.stages.plan import Planner
+from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.settings import Convergence, Recipe, at_least_0, at_least_1, one_of
+from kvinv_pl.stages.tune import Fit
+from kvinv_pl.training.datamodule import Job
+
+
+class KVInversion(LightningModule):
+    """KV Inversion (arXiv 2309.16608) of pictures by a frozen Stable Diffusion model.
+
+    Args:
+        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
+        attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
+            left out, it is the paper's own, full_kv.
+        target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
+        exclude_modules: What to leave out of them, in the same words.
+        layers_to_transform: Numbers of the blocks to keep, as in peft.
+        layers_pattern: The module list that layers_to_transform counts.
+        max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
+        steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
+        guidance: Classifier-free guidance scale w of the edit, and of tuning unless tuning_guidance is given.
+        inversion_guidance: w of the inversion; 1 is the source prompt alone.
+        tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone.
+        optimizer: Any torch optimiser by class_path; its state is cleared at every timestep.
+        curriculum: sequential (the paper's): timestep after timestep is tuned where z-tilde has come to in
+            rolling out. pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot
+            z-hat_t; then z-tilde rolls out, and every psi_t settles there in settle_steps at most.
+        inner_steps: Optimiser steps for one timestep at most.
+        settle_steps: With the curriculum pivot, optimiser steps for one timestep at most in rolling out.
+        tolerance: Mean squared error of the latent at which the noisiest timestep has converged.
+        tolerance_growth: What is added to the tolerance at every later step.
+        carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start. With the
+            curriculum pivot: roll out with what settling has changed so far, rather than from what each
+            timestep came to at its pivot.
+        reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
+        kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
+            and the source's pass runs beside the edits: n edits cost as n + 1).
+        start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
+        negative: What the unconditional branch is told.
+        subject: The word for the subject in the targets, for variants that follow it through an edit; left
+            out, it is the last word that source and target have in common before they differ.
+        seed: Of random starts of psi.
+        slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
+            what fits into memory, 8 at most.
+        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
+        required_psnr: dB to the VAE round trip that a reconstruction must reach for its picture to pass.
+        retries: How often to tune a picture again that does not pass, each time with twice the inner (and
+            settle) steps and other random starts; the best attempt is kept.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "menagerie",
+        attention: Callable[[Site], CPAttention] | None = None,
+        target_modules: str | list[str] = "decoder",
+        exclude_modules: str | list[str] | None = None,
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | list[str] | None = None,
+        max_grid: int | None = None,
+        steps: int = 50,
+        guidance: float = 9.0,
+        inversion_guidance: float = 1.0,
+        tuning_guidance: float | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.Adam(p, lr=3e-2),
+        curriculum: Curriculum = "sequential",
+        inner_steps: int = 3,
+        settle_steps: int = 1,
+        tolerance: float = 1e-5,
+        tolerance_growth: float = 2e-5,
+        carry: bool = True,
+        reading: Literal["frozen", "blend"] = "frozen",
+        kv: Literal["stored", "replayed"] = "stored",
+        start: float = 0.0,
+        negative: str = "",
+        subject: str | None = None,
+        seed: int = 0,
+        slots: int | Literal["auto"] = "auto",
+        store_dtype: StoreDtype = "int8",
+        required_psnr: float = 35.0,
+        retries: int = 1,
+    ):
+        """Note the settings; the checkpoint is read when a stage begins, in the precision of the trainer."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.checkpoint = checkpoint
+        self.variant = attention or resolve("full_kv")
+        self.selection = Selection(
+            target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid
+        )
+        self.steps, self.inner_steps, self.slots = steps, inner_steps, slots
+        self.guidance, self.inversion_guidance = float(guidance), float(inversion_guidance)
+        self.tuning_guidance = self.guidance if tuning_guidance is None else float(tuning_guidance)
+        self.curriculum: Curriculum = curriculum
+        self.settle_steps, self.optimizer = settle_steps, optimizer
+        self.convergence = Convergence(tolerance, tolerance_growth)
+        self.carry, self.seed, self.store_dtype = carry, seed, store_dtype
+        self.reading, self.kv, self.start, self.negative = reading, kv, float(start), negative
+        self.subject = subject
+        self.demand = Demand(float(required_psnr), retries)
+        self.check_settings()
+        self.side_by_side = 1 if slots == "auto" else slots
+        self.watch, self.failures, self.x_0_every = Progress(quiet=True), Failures(), 0  # the trainer's
+        self.last_edits: list[Path] = []
+        self._network: Network | None = None
+        self._loaded: tuple[str, torch.dtype] | None = None
+
+    def check_settings(self) -> None:
+        """Refuse numbers that mean nothing."""
+        for name in ("guidance", "inversion_guidance"):
+            at_least_0(name, getattr(self, name))
+        for name in ("steps", "slots"):
+            at_least_1(name, 1 if (count := getattr(self, name)) == "auto" else count)
+        if not 0 <= self.start <= 1:
+            raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+        one_of("reading", self.reading, ("frozen", "blend"))
+        _ = self.recipe  # which refuses its own
+
+    # ---- the frozen model, once
+
+    @property
+    def network(self) -> Network:
+        """The model with psi attached; load_backbone() makes it."""
+        if self._network is None:
+            raise RuntimeError("load_backbone() comes first: the checkpoint is not loaded")
+        return self._network
+
+    def load_backbone(self, dtype: torch.dtype) -> Backbone:
+        """Read the checkpoint, unless it is loaded; the U-Net and the text model are held in `dtype`."""
+        if self._loaded != (self.checkpoint, dtype):
+            backbone = Backbone.load(self.checkpoint, dtype)
+            self._network = Network(backbone, self.variant, self.selection, self.steps)
+            self._loaded = (self.checkpoint, dtype)
+        return self.network.backbone
+
+    def setup(self, stage: str) -> None:
+        """Run every forward in the trainer's precision; a fit has as many epochs as phases remain."""
+        self.network.autocast = self.trainer.precision_plugin.forward_context
+        if stage == "fit":
+            self.trainer.fit_loop.max_epochs = 1 if self._rehearsal else len(self._fit.plan)
+
+    @property
+    def _rehearsal(self) -> bool:
+        """Whether this is the trainer's fast_dev_run: one inner step of one phase."""
+        return bool(getattr(self.trainer, "fast_dev_run", False))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave jobs and step numbers where they are."""
+        return batch
+
+    # ---- stages 1 and 3
+
+    def inversion_record(self, work: Work) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+        """What run.json will say of this picture's inversion, its pixels and its mask."""
+        return inversion_record(self.network, work, self.inversion_guidance, self.negative)
+
+    def is_inverted(self, work: Work) -> bool:
+        """Whether stage 1 is done; a run that was made otherwise is refused."""
+        return is_inverted(self.network, work, self.inversion_guidance, self.negative)
+
+    def check(self, work: Work, stage: Stage, anew: bool = False) -> tuple[int, int, bool]:
+        """Refuse what cannot be worked on, or is not its folder's run, before anything is written.
+
+        Returns:
+            What pictures side by side have in common: the latents' height and width, and a mask or none.
+        """
+        store, fresh = work.store, anew or not work.store.has_run()
+        ready = not fresh and self.is_inverted(work) and is_tuned(self.network, store)
+        if stage == "edit" and not ready:
+            raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
+        if fresh:
+            _, pixels, mask = self.inversion_record(work)
+            (height, width), masked = pixels.shape[-2:], mask is not None
+        else:
+            picture = store.read_run()["picture"]
+            (width, height), masked = picture["model_size"], picture["mask"] is not None
+        factor = self.network.backbone.vae_factor
+        grid = (height // factor, width // factor)
+        if stage != "invert":
+            self.network.place(grid, self.side_by_side if stage == "fit" else 1)
+            refuse_unreadable(self.network, work, self.reading, self.subject, masked)
+        if stage == "fit":
+            self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
+            record = self.tuning_record()
+            if not fresh and "tuning" in store.read_run() and store.has_begun():
+                store.require({"tuning": record}, ["tuning"])
+        return (*grid, masked)
+
+    def predict_step(self, batch: Job, batch_idx: int) -> None:
+        """One stage of one picture."""
+        work, watch = batch.work, self.watch
+        # what is written here is read by the tuning, where inference tensors would not do
+        with torch.inference_mode(False), self.failures.of([work]):
+            if batch.stage == "edit":
+                self.last_edits = edit_picture(
+                    self.network,
+                    work,
+                    self.guidance,
+                    self.reading,
+                    self.kv,
+                    self.start,
+                    self.negative,
+                    self.subject,
+                    watch,
+                    batch.again,
+                )
+            elif not self.is_inverted(work):
+                invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)
+
+    # ---- stage 2: the fit, whose epochs are phases
+
+    @property
+    def recipe(self) -> Recipe:
+        """How psi is tuned."""
+        return Recipe(
+            self.tuning_guidance, self.negative, self.curriculum, self.inner_steps, self.settle_steps,
+            self.convergence, self.carry, self.kv, self.seed, self.store_dtype,
+        )  # fmt: skip
+
+    def tuning_record(self) -> dict[str, Any]:
+        """What psi depends on, besides the trajectory."""
+        return self.recipe.record(self.network.cps, self.selection.max_grid, self.configure_optimizers())
+
+    def editing_record(self) -> dict[str, Any]:
+        """What an edit of the run takes where nothing else is said."""
+        return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative", "subject")}
+
+    def choose_slots(self, grid: tuple[int, int], pictures: int) -> int:
+        """How many slots there are for so many pictures of one latent size; said where it was not given."""
+        if self.slots == "auto":
+            self.side_by_side = 1
+            self.network.place(grid, 1)
+            optimizer = self.configure_optimizers()
+            at_pivots = "pivots" in self.recipe.passes(optimizer is not None)
+            count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
+            if count > 1 and (not needs_closure(optimizer) or reads_residuals(optimizer)):
+                found, reason = side_by_side(self.network, grid, self.tuning_guidance, count)
+                self.side_by_side = found
+                self.watch.note(f"slots: {found} of {count} {what} side by side ({reason})")
+        return self.side_by_side
+
+    def passes(self, works: list[Work]) -> tuple[Pass, ...]:
+        """The passes over the timesteps of these pictures, of one latent size, in order."""
+        return self._planner(works).passes()
+
+    def prepare(self, works: list[Work], attempt: int = 0, which: Pass = "roll-out") -> Fit:
+        """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
+        made = Attempt(attempt, self.recipe, self.demand)
+        taken, plan = self._planner(works).plan(made, which, self.tuning_record, self.editing_record)
+        self._fit = Fit(self.network, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
+        return self._fit
+
+    def join(self, works: list[Work], attempt: int, plan: Sequence[Phase]) -> Fit:
+        """Make ready for phases at the pivots that another process has planned, and lets others work on."""
+        made = Attempt(attempt, self.recipe, self.demand)
+        works, unseen = self._planner(works).join(made), Progress(quiet=True)
+        self._fit = Fit(self.network, made, "pivots", works, plan, self.failures, unseen, self.x_0_every)
+        return self._fit
+
+    def _planner(self, works: list[Work]) -> Planner:
+        return Planner(self.network, self.recipe, works, self.side_by_side, self.failures)
+
+    def certify_rest(self) -> None:
+        """Do what a fit that was stopped after its last phase has left undone."""
+        self._fit.certify_rest()
+
+    def configure_optimizers(self) -> Optimizer | None:
+        """One optimiser for the live psi; none for a variant that learns nothing."""
+        parameters = list(self.network.psi.parameters())
+        if not parameters:
+            return None
+        try:
+            optimizer = self.optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
+        if self.side_by_side > 1 and needs_closure(optimizer) and not reads_residuals(optimizer):
+            kind = type(optimizer).__name__
+            raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
+        return optimizer
+
+    def refuse_loss_scaling(self) -> None:
+        """Refuse an optimiser that evaluates the loss itself, where 16-mixed would scale it."""
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        if needs_closure(optimizer):
+            raise UserError(
+                f"precision: 16-mixed scales the loss, and {type(optimizer).__name__} evaluates it itself: "
+                "use bf16-mixed or 32-true"
+            )
+
+    def _optimizer(self) -> Any:
+        """Lightning's wrapper of it."""
+        return self.optimizers()
+
+    def on_train_start(self) -> None:
+        """Note the optimiser as it is when new, for every phase to begin with."""
+        self._renewal, self._fit.loggers = Renewal(self._optimizer()), self.loggers
+
+    def on_train_epoch_start(self) -> None:
+        """A phase begins, as if it were the only one."""
+        self._fit.begin(self.current_epoch)
+        self._renewal.renew(self._optimizer())
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # loss scaling (16-mixed) knows nothing of the phase before either
+            self.trainer.precision_plugin.scaler = type(scaler)(self.device.type)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """While not converged: the phase is over when every slot has stopped."""
+        return -1 if self._fit.converged else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One optimiser step of Eq. 3 for the slots that have not converged."""
+        self._fit.step(batch_idx, self._optimizer(), self.manual_backward)
+
+    def on_train_epoch_end(self) -> None:
+        """A phase ends: what it came to is written."""
+        self._fit.end(rehearsal=self._rehearsal)

@@ -1,0 +1,303 @@
+"""The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from kvinv_pl.data.source_image import Stage, Work
+from kvinv_pl.errors import StopError, UserError
+from kvinv_pl.stages.certificate import next_attempt
+from kvinv_pl.stages.plan import Alone, Claims
+from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.tune import Fit
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.logs import reported, without_advice
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.strategy import ImageParallelStrategy
+from kvinv_pl.training.work_queue import Shares
+from kvinv_pl.training.workload import Errand
+
+COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class KVTrainer(Trainer):
+    """A Trainer whose fit is the curriculum of KV Inversion and which has its other two stages as methods."""
+
+    fast_dev_run: int | bool  # set by Lightning
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        devices: int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: str = "32-true",
+        logger: Logger | bool = True,
+        callbacks: list[Callback] | Callback | None = None,
+        fast_dev_run: bool = False,
+        max_epochs: int = -1,
+        gradient_clip_val: float | None = None,
+        accumulate_grad_batches: int = 1,
+        deterministic: bool | None = None,
+        profiler: str | None = None,
+        default_root_dir: str | None = None,
+        quiet: bool = False,
+        x_0_every: int = 10,
+    ):
+        """Take Lightning's own options, as far as they have a meaning here.
+
+        Args:
+            accelerator: cpu, gpu, mps or auto.
+            devices: How many of this machine, -1 for all; each has pictures of its own.
+            num_nodes: How many machines, each with as many devices.
+            strategy: auto, which is image_parallel: a process for each device, and nothing is averaged.
+            precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
+            logger: True: TensorBoard under the run folder's logs.
+            callbacks: Any Lightning callbacks.
+            fast_dev_run: One inner step of one phase of the first picture, of which nothing is kept.
+            max_epochs: Leave it: an epoch is a phase of the curriculum, which counts them itself.
+            gradient_clip_val: Leave it: it would couple pictures that are tuned side by side.
+            accumulate_grad_batches: Leave it: every inner step sees the whole loss.
+            deterministic: As Lightning has it.
+            profiler: As Lightning has it.
+            default_root_dir: As Lightning has it.
+            quiet: No progress.
+            x_0_every: Every so many timesteps the predicted x_0 is decoded and logged, at the price of one
+                decoding for each picture; 0: never.
+        """
+        if max_epochs != -1:
+            raise UserError(
+                f"max_epochs: got {max_epochs}, but an epoch is one timestep, and model.steps says how many "
+                "there are; leave it at -1"
+            )
+        if gradient_clip_val is not None or accumulate_grad_batches != 1:
+            raise UserError(
+                "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: "
+                "leave them out"
+            )
+        if strategy not in ("auto", ImageParallelStrategy.strategy_name):
+            raise UserError(
+                f"strategy: expected auto or image_parallel, got {strategy}: data parallelism would average "
+                "the psi of different pictures, and psi is of one picture alone"
+            )
+        if (devices < 1 and devices != -1) or num_nodes < 1:
+            raise UserError(f"devices and num_nodes: expected 1 or more, got {devices} and {num_nodes}")
+        if x_0_every < 0:
+            raise UserError(f"x_0_every: expected 0 or more, got {x_0_every}")
+        if precision not in COMPUTE_DTYPES:
+            raise UserError(
+                f"precision: expected {', '.join(COMPUTE_DTYPES)}, got {precision}: psi is tuned in fp32"
+            )
+        if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
+            raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
+        with without_advice():
+            super().__init__(
+                accelerator=accelerator, devices=devices, precision=precision,  # pyright: ignore[reportArgumentType]
+                logger=False if isinstance(logger, bool) else logger,
+                callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
+                profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
+                num_nodes=num_nodes, strategy=ImageParallelStrategy(), use_distributed_sampler=False,
+                enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+                log_every_n_steps=1,
+            )  # fmt: skip
+        self._log_to_run = logger is True and not fast_dev_run
+        self._x_0_every, self._quiet = x_0_every, quiet
+        self.watch = Progress(quiet=quiet)
+
+    @property
+    def ranks(self) -> ImageParallelStrategy:
+        """Who works on which pictures."""
+        assert isinstance(self.strategy, ImageParallelStrategy)
+        return self.strategy
+
+    def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
+        """Stage 1: find the trajectory of every picture by DDIM inversion."""
+        self._work(model, datamodule, ["invert"])
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Stage 2: learn psi_t of every picture, timestep by timestep; invert first what is not inverted."""
+        if not isinstance(model, KVInversion) or not isinstance(datamodule, SourceImages):
+            raise UserError("fit expects a KVInversion model and SourceImages as its datamodule")
+        if ckpt_path is not None or train_dataloaders is not None:
+            raise UserError("the run folder is what a fit goes on from: leave ckpt_path and dataloaders out")
+        self._work(model, datamodule, ["invert", "fit"])
+
+    def edit(self, model: KVInversion, datamodule: SourceImages) -> None:
+        """Stage 3: render every tuned picture as its targets say."""
+        self._work(model, datamodule, ["edit"])
+
+    def run(self, model: KVInversion, datamodule: SourceImages) -> None:
+        """All three stages: invert, tune and edit, each as far as it is not yet done."""
+        self._work(model, datamodule, ["invert", "fit", "edit"])
+
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any = None,
+    ) -> None:
+        """Nothing: all that is done is in the run folder, and the same command goes on from there.
+
+        Lightning calls it where SLURM puts a job back into its queue, and would begin that with such a file.
+        """
+
+    # ---- from the pictures to those that are worked on side by side
+
+    def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
+        """Everything that can be wrong is found first; then share after share goes through its stages."""
+        if self.ranks.is_called():  # what a rank was started for may come later in the program
+            self._work_as_rank(model, data, stages)
+
+    def _work_as_rank(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
+        """As `_work`, on this device; further ranks are started that do this for theirs."""
+        self.watch.quiet = self._quiet or not self.ranks.is_global_zero
+        model.watch, model.x_0_every = self.watch, self._x_0_every
+        errand = Errand(model, data, stages, bool(self.fast_dev_run))
+        failures = model.failures = errand.failures
+        if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
+            model.refuse_loss_scaling()
+        with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages)):
+            shares = self._begin(errand)
+            known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
+            with reported(data.out) as lost:
+                for n in self.ranks.mine(len(shares)):
+                    works = errand.of_share(shares[n])
+                    with errand.held(works):
+                        self._through(errand, n, works)
+                if errand.can_be_helped:
+                    self._help(errand, shares)
+            self.ranks.report(failures.reasons)
+        if lost:
+            Progress().note(f"the logs are not whole: {lost[0].strerror or lost[0]}")
+        failures.reasons |= self.ranks.reported
+        self._say_where(failures.left(data.works))
+        if self.ranks.was_started:
+            raise SystemExit(0)  # who started this rank says what failed, and goes on with the program
+        if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
+            for label in failures.reasons.keys() - known.keys():
+                Progress(quiet=self._quiet).note(f"{label}: {failures.reasons[label]}")
+            return  # an exit code would end the other ranks
+        failures.report()
+
+    def _begin(self, errand: Errand) -> Shares:
+        """Load the model; the shares of the work, which the rank that started the others makes for all."""
+        model, ranks, dtype = errand.model, self.ranks, COMPUTE_DTYPES[str(self.precision)]
+        if ranks.was_started:
+            try:
+                model.load_backbone(dtype)
+            except Exception:  # what both stumble on, the one that started this one says
+                ranks.given_shares()
+                raise
+            return ranks.given_shares()
+        model.load_backbone(dtype)
+        # free memory differs, and ranks that cannot ask one another must come to the same shares
+        shares = errand.shares(
+            None if ranks.is_one_of_many else len(ranks.parallel_devices), ranks.root_device
+        )
+        ranks.give(shares, errand.can_be_helped)
+        return shares
+
+    # ---- the stages of pictures side by side
+
+    def _through(self, errand: Errand, share: int, works: list[Work]) -> None:
+        """Take the pictures of a share through the stages, each as far as it is not yet done."""
+        model, data, failures = errand.model, errand.data, errand.failures
+        if "invert" in errand.stages:
+            missing = list[Work]()
+            for work in failures.left(works):
+                with failures.of([work]):
+                    missing += [] if model.is_inverted(work) else [work]
+            if missing:
+                self.predict(model, data.jobs("invert", missing), return_predictions=False)
+            for work in failures.left(works):
+                with failures.of([work]):
+                    work.remember_targets()
+        if "fit" in errand.stages:
+            with failures.of(works):
+                self._fit(errand, share, works)
+        if "edit" in errand.stages and not self.fast_dev_run and (left := failures.left(works)):
+            self.predict(model, data.jobs("edit", left), return_predictions=False)
+
+    def _fit(self, errand: Errand, share: int, works: list[Work]) -> None:
+        """Tune pictures side by side, and those again that do not pass."""
+        model, failures, attempt = errand.model, errand.failures, 0
+        while attempt is not None:
+            for which in model.passes(works):
+                fit = model.prepare(works, attempt, which)
+                if which == "pivots" and errand.can_be_helped:
+                    with self.ranks.sharing(share, attempt, fit.plan) as claims:
+                        self._tune(fit, errand, claims)
+                        while not self.ranks.wait_for(claims):
+                            self._tune(fit, errand, claims)
+                    failures.reasons |= claims.given_up()
+                else:
+                    self._tune(fit, errand, Alone())
+                if which == "pivots" and fit.plan:
+                    self.watch.finish()
+                if self.fast_dev_run:
+                    return
+            model.certify_rest()
+            if not model.network.learns:
+                return  # again would be the same
+            due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
+            attempt = min((number for number in due if number is not None), default=None)
+
+    def _help(self, errand: Errand, shares: Shares) -> None:
+        """Work on phases of pictures that other ranks hold, who can do without where this one cannot."""
+        for offer in self.ranks.offered(len(shares)):
+            works, fit = errand.of_share(shares[offer.share]), None
+            try:
+                fit = errand.model.join(works, offer.attempt, offer.plan)
+                self._tune(fit, errand, offer)
+            except StopError:
+                raise
+            except (torch.OutOfMemoryError, MemoryError, UserError):
+                if fit is not None:
+                    fit.give_back()
+                return
+
+    def _tune(self, fit: Fit, errand: Errand, claims: Claims) -> None:
+        """Lightning's fit, whose epochs are the phases of the plan, as far as they are this rank's."""
+        fit.claims, data = claims, errand.data
+        data.inner_steps = fit.inner_steps
+        if self._log_to_run and not self.loggers:
+            self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
+        if fit.plan:
+            self.fit_loop.epoch_progress.reset()
+            with self.ranks.between_steps():
+                super().fit(errand.model, datamodule=data)
+
+    @property
+    def _version(self) -> str:
+        """A folder of logs for each rank, where there are several."""
+        return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
+
+    def _say_where(self, works: Sequence[Work]) -> None:
+        for work in works:
+            found = [
+                file
+                for name in ("sheet.png", "reconstruction.png", "run.json")
+                if (file := work.store.folder / name).exists()
+            ]
+            if found or work.store.folder.exists():  # others may be another machine's
+                self.watch.note(f"look at {found[0] if found else work.store.folder}")
+            if self.ranks.world_size > 1 and work.store.has_run():  # what other ranks say is not shown
+                figures = work.store.read_run().get("reconstruction", {"passed": True})
+                if not figures["passed"]:
+                    self.watch.note(
+                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
+                        f"trip, is below the {figures['psnr_demanded']:g} dB asked for"
+                    )
