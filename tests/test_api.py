@@ -72,7 +72,7 @@ def test_a_model_changed_in_memory_is_asked_again(image: Path) -> None:
     kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", **SETTINGS)
     run = kv.tune(image, SOURCE)
     before = run.edit(TARGET).tobytes()
-    kv.model.network.backbone.unet.conv_out.weight.data *= -1
+    kv.model.denoiser.backbone.unet.conv_out.weight.data *= -1
     assert run.edit(TARGET).tobytes() != before
 
 

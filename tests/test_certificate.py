@@ -31,8 +31,8 @@ def tuned(image: Path, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
 
 def test_the_certificate_holds_the_figures_that_its_files_give(tuned: RunStore) -> None:
     record, source = tuned.read_run()["reconstruction"], fits.opened(tuned.folder / "source.png")
-    network = fits.model(steps=2)
-    backbone = network.load_backbone(torch.float32)
+    denoiser = fits.model(steps=2)
+    backbone = denoiser.load_backbone(torch.float32)
     z = torch.stack([tuned.trajectory()[0], tuned.step(1).z])
     round_trip, tuned_pixels = backbone.decode(z)
     assert record["psnr_to_round_trip"] == round(psnr(tuned_pixels, round_trip), 2)
@@ -88,7 +88,7 @@ def test_an_attempt_that_is_worse_changes_nothing(tuned: RunStore, image: Path, 
         step = store.step(i)
         store.at_attempt(1).save_step(i, step.psi, untuned, step.kv, step.info)
     picture = (store.folder / "reconstruction.png").read_bytes()
-    record = certify(module.network, store.at_attempt(1), Demand(99.0, 1), 1, 16)
+    record = certify(module.denoiser, store.at_attempt(1), Demand(99.0, 1), 1, 16)
     assert record["kept"] == 0 and len(record["attempts"]) == 2
     assert record["attempts"][1]["psnr_to_round_trip"] < record["psnr_to_round_trip"]
     assert tensors(store) == before and (store.folder / "reconstruction.png").read_bytes() == picture

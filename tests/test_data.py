@@ -32,7 +32,7 @@ def jsonl(tmp_path: Path, *rows: object) -> str:
 def test_one_picture_has_the_out_folder_to_itself(tmp_path: Path) -> None:
     data = SourceImages("cat.png", "a cat", ["a dog"], out=str(tmp_path))
     (work,) = data.works
-    assert (work.store.folder, work.image, work.source, work.targets) == (
+    assert (work.store.folder, work.path, work.source, work.targets) == (
         tmp_path,
         Path("cat.png"),
         "a cat",
@@ -56,7 +56,7 @@ def test_what_a_row_leaves_out_is_taken_from_the_options(tmp_path: Path) -> None
     file = csv(tmp_path, "image,source,targets,mask", "a.png,a cat,one | two,m.png", "sub/b.png,,,")
     data = SourceImages(file, "an animal", ["three"], mask="other.png", out="out")
     assert told(data) == [("a.png", "a cat", ["one", "two"], "a"), ("b.png", "an animal", ["three"], "b")]
-    assert [work.image for work in data.works] == [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
+    assert [work.path for work in data.works] == [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
     assert [work.mask for work in data.works] == [tmp_path / "m.png", Path("other.png")]
 
 

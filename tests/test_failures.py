@@ -14,7 +14,7 @@ from fits import SOURCE, TARGET
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.files import TEMPORARY
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
 from kvinv_pl.stages.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
@@ -80,10 +80,10 @@ def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
     """From this phase on, one picture's pivot is not finite."""
     take_up = Slots._taken_up
 
-    def patched(self: Slots, work: Work) -> Member:
+    def patched(self: Slots, work: SourceImage) -> Member:
         member = take_up(self, work)
         if work.name == name:
-            member.pivots[len(self.network.table) - at_step - 1] = float("nan")
+            member.pivots[len(self.denoiser.table) - at_step - 1] = float("nan")
         return member
 
     monkeypatch.setattr(Slots, "_taken_up", patched)
@@ -153,7 +153,7 @@ def test_pictures_with_and_without_a_mask_are_not_tuned_side_by_side(tmp_path: P
 
 
 def test_out_of_memory_is_the_matter_of_the_picture_that_is_too_large() -> None:
-    small, large = (Work(name, RunStore(name), Path(name), "", []) for name in ("small", "large"))
+    small, large = (SourceImage(name, RunStore(name), Path(name), "", []) for name in ("small", "large"))
     failures = Failures(2)
     with failures.of([large]):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvinv_pl.attention import Selection, Site, select, self_attentions
 from kvinv_pl.attention.attachment import Attachment, attach
-from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.feature_cache import FeatureCache
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.training.datamodule import SourceImages
 
@@ -44,7 +44,7 @@ def unet_of(config: dict[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel(**config).requires_grad_(False).eval()
 
 
-def equip(unet: UNet2DConditionModel, where: str, slots: int = 1) -> tuple[Attachment, Front]:
+def equip(unet: UNet2DConditionModel, where: str, slots: int = 1) -> tuple[Attachment, FeatureCache]:
     """CP-attn with a psi that has learned something, and the front before it."""
     size = unet.config["sample_size"]
     sites = select(self_attentions(unet, (size, size)), Selection(where))
@@ -53,7 +53,7 @@ def equip(unet: UNet2DConditionModel, where: str, slots: int = 1) -> tuple[Attac
         cp.reset(torch.Generator().manual_seed(n))
         for gamma in (cp.gamma_k, cp.gamma_v):
             nn.init.constant_(gamma, 0.3)
-    return attach(unet, psi), Front(unet, psi.values())
+    return attach(unet, psi), FeatureCache(unet, psi.values())
 
 
 def given(unet: UNet2DConditionModel, rows: int = 1, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def equal(before: list[Tensor], now: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
 
-def names(unet: nn.Module, front: Front) -> list[str]:
+def names(unet: nn.Module, front: FeatureCache) -> list[str]:
     known = {module: name for name, module in unet.named_modules()}
     return [known[module] for module in front.modules]
 
@@ -173,7 +173,7 @@ def test_other_inputs_get_a_front_of_their_own():
 
 
 @contextmanager
-def front_off(front: Front) -> Iterator[None]:
+def front_off(front: FeatureCache) -> Iterator[None]:
     """The network as it is outside, for a while."""
     network = front._network
     mine = vars(network).pop("forward")
@@ -261,7 +261,7 @@ class Strange(nn.Module):
 def test_modules_called_twice_changes_in_place_and_odd_results_are_no_matter():
     torch.manual_seed(0)
     network = Odd()
-    front, x = Front(network, [network.late]), torch.randn(2, 4)
+    front, x = FeatureCache(network, [network.late]), torch.randn(2, 4)
     for _ in range(3):
         with front.kept():
             one = network(x)
@@ -271,7 +271,7 @@ def test_modules_called_twice_changes_in_place_and_odd_results_are_no_matter():
 
 def test_a_network_that_meets_nothing_late_runs_in_full():
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    front, x = Front(network, [nn.Linear(4, 4)]), torch.randn(2, 4)
+    front, x = FeatureCache(network, [nn.Linear(4, 4)]), torch.randn(2, 4)
     with front.kept():
         before = network(x)
         nn.init.zeros_(network.get_parameter("0.weight"))
@@ -301,9 +301,9 @@ def test_at_real_size_an_inner_step_saves_all_that_comes_before_the_decoders_sel
                 assert forward(True) < 0.78 * whole
 
 
-def equip_on_meta(unet: UNet2DConditionModel) -> tuple[Attachment, Front]:
+def equip_on_meta(unet: UNet2DConditionModel) -> tuple[Attachment, FeatureCache]:
     psi = {site.path: FullKV(site) for site in select(self_attentions(unet, (64, 64)), Selection("decoder"))}
-    return attach(unet, psi), Front(unet, psi.values())
+    return attach(unet, psi), FeatureCache(unet, psi.values())
 
 
 # -------------------------------------------------------------------------------------- in a fit
@@ -327,11 +327,11 @@ def test_a_fit_leaves_the_same_files_as_one_without_a_front(
         module, out = fits.model(**settings), tmp_path / name
         data = SourceImages(str(image), fits.SOURCE, out=str(out))
         fits.trainer(precision=precision).fit(module, datamodule=data)
-        assert not module.network.front.modules
+        assert not module.denoiser.cache.modules
         return fits.tensors(fits.RunStore(out))
 
     with_front = files("with")
-    monkeypatch.setattr(Front, "kept", lambda self: nullcontext())
+    monkeypatch.setattr(FeatureCache, "kept", lambda self: nullcontext())
     assert files("without") == with_front
 
 

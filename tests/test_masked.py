@@ -336,9 +336,9 @@ def tuned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 def latents(module: KVInversion, store: RunStore, *targets: str, **settings: Any) -> Tensor:
     """What the edits arrive at, before it is decoded."""
     seen: list[Tensor] = []
-    decode = module.network.backbone.decode
+    decode = module.denoiser.backbone.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.network.backbone, "decode", lambda z: seen.append(z) or decode(z))
+        patch.setattr(module.denoiser.backbone, "decode", lambda z: seen.append(z) or decode(z))
         fits.edit(store, *targets, module=module, **settings)
     (z_0,) = seen
     return z_0
@@ -348,7 +348,7 @@ def latents(module: KVInversion, store: RunStore, *targets: str, **settings: Any
 def test_an_edit_to_the_source_prompt_is_the_reconstruction(inner: str, tuned: Tuned) -> None:
     """With the source's own queries, an edit finds K-bar and V-bar just as they were learned."""
     module, store = tuned(inner, "source")
-    expected = store.step(len(module.network.table) - 1).z
+    expected = store.step(len(module.denoiser.table) - 1).z
     found = latents(module, store, SOURCE, guidance=module.tuning_guidance)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-3)
 
@@ -372,7 +372,7 @@ def test_the_first_steps_of_an_edit_do_not_know_where_the_subject_will_be(tuned:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Masked, "attend_edit", attend_edit)
         latents(module, store, TARGET)
-    steps, sites = len(module.network.table), len(module.network.cps)
+    steps, sites = len(module.denoiser.table), len(module.denoiser.cps)
     unsettled = math.ceil(UNSETTLED * steps) * sites
     assert len(known) == steps * sites and not any(known[:unsettled]) and all(known[unsettled:])
 
@@ -456,14 +456,14 @@ def damaged(tuned: Tuned) -> Iterator[tuple[KVInversion, RunStore]]:
 def test_nobody_watches_the_u_net_after_an_edit(kv: str, tuned: Tuned) -> None:
     module, store = tuned()
     first = latents(module, store, TARGET, kv=kv)
-    assert hooks(module.network.backbone.unet) == 0
+    assert hooks(module.denoiser.backbone.unet) == 0
     assert torch.equal(latents(module, store, TARGET, kv=kv), first)
 
 
 def test_nobody_watches_the_u_net_after_an_edit_that_failed(damaged: tuple[KVInversion, RunStore]) -> None:
     module, store = damaged
     watched: list[int] = []
-    unet = module.network.backbone.unet
+    unet = module.denoiser.backbone.unet
     hook = unet.conv_in.register_forward_hook(lambda *_: watched.append(hooks(unet) - 1))
     try:
         with pytest.raises(UserError, match=r"2\.safetensors"):
@@ -471,7 +471,7 @@ def test_nobody_watches_the_u_net_after_an_edit_that_failed(damaged: tuple[KVInv
     finally:
         hook.remove()
     assert watched and all(watched)  # while it went on, somebody did
-    assert hooks(unet) == 0 and module.network.attached()._looks is None
+    assert hooks(unet) == 0 and module.denoiser.attached()._looks is None
 
 
 # ------------------------------------------------------------------------------------------------ the subject

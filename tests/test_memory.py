@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvinv_pl.models import memory
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.workload import Errand
+from kvinv_pl.training.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,10 @@ def module() -> KVInversion:
 
 
 def test_what_a_slot_takes_grows_with_the_picture_and_with_the_branches(module: KVInversion) -> None:
-    small, large = (memory.bytes_per_slot(module.network, (side, side), 2.0) for side in (8, 16))
-    one_branch = memory.bytes_per_slot(module.network, (8, 8), 1.0)
+    small, large = (memory.bytes_per_slot(module.denoiser, (side, side), 2.0) for side in (8, 16))
+    one_branch = memory.bytes_per_slot(module.denoiser, (8, 8), 1.0)
     assert one_branch < small < large
-    psi = sum(value.nbytes for value in module.network.psi.parameters())
+    psi = sum(value.nbytes for value in module.denoiser.psi.parameters())
     assert one_branch > memory.COPIES * psi > 0
 
 
@@ -38,9 +38,9 @@ def test_what_a_slot_takes_grows_with_the_picture_and_with_the_branches(module: 
 def test_as_many_as_fit_are_tuned_side_by_side(
     fitting: float, pictures: int, chosen: int, module: KVInversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = memory.bytes_per_slot(module.network, (8, 8), 2.0)
+    each = memory.bytes_per_slot(module.denoiser, (8, 8), 2.0)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(fitting * each / memory.SHARE))
-    slots, reason = memory.side_by_side(module.network, (8, 8), 2.0, pictures)
+    slots, reason = memory.side_by_side(module.denoiser, (8, 8), 2.0, pictures)
     assert slots == chosen and "are free" in reason
 
 
@@ -105,7 +105,7 @@ def test_every_device_has_pictures(tmp_path: Path) -> None:
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     module = fits.model(slots="auto", steps=1)
     module.load_backbone(torch.float32)
-    shares = Errand(module, data, ["fit"], rehearsal=False).shares(2, torch.device("cpu"))
+    shares = Workload(module, data, ["fit"], rehearsal=False).shares(2, torch.device("cpu"))
     assert [members for _, members in shares] == [[0, 1, 2], [3, 4]]
 
 

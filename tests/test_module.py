@@ -196,10 +196,10 @@ def test_a_buffer_of_a_variant_is_reset_kept_and_read_like_its_parameters(
         assert all(value.item() in (3.0, 4.0) for value in seen.values())  # the inner steps of this one alone
     module = fits.model(attention=Buffered)
     module.load_backbone(torch.float32)
-    module.network.place((8, 8), 1)
-    module.network.read(store.step(1).psi, slot=0)
+    module.denoiser.place((8, 8), 1)
+    module.denoiser.read(store.step(1).psi, slot=0)
     torch.testing.assert_close(
-        {name: value[0] for name, value in module.network.values().items()}, store.step(1).psi
+        {name: value[0] for name, value in module.denoiser.values().items()}, store.step(1).psi
     )
 
 

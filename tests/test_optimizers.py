@@ -112,7 +112,7 @@ def test_an_inner_step_is_one_forward_more_than_a_step_of_adam(tmp_path: Path):
         module = fits.model(optimizer=optimizer, steps=1, inner_steps=4, target_modules="decoder")
         module.load_backbone(torch.float32)
         ran: list[int] = []
-        module.network.backbone.unet.register_forward_hook(lambda *_: ran.append(1))  # noqa: B023
+        module.denoiser.backbone.unet.register_forward_hook(lambda *_: ran.append(1))  # noqa: B023
         fits.fit(image, tmp_path / name, module)
         counts[name] = len(ran)
     assert counts["gauss"] - counts["adam"] == 4

@@ -14,13 +14,13 @@ from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImpo
 from torch import Tensor
 
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, UserError
 from kvinv_pl.stages.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.strategy import ImageParallelStrategy
-from kvinv_pl.training.workload import Errand
+from kvinv_pl.training.workload import Workload
 
 PIVOT: dict[str, Any] = {"curriculum": "pivot"}
 SGD = partial(torch.optim.SGD, lr=0.5)
@@ -160,17 +160,17 @@ def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_in
 ) -> None:
     monkeypatch.setattr(ImageParallelStrategy, "is_one_of_many", True)
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
-    errand = Errand(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
-    assert fits.trainer()._begin(errand) == [(3, [0]), (3, [1])]
+    workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
+    assert fits.trainer()._begin(workload) == [(3, [0]), (3, [1])]
     monkeypatch.undo()
-    assert fits.trainer()._begin(errand) == [(6, [0, 1])]
+    assert fits.trainer()._begin(workload) == [(6, [0, 1])]
 
 
 def test_every_device_has_pictures_to_roll_out(two: Path, tmp_path: Path) -> None:
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
-    errand = Errand(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
-    errand.model.load_backbone(torch.float32)
-    assert errand.shares(2, torch.device("cpu")) == [(3, [0]), (3, [1])]
+    workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
+    workload.model.load_backbone(torch.float32)
+    assert workload.shares(2, torch.device("cpu")) == [(3, [0]), (3, [1])]
 
 
 def test_a_random_start_is_that_of_the_timestep_in_the_other_curriculum(image: Path, tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_pictures_that_share_the_slots_have_masks_of_their_own(tmp_path: Path) -
 def _sites(variant: Any) -> int:
     module = fits.model(attention=variant)
     module.load_backbone(torch.float32)
-    module.network.place((8, 8), 1)
-    return len(module.network.cps)
+    module.denoiser.place((8, 8), 1)
+    return len(module.denoiser.cps)
 
 
 # ---------------------------------------------------------------------------------- the run folder
@@ -312,7 +312,7 @@ def test_a_picture_that_runs_away_at_one_timestep_is_given_up_and_the_other_come
     whole = fit_all(two, tmp_path / "whole", **settings)
     take_up = Slots._taken_up
 
-    def patched(self: Slots, work: Work) -> Member:
+    def patched(self: Slots, work: SourceImage) -> Member:
         member = take_up(self, work)
         if work.name == "a.png":
             member.pivots[1] = float("nan")  # what step 1 is to reach, and step 2 begins at

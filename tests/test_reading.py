@@ -72,14 +72,14 @@ def test_replayed_reads_what_stored_reads(name: str, guidance: float, tuned: Tun
     module, store = tuned(name, tuning_guidance=guidance)
     assert store.step(0).kv
     seen: list[torch.Tensor] = []
-    decode = module.network.backbone.decode
+    decode = module.denoiser.backbone.decode
 
     def noted(z: torch.Tensor) -> torch.Tensor:
         seen.append(z)
         return decode(z)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.network.backbone, "decode", noted)
+        patch.setattr(module.denoiser.backbone, "decode", noted)
         for start in (0.0, 0.5):
             for kv in ("stored", "replayed"):
                 edit(module, store, TARGET, "a red dog", kv=kv, start=start)
@@ -130,12 +130,12 @@ def test_recorded_at_the_pivot_takes_k_and_v_at_the_pivot_and_rolls_z_tilde_out_
 ) -> None:
     module, pivot = tuned("recorded_at_pivot", tuning_guidance=2.0)
     rollout = tuned("recorded", tuning_guidance=2.0)[1]
-    network, backbone = module.network, module.network.backbone
-    attachment = network.place((8, 8), 1)
+    denoiser, backbone = module.denoiser, module.denoiser.backbone
+    attachment = denoiser.place((8, 8), 1)
     contexts = backbone.embed(["", SOURCE])[:, None]
     for i, pivot_z in enumerate(pivot.trajectory().flip(0)[:3]):
         with attachment.observing() as own, torch.no_grad():
-            network.branches(pivot_z[None], network.table.timesteps[i][None], contexts)
+            denoiser.branches(pivot_z[None], denoiser.table.timesteps[i][None], contexts)
         for path, (k, v) in (pivot.step(i).kv or {}).items():
             torch.testing.assert_close((k, v), (own[path][0][:, 0], own[path][1][:, 0]), rtol=0, atol=1e-5)
     # at the first step z-tilde is the pivot, after it not
@@ -162,7 +162,7 @@ def test_with_kv_replayed_psi_alone_is_on_disk(name: str, image: Path, tmp_path:
     module, stored = tuned(name, tuning_guidance=2.0)
     small = fits.fit(image, tmp_path / "run", attention=MAKES[name], kv="replayed", tuning_guidance=2.0)
     assert (small.read_run()["tuning"]["kv"], stored.read_run()["tuning"]["kv"]) == ("replayed", "stored")
-    sites = [cp.site for cp in module.network.cps]
+    sites = [cp.site for cp in module.denoiser.cps]
     bars = sum(2 * 2 * site.tokens * site.dim * 4 for site in sites)  # K and V, two branches, float32
     for i in range(3):
         step = small.step(i)
@@ -192,7 +192,7 @@ def test_n_edits_replayed_cost_n_plus_one(tuned: Tuned) -> None:
     """Rows of the U-Net in a step: two for each edit, and two for the source that all of them share."""
     module, store = tuned("full_kv", tuning_guidance=2.0)
     rows: list[int] = []
-    hook = module.network.backbone.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    hook = module.denoiser.backbone.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     try:
         edit(module, store, TARGET, "a dog", "a horse", kv="replayed", start=0.4)
     finally:

@@ -61,7 +61,7 @@ def test_a_fit_advances_with_the_very_psi_that_it_stores(dtype: str, tmp_path: P
     module = fits.model(store_dtype=dtype)
     store = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "run", module)
     step = store.step(2)
-    for name, value in module.network.values().items():
+    for name, value in module.denoiser.values().items():
         assert torch.equal(step.psi[name].float(), value[0].detach())
     for pair in (step.kv or {}).values():
         for bar in pair:

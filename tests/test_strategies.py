@@ -20,12 +20,12 @@ from kvinv_pl.cli.entry import main
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import at_pivots
-from kvinv_pl.stages.tune import Fit
+from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.launcher import PATIENCE
 from kvinv_pl.training.strategy import BOARD, CALL, STARTER, ImageParallelStrategy
 from kvinv_pl.training.trainer import KVTrainer
-from kvinv_pl.training.work_queue import Board, Offer
+from kvinv_pl.training.work_queue import Offer, WorkQueue
 
 UNLIKE = ("--steps", 3, "--model.inner_steps", 4, "--model.tolerance", 0.12, "--model.retries", 0)
 
@@ -231,7 +231,7 @@ def test_ranks_without_a_share_go_home_unless_they_can_help(
     helping: bool, stay: int, environment: dict[str, str], tmp_path: Path
 ) -> None:
     ranks, started = trainer(4).ranks, [Rank(), Rank(), Rank()]
-    ranks._board, ranks._ranks = Board(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
+    ranks._board, ranks._ranks = WorkQueue(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
     ranks.give([(1, [0]), (1, [1])], helping)
     assert len(ranks._ranks) == stay and [rank.ended for rank in started[:stay]] == [None] * stay
     assert all(rank.ended == -signal.SIGTERM for rank in started[stay:])
@@ -246,7 +246,7 @@ def test_a_rank_that_has_not_said_that_it_is_done_has_failed(
 ) -> None:
     """Lightning ends a process by exit code 0 where it was asked to end in the middle of a fit."""
     ranks, other = trainer(2).ranks, Rank()
-    ranks._board, ranks._ranks = Board(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    ranks._board, ranks._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
     ranks.look()
     if reported:
         ranks._board.report(1, {})
@@ -259,7 +259,7 @@ def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     starter, other = trainer(2).ranks, Rank()
-    starter._board, starter._ranks = Board(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    starter._board, starter._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
     environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
     with pytest.raises(SystemExit) as stop, trainer(2).ranks.ranks(lambda: None):
         raise UserError("no room in out: make some")
@@ -274,7 +274,7 @@ def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
 
 def test_phases_are_waited_for_until_a_rank_fails(environment: dict[str, str], tmp_path: Path) -> None:
     ranks, other = trainer(2).ranks, Rank()
-    ranks._board, ranks._ranks = Board(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    ranks._board, ranks._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
     plan = at_pivots([{0, 1}], 2, 1)
     with pytest.raises(UserError, match="another rank has failed"), ranks.sharing(0, 0, plan) as claims:
         (offer,) = ranks._board.offers()
@@ -289,7 +289,7 @@ def test_what_another_rank_gives_back_is_made_by_the_owner(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     ranks = trainer(2).ranks
-    ranks._board = Board(tmp_path)
+    ranks._board = WorkQueue(tmp_path)
     with ranks.sharing(0, 0, at_pivots([{0, 1}], 2, 1)) as claims:
         (offer,) = ranks._board.offers()
         assert claims.take(0) and offer.take(1)
@@ -304,7 +304,7 @@ def test_a_free_rank_is_offered_phases_until_all_shares_have_ended(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
-    ranks, board = trainer(2).ranks, Board(tmp_path)
+    ranks, board = trainer(2).ranks, WorkQueue(tmp_path)
     board.offer(1, 0, at_pivots([{0}], 1, 1))
     offered = ranks.offered(2)
     assert next(offered).take(0)
@@ -328,7 +328,7 @@ def test_a_helping_rank_tunes_what_one_process_tunes(
     fits.trainer().fit(fits.model(**settings), datamodule=data("alone"))
     fits.trainer().invert(fits.model(**settings), datamodule=data("helped"))
     alone, helped = (RunStore(tmp_path / name) for name in ("alone", "helped"))
-    board = Board(tmp_path / "board")
+    board = WorkQueue(tmp_path / "board")
     board.folder.mkdir()
     board.give([(2, [0])])
     offer = board.offer(0, 0, at_pivots([{*range(5)}], 5, 2))
@@ -358,15 +358,15 @@ def test_what_a_helping_rank_cannot_do_stops_nobody(
     settings = {"curriculum": "pivot", "slots": 2, "steps": 4}
     data = SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / "run"))
     fits.trainer().invert(fits.model(**settings), datamodule=data)
-    board = Board(tmp_path / "board")
+    board = WorkQueue(tmp_path / "board")
     board.folder.mkdir()
     board.give([(2, [0])])
     offer = board.offer(0, 0, at_pivots([{*range(4)}], 4, 2))
 
-    def out_of_memory(self: Fit, *_: object) -> None:
+    def out_of_memory(self: Tuning, *_: object) -> None:
         raise torch.OutOfMemoryError("there is none")
 
-    monkeypatch.setattr(Fit, "step", out_of_memory)
+    monkeypatch.setattr(Tuning, "step", out_of_memory)
     environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1"}
     with pytest.raises(SystemExit) as stop:
         fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data)
@@ -378,7 +378,7 @@ def test_a_rank_serves_the_call_that_it_was_started_for(
     folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank goes anew through a program that calls a trainer twice, and leaves out the other call."""
-    board = Board(tmp_path / "board")
+    board = WorkQueue(tmp_path / "board")
     board.folder.mkdir()
     board.give([])
     monkeypatch.setattr(ImageParallelStrategy, "calls", 0)
@@ -411,9 +411,9 @@ def test_what_failed_reaches_the_rank_that_started_this_one(
     environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
     ranks = trainer(2).ranks
     ranks.report({"a.png": "is no picture"})
-    Board(tmp_path).give([(2, [0, 1]), (2, [3])])
+    WorkQueue(tmp_path).give([(2, [0, 1]), (2, [3])])
     assert ranks.given_shares() == [(2, [0, 1]), (2, [3])]
-    assert ranks.was_started and Board(tmp_path).reported() == {"a.png": "is no picture"}
+    assert ranks.was_started and WorkQueue(tmp_path).reported() == {"a.png": "is no picture"}
     environment[STARTER] = "1" if os.getppid() != 1 else "2"
     with pytest.raises(UserError, match="the process that started this rank is gone"):
         ranks.look()

@@ -179,11 +179,11 @@ class Dtypes(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, KVInversion)
-        network = pl_module.network
-        self.psi = {value.dtype for value in network.psi.parameters()}
-        self.gradients = {value.grad.dtype for value in network.psi.parameters() if value.grad is not None}
-        self.unet = {value.dtype for value in network.backbone.unet.parameters()}
-        self.vae = {value.dtype for value in network.backbone.vae.parameters()}
+        denoiser = pl_module.denoiser
+        self.psi = {value.dtype for value in denoiser.psi.parameters()}
+        self.gradients = {value.grad.dtype for value in denoiser.psi.parameters() if value.grad is not None}
+        self.unet = {value.dtype for value in denoiser.backbone.unet.parameters()}
+        self.vae = {value.dtype for value in denoiser.backbone.vae.parameters()}
 
 
 def test_bf16_mixed_holds_the_unet_in_bf16_and_psi_and_the_vae_in_fp32(image: Path, tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ def front(
         plain = measuring.flops(counted.inner_step)
         with measuring.FusedAttention(), measuring.LiveMemory(*held) as plain_memory:
             counted.inner_step()
-        with counted.front.kept():
+        with counted.cache.kept():
             counted.inner_step()
             kept = measuring.flops(counted.inner_step)
-            counted.front.forget()
+            counted.cache.forget()
             with measuring.FusedAttention(), measuring.LiveMemory(*held) as kept_memory:
                 counted.inner_step()
                 counted.inner_step()
@@ -62,7 +62,7 @@ def front(
     timed = Tuning.of(geometry, where, branches, device, torch.float32)
 
     def with_front() -> None:
-        with timed.front.kept():
+        with timed.cache.kept():
             timed.inner_step()
 
     with timed.attachment.blend():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 
 MEMORY = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slots 1"
@@ -29,15 +29,15 @@ class Failures:
         self.total = total
         self.reasons: dict[str, str] = {}
 
-    def __contains__(self, work: Work) -> bool:
+    def __contains__(self, work: SourceImage) -> bool:
         """Whether this picture has failed."""
         return work.label in self.reasons
 
-    def left(self, works: Iterable[Work]) -> list[Work]:
+    def left(self, works: Iterable[SourceImage]) -> list[SourceImage]:
         """Those that have not failed, in their order."""
         return [work for work in works if work not in self]
 
-    def among(self, works: Iterable[Work]) -> dict[str, str]:
+    def among(self, works: Iterable[SourceImage]) -> dict[str, str]:
         """Why those of these pictures that have failed did, by their labels."""
         return {work.label: self.reasons[work.label] for work in works if work in self}
 
@@ -48,7 +48,7 @@ class Failures:
         self.reasons.setdefault(label, " ".join(reason.split()))
 
     @contextmanager
-    def of(self, works: Iterable[Work]) -> Iterator[None]:
+    def of(self, works: Iterable[SourceImage]) -> Iterator[None]:
         """Where something goes wrong inside, give these pictures up; a StopError is no matter of theirs."""
         works = list(works)
         try:

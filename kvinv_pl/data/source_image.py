@@ -13,15 +13,15 @@ Stage = Literal["invert", "fit", "edit"]
 
 
 @dataclass(eq=False)
-class Work:
+class SourceImage:
     """One picture to be worked on, and the folder where all of it lies.
 
-    Without an `image` the folder must hold what the earlier stages left.
+    Without a `path` the folder must hold what the earlier stages left.
     """
 
     name: str
     store: RunStore
-    image: Path | None
+    path: Path | None
     source: str
     targets: list[str]
     mask: Path | None = None
@@ -30,7 +30,7 @@ class Work:
     @property
     def label(self) -> str:
         """What the person knows the picture by: its path, or its run folder."""
-        return str(self.image or self.store.folder)
+        return str(self.path or self.store.folder)
 
     def remember_targets(self) -> None:
         """Note in run.json what the picture is to become, for an edit of the run that is not told."""
@@ -60,7 +60,7 @@ def _reading(store: RunStore) -> Iterator[None]:
         raise UserError(f"{file} is damaged (it lacks {error}): remove the run and make it again") from error
 
 
-def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[Work]:
+def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[SourceImage]:
     """The finished or half-finished runs in a folder, or the one that it is; the damaged go to `failed`.
 
     Without targets, those of each are what it was inverted or tuned with.
@@ -73,7 +73,7 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
                 picture, source = record["picture"], record["source"]
                 mask = store.folder / "mask.png" if picture["mask"] else None
                 told = targets or _remembered(store, record)
-                work = Work(picture["name"], store, None, source, told, mask, picture["mode"])
+                work = SourceImage(picture["name"], store, None, source, told, mask, picture["mode"])
         except UserError as error:
             if len(stores) == 1:
                 raise

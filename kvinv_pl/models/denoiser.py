@@ -15,11 +15,11 @@ from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.feature_cache import FeatureCache
 from kvinv_pl.models.stable_diffusion import Backbone
 
 
-class Network(nn.Module):
+class Denoiser(nn.Module):
     """A backbone, the chosen sites, and one live psi for latents of one size."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Network(nn.Module):
         self.psi = nn.ModuleDict()
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         self.attachment: Attachment | None = None
-        self.front = Front(backbone.unet, [])
+        self.cache = FeatureCache(backbone.unet, [])
         self._found: dict[tuple[int, int], list[Site]] = {}
 
     @property
@@ -58,7 +58,7 @@ class Network(nn.Module):
                 self.device
             )
             self.attachment = attach(self.backbone.unet, made)
-            self.front = Front(self.backbone.unet, made.values())
+            self.cache = FeatureCache(self.backbone.unet, made.values())
         self.attachment.check()
         return self.attachment
 
@@ -67,7 +67,7 @@ class Network(nn.Module):
         if self.attachment is not None:
             self.attachment.detach()
             self.attachment, self.psi = None, nn.ModuleDict()
-            self.front = Front(self.backbone.unet, [])
+            self.cache = FeatureCache(self.backbone.unet, [])
 
     def attached(self) -> Attachment:
         """The attachment, which must be there and whole."""

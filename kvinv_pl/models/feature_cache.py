@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 Forward = Callable[..., Any]
 
 
-class Front:
+class FeatureCache:
     """The outputs of a network's modules that finish before one of `late` is first called.
 
     Args:

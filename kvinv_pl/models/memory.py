@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 
 MOST = 8
 """Side by side at most: pictures that have converged are computed along until the last one has."""
@@ -33,18 +33,18 @@ def free_bytes(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def bytes_per_slot(network: Network, grid: tuple[int, int], w: float) -> int:
+def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float) -> int:
     """What tuning one picture of this latent size holds until its backward pass, and psi with its copies."""
-    network.place(grid, 1)
-    backbone, device = network.backbone, network.device
+    denoiser.place(grid, 1)
+    backbone, device = denoiser.backbone, denoiser.device
     z = torch.zeros(1, backbone.latent_channels, *grid, device=device)
-    t = network.table.timesteps[:1].to(device)
+    t = denoiser.table.timesteps[:1].to(device)
     contexts = backbone.embed(["", ""])[:, None]
-    with network.attached().blend():
+    with denoiser.attached().blend():
         held = _held(
-            lambda: network.guided_eps(contexts, w)(z, t), {p.data_ptr() for p in network.parameters()}
+            lambda: denoiser.guided_eps(contexts, w)(z, t), {p.data_ptr() for p in denoiser.parameters()}
         )
-    return held + COPIES * sum(p.numel() * p.element_size() for p in network.psi.parameters())
+    return held + COPIES * sum(p.numel() * p.element_size() for p in denoiser.psi.parameters())
 
 
 def _held(run: Callable[[], Tensor], known: set[int]) -> int:
@@ -62,11 +62,11 @@ def _held(run: Callable[[], Tensor], known: set[int]) -> int:
     return sum(found.values()) + out.nbytes
 
 
-def side_by_side(network: Network, grid: tuple[int, int], w: float, pictures: int) -> tuple[int, str]:
+def side_by_side(denoiser: Denoiser, grid: tuple[int, int], w: float, pictures: int) -> tuple[int, str]:
     """How many of so many pictures to tune side by side, and the reason."""
     if pictures == 1:
         return 1, "one picture"
-    each, free = bytes_per_slot(network, grid, w), free_bytes(network.device)
+    each, free = bytes_per_slot(denoiser, grid, w), free_bytes(denoiser.device)
     fitting = int(free * SHARE // max(1, each))
     chosen = max(1, min(pictures, fitting, MOST))
     return chosen, f"each takes about {_size(each)}, {_size(free)} are free"

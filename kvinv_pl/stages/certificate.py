@@ -13,11 +13,11 @@ from PIL import Image
 from kvinv_pl.data.pictures import as_pixels, open_picture, psnr, to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import Pass, first_missing
-from kvinv_pl.stages.settings import Recipe
+from kvinv_pl.stages.settings import TuningSettings
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Demand:
 
 @torch.no_grad()
 def certify(
-    network: Network, store: RunStore, demand: Demand, attempt: int = 0, inner_steps: int = 0
+    denoiser: Denoiser, store: RunStore, demand: Demand, attempt: int = 0, inner_steps: int = 0
 ) -> dict[str, Any]:
     """Decode what an attempt at tuning came to, and write its figures where it is the best one so far.
 
     Args:
-        network: the model, on its device.
+        denoiser: the model, on its device.
         store: the run folder, at that attempt.
         demand: what makes the picture pass.
         attempt: 0 for the first one, whose phases lie in the run folder itself.
@@ -52,7 +52,7 @@ def certify(
     Returns:
         run.json's field "reconstruction": the figures of the attempt that is kept, and a line for each made.
     """
-    picture, figures = _measure(network, store)
+    picture, figures = _measure(denoiser, store)
     run = store.read_run()
     before = run.get("reconstruction") if attempt else None
     made = [*(before["attempts"][:attempt] if before else [])]
@@ -83,11 +83,11 @@ def next_attempt(store: RunStore, demand: Demand) -> int | None:
     return None if reached or made > demand.retries else made
 
 
-def _measure(network: Network, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
+def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
     """The reconstruction as a picture, and its figures."""
-    run, steps = store.read_run(), len(network.table)
-    z = torch.stack([store.trajectory()[0], store.step(steps - 1).z]).to(network.device)
-    round_trip, tuned = network.backbone.decode(z).cpu()
+    run, steps = store.read_run(), len(denoiser.table)
+    z = torch.stack([store.trajectory()[0], store.step(steps - 1).z]).to(denoiser.device)
+    round_trip, tuned = denoiser.backbone.decode(z).cpu()
     geometry = geometry_of(run["picture"])
     picture, ceiling = (to_image(pixels, geometry) for pixels in (tuned, round_trip))
     source = as_pixels(open_picture(store.folder / "source.png").image)
@@ -106,7 +106,7 @@ class Attempt:
     """The first attempt (0) lies in the run folder itself; each later one has twice the inner steps."""
 
     number: int
-    recipe: Recipe
+    recipe: TuningSettings
     demand: Demand
 
     def inner_steps(self, which: Pass) -> int:
@@ -118,12 +118,12 @@ class Attempt:
         """Of random starts, which are others in every attempt."""
         return self.recipe.seed + self.number
 
-    def at(self, work: Work) -> Work:
+    def at(self, work: SourceImage) -> SourceImage:
         """The picture, with the phases of this attempt."""
         return replace(work, store=work.store.at_attempt(self.number))
 
     def take_up(
-        self, work: Work, steps: int, tuning: Mapping[str, Any], editing: Mapping[str, Any]
+        self, work: SourceImage, steps: int, tuning: Mapping[str, Any], editing: Mapping[str, Any]
     ) -> set[int] | None:
         """Which phases of a picture at this attempt are done; None: there is nothing left to do.
 
@@ -147,7 +147,7 @@ class Attempt:
                 store.write_run({**run, "tuning": tuning, "editing": editing})
         return finished if self.is_due(work) else None
 
-    def is_due(self, work: Work) -> bool:
+    def is_due(self, work: SourceImage) -> bool:
         """Whether it is still to be made, or to be certified."""
         if self.number:
             return next_attempt(work.store, self.demand) == self.number
@@ -158,10 +158,10 @@ class Attempt:
         """Optimiser steps for one timestep at most, before z-tilde rolls out for good."""
         return self.recipe.inner_steps * 2**self.number
 
-    def certify(self, network: Network, work: Work) -> dict[str, Any]:
+    def certify(self, denoiser: Denoiser, work: SourceImage) -> dict[str, Any]:
         """Write the certificate of a picture that is tuned; run.json's field "reconstruction"."""
-        return certify(network, work.store, self.demand, self.number, self.inner_steps_at_most)
+        return certify(denoiser, work.store, self.demand, self.number, self.inner_steps_at_most)
 
-    def logged_as(self, work: Work) -> str:
+    def logged_as(self, work: SourceImage) -> str:
         """The name of a picture in the logs; later attempts have curves of their own."""
         return work.store.folder.name + (f"-attempt-{self.number + 1}" if self.number else "")

@@ -15,29 +15,31 @@ from kvinv_pl.data.pictures import open_picture, to_image
 from kvinv_pl.data.records import geometry_of, told_apart
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.sheet import sheet
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import subject_positions
 from kvinv_pl.stages.invert import is_tuned, mask_of
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.reader import Reader
 
 
-def refuse_unreadable(network: Network, work: Work, reading: str, subject: str | None, masked: bool) -> None:
+def refuse_unreadable(
+    denoiser: Denoiser, work: SourceImage, reading: str, subject: str | None, masked: bool
+) -> None:
     """Refuse, rather than after the tuning, what an edit could not read with the variant that is attached.
 
     Args:
-        network: The model, with psi attached.
+        denoiser: The model, with psi attached.
         work: The picture with its targets.
         reading: frozen or blend.
         subject: The word for the subject, if one was given.
         masked: Whether the picture has a mask.
     """
-    if why := network.why_not(reading):
+    if why := denoiser.why_not(reading):
         other = {"frozen": "blend", "blend": "frozen"}[reading]
         raise UserError(f"reading: expected {other}, got {reading}: {why}")
-    variant = network.cps[0]
+    variant = denoiser.cps[0]
     if variant.wants_mask and not masked:
         raise UserError(
             f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
@@ -47,13 +49,13 @@ def refuse_unreadable(network: Network, work: Work, reading: str, subject: str |
             f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
         )
     if variant.follows:
-        subject_positions(network.backbone, work.source, work.targets, subject)
+        subject_positions(denoiser.backbone, work.source, work.targets, subject)
 
 
 @torch.no_grad()
 def edit_picture(
-    network: Network,
-    work: Work,
+    denoiser: Denoiser,
+    work: SourceImage,
     guidance: float,
     reading: str,
     kv: str,
@@ -67,13 +69,13 @@ def edit_picture(
 
     What was rendered with the very same settings is not rendered again, unless `again`.
     """
-    store, table, began = work.store, network.table, time.perf_counter()
+    store, table, began = work.store, denoiser.table, time.perf_counter()
     run = store.read_run()
-    if not is_tuned(network, store) or not {"tuning", "reconstruction"} <= run.keys():
+    if not is_tuned(denoiser, store) or not {"tuning", "reconstruction"} <= run.keys():
         raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
     trajectory = store.trajectory()
-    attachment = network.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
-    here = {"sites": list(attachment.psi), "attention": of_variant(network.cps[0])}
+    attachment = denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
+    here = {"sites": list(attachment.psi), "attention": of_variant(denoiser.cps[0])}
     store.require({"tuning": {**run["tuning"], **here}}, ["tuning"])
     if reading == "frozen" and kv == "stored" and run["tuning"]["kv"] == "replayed":
         raise UserError(
@@ -81,7 +83,7 @@ def edit_picture(
             "or reading blend"
         )
     mask = mask_of(store)
-    network.bind(None if mask is None else mask[None])
+    denoiser.bind(None if mask is None else mask[None])
     asked = {
         target: {
             "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
@@ -89,7 +91,7 @@ def edit_picture(
             **({"kv": kv} if reading == "frozen" else {}),
             **({"subject": subject} if subject else {}),
             "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
-            "precision": str(network.backbone.unet.dtype).removeprefix("torch."),
+            "precision": str(denoiser.backbone.unet.dtype).removeprefix("torch."),
             "tuning": run["tuning"], "attempt": run["reconstruction"]["kept"],
         }
         for target in work.targets
@@ -104,16 +106,16 @@ def edit_picture(
         return list(paths.values())
     if guidance != run["tuning"]["guidance"]:
         watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
-    reader = Reader(network, store, targets, negative, reading, kv, first_step(start, len(table)), subject)
+    reader = Reader(denoiser, store, targets, negative, reading, kv, first_step(start, len(table)), subject)
     watch.begin("editing", work.name, len(table))
-    z_T = trajectory[-1:].to(network.device).expand(len(targets), -1, -1, -1)
+    z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
             reader.eps, z_T, table, reader.psi, guidance, start,
             lambda i: watch.advance(f"timestep {int(table.timesteps[i])}"),
         )  # fmt: skip
     geometry = geometry_of(run["picture"])
-    edited = [to_image(pixels.cpu(), geometry) for pixels in network.backbone.decode(z_0)]
+    edited = [to_image(pixels.cpu(), geometry) for pixels in denoiser.backbone.decode(z_0)]
     seconds = round((time.perf_counter() - began) / len(edited), 2)
     for target, picture in zip(targets, edited, strict=True):
         paths[target] = store.save_edit(target, picture, {**asked[target], "figures": {"seconds": seconds}})

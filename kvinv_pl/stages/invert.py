@@ -12,28 +12,28 @@ from kvinv_pl.data.masks import fitted, open_mask
 from kvinv_pl.data.pictures import fit_geometry, open_picture, to_image, to_mask, to_pixels
 from kvinv_pl.data.records import INVERTED, geometry_of, of_picture, of_table, versions
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import first_missing
 from kvinv_pl.stages.progress import Progress
 
 
 def inversion_record(
-    network: Network, work: Work, guidance: float, negative: str
+    denoiser: Denoiser, work: SourceImage, guidance: float, negative: str
 ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     """What run.json will say of the inversion, the pixels as the model takes them, and the mask."""
-    if work.image is None:
+    if work.path is None:
         raise UserError(
             f"{work.store.folder} is not inverted, and which picture it is of was not said: give --image"
         )
-    picture = open_picture(work.image)
-    backbone = network.backbone
+    picture = open_picture(work.path)
+    backbone = denoiser.backbone
     geometry = fit_geometry(picture.image.size, backbone.sample_size, backbone.multiple, work.geometry)
     mask = open_mask(work.mask) if work.mask else None
     record = {
         "model": backbone.identity,
-        "scheduler": of_table(network.table, backbone.predicts_v),
+        "scheduler": of_table(denoiser.table, backbone.predicts_v),
         "picture": of_picture(work.name, picture, geometry, work.geometry, mask.sha256 if mask else None),
         "source": work.source,
         "inversion": {"guidance": guidance, "negative": negative if guidance != 1 else ""},
@@ -48,16 +48,16 @@ def inversion_record(
     )
 
 
-def is_inverted(network: Network, work: Work, guidance: float, negative: str) -> bool:
+def is_inverted(denoiser: Denoiser, work: SourceImage, guidance: float, negative: str) -> bool:
     """Whether the trajectory is there; a run made otherwise is refused by the field that differs."""
     store = work.store
     if not store.has_run():
         return False
-    if work.image is not None:
-        expected, fields = inversion_record(network, work, guidance, negative)[0], INVERTED
+    if work.path is not None:
+        expected, fields = inversion_record(denoiser, work, guidance, negative)[0], INVERTED
     else:
-        table = of_table(network.table, network.backbone.predicts_v)
-        expected = {"model": network.backbone.identity, "scheduler": table}
+        table = of_table(denoiser.table, denoiser.backbone.predicts_v)
+        expected = {"model": denoiser.backbone.identity, "scheduler": table}
         fields = ("model", "scheduler")
     there = store.read_run().get("model", {})
     if there.get("sha256") == expected["model"]["sha256"]:  # the same one, wherever it lies now
@@ -66,24 +66,26 @@ def is_inverted(network: Network, work: Work, guidance: float, negative: str) ->
     return store.has_trajectory()
 
 
-def is_tuned(network: Network, store: RunStore) -> bool:
+def is_tuned(denoiser: Denoiser, store: RunStore) -> bool:
     """Whether every step has its psi."""
-    steps = len(network.table)
+    steps = len(denoiser.table)
     return store.has_trajectory() and first_missing(store.done(), steps) == steps
 
 
 @torch.no_grad()
-def invert_picture(network: Network, work: Work, guidance: float, negative: str, watch: Progress) -> None:
+def invert_picture(
+    denoiser: Denoiser, work: SourceImage, guidance: float, negative: str, watch: Progress
+) -> None:
     """Stage 1 of one picture: source.png, trajectory.safetensors and run.json."""
-    record, pixels, mask = inversion_record(network, work, guidance, negative)
-    store, table = work.store, network.table
-    z_0 = network.backbone.encode(pixels[None].to(network.device))
-    contexts = network.backbone.embed([record["inversion"]["negative"], work.source])[:, None]
+    record, pixels, mask = inversion_record(denoiser, work, guidance, negative)
+    store, table = work.store, denoiser.table
+    z_0 = denoiser.backbone.encode(pixels[None].to(denoiser.device))
+    contexts = denoiser.backbone.embed([record["inversion"]["negative"], work.source])[:, None]
     if not work.source:
         watch.note(f"{work.name}: the source prompt is empty; --source says what the picture shows")
     watch.begin("inverting", work.name, len(table))
     z = invert(
-        network.guided_eps(contexts, guidance), z_0, table,
+        denoiser.guided_eps(contexts, guidance), z_0, table,
         lambda i: watch.advance(f"timestep {int(table.timesteps[i])}"),
     )  # fmt: skip
     geometry = geometry_of(record["picture"])

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.source_image import Work
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.data.source_image import SourceImage
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase, at_pivots, batches, missing_at_pivots, roll_out
-from kvinv_pl.stages.settings import Recipe
+from kvinv_pl.stages.settings import TuningSettings
 
 
 class Claims(Protocol):
@@ -74,10 +74,15 @@ class Planner:
     """
 
     def __init__(
-        self, network: Network, recipe: Recipe, works: Sequence[Work], slots: int, failures: Failures
+        self,
+        denoiser: Denoiser,
+        recipe: TuningSettings,
+        works: Sequence[SourceImage],
+        slots: int,
+        failures: Failures,
     ) -> None:
         """Take the pictures in their order."""
-        self.network, self.recipe, self.works = network, recipe, list(works)
+        self.denoiser, self.recipe, self.works = denoiser, recipe, list(works)
         self.slots, self.failures = slots, failures
 
     def passes(self) -> tuple[Pass, ...]:
@@ -85,12 +90,12 @@ class Planner:
         for work in self.failures.left(self.works):
             with self.failures.of([work]):
                 self._place(work, self.slots)
-                return self.recipe.passes(self.network.learns)
+                return self.recipe.passes(self.denoiser.learns)
         return ("roll-out",)
 
     def plan(
         self, attempt: Attempt, which: Pass, tuning: Record, editing: Record
-    ) -> tuple[list[Work], list[Phase]]:
+    ) -> tuple[list[SourceImage], list[Phase]]:
         """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are.
 
         Args:
@@ -105,10 +110,10 @@ class Planner:
             with self.failures.of([work]):
                 if work not in self.failures:
                     self._place(work, self.slots)
-                    done[-1] = attempt.take_up(work, len(self.network.table), tuning(), editing())
+                    done[-1] = attempt.take_up(work, len(self.denoiser.table), tuning(), editing())
         return works, self._phases(works, done, which)
 
-    def join(self, attempt: Attempt) -> list[Work]:
+    def join(self, attempt: Attempt) -> list[SourceImage]:
         """The pictures at an attempt whose phases another process has planned.
 
         Psi is as many slots wide as there are.
@@ -118,9 +123,9 @@ class Planner:
             self._place(work, self.slots)
         return works
 
-    def _phases(self, works: list[Work], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
-        width, steps = self.slots, len(self.network.table)
-        if "pivots" in self.recipe.passes(self.network.learns):
+    def _phases(self, works: list[SourceImage], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
+        width, steps = self.slots, len(self.denoiser.table)
+        if "pivots" in self.recipe.passes(self.denoiser.learns):
             width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
         rolling = batches(done, steps, width)
         if which == "pivots":
@@ -131,6 +136,6 @@ class Planner:
             self._place(work, width)
         return roll_out(rolling, steps)
 
-    def _place(self, work: Work, slots: int) -> None:
+    def _place(self, work: SourceImage, slots: int) -> None:
         height, width = work.store.trajectory().shape[-2:]
-        self.network.place((height, width), slots)
+        self.denoiser.place((height, width), slots)

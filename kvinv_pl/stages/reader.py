@@ -17,7 +17,7 @@ from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import Step
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import START, subject_positions
 
 Reading = Literal["frozen", "blend"]
@@ -41,7 +41,7 @@ class Reader:
 
     def __init__(
         self,
-        network: Network,
+        denoiser: Denoiser,
         store: RunStore,
         targets: Sequence[str],
         negative: str,
@@ -53,7 +53,7 @@ class Reader:
         """Embed the prompts.
 
         Args:
-            network: The model with psi attached, one slot wide.
+            denoiser: The model with psi attached, one slot wide.
             store: A run that is tuned to the end.
             targets: What the source should become, one edit for each.
             negative: What the unconditional branch of the edits is told.
@@ -63,15 +63,15 @@ class Reader:
             subject: The word for the subject in the targets, for variants that follow it; None: see
                 `subject_of`.
         """
-        self.network, self.store, self.first = network, store, first
+        self.denoiser, self.store, self.first = denoiser, store, first
         self.reading: str = reading
         # rows of the U-Net: edit after edit, each unconditional, then conditional
-        self.contexts = network.backbone.embed([text for target in targets for text in (negative, target)])
+        self.contexts = denoiser.backbone.embed([text for target in targets for text in (negative, target)])
         self.source = self._source() if (reading, kv) == ("frozen", "replayed") else None
         self._coming: dict[int, Future[Step]] = {}
         self._positions: list[list[int]] | None = None  # a row's; the unconditional ones have no word
-        if reading == "frozen" and any(cp.follows for cp in network.cps):
-            found = subject_positions(network.backbone, store.read_run()["source"], targets, subject)
+        if reading == "frozen" and any(cp.follows for cp in denoiser.cps):
+            found = subject_positions(denoiser.backbone, store.read_run()["source"], targets, subject)
             self._positions = [positions for each in found for positions in ([], each)]
         self._at = first
         self._open = ExitStack()
@@ -79,8 +79,8 @@ class Reader:
     def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
         """From here on, variants are told where the edits look for the subject's word."""
         extra = 0 if self.source is None else len(self.source.contexts)
-        unet = self.network.backbone.unet
-        known = math.ceil(UNSETTLED * len(self.network.table))
+        unet = self.denoiser.backbone.unet
+        known = math.ceil(UNSETTLED * len(self.denoiser.table))
 
         def looks(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
             return _looks(maps, extra, grid) if self._at >= known else None
@@ -97,7 +97,7 @@ class Reader:
         tuning = run["tuning"]
         prompts = [run["source"]] if tuning["guidance"] == 1 else [tuning["negative"], run["source"]]
         self._trajectory = self.store.trajectory()
-        return Source(self.network.backbone.embed(prompts))
+        return Source(self.denoiser.backbone.embed(prompts))
 
     def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> tuple[Tensor, Tensor]:
         """The unconditional and the conditional epsilon of every edit."""
@@ -107,15 +107,15 @@ class Reader:
             extra = len(self.source.contexts)
             rows = cat([self.source.z.expand(extra, -1, -1, -1), rows])
             times, contexts = cat([t[:1].expand(extra), times]), cat([self.source.contexts, contexts])
-        with self.network.autocast():
-            eps = self.network.backbone.eps(rows, times, contexts)[extra:]
+        with self.denoiser.autocast():
+            eps = self.denoiser.backbone.eps(rows, times, contexts)[extra:]
         eps_u, eps_c = eps.unflatten(0, (-1, 2)).unbind(1)
         return eps_u, eps_c
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
         """One step of prefetch: the next psi_t is read while the network works."""
-        self._attachment = self.network.attached()
+        self._attachment = self.denoiser.attached()
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
             self._expect(self.first)
@@ -123,7 +123,7 @@ class Reader:
                 yield
 
     def _expect(self, i: int) -> None:
-        if i < len(self.network.table):
+        if i < len(self.denoiser.table):
             self._coming[i] = self._pool.submit(self.store.step, i)
 
     @contextmanager
@@ -136,7 +136,7 @@ class Reader:
         if self.reading == "frozen" and self.source is None:
             way = attachment.frozen(self._stored(step))
         else:
-            self.network.read(step.psi, slot=0)
+            self.denoiser.read(step.psi, slot=0)
             source = self.source
             way = attachment.blend() if source is None else self._beside(source, i, step, attachment)
         # only now: making this step's tensors and reading the next one would hold each other up
@@ -145,7 +145,7 @@ class Reader:
             yield
 
     def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-        kv = step.kv_on(self.network.device)
+        kv = step.kv_on(self.denoiser.device)
         if kv is None:
             raise UserError(
                 f"{self.store.folder} holds no K-bar and V-bar: edit it with kv replayed, or reading blend"
@@ -155,13 +155,13 @@ class Reader:
     @contextmanager
     def _beside(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
         """The source's own rows run along from where K-bar and V-bar of step i were taken in tuning."""
-        if i == 0 or self.network.at_pivot:
-            source.z = self._trajectory[len(self.network.table) - i][None].to(self.network.device)
+        if i == 0 or self.denoiser.at_pivot:
+            source.z = self._trajectory[len(self.denoiser.table) - i][None].to(self.denoiser.device)
         elif i == self.first:
-            source.z = self.store.step(i - 1).z[None].to(self.network.device)
+            source.z = self.store.step(i - 1).z[None].to(self.denoiser.device)
         with attachment.replaying(len(source.contexts)):
             yield
-        source.z = step.z[None].to(self.network.device)  # z-tilde of the next step
+        source.z = step.z[None].to(self.denoiser.device)  # z-tilde of the next step
 
 
 def _looks(maps: Maps, extra: int, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:

@@ -44,7 +44,7 @@ class Convergence:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TuningSettings:
     """The settings of stage 2; KVInversion's own, whose docstring says what each is."""
 
     guidance: float

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import Step
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import Phase
 from kvinv_pl.stages.invert import mask_of
 
@@ -21,7 +21,7 @@ from kvinv_pl.stages.invert import mask_of
 class Member:
     """A picture as tuning takes it up."""
 
-    work: Work
+    work: SourceImage
     digest: str
     """Of its pixels: random starts follow from it."""
     pivots: Float[Tensor, "levels c h w"]
@@ -41,16 +41,18 @@ class Slots:
     lost: Tensor
     """(slots,): empty, or given up."""
 
-    def __init__(self, network: Network, works: Sequence[Work], negative: str, failures: Failures) -> None:
+    def __init__(
+        self, denoiser: Denoiser, works: Sequence[SourceImage], negative: str, failures: Failures
+    ) -> None:
         """Nothing is held yet.
 
         Args:
-            network: The model.
+            denoiser: The model.
             works: The pictures that phases number.
             negative: What the unconditional branch is told.
             failures: Where a picture that cannot be taken up is noted.
         """
-        self.network, self.works, self.negative, self.failures = network, works, negative, failures
+        self.denoiser, self.works, self.negative, self.failures = denoiser, works, negative, failures
         self._known: dict[int, Member] = {}
 
     def hold(self, phase: Phase) -> None:
@@ -74,15 +76,15 @@ class Slots:
             self.members = [self._known.get(number, spare) for number in phase.members]
             self.contexts = torch.stack([member.contexts for member in self.members], 1)
             masks = [member.mask for member in self.members if member.mask is not None]
-            self.network.bind(torch.stack(masks) if masks else None)
+            self.denoiser.bind(torch.stack(masks) if masks else None)
 
-    def _taken_up(self, work: Work) -> Member:
+    def _taken_up(self, work: SourceImage) -> Member:
         store = work.store
-        contexts = self.network.backbone.embed([self.negative, work.source])
+        contexts = self.denoiser.backbone.embed([self.negative, work.source])
         digest = store.read_run()["picture"]["sha256"]
         return Member(work, digest, store.trajectory(), contexts, mask_of(store))
 
-    def active(self) -> list[tuple[int, Work]]:
+    def active(self) -> list[tuple[int, SourceImage]]:
         """The slots that count, and the pictures in them: no padding, and nothing given up."""
         pairs = enumerate(zip(self.phase.members, self.phase.active, strict=True))
         found = [(slot, self.works[member]) for slot, (member, active) in pairs if active]
@@ -90,16 +92,16 @@ class Slots:
 
     def levels(self, steps: Sequence[int]) -> Float[Tensor, "slots c h w"]:
         """z-hat of every slot after so many steps from noise: the pivot that it left, or is to reach."""
-        T = len(self.network.table)
+        T = len(self.denoiser.table)
         rows = [member.pivots[T - i] for member, i in zip(self.members, steps, strict=True)]
-        return torch.stack(rows).to(self.network.device)
+        return torch.stack(rows).to(self.denoiser.device)
 
     def start(self, seed: int) -> None:
         """Psi of every slot at the variant's own start."""
-        steps, table = self.phase.steps, self.network.table
-        self.network.reset(seed, [member.digest for member in self.members], steps)
-        t = table.timesteps[torch.tensor(steps)].to(self.network.device)
-        self.network.observe(self.z, t, self.contexts)
+        steps, table = self.phase.steps, self.denoiser.table
+        self.denoiser.reset(seed, [member.digest for member in self.members], steps)
+        t = table.timesteps[torch.tensor(steps)].to(self.denoiser.device)
+        self.denoiser.observe(self.z, t, self.contexts)
 
     def go_on(self, first: int) -> None:
         """z-tilde at the step where the roll-out of the pictures goes on, and psi of the step before."""
@@ -107,8 +109,8 @@ class Slots:
         for slot, work in self.active() if first else []:
             with self.failures.of([work]):
                 before: Step = work.store.step(first - 1)
-                self.z[slot] = before.z.to(self.network.device)
-                self.network.read(before.psi, slot)
+                self.z[slot] = before.z.to(self.denoiser.device)
+                self.denoiser.read(before.psi, slot)
         self._drop_failed()
 
     def settle(self, carry: bool) -> list[int]:
@@ -118,16 +120,16 @@ class Slots:
         moves by as much as their pivots' psi differ. Where z-tilde has come to changes slowly with t.
         """
         used = [0] * len(self.members)
-        learned = {f"{cp.site.path}.{name}" for cp in self.network.cps for name, _ in cp.named_parameters()}
+        learned = {f"{cp.site.path}.{name}" for cp in self.denoiser.cps for name, _ in cp.named_parameters()}
         for slot, work in self.active():
             i = self.phase.steps[slot]
             with self.failures.of([work]):
                 psi, info = work.store.pivot(i)
                 if carry and i:
-                    before, here = work.store.pivot(i - 1)[0], self.network.values()
+                    before, here = work.store.pivot(i - 1)[0], self.denoiser.values()
                     moved = {name: psi[name].float() - before[name].float() for name in learned}
                     psi = {**psi, **{name: here[name][slot].cpu() + moved[name] for name in learned}}
-                self.network.read(psi, slot)
+                self.denoiser.read(psi, slot)
                 used[slot] = info["inner_steps"]
         self._drop_failed()
         return used

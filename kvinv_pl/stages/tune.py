@@ -11,9 +11,9 @@ from torch import Tensor
 from kvinv_pl.algorithm.ddim import predicted_z_0
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.source_image import Work
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import rounded
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase
@@ -22,7 +22,7 @@ from kvinv_pl.stages.progress import Progress, log_phase, log_picture, log_resul
 from kvinv_pl.stages.slots import SlotKeeper, Slots
 
 
-class Fit:
+class Tuning:
     """One pass of the curriculum over pictures: the phases of `plan`, z-tilde and psi in their slots.
 
     Who calls it owns the loop and the optimiser: `begin`, then `step` while not `converged`, then `end`.
@@ -30,10 +30,10 @@ class Fit:
 
     def __init__(
         self,
-        network: Network,
+        denoiser: Denoiser,
         attempt: Attempt,
         which: Pass,
-        works: Sequence[Work],
+        works: Sequence[SourceImage],
         plan: Sequence[Phase],
         failures: Failures,
         watch: Progress,
@@ -42,7 +42,7 @@ class Fit:
         """Take the network with psi attached, as many slots wide as the phases are.
 
         Args:
-            network: The model.
+            denoiser: The model.
             attempt: How psi is tuned.
             which: The pass: all timesteps at their pivots, or z-tilde rolling out.
             works: The pictures, with the phases of this attempt; phases know them by their number.
@@ -51,14 +51,14 @@ class Fit:
             watch: What the person who waits is told.
             x_0_every: Every so many timesteps the predicted x_0 is logged; 0: never.
         """
-        self.network, self.attempt, self.recipe = network, attempt, attempt.recipe
+        self.denoiser, self.attempt, self.recipe = denoiser, attempt, attempt.recipe
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
         self.failures, self.watch, self.x_0_every = failures, watch, x_0_every
         self.inner_steps = attempt.inner_steps(which)
         self.loggers: Sequence[Any] = []
         self.claims: Claims = Alone()
         self._takes = False
-        self._slots = Slots(network, self.works, self.recipe.negative, failures)
+        self._slots = Slots(denoiser, self.works, self.recipe.negative, failures)
 
     @property
     def converged(self) -> bool:
@@ -70,10 +70,10 @@ class Fit:
     @torch.no_grad()
     def begin(self, n: int) -> None:
         """Phase n begins: z_t of every slot, its pivot, and where psi_t starts."""
-        self._n, self._phase, slots, table = n, self.plan[n], self._slots, self.network.table
+        self._n, self._phase, slots, table = n, self.plan[n], self._slots, self.denoiser.table
         steps, width = self._phase.steps, len(self._phase.members)
-        self.network.attached()
-        self.network.front.forget()
+        self.denoiser.attached()
+        self.denoiser.cache.forget()
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
@@ -89,7 +89,7 @@ class Fit:
             return
         self._pivot = slots.levels([i + 1 for i in steps])
         idle = slots.lost | torch.tensor([not table.has_effect(i) for i in steps])
-        learned = list(self.network.psi.parameters())
+        learned = list(self.denoiser.psi.parameters())
         self._keeper = SlotKeeper(learned, width, idle | (not learned))
 
     def _take_places(self) -> None:
@@ -99,7 +99,7 @@ class Fit:
             slots.z = slots.levels(steps)
         elif self._phase.enters:
             slots.go_on(steps[0])
-        if self.rolls_out and "pivots" in self.recipe.passes(self.network.learns):
+        if self.rolls_out and "pivots" in self.recipe.passes(self.denoiser.learns):
             self._used_at_pivots = torch.tensor(slots.settle(self.recipe.carry))
         elif not self.rolls_out or steps[0] == 0 or not self.recipe.carry:
             slots.start(self.attempt.seed)
@@ -111,7 +111,7 @@ class Fit:
         if self.rolls_out:
             pictures = [work.name for _, work in self._slots.active()]
             name = pictures[0] if len(pictures) == 1 else f"{len(pictures)} pictures"
-            self.watch.begin("tuning", f"{name}{again}", len(self.network.table) - self._phase.steps[0])
+            self.watch.begin("tuning", f"{name}{again}", len(self.denoiser.table) - self._phase.steps[0])
         elif self._n == 0:
             name = self.works[0].name if len(self.works) == 1 else f"{len(self.works)} pictures"
             timesteps = sum(sum(phase.active) for phase in self.plan)
@@ -121,7 +121,7 @@ class Fit:
 
     def step(self, count: int, optimizer: Any, backward: Callable[[Tensor], None]) -> None:
         """One optimiser step of Eq. 3, the phase's number `count`, for the slots that have not converged."""
-        with self.network.attached().blend(), self.network.front.kept():
+        with self.denoiser.attached().blend(), self.denoiser.cache.kept():
             z = self._reconstruct()
             errors = squared_errors(self._pivot, z)
             self._give_up_unless_finite(errors)
@@ -133,9 +133,9 @@ class Fit:
             running = ~self._keeper.stopped
             self._used += running
             self.watch.show(f"{self._where()}, inner step {count}, loss {float(means[running].mean()):.2e}")
-            running = running.to(self.network.device)
+            running = running.to(self.denoiser.device)
 
-            values, known = list(self.network.psi.parameters()), [z]
+            values, known = list(self.denoiser.psi.parameters()), [z]
             at = [value._version for value in values]
 
             def residuals() -> Tensor:
@@ -163,13 +163,13 @@ class Fit:
 
     def _where(self) -> str:
         """Which timesteps are tuned, as the person is told."""
-        first, last = (int(t) for t in self.network.table.timesteps[self._steps[[0, -1]]])
+        first, last = (int(t) for t in self.denoiser.table.timesteps[self._steps[[0, -1]]])
         return f"timestep {first}" if first == last else f"timesteps {first} to {last}"
 
     def _reconstruct(self, z: Tensor | None = None) -> Tensor:
         """z-tilde_{t-1} for every slot, from z-tilde_t or from z."""
-        eps = self.network.guided_eps(self._slots.contexts, self.recipe.guidance)
-        return reconstruct(eps, self._slots.z if z is None else z, self.network.table, self._steps)
+        eps = self.denoiser.guided_eps(self._slots.contexts, self.recipe.guidance)
+        return reconstruct(eps, self._slots.z if z is None else z, self.denoiser.table, self._steps)
 
     def _give_up_unless_finite(self, errors: Tensor) -> None:
         """A picture whose latents have run away is given up; those beside it go on."""
@@ -210,14 +210,14 @@ class Fit:
     def _complete(self, rehearsal: bool) -> None:
         slots = self._slots
         self._keeper.restore()
-        for value in self.network.values().values():
+        for value in self.denoiser.values().values():
             value.copy_(rounded(value, self.recipe.store_dtype))
         before = slots.z
         kv = self._advance()
-        self.network.front.forget()
+        self.denoiser.cache.forget()
         ends = (squared_errors(self._pivot, slots.z) / self._pivot[0].numel()).cpu()
         self._give_up_unless_finite(ends)
-        lost = slots.lost.to(self.network.device)
+        lost = slots.lost.to(self.denoiser.device)
         slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
         begins = ends if self._first_errors is None else self._first_errors
         made = 1 if self.rolls_out else sum(self._phase.active)
@@ -230,21 +230,21 @@ class Fit:
                 "loss_end": float(ends[slot]),
                 "inner_steps": int(self._used[slot]),
             }
-            psi = {name: value[slot].cpu() for name, value in self.network.values().items()}
+            psi = {name: value[slot].cpu() for name, value in self.denoiser.values().items()}
             with self.failures.of([work]):
                 if self.rolls_out:
                     bars = {path: (k[:, slot].cpu(), v[:, slot].cpu()) for path, (k, v) in kv.items()}
                     self._write(work, slot, psi, bars, figures, before)
                 else:
                     self._write_at_pivot(work, slot, psi, figures)
-        if self.rolls_out and self._phase.steps[0] == len(self.network.table) - 1:
+        if self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
             self._certify_slots()
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""
-        attachment, slots = self.network.attached(), self._slots
-        if not self.network.at_pivot:
-            with attachment.recording() as kv, self.network.front.kept():
+        attachment, slots = self.denoiser.attached(), self._slots
+        if not self.denoiser.at_pivot:
+            with attachment.recording() as kv, self.denoiser.cache.kept():
                 slots.z = self._reconstruct()
             return kv
         with attachment.recording() as kv:
@@ -255,7 +255,7 @@ class Fit:
 
     def _write(
         self,
-        work: Work,
+        work: SourceImage,
         slot: int,
         psi: dict[str, Tensor],
         bars: dict[str, tuple[Tensor, Tensor]],
@@ -269,23 +269,23 @@ class Fit:
         stored = bars if self.recipe.kv == "stored" else None
         work.store.save_step(i, psi, z[0].cpu(), stored, figures, self.recipe.store_dtype)
         name = self.attempt.logged_as(work)
-        log_phase(self.loggers, name, i, figures, self.network.device)
+        log_phase(self.loggers, name, i, figures, self.denoiser.device)
         self._show_z_0(name, i, before[slot : slot + 1], z)
 
     def _write_at_pivot(
-        self, work: Work, slot: int, psi: dict[str, Tensor], figures: dict[str, float]
+        self, work: SourceImage, slot: int, psi: dict[str, Tensor], figures: dict[str, float]
     ) -> None:
         """Psi_t as tuned at its pivot, for the roll-out to start from."""
         i, name = self._phase.steps[slot], f"{self.attempt.logged_as(work)}/at_pivot"
         work.store.save_pivot(i, psi, figures, self.recipe.store_dtype)
-        log_phase(self.loggers, name, i, figures, self.network.device)
+        log_phase(self.loggers, name, i, figures, self.denoiser.device)
 
     def _show_z_0(self, name: str, i: int, z_from: Tensor, z_to: Tensor) -> None:
         """Every few steps, hand the loggers the picture that the process believes in (the paper's Fig. 3)."""
-        table = self.network.table
+        table = self.denoiser.table
         if self.loggers and self.x_0_every and i % self.x_0_every == 0 and table.has_effect(i):
             z_0 = predicted_z_0(z_from, z_to, table.alphas[i], table.alphas[i + 1])
-            pixels = self.network.backbone.decode(z_0)[0].cpu()
+            pixels = self.denoiser.backbone.decode(z_0)[0].cpu()
             log_picture(self.loggers, f"{name}/predicted_x_0", i, pixels)
 
     # ---- the end of a picture's tuning
@@ -309,8 +309,8 @@ class Fit:
         shown = ", ".join(f"{value:.1f}" for value in worth)
         self.watch.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
 
-    def _certify(self, work: Work) -> float:
+    def _certify(self, work: SourceImage) -> float:
         """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
-        record = self.attempt.certify(self.network, work)
+        record = self.attempt.certify(self.denoiser, work)
         log_result(self.loggers, work.store.folder.name, record)
         return record["psnr_to_round_trip"]

@@ -19,8 +19,8 @@ from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
 from kvinv_pl.testing.harness import (
     PATH,
     SITE,
-    Bench,
     Factory,
+    Harness,
     attention,
     features,
     fused,
@@ -33,37 +33,37 @@ SILENT = 1e-7  # a gradient below this is none
 GRIDS = ((3, 5), (6, 2), (1, 7))
 
 
-def _slots_first(bench: Bench) -> None:
+def _slots_first(harness: Harness) -> None:
     """Raise unless the first axis of every parameter is slots."""
-    for name, value in bench.values().items():
-        if value.ndim == 0 or len(value) != bench.site.slots:
+    for name, value in harness.values().items():
+        if value.ndim == 0 or len(value) != harness.site.slots:
             shape = tuple(value.shape)
             raise NonconformingError(
-                f"{name} has the shape {shape} for {bench.site.slots} slots: slots come first"
+                f"{name} has the shape {shape} for {harness.site.slots} slots: slots come first"
             )
 
 
-def _benches(variant: Factory, site: Site = SITE) -> list[tuple[str, Bench]]:
+def _harnesses(variant: Factory, site: Site = SITE) -> list[tuple[str, Harness]]:
     """The variant as tuning leaves it, without a mask and, if it takes one, with one."""
-    plain = [("", Bench(variant, site).start().shake())]
+    plain = [("", Harness(variant, site).start().shake())]
     masked = (
-        [(" with a mask", Bench(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
+        [(" with a mask", Harness(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
     )
     return plain + masked
 
 
 @check("identity at reset", "Tuning starts from the model's own attention, where nothing has been learned.")
 def _identity(variant: Factory) -> None:
-    bench, x = Bench(variant).start().shake(), features(2)
-    bench.cp.reset(seeded(0))
-    same(bench.blend(x), bench.bare(x), "attention after reset against the model's own")
+    harness, x = Harness(variant).start().shake(), features(2)
+    harness.cp.reset(seeded(0))
+    same(harness.blend(x), harness.bare(x), "attention after reset against the model's own")
 
 
 @check("alive at reset", "From a start without any gradient no optimiser ever gets away.")
 def _alive(variant: Factory) -> None:
-    bench = Bench(variant).start()
-    _slots_first(bench)
-    gradients = bench.gradients(features(2))
+    harness = Harness(variant).start()
+    _slots_first(harness)
+    gradients = harness.gradients(features(2))
     for slot in range(SITE.slots):
         if gradients and max(float(gradient[slot].abs().max()) for gradient in gradients.values()) < SILENT:
             raise NonconformingError(f"no parameter has a gradient at the start (slot {slot})")
@@ -71,14 +71,14 @@ def _alive(variant: Factory) -> None:
 
 @check("every parameter learns", "A parameter without a gradient fills the disk and does nothing.")
 def _learning(variant: Factory) -> None:
-    bench, x = Bench(variant).start(), features(2)
-    if not bench.values():
+    harness, x = Harness(variant).start(), features(2)
+    if not harness.values():
         return
-    optimizer = torch.optim.Adam(bench.values().values(), lr=0.05)
-    for name, gradient in bench.gradients(x).items():
-        bench.values()[name].grad = gradient
+    optimizer = torch.optim.Adam(harness.values().values(), lr=0.05)
+    for name, gradient in harness.gradients(x).items():
+        harness.values()[name].grad = gradient
     optimizer.step()
-    for name, gradient in bench.gradients(x).items():
+    for name, gradient in harness.gradients(x).items():
         if float(gradient.abs().max()) < SILENT:
             raise NonconformingError(f"{name} has no gradient after the first step")
 
@@ -86,13 +86,13 @@ def _learning(variant: Factory) -> None:
 @check("reset is deterministic", "A run can be repeated, and gone on with, only from the same start.")
 def _deterministic(variant: Factory) -> None:
     def started(noise: int) -> tuple[dict[str, Tensor], Tensor]:
-        bench = Bench(variant)
+        harness = Harness(variant)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(noise)
             if noise:
-                bench.shake()
-            bench.start(seed=7)
-        return {name: value.detach() for name, value in bench.values().items()}, bench.blend(features(2))
+                harness.shake()
+            harness.start(seed=7)
+        return {name: value.detach() for name, value in harness.values().items()}, harness.blend(features(2))
 
     (first, out), (second, again) = started(noise=0), started(noise=1)
     for name, value in first.items():
@@ -103,48 +103,48 @@ def _deterministic(variant: Factory) -> None:
 
 @check("slots apart", "Pictures that are tuned side by side must not see each other.")
 def _slots(variant: Factory) -> None:
-    for how, bench in _benches(variant):
+    for how, harness in _harnesses(variant):
         x = features(2)
-        _slots_first(bench)
-        out = bench.blend(x)
-        alone = Bench(variant, replace(SITE, slots=1)).start().read(bench)
+        _slots_first(harness)
+        out = harness.blend(x)
+        alone = Harness(variant, replace(SITE, slots=1)).start().read(harness)
         if how:
             alone.mask()
         same(alone.blend(x[:, :1]), out[:, :1], f"slot 0 by itself{how}")
 
         x.requires_grad_()
-        wanted = [x, *bench.values().values()]
+        wanted = [x, *harness.values().values()]
         found = torch.autograd.grad(
-            bench.blend(x)[:, 0].square().sum(), wanted, allow_unused=True, materialize_grads=True
+            harness.blend(x)[:, 0].square().sum(), wanted, allow_unused=True, materialize_grads=True
         )
         if found[0][:, 1:].any() or any(gradient[1:].any() for gradient in found[1:]):
             raise NonconformingError(f"the gradient of slot 0 reaches another slot{how}")
 
         with torch.no_grad():
-            for value in bench.values().values():
+            for value in harness.values().values():
                 value[1:] += 1
             x[:, 1:] -= 1
-            same(bench.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
+            same(harness.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
 
 
 @check("any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all.")
 def _branches(variant: Factory) -> None:
-    for how, bench in _benches(variant):
+    for how, harness in _harnesses(variant):
         x = features(4)
-        together = bench.blend(x)
+        together = harness.blend(x)
         for some in (slice(0, 1), slice(0, 2), slice(3, 4)):
-            same(bench.blend(x[some]), together[some], f"the same branch among {len(x[some])} and 4{how}")
+            same(harness.blend(x[some]), together[some], f"the same branch among {len(x[some])} and 4{how}")
 
 
 @check("saved and loaded exactly", "An edit, and a run that goes on, know of psi what the disk holds.")
 def _saved(variant: Factory) -> None:
-    bench, x = Bench(variant).start(seed=1).shake(), features(2)
-    out, fresh = bench.blend(x), Bench(variant).start(seed=2)
+    harness, x = Harness(variant).start(seed=1).shake(), features(2)
+    out, fresh = harness.blend(x), Harness(variant).start(seed=2)
     _slots_first(fresh)
     with tempfile.TemporaryDirectory(prefix="kvinv-check-") as folder, torch.no_grad():
         store = RunStore(folder)
         for slot in range(SITE.slots):  # a file a picture, as in a run
-            psi = {f"{PATH}.{name}": value[slot] for name, value in bench.values().items()}
+            psi = {f"{PATH}.{name}": value[slot] for name, value in harness.values().items()}
             store.save_step(slot, psi, torch.zeros(1, 1, 1), None, {})
             for name, value in fresh.values().items():
                 value[slot] = store.step(slot).psi[f"{PATH}.{name}"]
@@ -156,38 +156,38 @@ def _saved(variant: Factory) -> None:
 
 @check("half precision", "The U-Net may be held in bfloat16 or float16, while psi is in float32.")
 def _half(variant: Factory) -> None:
-    single = Bench(variant).start().shake()
+    single = Harness(variant).start().shake()
     wanted = single.blend(features(2))
     for dtype in (torch.bfloat16, torch.float16):
-        bench, x = Bench(variant, dtype=dtype).start().read(single), features(2).to(dtype)
-        for name, value in bench.values().items():
+        harness, x = Harness(variant, dtype=dtype).start().read(single), features(2).to(dtype)
+        for name, value in harness.values().items():
             if value.dtype != torch.float32:
                 raise NonconformingError(f"{name} is in {value.dtype}, expected torch.float32")
-        same(bench.blend(x), wanted, f"attention in {dtype}", tolerance=0.05)
-        for name, gradient in bench.gradients(x).items():
+        same(harness.blend(x), wanted, f"attention in {dtype}", tolerance=0.05)
+        for name, gradient in harness.gradients(x).items():
             if not gradient.isfinite().all():
                 raise NonconformingError(f"the gradient of {name} in {dtype} is not finite")
 
 
 @check("any kernel", "Eq. 2 is computed by whatever kernel is fastest; all of them must mean the same.")
 def _kernels(variant: Factory) -> None:
-    for how, bench in _benches(variant):
+    for how, harness in _harnesses(variant):
         q, k, v = (features(2, seed=seed) for seed in (2, 3, 4))
-        k_bar, v_bar = bench.cp(k, v)
+        k_bar, v_bar = harness.cp(k, v)
         one, other = (
-            bench.cp.attend(q, k_bar, v_bar, attention(SITE.heads, core)) for core in (written_out, fused)
+            harness.cp.attend(q, k_bar, v_bar, attention(SITE.heads, core)) for core in (written_out, fused)
         )
         same(one, other, f"softmax(Q K^T / sqrt(d)) V against torch's fused attention{how}")
 
 
 @check("compiles", "torch.compile turns tuning into one graph, unless the variant breaks it.")
 def _compiles(variant: Factory) -> None:
-    bench = Bench(variant).start().shake()
+    harness = Harness(variant).start().shake()
     sdpa = attention(SITE.heads, fused)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k_bar, v_bar = bench.cp(k, v)
-        return bench.cp.attend(q, k_bar, v_bar, sdpa)
+        k_bar, v_bar = harness.cp(k, v)
+        return harness.cp.attend(q, k_bar, v_bar, sdpa)
 
     q, k, v = (features(2, seed=seed) for seed in (2, 3, 4))
     checking = config.jaxtyping_disable
@@ -229,17 +229,17 @@ def _documented(variant: Factory) -> None:
 def _grids(variant: Factory) -> None:
     for grid in GRIDS:
         site = replace(SITE, grid=grid)
-        for how, bench in _benches(variant, site):
-            if not bench.blend(features(2, site)).isfinite().all():
+        for how, harness in _harnesses(variant, site):
+            if not harness.blend(features(2, site)).isfinite().all():
                 raise NonconformingError(f"on a grid of {grid}{how} the result is not finite")
 
 
 @check("reading frozen", "By default an edit reads K-bar and V-bar from disk, and neither psi nor Eq. 1.")
 def _frozen(variant: Factory) -> None:
-    for how, bench in _benches(variant):
+    for how, harness in _harnesses(variant):
         x = features(4)
-        out, kv = bench.record(x[:2])
-        editing = Bench(variant)
+        out, kv = harness.record(x[:2])
+        editing = Harness(variant)
         if how:
             editing.mask()
         edited = editing.frozen(x, kv)
@@ -250,8 +250,8 @@ def _frozen(variant: Factory) -> None:
 
 @check("a mask comes off", "A mask belongs to one picture; the next one may have none.")
 def _unmasked(variant: Factory) -> None:
-    bench, x = Bench(variant).start().shake(), features(2)
-    if bench.takes_masks:
-        out = bench.blend(x)
-        bench.mask().cp.bind(None)
-        same(bench.blend(x), out, "attention after bind(None)")
+    harness, x = Harness(variant).start().shake(), features(2)
+    if harness.takes_masks:
+        out = harness.blend(x)
+        harness.mask().cp.bind(None)
+        same(harness.blend(x), out, "attention after bind(None)")

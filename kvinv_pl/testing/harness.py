@@ -31,7 +31,7 @@ def features(branches: int, site: Site = SITE, seed: int = 0) -> Float[Tensor, "
     return torch.randn(8, site.slots, site.tokens, site.dim, generator=seeded(seed))[:branches]
 
 
-class Bench:
+class Harness:
     """A U-Net of a single self-attention, with the variant attached as a run attaches it."""
 
     def __init__(self, variant: Factory, site: Site = SITE, dtype: torch.dtype = torch.float32) -> None:
@@ -54,7 +54,7 @@ class Bench:
         return dict(self.cp.named_parameters())
 
     @torch.no_grad()
-    def start(self, seed: int = 0) -> Bench:
+    def start(self, seed: int = 0) -> Harness:
         """Psi where a phase begins: after `reset`, and after `observe` for a variant that observes."""
         self.cp.reset(seeded(seed))
         if self.cp.observes:
@@ -65,7 +65,7 @@ class Bench:
         return self
 
     @torch.no_grad()
-    def shake(self) -> Bench:
+    def shake(self) -> Harness:
         """Psi away from its start, as tuning leaves it; each slot by draws of its own."""
         for value in self.values().values():
             for slot, own in enumerate(value.unbind() if value.ndim else [value]):
@@ -73,13 +73,13 @@ class Bench:
         return self
 
     @torch.no_grad()
-    def read(self, other: Bench) -> Bench:
-        """Take psi from another bench, slot by slot, as far as there are slots here."""
+    def read(self, other: Harness) -> Harness:
+        """Take psi from another harness, slot by slot, as far as there are slots here."""
         for name, value in self.values().items():
             value.copy_(other.values()[name][: self.site.slots])
         return self
 
-    def mask(self) -> Bench:
+    def mask(self) -> Harness:
         """Bind a mask to each slot, of another size than the grid; each slot another part of the picture."""
         masks = torch.zeros(self.site.slots, 2 * self.site.grid[0], 12)
         for slot, mask in enumerate(masks):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import Work, works_in
+from kvinv_pl.data.source_image import SourceImage, works_in
 from kvinv_pl.errors import UserError
 
 
@@ -20,7 +20,7 @@ class Job:
     """One stage of one picture, as the trainer's predict loop hands it to the module."""
 
     stage: Literal["invert", "edit"]
-    work: Work
+    work: SourceImage
     again: bool = False
     """Whether an edit that is there is rendered all the same."""
 
@@ -65,7 +65,7 @@ class SourceImages(LightningDataModule):
             if path is not None and not path.strip():  # which would be the working directory
                 raise UserError(f"{name}: expected a path, got an empty text")
         self.overwrite = overwrite
-        self.works: list[Work]
+        self.works: list[SourceImage]
         self.failed: dict[str, str] = {}
         if run is not None:
             self.out = Path(run).expanduser()
@@ -77,7 +77,9 @@ class SourceImages(LightningDataModule):
             alone = path.suffix.lower() not in LISTS and not path.is_dir()
             folders = [self.out] if alone else _folders(self.out, [row.image for row in rows])
             self.works = [
-                Work(row.image.name, RunStore(folder), row.image, row.source, row.targets, row.mask, geometry)
+                SourceImage(
+                    row.image.name, RunStore(folder), row.image, row.source, row.targets, row.mask, geometry
+                )
                 for row, folder in zip(rows, folders, strict=True)
             ]
         for work in self.works:
@@ -88,7 +90,9 @@ class SourceImages(LightningDataModule):
         """The inner steps of one phase; which phase it is, the curriculum knows."""
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
-    def jobs(self, stage: Literal["invert", "edit"], works: Iterable[Work] | None = None) -> DataLoader[Job]:
+    def jobs(
+        self, stage: Literal["invert", "edit"], works: Iterable[SourceImage] | None = None
+    ) -> DataLoader[Job]:
         """One stage of these pictures (None: of all), for the trainer's predict loop."""
         found: Any = [Job(stage, work, self.overwrite) for work in (self.works if works is None else works)]
         return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
@@ -106,7 +110,7 @@ def _folders(out: Path, images: list[Path]) -> list[Path]:
     return folders
 
 
-def _check_targets(work: Work) -> None:
+def _check_targets(work: SourceImage) -> None:
     for target in work.targets:
         if not target.strip():
             raise UserError(

@@ -14,10 +14,10 @@ from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.source_image import Stage, Work
+from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
@@ -27,8 +27,8 @@ from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
 from kvinv_pl.stages.invert import inversion_record, invert_picture, is_inverted, is_tuned
 from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.settings import Convergence, Recipe, at_least_0, at_least_1, one_of
-from kvinv_pl.stages.tune import Fit
+from kvinv_pl.stages.settings import Convergence, TuningSettings, at_least_0, at_least_1, one_of
+from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
 
 
@@ -128,7 +128,7 @@ class KVInversion(LightningModule):
         self.side_by_side = 1 if slots == "auto" else slots
         self.watch, self.failures, self.x_0_every = Progress(quiet=True), Failures(), 0  # the trainer's
         self.last_edits: list[Path] = []
-        self._network: Network | None = None
+        self._network: Denoiser | None = None
         self._loaded: tuple[str, torch.dtype] | None = None
 
     def check_settings(self) -> None:
@@ -145,7 +145,7 @@ class KVInversion(LightningModule):
     # ---- the frozen model, once
 
     @property
-    def network(self) -> Network:
+    def denoiser(self) -> Denoiser:
         """The model with psi attached; load_backbone() makes it."""
         if self._network is None:
             raise RuntimeError("load_backbone() comes first: the checkpoint is not loaded")
@@ -155,13 +155,13 @@ class KVInversion(LightningModule):
         """Read the checkpoint, unless it is loaded; the U-Net and the text model are held in `dtype`."""
         if self._loaded != (self.checkpoint, dtype):
             backbone = Backbone.load(self.checkpoint, dtype)
-            self._network = Network(backbone, self.variant, self.selection, self.steps)
+            self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
             self._loaded = (self.checkpoint, dtype)
-        return self.network.backbone
+        return self.denoiser.backbone
 
     def setup(self, stage: str) -> None:
         """Run every forward in the trainer's precision; a fit has as many epochs as phases remain."""
-        self.network.autocast = self.trainer.precision_plugin.forward_context
+        self.denoiser.autocast = self.trainer.precision_plugin.forward_context
         if stage == "fit":
             self.trainer.fit_loop.max_epochs = 1 if self._rehearsal else len(self._fit.plan)
 
@@ -176,22 +176,22 @@ class KVInversion(LightningModule):
 
     # ---- stages 1 and 3
 
-    def inversion_record(self, work: Work) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    def inversion_record(self, work: SourceImage) -> tuple[dict[str, Any], Tensor, Tensor | None]:
         """What run.json will say of this picture's inversion, its pixels and its mask."""
-        return inversion_record(self.network, work, self.inversion_guidance, self.negative)
+        return inversion_record(self.denoiser, work, self.inversion_guidance, self.negative)
 
-    def is_inverted(self, work: Work) -> bool:
+    def is_inverted(self, work: SourceImage) -> bool:
         """Whether stage 1 is done; a run that was made otherwise is refused."""
-        return is_inverted(self.network, work, self.inversion_guidance, self.negative)
+        return is_inverted(self.denoiser, work, self.inversion_guidance, self.negative)
 
-    def check(self, work: Work, stage: Stage, anew: bool = False) -> tuple[int, int, bool]:
+    def check(self, work: SourceImage, stage: Stage, anew: bool = False) -> tuple[int, int, bool]:
         """Refuse what cannot be worked on, or is not its folder's run, before anything is written.
 
         Returns:
             What pictures side by side have in common: the latents' height and width, and a mask or none.
         """
         store, fresh = work.store, anew or not work.store.has_run()
-        ready = not fresh and self.is_inverted(work) and is_tuned(self.network, store)
+        ready = not fresh and self.is_inverted(work) and is_tuned(self.denoiser, store)
         if stage == "edit" and not ready:
             raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
         if fresh:
@@ -200,13 +200,13 @@ class KVInversion(LightningModule):
         else:
             picture = store.read_run()["picture"]
             (width, height), masked = picture["model_size"], picture["mask"] is not None
-        factor = self.network.backbone.vae_factor
+        factor = self.denoiser.backbone.vae_factor
         grid = (height // factor, width // factor)
         if stage != "invert":
-            self.network.place(grid, self.side_by_side if stage == "fit" else 1)
-            refuse_unreadable(self.network, work, self.reading, self.subject, masked)
+            self.denoiser.place(grid, self.side_by_side if stage == "fit" else 1)
+            refuse_unreadable(self.denoiser, work, self.reading, self.subject, masked)
         if stage == "fit":
-            self.network.bind(torch.ones(self.side_by_side, height, width) if masked else None)
+            self.denoiser.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()
             if not fresh and "tuning" in store.read_run() and store.has_begun():
                 store.require({"tuning": record}, ["tuning"])
@@ -219,7 +219,7 @@ class KVInversion(LightningModule):
         with torch.inference_mode(False), self.failures.of([work]):
             if batch.stage == "edit":
                 self.last_edits = edit_picture(
-                    self.network,
+                    self.denoiser,
                     work,
                     self.guidance,
                     self.reading,
@@ -231,21 +231,21 @@ class KVInversion(LightningModule):
                     batch.again,
                 )
             elif not self.is_inverted(work):
-                invert_picture(self.network, work, self.inversion_guidance, self.negative, watch)
+                invert_picture(self.denoiser, work, self.inversion_guidance, self.negative, watch)
 
     # ---- stage 2: the fit, whose epochs are phases
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TuningSettings:
         """How psi is tuned."""
-        return Recipe(
+        return TuningSettings(
             self.tuning_guidance, self.negative, self.curriculum, self.inner_steps, self.settle_steps,
             self.convergence, self.carry, self.kv, self.seed, self.store_dtype,
         )  # fmt: skip
 
     def tuning_record(self) -> dict[str, Any]:
         """What psi depends on, besides the trajectory."""
-        return self.recipe.record(self.network.cps, self.selection.max_grid, self.configure_optimizers())
+        return self.recipe.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
     def editing_record(self) -> dict[str, Any]:
         """What an edit of the run takes where nothing else is said."""
@@ -255,36 +255,36 @@ class KVInversion(LightningModule):
         """How many slots there are for so many pictures of one latent size; said where it was not given."""
         if self.slots == "auto":
             self.side_by_side = 1
-            self.network.place(grid, 1)
+            self.denoiser.place(grid, 1)
             optimizer = self.configure_optimizers()
             at_pivots = "pivots" in self.recipe.passes(optimizer is not None)
             count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
             if count > 1 and (not needs_closure(optimizer) or reads_residuals(optimizer)):
-                found, reason = side_by_side(self.network, grid, self.tuning_guidance, count)
+                found, reason = side_by_side(self.denoiser, grid, self.tuning_guidance, count)
                 self.side_by_side = found
                 self.watch.note(f"slots: {found} of {count} {what} side by side ({reason})")
         return self.side_by_side
 
-    def passes(self, works: list[Work]) -> tuple[Pass, ...]:
+    def passes(self, works: list[SourceImage]) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, of one latent size, in order."""
         return self._planner(works).passes()
 
-    def prepare(self, works: list[Work], attempt: int = 0, which: Pass = "roll-out") -> Fit:
+    def prepare(self, works: list[SourceImage], attempt: int = 0, which: Pass = "roll-out") -> Tuning:
         """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
         made = Attempt(attempt, self.recipe, self.demand)
         taken, plan = self._planner(works).plan(made, which, self.tuning_record, self.editing_record)
-        self._fit = Fit(self.network, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
+        self._fit = Tuning(self.denoiser, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
         return self._fit
 
-    def join(self, works: list[Work], attempt: int, plan: Sequence[Phase]) -> Fit:
+    def join(self, works: list[SourceImage], attempt: int, plan: Sequence[Phase]) -> Tuning:
         """Make ready for phases at the pivots that another process has planned, and lets others work on."""
         made = Attempt(attempt, self.recipe, self.demand)
         works, unseen = self._planner(works).join(made), Progress(quiet=True)
-        self._fit = Fit(self.network, made, "pivots", works, plan, self.failures, unseen, self.x_0_every)
+        self._fit = Tuning(self.denoiser, made, "pivots", works, plan, self.failures, unseen, self.x_0_every)
         return self._fit
 
-    def _planner(self, works: list[Work]) -> Planner:
-        return Planner(self.network, self.recipe, works, self.side_by_side, self.failures)
+    def _planner(self, works: list[SourceImage]) -> Planner:
+        return Planner(self.denoiser, self.recipe, works, self.side_by_side, self.failures)
 
     def certify_rest(self) -> None:
         """Do what a fit that was stopped after its last phase has left undone."""
@@ -292,7 +292,7 @@ class KVInversion(LightningModule):
 
     def configure_optimizers(self) -> Optimizer | None:
         """One optimiser for the live psi; none for a variant that learns nothing."""
-        parameters = list(self.network.psi.parameters())
+        parameters = list(self.denoiser.psi.parameters())
         if not parameters:
             return None
         try:

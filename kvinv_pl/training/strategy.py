@@ -34,7 +34,7 @@ from kvinv_pl.training.launcher import (
     stop,
     undisturbed,
 )
-from kvinv_pl.training.work_queue import Board, Offer, Shares
+from kvinv_pl.training.work_queue import Offer, Shares, WorkQueue
 
 STARTER = "KVINV_STARTED_BY"
 """Set in a rank that this program started: the process that did."""
@@ -72,7 +72,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self.num_nodes = 1
         self.command = [sys.executable, *sys.orig_argv[1:]]
         self.reported: dict[str, str] = {}
-        self._board = Board(os.environ[BOARD]) if BOARD in os.environ else None
+        self._board = WorkQueue(os.environ[BOARD]) if BOARD in os.environ else None
         self._ranks: list[Rank] = []
         self._looked = 0.0
         self._request = Request()
@@ -149,7 +149,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         with self._request.heard(), temporary as folder:
             try:
                 if starts:
-                    self._board = Board(folder)
+                    self._board = WorkQueue(folder)
                     self._start(folder, again)
                 self._share_cores()
                 yield
@@ -314,7 +314,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         """Start the other ranks of this machine."""
 
         def begin() -> None:
-            self._board, self._ranks = Board(board), []
+            self._board, self._ranks = WorkQueue(board), []
             self.set_world_ranks()
             again()
 

@@ -9,18 +9,18 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from kvinv_pl.data.source_image import Stage, Work
+from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.stages.certificate import next_attempt
 from kvinv_pl.stages.plan import Alone, Claims
 from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.tune import Fit
+from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.logs import reported, without_advice
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.work_queue import Shares
-from kvinv_pl.training.workload import Errand
+from kvinv_pl.training.workload import Workload
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -165,20 +165,20 @@ class KVTrainer(Trainer):
         """As `_work`, on this device; further ranks are started that do this for theirs."""
         self.watch.quiet = self._quiet or not self.ranks.is_global_zero
         model.watch, model.x_0_every = self.watch, self._x_0_every
-        errand = Errand(model, data, stages, bool(self.fast_dev_run))
-        failures = model.failures = errand.failures
+        workload = Workload(model, data, stages, bool(self.fast_dev_run))
+        failures = model.failures = workload.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
         with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages)):
-            shares = self._begin(errand)
+            shares = self._begin(workload)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
             with reported(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
-                    works = errand.of_share(shares[n])
-                    with errand.held(works):
-                        self._through(errand, n, works)
-                if errand.can_be_helped:
-                    self._help(errand, shares)
+                    works = workload.of_share(shares[n])
+                    with workload.held(works):
+                        self._through(workload, n, works)
+                if workload.can_be_helped:
+                    self._help(workload, shares)
             self.ranks.report(failures.reasons)
         if lost:
             Progress().note(f"the logs are not whole: {lost[0].strerror or lost[0]}")
@@ -192,9 +192,9 @@ class KVTrainer(Trainer):
             return  # an exit code would end the other ranks
         failures.report()
 
-    def _begin(self, errand: Errand) -> Shares:
+    def _begin(self, workload: Workload) -> Shares:
         """Load the model; the shares of the work, which the rank that started the others makes for all."""
-        model, ranks, dtype = errand.model, self.ranks, COMPUTE_DTYPES[str(self.precision)]
+        model, ranks, dtype = workload.model, self.ranks, COMPUTE_DTYPES[str(self.precision)]
         if ranks.was_started:
             try:
                 model.load_backbone(dtype)
@@ -204,19 +204,19 @@ class KVTrainer(Trainer):
             return ranks.given_shares()
         model.load_backbone(dtype)
         # free memory differs, and ranks that cannot ask one another must come to the same shares
-        shares = errand.shares(
+        shares = workload.shares(
             None if ranks.is_one_of_many else len(ranks.parallel_devices), ranks.root_device
         )
-        ranks.give(shares, errand.can_be_helped)
+        ranks.give(shares, workload.can_be_helped)
         return shares
 
     # ---- the stages of pictures side by side
 
-    def _through(self, errand: Errand, share: int, works: list[Work]) -> None:
+    def _through(self, workload: Workload, share: int, works: list[SourceImage]) -> None:
         """Take the pictures of a share through the stages, each as far as it is not yet done."""
-        model, data, failures = errand.model, errand.data, errand.failures
-        if "invert" in errand.stages:
-            missing = list[Work]()
+        model, data, failures = workload.model, workload.data, workload.failures
+        if "invert" in workload.stages:
+            missing = list[SourceImage]()
             for work in failures.left(works):
                 with failures.of([work]):
                     missing += [] if model.is_inverted(work) else [work]
@@ -225,43 +225,43 @@ class KVTrainer(Trainer):
             for work in failures.left(works):
                 with failures.of([work]):
                     work.remember_targets()
-        if "fit" in errand.stages:
+        if "fit" in workload.stages:
             with failures.of(works):
-                self._fit(errand, share, works)
-        if "edit" in errand.stages and not self.fast_dev_run and (left := failures.left(works)):
+                self._fit(workload, share, works)
+        if "edit" in workload.stages and not self.fast_dev_run and (left := failures.left(works)):
             self.predict(model, data.jobs("edit", left), return_predictions=False)
 
-    def _fit(self, errand: Errand, share: int, works: list[Work]) -> None:
+    def _fit(self, workload: Workload, share: int, works: list[SourceImage]) -> None:
         """Tune pictures side by side, and those again that do not pass."""
-        model, failures, attempt = errand.model, errand.failures, 0
+        model, failures, attempt = workload.model, workload.failures, 0
         while attempt is not None:
             for which in model.passes(works):
                 fit = model.prepare(works, attempt, which)
-                if which == "pivots" and errand.can_be_helped:
+                if which == "pivots" and workload.can_be_helped:
                     with self.ranks.sharing(share, attempt, fit.plan) as claims:
-                        self._tune(fit, errand, claims)
+                        self._tune(fit, workload, claims)
                         while not self.ranks.wait_for(claims):
-                            self._tune(fit, errand, claims)
+                            self._tune(fit, workload, claims)
                     failures.reasons |= claims.given_up()
                 else:
-                    self._tune(fit, errand, Alone())
+                    self._tune(fit, workload, Alone())
                 if which == "pivots" and fit.plan:
                     self.watch.finish()
                 if self.fast_dev_run:
                     return
             model.certify_rest()
-            if not model.network.learns:
+            if not model.denoiser.learns:
                 return  # again would be the same
             due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
 
-    def _help(self, errand: Errand, shares: Shares) -> None:
+    def _help(self, workload: Workload, shares: Shares) -> None:
         """Work on phases of pictures that other ranks hold, who can do without where this one cannot."""
         for offer in self.ranks.offered(len(shares)):
-            works, fit = errand.of_share(shares[offer.share]), None
+            works, fit = workload.of_share(shares[offer.share]), None
             try:
-                fit = errand.model.join(works, offer.attempt, offer.plan)
-                self._tune(fit, errand, offer)
+                fit = workload.model.join(works, offer.attempt, offer.plan)
+                self._tune(fit, workload, offer)
             except StopError:
                 raise
             except (torch.OutOfMemoryError, MemoryError, UserError):
@@ -269,23 +269,23 @@ class KVTrainer(Trainer):
                     fit.give_back()
                 return
 
-    def _tune(self, fit: Fit, errand: Errand, claims: Claims) -> None:
+    def _tune(self, fit: Tuning, workload: Workload, claims: Claims) -> None:
         """Lightning's fit, whose epochs are the phases of the plan, as far as they are this rank's."""
-        fit.claims, data = claims, errand.data
+        fit.claims, data = claims, workload.data
         data.inner_steps = fit.inner_steps
         if self._log_to_run and not self.loggers:
             self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
         if fit.plan:
             self.fit_loop.epoch_progress.reset()
             with self.ranks.between_steps():
-                super().fit(errand.model, datamodule=data)
+                super().fit(workload.model, datamodule=data)
 
     @property
     def _version(self) -> str:
         """A folder of logs for each rank, where there are several."""
         return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
 
-    def _say_where(self, works: Sequence[Work]) -> None:
+    def _say_where(self, works: Sequence[SourceImage]) -> None:
         for work in works:
             found = [
                 file

@@ -59,7 +59,7 @@ class Offer:
         return reasons
 
 
-class Board:
+class WorkQueue:
     """What the ranks of one machine tell one another, in files that each has one writer.
 
     What is one rank's alone is taken by making a file that must not exist.

@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.source_image import Stage, Work
+from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.work_queue import Shares
 
 
-class Errand:
+class Workload:
     """Pictures, and the stages that they go through; what is known to fail is given up from the start."""
 
     def __init__(
@@ -72,13 +72,13 @@ class Errand:
             shares += [(slots, members[begin : begin + each]) for begin in range(0, len(members), each)]
         return shares
 
-    def of_share(self, share: tuple[int, list[int]]) -> list[Work]:
+    def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
         """The pictures of a share; the model is as many slots wide."""
         self.model.side_by_side, members = share
         return [self.data.works[member] for member in members]
 
     @contextmanager
-    def held(self, works: Sequence[Work]) -> Iterator[None]:
+    def held(self, works: Sequence[SourceImage]) -> Iterator[None]:
         """Hold the run folders, and leave none where nothing came of it."""
         fresh = [work.store.folder for work in works if not work.store.folder.exists()]
         try:
@@ -97,20 +97,20 @@ class Errand:
                     (folder / ".lock").unlink()
                     folder.rmdir()
 
-    def _check(self, work: Work, overwrite: bool) -> tuple[int, int, bool]:
+    def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:
         """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
         try:
             return self.model.check(work, stage)
         except UserError:
-            if not (overwrite and work.image is not None and work.store.has_run()):
+            if not (overwrite and work.path is not None and work.store.has_run()):
                 raise
             return self.model.check(work, stage, anew=True)
 
-    def _is_stale(self, work: Work) -> bool:
+    def _is_stale(self, work: SourceImage) -> bool:
         """Whether what lies in the run folder is of something else."""
         try:
             self._check(work, overwrite=False)
         except UserError:
-            return work.image is not None and work.store.has_run()
+            return work.path is not None and work.store.has_run()
         return False

@@ -16,7 +16,7 @@ from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.attention import Selection
 from kvinv_pl.data.pictures import Geometry, psnr, to_pixels
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import GaussNewtonDescent
 from tuning_costs import measuring, null_text
@@ -45,57 +45,57 @@ class Point:
 class Picture:
     """An animal of the embedded world, inverted at guidance 1, to be reconstructed at guidance w."""
 
-    def __init__(self, network: Network, seed: int, w: float) -> None:
+    def __init__(self, denoiser: Denoiser, seed: int, w: float) -> None:
         """Draw, encode and invert it."""
-        self.network, self.w = network, w
+        self.denoiser, self.w = denoiser, w
         animal = Animal.sample(seed)
         drawn = animal.render()
         self.pixels = to_pixels(drawn, Geometry(drawn.size, drawn.size))[None]
-        backbone = network.backbone
+        backbone = denoiser.backbone
         self.contexts = backbone.embed(["", animal.prompt()])[:, None]
         with torch.no_grad():
             z_0 = backbone.encode(self.pixels)
-            self.trajectory = invert(network.guided_eps(self.contexts, 1.0), z_0, network.table)
+            self.trajectory = invert(denoiser.guided_eps(self.contexts, 1.0), z_0, denoiser.table)
         self.round_trip = backbone.decode(z_0)
-        network.place((z_0.shape[-2], z_0.shape[-1]), slots=1)
+        denoiser.place((z_0.shape[-2], z_0.shape[-1]), slots=1)
 
     def point(self, way: str, z_0: Tensor, gflops: float) -> Point:
         """What z-tilde_0 is worth."""
-        decoded = self.network.backbone.decode(z_0)
+        decoded = self.denoiser.backbone.decode(z_0)
         ceiling = psnr(self.round_trip, self.pixels)
         below = ceiling - psnr(decoded, self.pixels)
         return Point(way, gflops, below, psnr(decoded, self.round_trip))
 
     def tuned(self, way: str, optimizer: Optimizer, inner_steps: int) -> Point:
         """KV Inversion with so many steps in every phase, each phase beginning with the psi before."""
-        network, z, total = self.network, self.trajectory[-1], 0.0
-        steps, values = len(network.table), list(network.psi.parameters())
-        for cp in network.cps:
+        denoiser, z, total = self.denoiser, self.trajectory[-1], 0.0
+        steps, values = len(denoiser.table), list(denoiser.psi.parameters())
+        for cp in denoiser.cps:
             cp.reset()
-        eps = network.guided_eps(self.contexts, self.w)
+        eps = denoiser.guided_eps(self.contexts, self.w)
 
         def phase(i: int, z: Tensor) -> Tensor:
             pivot, chosen = self.trajectory[steps - 1 - i], optimizer(list(values))
-            network.front.forget()
+            denoiser.cache.forget()
 
             def residuals() -> Tensor:
-                return (reconstruct(eps, z, network.table, i) - pivot).flatten(1)
+                return (reconstruct(eps, z, denoiser.table, i) - pivot).flatten(1)
 
-            with network.attached().blend(), network.front.kept():
+            with denoiser.attached().blend(), denoiser.cache.kept():
                 for _ in range(inner_steps):
                     if getattr(chosen, "reads_residuals", False):
                         chosen.step(residuals)
                     else:
                         chosen.zero_grad()
-                        squared_errors(pivot, reconstruct(eps, z, network.table, i)).sum().backward()
+                        squared_errors(pivot, reconstruct(eps, z, denoiser.table, i)).sum().backward()
                         chosen.step()
                 with torch.no_grad():
-                    return reconstruct(eps, z, network.table, i)
+                    return reconstruct(eps, z, denoiser.table, i)
 
         for i in range(steps):
             if i == 0:  # every phase does the same
                 total = steps * measuring.flops(lambda: phase(0, self.trajectory[-1]))
-                for cp in network.cps:
+                for cp in denoiser.cps:
                     cp.reset()
             z = phase(i, z)
         return self.point(f"{way}, {inner_steps} steps", z, total / 1e9)
@@ -106,7 +106,7 @@ class Picture:
 
         def work() -> None:
             held.append(
-                null_text.reconstruct(self.network, self.trajectory, self.contexts, self.w, inner_steps)
+                null_text.reconstruct(self.denoiser, self.trajectory, self.contexts, self.w, inner_steps)
             )
 
         total = measuring.flops(work)
@@ -117,10 +117,10 @@ def points(
     seeds: range, w: float, ways: list[str], null_text_steps: tuple[int, ...], steps: int = 50
 ) -> list[Point]:
     """The mean over the pictures of every way with each of its numbers of steps."""
-    network = Network(Backbone.load("menagerie"), FullKV, Selection("decoder"), steps)
+    denoiser = Denoiser(Backbone.load("menagerie"), FullKV, Selection("decoder"), steps)
     found: dict[str, list[Point]] = {}
     for seed in seeds:
-        picture = Picture(network, seed, w)
+        picture = Picture(denoiser, seed, w)
         done = [picture.null_text(n) for n in null_text_steps]
         done += [picture.tuned(way, WAYS[way][0], n) for way in ways for n in WAYS[way][1]]
         for point in done:

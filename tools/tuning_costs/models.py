@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from kvinv_pl import menagerie
 from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.attention.attachment import Attachment, attach
-from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.feature_cache import FeatureCache
 from kvinv_pl.models.loading import quiet
 
 FOUR_LEVELS: dict[str, Any] = {
@@ -47,7 +47,7 @@ class Tuning:
 
     unet: UNet2DConditionModel
     attachment: Attachment
-    front: Front
+    cache: FeatureCache
     inputs: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
@@ -67,7 +67,7 @@ class Tuning:
                 torch.full((branches,), 500),
                 torch.zeros(branches, 77, width, dtype=dtype),
             )
-        return cls(unet, attach(unet, psi), Front(unet, psi.values()), inputs)
+        return cls(unet, attach(unet, psi), FeatureCache(unet, psi.values()), inputs)
 
     @property
     def psi(self) -> list[nn.Parameter]:

@@ -12,22 +12,22 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.algorithm.editing import guided
-from kvinv_pl.models.denoiser import Network
+from kvinv_pl.models.denoiser import Denoiser
 
 
 def reconstruct(
-    network: Network, trajectory: Tensor, contexts: Tensor, w: float, inner_steps: int = 10
+    denoiser: Denoiser, trajectory: Tensor, contexts: Tensor, w: float, inner_steps: int = 10
 ) -> tuple[Tensor, list[int]]:
     """z-tilde_0 of one picture, and the steps that each timestep took.
 
     Args:
-        network: The model, without CP-attn in use.
+        denoiser: The model, without CP-attn in use.
         trajectory: z-hat_0 ... z-hat_T, (T + 1, 1, c, h, w).
         contexts: The empty prompt's embedding and the source's, (2, 1, L, d).
         w: The guidance scale.
         inner_steps: Adam steps for one timestep at most; the recipe's own are 10.
     """
-    table, eps = network.table, network.backbone.eps
+    table, eps = denoiser.table, denoiser.backbone.eps
     z, empty, source = trajectory[-1], contexts[0], contexts[1]
     used: list[int] = []
     for i in range(len(table)):

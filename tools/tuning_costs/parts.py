@@ -13,10 +13,10 @@ from unittest.mock import patch
 import torch
 
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.models.feature_cache import Front
+from kvinv_pl.models.feature_cache import FeatureCache
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.stages.certificate import Attempt
-from kvinv_pl.stages.tune import Fit
+from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
@@ -27,7 +27,7 @@ PARTS: dict[str, tuple[type, str]] = {
     "inner steps: forward": (Backbone, "eps"),
     "inner steps: backward": (KVInversion, "manual_backward"),
     "inner steps: optimiser": (torch.optim.Adam, "step"),
-    "the step of Eq. 4, with psi as it is stored": (Fit, "_advance"),
+    "the step of Eq. 4, with psi as it is stored": (Tuning, "_advance"),
     "writing": (RunStore, "save_step"),
     "certificate": (Attempt, "certify"),
 }
@@ -50,7 +50,7 @@ def seconds_of_parts(checkpoint: str, seed: int, way: str, folder: Path, steps: 
     data = SourceImages(str(image), source, out=str(folder / f"{seed}-{way}"))
     trainer.invert(module, data)
     spent = dict.fromkeys(PARTS, 0.0)
-    whole_forwards = patch.object(Front, "kept", lambda self: nullcontext())
+    whole_forwards = patch.object(FeatureCache, "kept", lambda self: nullcontext())
     with whole_forwards if way == AS_FIRST_BUILT else nullcontext(), _timed(spent):
         began = _now()
         trainer.fit(module, datamodule=data)

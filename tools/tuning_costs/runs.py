@@ -75,23 +75,23 @@ def steps_with_and_without_lightning(
 
 def _plain_steps(module: KVInversion, store: RunStore, source: str, inner_steps: int) -> list[float]:
     """The first phase once more, without Lightning."""
-    network, z = module.network, store.trajectory()[:, None]
-    contexts = network.backbone.embed(["", source])[:, None]
-    eps = network.guided_eps(contexts, module.tuning_guidance)
-    for cp in network.cps:
+    denoiser, z = module.denoiser, store.trajectory()[:, None]
+    contexts = denoiser.backbone.embed(["", source])[:, None]
+    eps = denoiser.guided_eps(contexts, module.tuning_guidance)
+    for cp in denoiser.cps:
         cp.reset()
-    adam, seconds = torch.optim.Adam(list(network.psi.parameters()), lr=1e-2), []
+    adam, seconds = torch.optim.Adam(list(denoiser.psi.parameters()), lr=1e-2), []
     for _ in range(inner_steps):
         began = time.perf_counter()
-        with network.attached().blend(), network.front.kept():
-            errors = squared_errors(z[-2], reconstruct(eps, z[-1], network.table, 0))
+        with denoiser.attached().blend(), denoiser.cache.kept():
+            errors = squared_errors(z[-2], reconstruct(eps, z[-1], denoiser.table, 0))
             if float(errors.detach().max()) / z[0].numel() <= 0:
                 break
             adam.zero_grad()
             errors.sum().backward()
             adam.step()
         seconds.append(time.perf_counter() - began)
-    network.front.forget()
+    denoiser.cache.forget()
     return seconds[1:]
 
 
