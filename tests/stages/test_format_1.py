@@ -20,7 +20,7 @@ from commands import kvinv
 
 from kvinv_pl.data.run_store import RunStore
 
-MADE = Path(__file__).parent / "data" / "run_format_1"
+MADE = Path(__file__).parents[1] / "data" / "run_format_1"
 TRAINER = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
 EDIT = "edits/a-cat-running"
 

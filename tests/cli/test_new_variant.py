@@ -1,4 +1,4 @@
-"""`kvinv new-variant`: three files that work as they are; tests/test_docs.py runs them."""
+"""`kvinv new-variant`: three files that work as they are; tests/cli/test_docs.py runs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import kvinv, tree
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_name_of_several_words_is_a_class_of_as_many(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kvinv_pl.training.trainer import KVTrainer
 # Lightning's command line calls jsonargparse by an older name
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 KIND_OF: dict[str, Kind] = {
     "menagerie": "tiny",
     "sd15": "sd15",

@@ -16,7 +16,7 @@ from commands import QUICK, kvinv
 
 from kvinv_pl.cli.new_variant import write
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
