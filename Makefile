@@ -1,5 +1,5 @@
 # make demo and make test need Python 3.10 or newer and a package registry, and make .venv by themselves.
-# Another Python: make test PYTHON=python3.12. Some tests only: make test ARGS="tests/test_ddim.py -k round_trip".
+# Another Python: make test PYTHON=python3.12. Some tests only: make test ARGS="tests/algorithm -k round_trip".
 PYTHON ?= python3
 SOURCE ?= a striped blue cat standing on sand
 TARGETS ?= --target "a striped blue cat running on sand" --target "a striped blue cat sitting on sand"
