@@ -50,14 +50,14 @@ def reported(verb: str, path: Path) -> Iterator[None]:
         raise kind(f"cannot {verb} {path}: {error.strerror or error}; {todo}") from error
 
 
-def _write(file: Path, data: bytes) -> None:
-    """Replace the file as a whole or not at all."""
+def write_whole(file: Path, *parts: bytes | memoryview) -> None:
+    """Replace the file by these bytes, one part after the other, as a whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}{TEMPORARY}")
     with reported("write", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as handle:
-                handle.write(data)
+                handle.writelines(parts)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(temporary, file)
@@ -69,14 +69,16 @@ def write_png(file: Path, picture: Image.Image) -> Path:
     """Write a picture; its path."""
     buffer = BytesIO()
     picture.save(buffer, format="PNG")
-    _write(file, buffer.getvalue())
+    write_whole(file, buffer.getvalue())
     return file
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record with the format number."""
     text = json.dumps({**record, "format": FORMAT}, indent=2, ensure_ascii=False)
-    _write(file, f"{text}\n".encode(errors="surrogatepass"))  # a prompt typed in no valid UTF-8 comes back
+    write_whole(
+        file, f"{text}\n".encode(errors="surrogatepass")
+    )  # a prompt typed in no valid UTF-8 comes back
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -123,6 +125,13 @@ class _Head:
         digest.update(memoryview(data)[self.end :])
         return digest.hexdigest()
 
+    def signed(self, digest: str) -> bytes:
+        """The header with its digest in it, as safetensors has it: padded, so that tensors lie at 8 bytes."""
+        table = {"__metadata__": {**self.metadata, "digest": digest}, **self.table}
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -155,10 +164,10 @@ def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Ma
         for name, tensor in tensors.items()
     }
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
-    unsigned = save(plain, metadata)
-    digest = _Head.of(unsigned).digest(unsigned)
-    del unsigned  # which is as large as all of it
-    _write(file, save(plain, metadata | {"digest": digest}))
+    data = save(plain, metadata)
+    del plain  # which is as large as all of it
+    head = _Head.of(data)
+    write_whole(file, head.signed(head.digest(data)), memoryview(data)[head.end :])
 
 
 def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -195,6 +204,13 @@ def read_packed(file: Path, kind: str) -> Packed:
     if head.digest(data) != head.metadata.get("digest"):
         raise _damaged(file, "its digest does not fit its content")
     return Packed(info, data, head)
+
+
+def shapes_in(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, by their names, from its header alone; no digest is checked."""
+    read_header(file, kind)
+    with reported("read", file), safe_open(file, "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def is_whole(file: Path, kind: str) -> bool:

@@ -25,6 +25,7 @@ from kvinv_pl.data.files import (
     read_json,
     read_packed,
     reported,
+    shapes_in,
     write_json,
     write_png,
     write_tensors,
@@ -143,6 +144,11 @@ class RunStore:
     def save_trajectory(self, z: Float[Tensor, "levels c h w"]) -> None:
         """Write z-hat_0 ... z-hat_T in fp32."""
         write_tensors(self.folder / "trajectory.safetensors", "trajectory", {"z": z.float()}, {})
+
+    def latent_grid(self) -> tuple[int, int]:
+        """Height and width of the latents, from the trajectory's header alone."""
+        _, _, height, width = shapes_in(self.folder / "trajectory.safetensors", "trajectory")["z"]
+        return height, width
 
     def trajectory(self) -> Float[Tensor, "levels c h w"]:
         """z-hat_0 ... z-hat_T, fp32, on the CPU; raises UserError where it is missing or damaged."""

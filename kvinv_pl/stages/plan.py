@@ -137,5 +137,4 @@ class Planner:
         return roll_out(rolling, steps)
 
     def _place(self, work: SourceImage, slots: int) -> None:
-        height, width = work.store.trajectory().shape[-2:]
-        self.denoiser.place((height, width), slots)
+        self.denoiser.place(work.store.latent_grid(), slots)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kvinv_pl.data.files import DTYPES, FORMAT, DamagedError, read_packed, write_tensors
@@ -340,3 +342,30 @@ def test_what_is_written_is_read_whatever_its_type(tmp_path: Path) -> None:
             assert found.info == {"type": name} and found.tensors().keys() == {"x"}
             assert found.tensors()["x"].dtype == dtype and found.tensors()["x"].shape == given.shape
             assert torch.equal(found.tensors()["x"].to(torch.complex64), given.to(torch.complex64))
+
+
+def test_a_step_is_serialised_once_into_what_safetensors_itself_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, kept, calls = psi(), {SITE: (torch.randn(2, 6, 8), torch.randn(2, 6, 8))}, list[int]()
+    monkeypatch.setattr("kvinv_pl.data.files.save", lambda *args: calls.append(1) or save(*args))
+    store = RunStore(tmp_path)
+    store.save_step(0, given, Z, kept, {"told": 'ünï "quoted" \\ \n'}, "int8")
+    assert len(calls) == 1
+    file = tmp_path / "steps" / "0.safetensors"
+    theirs, mine = load_file(file), read_packed(file, "step 0").tensors()
+    assert theirs.keys() == mine.keys() and all(torch.equal(theirs[name], mine[name]) for name in mine)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert len(file.read_bytes()) == len(save(theirs, metadata)), "not as safetensors would lay it out"
+    assert store.step(0).info == {"told": 'ünï "quoted" \\ \n'}
+
+
+def test_the_latents_sides_are_known_without_reading_the_trajectory(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.save_trajectory(torch.zeros(3, 4, 2, 5))
+    assert store.latent_grid() == (2, 5)
+    file = tmp_path / "trajectory.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DamagedError):
+        store.latent_grid()

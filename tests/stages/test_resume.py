@@ -22,18 +22,18 @@ from kvinv_pl.training.datamodule import SourceImages
 
 def snapshots(monkeypatch: pytest.MonkeyPatch, out: Path, to: Path) -> list[Path]:
     """Copies of `out` as a crash leaves it: after every write, with a part of the next file."""
-    write, taken = files._write, list[Path]()
+    write, taken = files.write_whole, list[Path]()
 
-    def patched(file: Path, data: bytes) -> None:
+    def patched(file: Path, *parts: bytes | memoryview) -> None:
         if out.exists():
             taken.append(to / str(len(taken)))
             shutil.copytree(out, taken[-1])
             begun = taken[-1] / file.relative_to(out)
             begun.parent.mkdir(parents=True, exist_ok=True)
-            begun.with_name(f".{file.name}.0{files.TEMPORARY}").write_bytes(data[: len(data) // 2])
-        write(file, data)
+            begun.with_name(f".{file.name}.0{files.TEMPORARY}").write_bytes(parts[0][: len(parts[0]) // 2])
+        write(file, *parts)
 
-    monkeypatch.setattr(files, "_write", patched)
+    monkeypatch.setattr(files, "write_whole", patched)
     return taken
 
 
