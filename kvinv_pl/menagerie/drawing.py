@@ -9,6 +9,10 @@ import numpy as np
 Point = tuple[float, float]
 Colour = np.ndarray  # (3,), 0..1
 
+SCENE = ("sky", "sun", "hill", "ground", "shadow")
+ANIMAL = ("body", "marks", "accent", "face")  # face: the eye and the nose
+PARTS = SCENE + ANIMAL
+
 
 @dataclass(frozen=True)
 class Capsule:
@@ -60,18 +64,24 @@ class Canvas:
         self.pixel = side / size
         self.rgb = np.zeros((size, size, 3), np.float32)
         self.covered = np.zeros((size, size), np.float32)
+        self.part = np.zeros((size, size), np.uint8)  # what is seen, a number of PARTS
 
     def coverage(self, distance: np.ndarray, soft: float = 0.0) -> np.ndarray:
         """How much of each pixel lies inside, 0..1; `soft` widens the edge (in canvas units)."""
         return np.clip(0.5 - distance / (self.pixel + soft), 0.0, 1.0)
 
-    def paint(self, alpha: np.ndarray, colour: np.ndarray, animal: bool = True) -> None:
-        """Put `colour` (3,) or (h, w, 3) over the picture where alpha is 1; `animal` parts make the mask."""
+    def paint(self, alpha: np.ndarray, colour: np.ndarray, part: str) -> None:
+        """Put `colour` (3,) or (h, w, 3) over the picture where alpha is 1; parts of the animal make the mask."""
         a = alpha[..., None]
         self.rgb = self.rgb * (1.0 - a) + colour * a
-        if animal:
+        if part in ANIMAL:
             self.covered = np.maximum(self.covered, alpha)
+        self.name(alpha, part)
 
-    def fill(self, shape: Capsule, colour: Colour, animal: bool = True) -> None:
+    def name(self, alpha: np.ndarray, part: str, least: float = 0.5) -> None:
+        """Say what is seen where alpha is at least this."""
+        self.part[alpha >= least] = PARTS.index(part)
+
+    def fill(self, shape: Capsule, colour: Colour, part: str = "body") -> None:
         """Paint one capsule in one colour."""
-        self.paint(self.coverage(shape.distance(self.x, self.y)), colour, animal)
+        self.paint(self.coverage(shape.distance(self.x, self.y)), colour, part)

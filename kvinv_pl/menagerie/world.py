@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from kvinv_pl.menagerie.drawing import Canvas, Capsule
+from kvinv_pl.menagerie.drawing import PARTS, Canvas, Capsule
 from kvinv_pl.menagerie.poses import ACTIONS, BUILDS, Build, Pose, pose
 
 SIZE = 64  # pixels a side, that of the shipped model
@@ -80,8 +80,7 @@ class Animal:
     def sample(cls, seed: int) -> Animal:
         """The animal of this seed (any non-negative integer); equal on every machine."""
         rng = np.random.default_rng(seed)
-        pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
-        species, colour, coat, ground, action = map(pick, (SPECIES, tuple(COLOURS), COATS, GROUNDS, ACTIONS))
+        species, colour, coat, ground, action = cls._words(rng)
         hue, saturation, value = COLOURS[colour]
         body = _rgb(
             hue + rng.uniform(-8, 8),
@@ -95,12 +94,27 @@ class Animal:
         spots = cls._spread(rng, int(rng.integers(3, 5)))
         return cls(
             seed=seed, species=species, colour=colour, coat=coat, ground=ground, action=action,
-            body=body, second=second, accent=pick(ACCENTS),
+            body=body, second=second, accent=cls._pick(rng, ACCENTS),
             stripes=(int(rng.integers(3, 5)), float(rng.uniform())), spots=spots,
             scale=float(rng.uniform(0.32, 0.375)),
             place=(float(rng.uniform(0.45, 0.50)), float(rng.uniform(0.11, 0.16))),
             scene=cls._scene(rng, ground),
         )  # fmt: skip
+
+    @staticmethod
+    def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    @classmethod
+    def _words(cls, rng: np.random.Generator) -> list[str]:
+        return [cls._pick(rng, words) for words in (SPECIES, tuple(COLOURS), COATS, GROUNDS, ACTIONS)]
+
+    def another(self) -> Animal:
+        """The animal of the next seed that the prompt would call the same: other colours, marks, place, scene."""
+        ours, seed = [self.species, self.colour, self.coat, self.ground], self.seed + 1
+        while self._words(np.random.default_rng(seed))[:4] != ours:
+            seed += 1
+        return Animal.sample(seed)
 
     @staticmethod
     def _spread(rng: np.random.Generator, count: int) -> tuple[tuple[float, float, float], ...]:
@@ -150,6 +164,28 @@ class Animal:
         """Where the animal is, without its shadow: a 1-bit picture."""
         return Image.fromarray(self._draw(action, size).covered >= 0.5)
 
+    def parts(self, action: str | None = None, size: int | None = None) -> dict[str, np.ndarray]:
+        """Where each of `drawing.PARTS` is seen, boolean (size, size): every pixel is of one part."""
+        seen = self._draw(action, size).part
+        return {part: seen == number for number, part in enumerate(PARTS)}
+
+    def scenery(self, size: int | None = None) -> np.ndarray:
+        """What would be seen without the animal and its shadow, float32 (size, size, 3) in 0..1."""
+        canvas = self._canvas(size)
+        self._draw_scene(canvas)
+        return np.clip(canvas.rgb, 0, 1)
+
+    def along_trunk(self, action: str | None = None, size: int | None = None) -> np.ndarray:
+        """How far along the trunk each of its pixels lies, from 0 at the hip, in shares of the picture's side.
+
+        NaN outside the trunk; what hides the trunk is not left out.
+        """
+        canvas, build = self._canvas(size), BUILDS[self.species]
+        held = pose(self._known(action), build)
+        trunk = self._trunk(build, held)
+        along = trunk.along_across(canvas.x, canvas.y)[0] * math.dist(held.hip, held.shoulder) * self.scale
+        return np.where(trunk.distance(canvas.x, canvas.y) < 0, along, np.nan)
+
     @staticmethod
     def _check(action: str) -> str:
         if action not in ACTIONS:
@@ -159,14 +195,17 @@ class Animal:
     def _known(self, action: str | None) -> str:
         return self.action if action is None else self._check(action)
 
-    def _draw(self, action: str | None, size: int | None) -> Canvas:
+    def _canvas(self, size: int | None) -> Canvas:
+        """In units of body lengths, with the origin on the ground between the feet."""
         size = SIZE if size is None else size
         if size < 8:
             raise ValueError(f"a picture is at least 8 pixels a side; got {size}")
+        return Canvas(size, -self.place[0] / self.scale, -self.place[1] / self.scale, 1.0 / self.scale)
+
+    def _draw(self, action: str | None, size: int | None) -> Canvas:
         build = BUILDS[self.species]
         held = pose(self._known(action), build)
-        # canvas units are body lengths, with the origin on the ground between the feet
-        canvas = Canvas(size, -self.place[0] / self.scale, -self.place[1] / self.scale, 1.0 / self.scale)
+        canvas = self._canvas(size)
         self._draw_scene(canvas)
         self._draw_shadow(canvas, held)
         self._draw_animal(canvas, build, held)
@@ -183,24 +222,24 @@ class Animal:
 
         sun_x, sun_y, sun_r = scene.sun
         canvas.paint(
-            cover(np.hypot(x - sun_x, y - sun_y) - sun_r), np.array([1.0, 0.95, 0.7], np.float32), False
+            cover(np.hypot(x - sun_x, y - sun_y) - sun_r), np.array([1.0, 0.95, 0.7], np.float32), "sun"
         )
         hill_x, hill_h, hill_w = scene.hill
         canvas.paint(
             cover(y - scene.horizon - hill_h * np.exp(-(((x - hill_x) / hill_w) ** 2) * 2)),
             scene.hill_colour,
-            False,
+            "hill",
         )
         near = 1.0 - 0.12 * np.clip((scene.horizon - y) / scene.horizon, 0, 1)[..., None]
-        canvas.paint(cover(y - scene.horizon), scene.ground_colour * near, False)
+        canvas.paint(cover(y - scene.horizon), scene.ground_colour * near, "ground")
 
     def _draw_shadow(self, canvas: Canvas, held: Pose) -> None:
         middle = (held.hip[0] + held.shoulder[0]) / 2
         half = 0.35 + 0.45 * abs(held.shoulder[0] - held.hip[0])
         distance = np.hypot((canvas.x - middle) / half, (canvas.y + 0.02) / 0.13) - 1.0
-        canvas.paint(
-            0.35 * np.clip(0.5 - distance / 0.6, 0, 1), np.array([0.12, 0.14, 0.2], np.float32), False
-        )
+        shade = 0.35 * np.clip(0.5 - distance / 0.6, 0, 1)
+        canvas.paint(shade, np.array([0.12, 0.14, 0.2], np.float32), "shadow")
+        canvas.name(shade, "shadow", 0.05)
 
     def _draw_animal(self, canvas: Canvas, build: Build, held: Pose) -> None:
         far, near = self.body * 0.72, self.body * 0.92
@@ -236,12 +275,21 @@ class Animal:
         half = (first + last) / 2
         canvas.fill(Capsule(base, middle, first, half), self.body * 0.86)
         canvas.fill(
-            Capsule(middle, tip, half, last), self.second if self.accent == "tail" else self.body * 0.86
+            Capsule(middle, tip, half, last),
+            self.second if self.accent == "tail" else self.body * 0.86,
+            self._part_of("tail"),
         )
+
+    @staticmethod
+    def _trunk(build: Build, held: Pose) -> Capsule:
+        return Capsule(held.hip, held.shoulder, build.girth * 1.02, build.girth * 0.94, held.bend)
+
+    def _part_of(self, place: str) -> str:
+        return "accent" if self.accent == place else "body"
 
     def _draw_trunk(self, canvas: Canvas, build: Build, held: Pose) -> None:
         g = build.girth
-        trunk = Capsule(held.hip, held.shoulder, g * 1.02, g * 0.94, held.bend)
+        trunk = self._trunk(build, held)
         u, v = trunk.along_across(canvas.x, canvas.y)
         colour = self.body * (0.94 + 0.22 * np.clip(v / g, -1, 1))[..., None]
         length = math.hypot(held.shoulder[0] - held.hip[0], held.shoulder[1] - held.hip[1])
@@ -259,7 +307,9 @@ class Animal:
         else:
             marks = np.zeros_like(u)
         colour = colour * (1 - marks[..., None]) + self.second * marks[..., None]
-        canvas.paint(canvas.coverage(trunk.distance(canvas.x, canvas.y)), colour)
+        inside = canvas.coverage(trunk.distance(canvas.x, canvas.y))
+        canvas.paint(inside, colour, "body")
+        canvas.name(inside * marks, "marks")
 
     def _draw_head(self, canvas: Canvas, build: Build, held: Pose) -> None:
         head = (held.shoulder[0] + held.head[0], held.shoulder[1] + held.head[1])
@@ -284,15 +334,18 @@ class Animal:
                     0.085,
                 ),
                 self.second,
+                "accent",
             )
         if tip[1] > 0:  # the far ear stands behind the head
             canvas.fill(
-                Capsule(at(base[0] + 0.17, base[1]), at(tip[0] + 0.2, tip[1] * 0.97), r0, r1), ears * 0.85
+                Capsule(at(base[0] + 0.17, base[1]), at(tip[0] + 0.2, tip[1] * 0.97), r0, r1),
+                ears * 0.85,
+                self._part_of("ears"),
             )
         canvas.fill(Capsule(at(0, 0), at(build.muzzle, -0.10), radius, build.muzzle_radius), self.body)
         canvas.fill(Capsule(head, head, radius, radius), self.body)
-        canvas.fill(Capsule(at(*base), at(*tip), r0, r1), ears)
+        canvas.fill(Capsule(at(*base), at(*tip), r0, r1), ears, self._part_of("ears"))
         ink = np.array([0.06, 0.05, 0.08], np.float32)
-        canvas.fill(Capsule(at(0.12, 0.07), at(0.12, 0.07), 0.055, 0.055), ink)
+        canvas.fill(Capsule(at(0.12, 0.07), at(0.12, 0.07), 0.055, 0.055), ink, "face")
         nose = build.muzzle + build.muzzle_radius * 0.8
-        canvas.fill(Capsule(at(nose, -0.08), at(nose, -0.08), 0.05, 0.05), ink)
+        canvas.fill(Capsule(at(nose, -0.08), at(nose, -0.08), 0.05, 0.05), ink, "face")

@@ -1,0 +1,66 @@
+"""How many stripes or spots are seen on a trunk."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvinv_pl.menagerie.known import BODY, SECOND, Known
+from kvinv_pl.menagerie.regions import areas
+
+BINS = 64  # of a profile along the trunk, to the picture's side
+RISE, FALL = 0.55, 0.40  # a stripe begins over the one and ends under the other
+SPOT = 0.55  # of a spot's pixels
+WHOLE = 0.30  # of a mark's size that must be seen for it to be counted
+SURE, DOUBTFUL = 0.50, 0.15  # of which a mark of the true picture must, or may, be counted
+
+
+def _towards_second(distances: np.ndarray) -> np.ndarray:
+    """From 0 in the body's colour to 1 in the second."""
+    return distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)
+
+
+def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray) -> np.ndarray:
+    """How many pixels of the second colour each stripe has."""
+    place = np.floor(known.along_trunk[trunk] * BINS).astype(int)
+    place -= place.min()
+    inside, total = np.bincount(place), np.bincount(place, second[trunk])
+    sizes: list[float] = []
+    within = False
+    for mass, share in zip(total, total / np.maximum(inside, 1), strict=True):
+        if share > RISE and not within:
+            sizes.append(0.0)
+        within = share > (FALL if within else RISE)
+        if within:
+            sizes[-1] += mass
+    return np.array(sizes)
+
+
+def _sizes(known: Known, second: np.ndarray) -> np.ndarray:
+    trunk = (known.parts["marks"] | known.parts["body"]) & ~np.isnan(known.along_trunk)
+    if known.animal.coat == "striped":
+        return _stripes(known, second, trunk)
+    return areas(trunk & (second > SPOT))
+
+
+def _whole(known: Known, true: np.ndarray) -> float:
+    """The size of a mark that nothing hides."""
+    if known.animal.coat == "striped":
+        return float(true.max(initial=1.0))
+    radius = float(np.mean([spot[2] for spot in known.animal.spots])) * known.animal.scale * known.size
+    return math.pi * radius**2
+
+
+def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
+    """Marks seen in a picture, and how many the true one has: at least, at most (some are half hidden)."""
+    if known.animal.coat == "plain":
+        return 0, 0, 0
+    true = _sizes(known, known.parts["marks"].astype(np.float32))
+    whole = _whole(known, true)
+    shown = _sizes(known, _towards_second(distances))
+    seen, least, most = (
+        int((sizes >= share * whole).sum())
+        for sizes, share in ((shown, WHOLE), (true, SURE), (true, DOUBTFUL))
+    )
+    return seen, least, most
