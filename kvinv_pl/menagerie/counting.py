@@ -10,10 +10,11 @@ from kvinv_pl.menagerie.known import BODY, SECOND, Known
 from kvinv_pl.menagerie.regions import areas
 
 BINS = 64  # of a profile along the trunk, to the picture's side
-RISE, FALL = 0.55, 0.40  # a stripe begins over the one and ends under the other
-SPOT = 0.55  # of a spot's pixels
+RISE, FALL = 0.5, 0.4  # of the strongest: a stripe begins over the one and ends under the other
+STRONG, FAINTEST = 0.9, 0.35  # the strongest is this quantile of the profile, and at least so strong
+SPOT = 0.4  # how far towards the second colour the pixels of a spot are
 WHOLE = 0.30  # of a mark's size that must be seen for it to be counted
-SURE, DOUBTFUL = 0.50, 0.15  # of which a mark of the true picture must, or may, be counted
+SURE, DOUBTFUL = 0.60, 0.12  # of which a mark of the true picture must, or may, be counted
 
 
 def _towards_second(distances: np.ndarray) -> np.ndarray:
@@ -26,9 +27,11 @@ def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray) -> np.ndarray:
     place = np.floor(known.along_trunk[trunk] * BINS).astype(int)
     place -= place.min()
     inside, total = np.bincount(place), np.bincount(place, second[trunk])
+    shares = total / np.maximum(inside, 1)
+    strongest = max(FAINTEST, np.quantile(shares, STRONG))
     sizes: list[float] = []
     within = False
-    for mass, share in zip(total, total / np.maximum(inside, 1), strict=True):
+    for mass, share in zip(total, shares / strongest, strict=True):
         if share > RISE and not within:
             sizes.append(0.0)
         within = share > (FALL if within else RISE)
@@ -57,10 +60,9 @@ def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
     if known.animal.coat == "plain":
         return 0, 0, 0
     true = _sizes(known, known.parts["marks"].astype(np.float32))
-    whole = _whole(known, true)
     shown = _sizes(known, _towards_second(distances))
     seen, least, most = (
-        int((sizes >= share * whole).sum())
+        int((sizes >= share * _whole(known, sizes)).sum())
         for sizes, share in ((shown, WHOLE), (true, SURE), (true, DOUBTFUL))
     )
     return seen, least, most
