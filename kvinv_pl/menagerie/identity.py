@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +14,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie.counting import count_marks
 from kvinv_pl.menagerie.known import NEAR, REACH, SCENERY, SECOND, Known, rgb_of
 from kvinv_pl.menagerie.regions import best_shift, grown, overlap, shifted, shifts
-from kvinv_pl.menagerie.world import ACCENTS, Animal
+from kvinv_pl.menagerie.world import Animal
 
 # shares of the side
 BESIDE = 1 / 64  # how far beside its true place the second colour is still at it
@@ -27,7 +27,7 @@ AT_LEAST: Mapping[str, float] = MappingProxyType(
 )
 AT_MOST: Mapping[str, float] = MappingProxyType(
     {
-        "second_colour": 0.15, "accent": 0.16, "accent_elsewhere": 0.5, "body": 0.05, "marks_off": 0,
+        "second_colour": 0.13, "accent": 0.15, "accent_elsewhere": 0.5, "body": 0.04, "marks_off": 0,
         "size": 0.12, "place": 0.05, "sun": 0.10, "hill": 0.10, "sky": 0.10, "ground": 0.10,
     }
 )  # fmt: skip
@@ -94,48 +94,53 @@ def identity(picture: Image.Image, animal: Animal, target: str) -> Identity:
     """Measure a picture that should show this animal, seen in its own action before, in the action `target`."""
     if picture.width != picture.height:
         raise UserError(f"a picture of the menagerie is square, got {picture.width} x {picture.height} pixels")
-    known = Known(animal, target, picture.width)
+    return compare(picture, Known(animal, target, picture.width))
+
+
+def compare(picture: Image.Image, known: Known) -> Identity:
+    """`identity` of one of several pictures of one animal, action and size, which is `known` once for all."""
     rgb = rgb_of(picture)
-    true = known.seen(known.own_distances) != SCENERY
     seen = (known.seen(known.distances(rgb, known.scenery)) != SCENERY) & known.around
     # the rest is compared with the animal laid onto its true place
-    shift = best_shift(seen, true, round(known.pixels(REACH)))
+    shift = best_shift(seen, known.own_animal, round(known.pixels(REACH)))
     aligned = shifted(rgb, *shift)
     distances = known.distances(aligned, shifted(known.scenery, *shift))
-    second = (known.seen(distances) == SECOND) & grown(known.silhouette, known.pixels(NEAR))
+    now = known.seen(distances)
+    second = (now == SECOND) & grown(known.silhouette, known.pixels(NEAR))
     recall, precision = _second(known, second)
     marks, least, most = count_marks(known, distances)
-    size, place = _size_and_place(known, seen, true)
+    size, place = _size_and_place(known, seen)
     near = known.pixels(NEAR)
     return Identity(
         second_recall=recall,
         second_precision=precision,
-        second_colour=_colour_error(known, aligned, known.coloured, near),
-        accent=_colour_error(known, aligned, known.parts["accent"], near),
+        second_colour=_colour_error(known, aligned, known.coloured, now != SCENERY, near),
+        accent=_colour_error(known, aligned, known.parts["accent"], now != SCENERY, near),
         accent_elsewhere=_accent_elsewhere(known, second),
-        body=_colour_error(known, aligned, known.body),
+        body=_colour_error(known, aligned, known.body, now != SCENERY, 0),
         marks=marks,
         marks_off=max(least - marks, marks - most, 0),
         size=size,
         place=place,
-        outline=overlap(shifted(seen, *shift), true),
+        outline=overlap(shifted(seen, *shift), known.own_animal),
         **{part: _scene(known, rgb, part) for part in ("sun", "hill", "sky", "ground")},
     )
 
 
-def _colour_error(known: Known, rgb: np.ndarray, region: np.ndarray, reach: float = 0.0) -> float:
-    """The error of the region's median colour; the least within a shift of its own of so many pixels."""
+def _colour_error(known: Known, rgb: np.ndarray, region: np.ndarray, animal: np.ndarray, reach: float) -> float:
+    """The error of the region's median colour, the least within a shift of its own that stays on the animal."""
     inner = known.inner(region)
     if not inner.any():
         return math.nan
-    rows, columns = np.nonzero(inner)
-    last = known.size - 1
     true = np.median(known.picture[inner], 0)
-    found = [
-        np.median(rgb[np.clip(rows + dy, 0, last), np.clip(columns + dx, 0, last)], 0)
-        for dx, dy in shifts(round(reach))
-    ]
-    return float(np.abs(np.array(found) - true).mean(1).min())
+    on_animal = known.own_animal[inner].mean() / 2
+    (rows, columns), last = np.nonzero(inner), known.size - 1
+    errors = []
+    for dx, dy in shifts(round(reach)):
+        there = np.clip(rows + dy, 0, last), np.clip(columns + dx, 0, last)
+        if not errors or animal[there].mean() >= on_animal:  # the first is no shift
+            errors.append(float(np.abs(np.median(rgb[there], 0) - true).mean()))
+    return min(errors)
 
 
 def _beyond_chance(part: np.ndarray, whole: np.ndarray, near: np.ndarray) -> float:
@@ -146,7 +151,7 @@ def _beyond_chance(part: np.ndarray, whole: np.ndarray, near: np.ndarray) -> flo
 
 def _second(known: Known, second: np.ndarray) -> tuple[float, float]:
     """Recall and precision of the second colour beyond chance."""
-    of_truth = known.seen(known.own_distances) == SECOND
+    of_truth = known.own_seen == SECOND
     true, near = known.coloured & of_truth, known.pixels(BESIDE)
     if not known.enough(true, FEW):
         recall = math.nan
@@ -162,17 +167,12 @@ def _second(known: Known, second: np.ndarray) -> tuple[float, float]:
 
 
 def _accent_elsewhere(known: Known, second: np.ndarray) -> float:
-    shares = []
-    for accent in ACCENTS:
-        if accent != known.animal.accent:
-            there = replace(known.animal, accent=accent).parts(known.target, known.size)["accent"]
-            there &= ~grown(known.coloured, known.pixels(NEAR))
-            if known.enough(there, NEAR):
-                shares.append(second[there].mean())
-    return float(max(shares)) if shares else math.nan
+    shares = [float(second[there].mean()) for there in known.other_accents if known.enough(there, NEAR)]
+    return max(shares) if shares else math.nan
 
 
-def _size_and_place(known: Known, seen: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+def _size_and_place(known: Known, seen: np.ndarray) -> tuple[float, float]:
+    true = known.own_animal
     if not seen.any():
         return math.inf, math.inf
     (y, x), (true_y, true_x) = (np.argwhere(region).mean(0) for region in (seen, true))

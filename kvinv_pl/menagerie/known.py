@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from kvinv_pl.menagerie.drawing import ANIMAL
 from kvinv_pl.menagerie.regions import core, grown
-from kvinv_pl.menagerie.world import Animal
+from kvinv_pl.menagerie.world import ACCENTS, Animal
 
 SCENERY, BODY, SECOND, INK = range(4)  # what a pixel may be of
 SHADES = (0.66, 1.16)  # of the body's colour: the far ear and the top of the trunk
@@ -74,6 +75,13 @@ class Known:
         return self.animal.along_trunk(self.target, self.size)
 
     @cached_property
+    def other_accents(self) -> list[np.ndarray]:
+        """Where the accents would be that this animal does not have, away from its second colour."""
+        others = [replace(self.animal, accent=accent) for accent in ACCENTS if accent != self.animal.accent]
+        free = ~grown(self.coloured, self.pixels(NEAR))
+        return [other.parts(self.target, self.size)["accent"] & free for other in others]
+
+    @cached_property
     def around(self) -> np.ndarray:
         """Where the animal may be seen: around its silhouettes in the source and in the true picture."""
         return grown(self.silhouette | self._silhouette(self._source), self.pixels(2 * REACH))
@@ -107,6 +115,11 @@ class Known:
         return np.where(distances[SCENERY] < FAINT, SCENERY, distances.argmin(0))
 
     @cached_property
-    def own_distances(self) -> np.ndarray:
-        """`distances` of the true picture."""
-        return self.distances(self.picture, self.scenery)
+    def own_seen(self) -> np.ndarray:
+        """`seen` of the true picture: its edges may look like something else."""
+        return self.seen(self.distances(self.picture, self.scenery))
+
+    @cached_property
+    def own_animal(self) -> np.ndarray:
+        """Where the true picture is seen to differ from the scenery."""
+        return self.own_seen != SCENERY

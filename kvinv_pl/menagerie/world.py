@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -109,12 +109,18 @@ class Animal:
     def _words(cls, rng: np.random.Generator) -> list[str]:
         return [cls._pick(rng, words) for words in (SPECIES, tuple(COLOURS), COATS, GROUNDS, ACTIONS)]
 
-    def another(self) -> Animal:
-        """The animal of the next seed that the prompt would call the same: other colours, marks, place, scene."""
+    def another(self, same_scene: bool = False) -> Animal:
+        """The animal of the next seed whose prompt has the very same words; or that one in this one's scene.
+
+        In the scene of this one it is also at its place and of its size: only colours and marks are others.
+        """
         ours, seed = [self.species, self.colour, self.coat, self.ground], self.seed + 1
         while self._words(np.random.default_rng(seed))[:4] != ours:
             seed += 1
-        return Animal.sample(seed)
+        other = Animal.sample(seed)
+        if not same_scene:
+            return other
+        return replace(other, scale=self.scale, place=self.place, scene=self.scene)
 
     @staticmethod
     def _spread(rng: np.random.Generator, count: int) -> tuple[tuple[float, float, float], ...]:
