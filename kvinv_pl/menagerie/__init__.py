@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
+from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal, Twice
 
-__all__ = ["ACTIONS", "COATS", "COLOURS", "GROUNDS", "SIZE", "SPECIES", "Animal", "checkpoint", "segmenter"]
+__all__ = ["ACTIONS", "COATS", "COLOURS", "GROUNDS", "SIZE", "SPECIES", "Animal", "Twice", "checkpoint", "segmenter"]
 
 
 def checkpoint() -> Path:

@@ -58,13 +58,18 @@ class Canvas:
 
     def __init__(self, size: int, left: float, bottom: float, side: float) -> None:
         """A black canvas of `size` pixels a side whose lower left corner is at (left, bottom)."""
-        centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-        self.x = (left + side * centres)[None, :].astype(np.float32)
-        self.y = (bottom + side * (1.0 - centres))[:, None].astype(np.float32)
-        self.pixel = side / size
+        self.size = size
+        self.look(left, bottom, side)
         self.rgb = np.zeros((size, size, 3), np.float32)
         self.covered = np.zeros((size, size), np.float32)
         self.part = np.zeros((size, size), np.uint8)  # what is seen, a number of PARTS
+
+    def look(self, left: float, bottom: float, side: float) -> None:
+        """Go on drawing in other coordinates: the lower left corner at (left, bottom), the side `side` long."""
+        centres = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size
+        self.x = (left + side * centres)[None, :].astype(np.float32)
+        self.y = (bottom + side * (1.0 - centres))[:, None].astype(np.float32)
+        self.pixel = side / self.size
 
     def coverage(self, distance: np.ndarray, soft: float = 0.0) -> np.ndarray:
         """How much of each pixel lies inside, 0..1; `soft` widens the edge (in canvas units)."""

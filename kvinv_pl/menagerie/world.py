@@ -29,6 +29,7 @@ COLOURS = {
 }
 GROUND_COLOURS = {"grass": (0.55, 0.74, 0.40), "sand": (0.88, 0.78, 0.56), "snow": (0.93, 0.95, 0.98)}
 ACCENTS = ("tail", "ears", "collar")
+RELATIONS = ("beside", "above", "and")  # of the first of two animals to the second
 
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -37,6 +38,10 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 def _luma(rgb: np.ndarray) -> float:
     return float(rgb @ np.array([0.299, 0.587, 0.114], np.float32))
+
+
+def _picture(canvas: Canvas) -> Image.Image:
+    return Image.fromarray((np.clip(canvas.rgb, 0, 1) * 255 + 0.5).astype(np.uint8), "RGB")
 
 
 @dataclass(frozen=True)
@@ -163,8 +168,7 @@ class Animal:
 
     def render(self, action: str | None = None, size: int | None = None) -> Image.Image:
         """The true picture, RGB, `size` pixels a side (None: the model's), in this or its own action."""
-        rgb = self._draw(action, size).rgb
-        return Image.fromarray((np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8), "RGB")
+        return _picture(self._draw(action, size))
 
     def mask(self, action: str | None = None, size: int | None = None) -> Image.Image:
         """Where the animal is, without its shadow: a 1-bit picture."""
@@ -206,16 +210,24 @@ class Animal:
         size = SIZE if size is None else size
         if size < 8:
             raise ValueError(f"a picture is at least 8 pixels a side; got {size}")
-        return Canvas(size, -self.place[0] / self.scale, -self.place[1] / self.scale, 1.0 / self.scale)
+        return Canvas(size, *self._window)
 
     def _draw(self, action: str | None, size: int | None) -> Canvas:
-        build = BUILDS[self.species]
-        held = pose(self._known(action), build)
         canvas = self._canvas(size)
         self._draw_scene(canvas)
+        self._draw_self(canvas, action)
+        return canvas
+
+    @property
+    def _window(self) -> tuple[float, float, float]:
+        """Left, bottom and side of the picture in body lengths, the origin on the ground between the feet."""
+        return -self.place[0] / self.scale, -self.place[1] / self.scale, 1.0 / self.scale
+
+    def _draw_self(self, canvas: Canvas, action: str | None) -> None:
+        build = BUILDS[self.species]
+        held = pose(self._known(action), build)
         self._draw_shadow(canvas, held)
         self._draw_animal(canvas, build, held)
-        return canvas
 
     def _draw_scene(self, canvas: Canvas) -> None:
         scene, x, y = self.scene, self.place[0] + canvas.x * self.scale, self.place[1] + canvas.y * self.scale
@@ -355,3 +367,75 @@ class Animal:
         canvas.fill(Capsule(at(0.12, 0.07), at(0.12, 0.07), 0.055, 0.055), ink, "face")
         nose = build.muzzle + build.muzzle_radius * 0.8
         canvas.fill(Capsule(at(nose, -0.08), at(nose, -0.08), 0.05, 0.05), ink, "face")
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The same animal twice in one scene, in two actions, at half its usual size.
+
+    In photographs much occurs twice, so that the self-attention of a model trained on them learns to carry
+    texture and identity from one place to another, which is what editing by it rests on. These pictures
+    teach that to the model of this world.
+    """
+
+    first: Animal
+    second: Animal
+    relation: str
+
+    @classmethod
+    def sample(cls, seed: int) -> Twice:
+        """The animal of this seed, in its own and another action; equal on every machine."""
+        animal, rng = Animal.sample(seed), np.random.default_rng((seed, 2))
+        others = [action for action in ACTIONS if action != animal.action]
+        other = others[int(rng.integers(len(others)))]
+        relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+
+        def near(value: float, by: float) -> float:
+            return float(value + rng.uniform(-by, by))
+
+        scene = animal.scene
+        if relation == "beside":  # the first stands left
+            scale, places = near(0.167, 0.012), [(near(0.245, 0.02), near(0.13, 0.03)) for _ in range(2)]
+            places[1] = (places[1][0] + 0.49, places[1][1])
+        else:  # the first stands above, which is farther away; the ground reaches up to there
+            scene = replace(scene, horizon=near(0.64, 0.05))
+            aside = 0.2 if relation == "and" else 0.0
+            aside *= 1 if rng.uniform() < 0.5 else -1
+            scale = near(0.19, 0.012) if relation == "above" else near(0.205, 0.015)
+            places = [
+                (near(0.48 + aside, 0.03), near(0.51, 0.015)),
+                (near(0.48 - aside, 0.03), near(0.055, 0.015)),
+            ]
+        one, two = (replace(animal, scale=scale, place=place, scene=scene) for place in places)
+        one, two = replace(one, action=animal.action), replace(two, action=other)
+        if relation == "and" and rng.uniform() < 0.5:
+            one, two = two, one
+        return cls(one, two, relation)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the animal."""
+        return self.first.seed
+
+    def prompt(self) -> str:
+        """What a person would say of the picture."""
+        one, two = self.first, self.second
+        return (
+            f"a {one.coat} {one.colour} {one.species} {one.action} {self.relation} "
+            f"the same {two.species} {two.action} on {one.ground}"
+        )
+
+    def render(self, size: int | None = None) -> Image.Image:
+        """The true picture, RGB, `size` pixels a side (None: the model's)."""
+        return _picture(self._draw(size))
+
+    def mask(self, size: int | None = None) -> Image.Image:
+        """Where the two are, without their shadows: a 1-bit picture."""
+        return Image.fromarray(self._draw(size).covered >= 0.5)
+
+    def _draw(self, size: int | None) -> Canvas:
+        far, near = sorted((self.first, self.second), key=lambda animal: -animal.place[1])
+        canvas = far._draw(None, size)
+        canvas.look(*near._window)
+        near._draw_self(canvas, None)
+        return canvas
