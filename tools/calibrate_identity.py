@@ -11,6 +11,7 @@ Pictures that the verdict gets wrong come to `--out`, each beside the true one.
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from menagerie_training.pictures import CHOOSING_SEED, REPORTING_SEED
 from PIL import Image
 from report_menagerie import pages
 
-from kvinv_pl.backbone import Backbone
+from kvinv_pl.data.pictures import Geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import checkpoint
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval
 from kvinv_pl.menagerie.identity import AT_LEAST, AT_MOST, Identity, compare
 from kvinv_pl.menagerie.known import Known
-from kvinv_pl.pictures import Geometry, to_image, to_pixels
-from kvinv_pl.progress import Progress
+from kvinv_pl.stages.progress import Progress
 
 TRUE, OTHER = "truth", "another, same scene"
 KINDS = (TRUE, OTHER, "another", "source")
@@ -47,11 +48,12 @@ def drawn(case: Case, size: int) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def through(backbone: Backbone, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+def through(vae: Any, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """The round trips of pictures of one size."""
     geometry = Geometry(pictures[0].size, pictures[0].size)
     pixels = torch.stack([to_pixels(picture, geometry) for picture in pictures])
-    return [to_image(trip, geometry) for trip in backbone.decode(backbone.encode(pixels))]
+    trips = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    return [to_image(trip.clamp(-1, 1), geometry) for trip in trips]
 
 
 def percent(hits: Sequence[bool]) -> str:
@@ -94,7 +96,7 @@ def wrong(kind: str, ids: list[Identity], pictures: list[Image.Image], cases: li
 def calibrate(
     cases: int = 200,
     seed_base: int = CHOOSING_SEED,
-    checkpoint: str = "menagerie",
+    vae: Path | None = None,
     out: Path = Path("runs/calibrate_identity"),
 ) -> None:
     """Print how often each figure and the verdict are right, and write sheets of what is wrong.
@@ -102,7 +104,8 @@ def calibrate(
     Args:
         cases: How many animals.
         seed_base: The first seed, 900,000 to 999,999: tolerances are not chosen on what is reported.
-        checkpoint: Whose VAE the pictures go through and of which size they are: a folder, or menagerie.
+        vae: Folder of the autoencoder that the pictures go through, and of whose size they are; None: the
+            menagerie's.
         out: Folder of the sheets.
     """
     if cases < 1 or seed_base < CHOOSING_SEED or seed_base + cases > REPORTING_SEED:
@@ -110,8 +113,10 @@ def calibrate(
             f"seeds for choosing are {CHOOSING_SEED} to {REPORTING_SEED - 1}, "
             f"got {cases} cases from {seed_base}; change --cases or --seed-base"
         )
-    backbone = Backbone.load(checkpoint)
-    size = backbone.sample_size[0]
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    trained: Any = AutoencoderKL.from_pretrained(vae or checkpoint() / "vae", torch_dtype=torch.float32)
+    size = trained.config.sample_size
     asked = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
     found: dict[str, list[Identity]] = {kind: [] for kind in KINDS}
     shown: dict[str, list[Image.Image]] = {kind: [] for kind in KINDS}
@@ -119,7 +124,7 @@ def calibrate(
     progress.begin("measuring", f"{cases} cases of {size} pixels", cases)
     for case in asked:
         known = Known(case.animal, case.target, size)
-        for kind, picture in zip(KINDS, through(backbone, drawn(case, size)), strict=True):
+        for kind, picture in zip(KINDS, through(trained, drawn(case, size)), strict=True):
             found[kind].append(compare(picture, known))
             shown[kind].append(picture)
         progress.advance("cases")

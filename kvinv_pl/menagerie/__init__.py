@@ -3,9 +3,21 @@
 from pathlib import Path
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal, Twice
+from kvinv_pl.menagerie.twice import Twice
+from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 
-__all__ = ["ACTIONS", "COATS", "COLOURS", "GROUNDS", "SIZE", "SPECIES", "Animal", "Twice", "checkpoint", "segmenter"]
+__all__ = [
+    "ACTIONS",
+    "COATS",
+    "COLOURS",
+    "GROUNDS",
+    "SIZE",
+    "SPECIES",
+    "Animal",
+    "Twice",
+    "checkpoint",
+    "segmenter",
+]
 
 
 def checkpoint() -> Path:

@@ -14,6 +14,7 @@ RISE, FALL = 0.5, 0.4  # of the strongest: a stripe begins over the one and ends
 STRONG, FAINTEST = 0.9, 0.35  # the strongest is this quantile of the profile, and at least so strong
 SPOT = 0.4  # how far towards the second colour the pixels of a spot are
 WHOLE = 0.30  # of a mark's size that must be seen for it to be counted
+FADED = 0.5  # of its size that the largest mark has at least
 SURE, DOUBTFUL = 0.60, 0.12  # of which a mark of the true picture must, or may, be counted
 
 
@@ -61,8 +62,7 @@ def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
         return 0, 0, 0
     true = _sizes(known, known.parts["marks"].astype(np.float32))
     shown = _sizes(known, _towards_second(distances))
-    seen, least, most = (
-        int((sizes >= share * _whole(known, sizes)).sum())
-        for sizes, share in ((shown, WHOLE), (true, SURE), (true, DOUBTFUL))
-    )
-    return seen, least, most
+    whole = _whole(known, true)
+    # all marks may be fainter than the true ones
+    seen = int((shown >= WHOLE * max(FADED * whole, min(whole, shown.max(initial=0.0)))).sum())
+    return seen, int((true >= SURE * whole).sum()), int((true >= DOUBTFUL * whole).sum())

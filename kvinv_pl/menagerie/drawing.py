@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 Point = tuple[float, float]
 Colour = np.ndarray  # (3,), 0..1
@@ -65,7 +66,7 @@ class Canvas:
         self.part = np.zeros((size, size), np.uint8)  # what is seen, a number of PARTS
 
     def look(self, left: float, bottom: float, side: float) -> None:
-        """Go on drawing in other coordinates: the lower left corner at (left, bottom), the side `side` long."""
+        """Go on in other coordinates: the lower left corner at (left, bottom), the side `side` long."""
         centres = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size
         self.x = (left + side * centres)[None, :].astype(np.float32)
         self.y = (bottom + side * (1.0 - centres))[:, None].astype(np.float32)
@@ -76,7 +77,7 @@ class Canvas:
         return np.clip(0.5 - distance / (self.pixel + soft), 0.0, 1.0)
 
     def paint(self, alpha: np.ndarray, colour: np.ndarray, part: str) -> None:
-        """Put `colour` (3,) or (h, w, 3) over the picture where alpha is 1; parts of the animal make the mask."""
+        """Put `colour` (3,) or (h, w, 3) where alpha is 1; parts of the animal make the mask."""
         a = alpha[..., None]
         self.rgb = self.rgb * (1.0 - a) + colour * a
         if part in ANIMAL:
@@ -90,3 +91,11 @@ class Canvas:
     def fill(self, shape: Capsule, colour: Colour, part: str = "body") -> None:
         """Paint one capsule in one colour."""
         self.paint(self.coverage(shape.distance(self.x, self.y)), colour, part)
+
+    def picture(self) -> Image.Image:
+        """What is drawn, RGB."""
+        return Image.fromarray((np.clip(self.rgb, 0, 1) * 255 + 0.5).astype(np.uint8), "RGB")
+
+    def mask(self) -> Image.Image:
+        """Where the animal is: a 1-bit picture."""
+        return Image.fromarray(self.covered >= 0.5)

@@ -56,7 +56,7 @@ class Known:
         return share * self.size
 
     def enough(self, region: np.ndarray, share: float) -> bool:
-        """Whether the region has at least as many pixels as a square whose side is this share of the picture's."""
+        """Whether the region is at least as large as a square whose side is this share of the picture's."""
         return bool(region.sum() >= max(1.0, self.pixels(share) ** 2))
 
     def inner(self, region: np.ndarray) -> np.ndarray:
@@ -94,11 +94,11 @@ class Known:
         return ~(grown(animals, self.pixels(REACH)) | shaded)
 
     def scene(self, part: str) -> np.ndarray:
-        """Where this part of the scene is seen in the source and in the true picture, away from both animals."""
+        """Where this part of the scene is seen in source and true picture, away from both animals."""
         return self.parts[part] & self._source[part] & self.away
 
     def distances(self, picture: np.ndarray, scenery: np.ndarray) -> np.ndarray:
-        """How far each pixel (h, w, 3) is from the colours of scenery, body, second colour and ink: (4, h, w)."""
+        """How far pixels (h, w, 3) are from scenery, body, second colour and ink: (4, h, w)."""
         shaded = scenery * (1 - DEEPEST) + NIGHT * DEEPEST
         dark, light = (np.clip(self.animal.body * shade, 0, 1) for shade in SHADES)
         return np.stack(

@@ -20,7 +20,7 @@ def grown(region: np.ndarray, radius: float) -> np.ndarray:
 
 
 def core(region: np.ndarray, radius: float, least: int) -> np.ndarray:
-    """The region without what lies within `radius` pixels of its edge; as it is where that leaves too little."""
+    """The region without what lies within `radius` pixels of its edge, or all where that is too little."""
     inner = ~grown(~region, radius)
     return inner if inner.sum() >= least else region
 
@@ -44,7 +44,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def best_shift(region: np.ndarray, onto: np.ndarray, reach: int) -> tuple[int, int]:
-    """The shift of at most `reach` pixels that lays the region onto the other best; the least one of equals."""
+    """The shift of at most `reach` pixels that lays the region onto the other best."""
     return max(shifts(reach), key=lambda shift: overlap(shifted(region, *shift), onto))
 
 

@@ -1,0 +1,87 @@
+"""The same animal twice in one scene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from kvinv_pl.menagerie.drawing import Canvas
+from kvinv_pl.menagerie.poses import ACTIONS
+from kvinv_pl.menagerie.world import Animal
+
+RELATIONS = ("beside", "above", "and")  # of the first of two animals to the second
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The same animal twice in one scene, in two actions, at half its usual size.
+
+    In photographs much occurs twice, so that the self-attention of a model trained on them learns to carry
+    texture and identity from one place to another, which is what editing by it rests on. These pictures
+    teach that to the model of this world.
+    """
+
+    first: Animal
+    second: Animal
+    relation: str
+
+    @classmethod
+    def sample(cls, seed: int) -> Twice:
+        """The animal of this seed, in its own and another action; equal on every machine."""
+        animal, rng = Animal.sample(seed), np.random.default_rng((seed, 2))
+        others = [action for action in ACTIONS if action != animal.action]
+        other = others[int(rng.integers(len(others)))]
+        relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
+
+        def near(value: float, by: float) -> float:
+            return float(value + rng.uniform(-by, by))
+
+        scene = animal.scene
+        if relation == "beside":  # the first stands left
+            scale, places = near(0.167, 0.012), [(near(0.245, 0.02), near(0.13, 0.03)) for _ in range(2)]
+            places[1] = (places[1][0] + 0.49, places[1][1])
+        else:  # the first stands above, which is farther away; the ground reaches up to there
+            scene = replace(scene, horizon=near(0.64, 0.05))
+            aside = 0.2 if relation == "and" else 0.0
+            aside *= 1 if rng.uniform() < 0.5 else -1
+            scale = near(0.19, 0.012) if relation == "above" else near(0.205, 0.015)
+            places = [
+                (near(0.48 + aside, 0.03), near(0.51, 0.015)),
+                (near(0.48 - aside, 0.03), near(0.055, 0.015)),
+            ]
+        one, two = (replace(animal, scale=scale, place=place, scene=scene) for place in places)
+        one, two = replace(one, action=animal.action), replace(two, action=other)
+        if relation == "and" and rng.uniform() < 0.5:
+            one, two = two, one
+        return cls(one, two, relation)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the animal."""
+        return self.first.seed
+
+    def prompt(self) -> str:
+        """What a person would say of the picture."""
+        one, two = self.first, self.second
+        return (
+            f"a {one.coat} {one.colour} {one.species} {one.action} {self.relation} "
+            f"the same {two.species} {two.action} on {one.ground}"
+        )
+
+    def render(self, size: int | None = None) -> Image.Image:
+        """The true picture, RGB, `size` pixels a side (None: the model's)."""
+        return self._drawn(size).picture()
+
+    def mask(self, size: int | None = None) -> Image.Image:
+        """Where the two are, without their shadows: a 1-bit picture."""
+        return self._drawn(size).mask()
+
+    def _drawn(self, size: int | None) -> Canvas:
+        far, near = sorted((self.first, self.second), key=lambda animal: -animal.place[1])
+        canvas = far.canvas(size)
+        for animal in (far, near):
+            canvas.look(*animal.window)
+            animal.draw_on(canvas, animal.action)
+        return canvas
