@@ -203,9 +203,14 @@ def fit_geometry(
     return Geometry(size, (w, h), (left, top, left + box_w, top + box_h))
 
 
+def to_size(image: Image.Image, geometry: Geometry) -> Image.Image:
+    """The picture in the size that the model takes."""
+    return _resize(image.convert("RGB"), geometry, Image.Resampling.LANCZOS)
+
+
 def to_pixels(image: Image.Image, geometry: Geometry) -> Float[Tensor, "3 h w"]:
     """The picture as the model takes it, in -1 .. 1."""
-    resized = _resize(image.convert("RGB"), geometry, Image.Resampling.LANCZOS)
+    resized = to_size(image, geometry)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().contiguous() / 127.5 - 1
 
 

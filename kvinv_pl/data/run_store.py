@@ -10,6 +10,8 @@ import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,23 @@ class InUseError(UserError):
     """Another process holds the run."""
 
 
+@dataclass
+class _Memory:
+    """What has been read of a run folder, while nobody else writes there."""
+
+    run: dict[str, Any] | None = None
+    trajectory: Tensor | None = None
+    users: int = 0
+    """How many contexts keep it; with none, nothing is kept."""
+
+
 class RunStore:
     """One image's run folder; every write is atomic and every read is checked. Writers hold `lock()`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Name the folder; it is made when something is first written to it."""
         self.folder = self._place = Path(folder)
+        self._memory = _Memory()
 
     @property
     def _steps(self) -> Path:
@@ -56,6 +69,7 @@ class RunStore:
     def at_attempt(self, number: int) -> RunStore:
         """The same run with the phases of a later attempt at tuning, apart from those of the run (0)."""
         other = RunStore(self.folder)
+        other._memory = self._memory
         other._place = self.folder / "attempts" / str(number) if number else self.folder
         return other
 
@@ -100,7 +114,7 @@ class RunStore:
                 process = owner.read_text() if owner.exists() else "unknown"
                 message = f"{self.folder} is in use by process {process}: wait for it or stop it"
                 raise InUseError(message) from None
-        with held:
+        with held, self.read_once():
             with reported("write", self.folder):
                 tuned = ("steps/", "pivot/", "attempts/*/steps/", "attempts/*/pivot/")
                 for place in ("", "edits/", *tuned):
@@ -112,6 +126,18 @@ class RunStore:
             finally:
                 owner.unlink(missing_ok=True)
 
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Read run.json and the trajectory once in here, where nobody else writes them, as under `lock()`."""
+        memory = self._memory
+        memory.users += 1
+        try:
+            yield
+        finally:
+            memory.users -= 1
+            if not memory.users:
+                memory.run = memory.trajectory = None
+
     def has_run(self) -> bool:
         """Whether the folder holds a run.json."""
         return os.path.isfile(self.folder / "run.json")
@@ -120,11 +146,17 @@ class RunStore:
         """What `write_run` was given, as JSON returns it (tuples are lists)."""
         if not self.has_run():
             raise UserError(f"{self.folder} has no run.json: name the folder of a run, or make one")
-        return read_json(self.folder / "run.json")
+        run = self._memory.run or read_json(self.folder / "run.json")
+        if self._memory.users:
+            self._memory.run = run
+        return deepcopy(run)
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Write run.json, with the format number."""
+        self._memory.run = None
         write_json(self.folder / "run.json", run)
+        if self._memory.users:
+            self._memory.run = json.loads(json.dumps(run))
 
     def require(self, expected: Mapping[str, Any], keys: Iterable[str]) -> None:
         """Raise UserError at the first field of `keys` whose value in run.json is not the expected one."""
@@ -143,6 +175,7 @@ class RunStore:
 
     def save_trajectory(self, z: Float[Tensor, "levels c h w"]) -> None:
         """Write z-hat_0 ... z-hat_T in fp32."""
+        self._memory.trajectory = None  # what was written is read, and so checked, before it is used
         write_tensors(self.folder / "trajectory.safetensors", "trajectory", {"z": z.float()}, {})
 
     def latent_grid(self) -> tuple[int, int]:
@@ -152,7 +185,12 @@ class RunStore:
 
     def trajectory(self) -> Float[Tensor, "levels c h w"]:
         """z-hat_0 ... z-hat_T, fp32, on the CPU; raises UserError where it is missing or damaged."""
-        return read_packed(self.folder / "trajectory.safetensors", "trajectory").tensors()["z"]
+        z = self._memory.trajectory
+        if z is None:
+            z = read_packed(self.folder / "trajectory.safetensors", "trajectory").tensors()["z"]
+        if self._memory.users:
+            self._memory.trajectory = z
+        return z
 
     def save_step(
         self,
@@ -202,6 +240,7 @@ class RunStore:
 
     def clear(self) -> None:
         """Remove all that a run leaves, its edits too."""
+        self._memory.run = self._memory.trajectory = None
         with reported("remove", self.folder):
             for name in ("run.json", "trajectory.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)

@@ -2,14 +2,38 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from kvinv_pl.data.masks import fitted, open_mask
+from kvinv_pl.data.pictures import as_pixels, fit_geometry, open_picture, to_size
+from kvinv_pl.data.records import of_picture
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 Stage = Literal["invert", "fit", "edit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A picture as a model takes it, and what its run.json says of it; one byte a value, to be kept."""
+
+    record: dict[str, Any]
+    """run.json's field "picture"."""
+    image: Image.Image
+    """In the model's size."""
+    mask: Tensor | None
+    """(h, w) in 0 .. 1, in the model's size."""
+
+    @property
+    def pixels(self) -> Float[Tensor, "3 h w"]:
+        """In -1 .. 1."""
+        return as_pixels(self.image)
 
 
 @dataclass(eq=False)
@@ -26,11 +50,41 @@ class SourceImage:
     targets: list[str]
     mask: Path | None = None
     geometry: Literal["keep", "crop"] = "keep"
+    _opened: tuple[tuple[tuple[int, int], int], Opened] | None = field(default=None, init=False, repr=False)
 
     @property
     def label(self) -> str:
         """What the person knows the picture by: its path, or its run folder."""
         return str(self.path or self.store.folder)
+
+    def opened(self, sample_size: tuple[int, int], multiple: int) -> Opened:
+        """The picture and its mask, read once until `close`; raises UserError where they do not do.
+
+        Args:
+            sample_size: Height and width that the model was made for; see `fit_geometry`.
+            multiple: What both sides of its pixels have to be multiples of.
+        """
+        if self._opened is None or self._opened[0] != (sample_size, multiple):
+            self._opened = (sample_size, multiple), self._open(sample_size, multiple)
+        return self._opened[1]
+
+    def _open(self, sample_size: tuple[int, int], multiple: int) -> Opened:
+        if self.path is None:
+            raise UserError(
+                f"{self.store.folder} is not inverted, and which picture it is of was not said: give --image"
+            )
+        picture = open_picture(self.path)
+        geometry = fit_geometry(picture.image.size, sample_size, multiple, self.geometry)
+        mask = open_mask(self.mask) if self.mask else None
+        return Opened(
+            of_picture(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
+            to_size(picture.image, geometry),
+            fitted(mask.image, geometry, f"the mask {self.mask}") if mask else None,
+        )
+
+    def close(self) -> None:
+        """Forget what was read: the file may be another the next time."""
+        self._opened = None
 
     def remember_targets(self) -> None:
         """Note in run.json what the picture is to become, for an edit of the run that is not told."""

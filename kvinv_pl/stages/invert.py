@@ -8,44 +8,34 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
-from kvinv_pl.data.masks import fitted, open_mask
-from kvinv_pl.data.pictures import fit_geometry, open_picture, to_image, to_mask, to_pixels
-from kvinv_pl.data.records import INVERTED, geometry_of, of_picture, of_table, versions
+from kvinv_pl.data.pictures import open_picture, to_image, to_mask
+from kvinv_pl.data.records import INVERTED, geometry_of, of_table, versions
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.errors import UserError
+from kvinv_pl.data.source_image import Opened, SourceImage
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import first_missing
 from kvinv_pl.stages.progress import Progress
 
 
-def inversion_record(
-    denoiser: Denoiser, work: SourceImage, guidance: float, negative: str
-) -> tuple[dict[str, Any], Tensor, Tensor | None]:
-    """What run.json will say of the inversion, the pixels as the model takes them, and the mask."""
-    if work.path is None:
-        raise UserError(
-            f"{work.store.folder} is not inverted, and which picture it is of was not said: give --image"
-        )
-    picture = open_picture(work.path)
-    backbone = denoiser.backbone
-    geometry = fit_geometry(picture.image.size, backbone.sample_size, backbone.multiple, work.geometry)
-    mask = open_mask(work.mask) if work.mask else None
-    record = {
+def opened(denoiser: Denoiser, work: SourceImage) -> Opened:
+    """The picture as this model takes it."""
+    return work.opened(denoiser.backbone.sample_size, denoiser.backbone.multiple)
+
+
+def inversion_record(denoiser: Denoiser, work: SourceImage, guidance: float, negative: str) -> dict[str, Any]:
+    """What run.json will say of the inversion."""
+    backbone, picture = denoiser.backbone, opened(denoiser, work).record
+    if lost := backbone.unread(work.source):
+        notes = [*picture["notes"], f"the end of the source prompt is not read: {lost}"]
+        picture = {**picture, "notes": notes}
+    return {
         "model": backbone.identity,
         "scheduler": of_table(denoiser.table, backbone.predicts_v),
-        "picture": of_picture(work.name, picture, geometry, work.geometry, mask.sha256 if mask else None),
+        "picture": picture,
         "source": work.source,
         "inversion": {"guidance": guidance, "negative": negative if guidance != 1 else ""},
         "versions": versions(),
     }
-    if lost := backbone.unread(work.source):
-        record["picture"]["notes"] = [*picture.notes, f"the end of the source prompt is not read: {lost}"]
-    return (
-        record,
-        to_pixels(picture.image, geometry),
-        fitted(mask.image, geometry, f"the mask {work.mask}") if mask else None,
-    )
 
 
 def is_inverted(denoiser: Denoiser, work: SourceImage, guidance: float, negative: str) -> bool:
@@ -54,7 +44,7 @@ def is_inverted(denoiser: Denoiser, work: SourceImage, guidance: float, negative
     if not store.has_run():
         return False
     if work.path is not None:
-        expected, fields = inversion_record(denoiser, work, guidance, negative)[0], INVERTED
+        expected, fields = inversion_record(denoiser, work, guidance, negative), INVERTED
     else:
         table = of_table(denoiser.table, denoiser.backbone.predicts_v)
         expected = {"model": denoiser.backbone.identity, "scheduler": table}
@@ -77,8 +67,9 @@ def invert_picture(
     denoiser: Denoiser, work: SourceImage, guidance: float, negative: str, watch: Progress
 ) -> None:
     """Stage 1 of one picture: source.png, trajectory.safetensors and run.json."""
-    record, pixels, mask = inversion_record(denoiser, work, guidance, negative)
-    store, table = work.store, denoiser.table
+    record = inversion_record(denoiser, work, guidance, negative)
+    store, table, picture = work.store, denoiser.table, opened(denoiser, work)
+    pixels, mask = picture.pixels, picture.mask
     z_0 = denoiser.backbone.encode(pixels[None].to(denoiser.device))
     contexts = denoiser.backbone.embed([record["inversion"]["negative"], work.source])[:, None]
     if not work.source:

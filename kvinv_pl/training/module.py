@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from kvinv_pl.attention.cp_attention import CPAttention
@@ -24,7 +24,7 @@ from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt, Demand
 from kvinv_pl.stages.curriculum import Curriculum, Pass, Phase
 from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
-from kvinv_pl.stages.invert import inversion_record, invert_picture, is_inverted, is_tuned
+from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
 from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import Convergence, TuningSettings, at_least_0, at_least_1, one_of
@@ -176,10 +176,6 @@ class KVInversion(LightningModule):
 
     # ---- stages 1 and 3
 
-    def inversion_record(self, work: SourceImage) -> tuple[dict[str, Any], Tensor, Tensor | None]:
-        """What run.json will say of this picture's inversion, its pixels and its mask."""
-        return inversion_record(self.denoiser, work, self.inversion_guidance, self.negative)
-
     def is_inverted(self, work: SourceImage) -> bool:
         """Whether stage 1 is done; a run that was made otherwise is refused."""
         return is_inverted(self.denoiser, work, self.inversion_guidance, self.negative)
@@ -194,12 +190,8 @@ class KVInversion(LightningModule):
         ready = not fresh and self.is_inverted(work) and is_tuned(self.denoiser, store)
         if stage == "edit" and not ready:
             raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
-        if fresh:
-            _, pixels, mask = self.inversion_record(work)
-            (height, width), masked = pixels.shape[-2:], mask is not None
-        else:
-            picture = store.read_run()["picture"]
-            (width, height), masked = picture["model_size"], picture["mask"] is not None
+        picture = opened(self.denoiser, work).record if fresh else store.read_run()["picture"]
+        (width, height), masked = picture["model_size"], picture["mask"] is not None
         factor = self.denoiser.backbone.vae_factor
         grid = (height // factor, width // factor)
         if stage != "invert":

@@ -92,6 +92,8 @@ class Workload:
                             work.store.settle()
                 yield
         finally:
+            for work in works:
+                work.close()
             for folder in fresh:
                 if folder.is_dir() and os.listdir(folder) == [".lock"]:
                     (folder / ".lock").unlink()
@@ -100,12 +102,13 @@ class Workload:
     def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:
         """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
-        try:
-            return self.model.check(work, stage)
-        except UserError:
-            if not (overwrite and work.path is not None and work.store.has_run()):
-                raise
-            return self.model.check(work, stage, anew=True)
+        with work.store.read_once():
+            try:
+                return self.model.check(work, stage)
+            except UserError:
+                if not (overwrite and work.path is not None and work.store.has_run()):
+                    raise
+                return self.model.check(work, stage, anew=True)
 
     def _is_stale(self, work: SourceImage) -> bool:
         """Whether what lies in the run folder is of something else."""
