@@ -13,15 +13,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
+from kvinv_pl.attention.unet import BLOCK_LISTS, PRESETS, refuse_other_conditions
 from kvinv_pl.errors import UserError
-
-PRESETS = {
-    "encoder": re.compile(r"down_blocks\..*"),
-    "middle": re.compile(r"mid_block\..*"),
-    "decoder": re.compile(r"up_blocks\..*"),
-    "all": re.compile(r".*"),
-}
-BLOCK_LISTS = ["down_blocks", "up_blocks"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,7 @@ def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) ->
     A copy of the U-Net without weights (meta device) is run, so grids are seen and never inferred.
     """
     config: Any = unet.config
-    wants = ("class_embed_type", "num_class_embeds", "addition_embed_type")
-    extra = [name for name in wants if config.get(name)]
-    if extra:
-        raise UserError(
-            f"this U-Net needs more than a latent, a time and a prompt ({extra[0]}={config[extra[0]]!r}): "
-            "only models of the Stable Diffusion 1 and 2 kind are supported"
-        )
+    refuse_other_conditions(config)
     context = config.get("encoder_hid_dim") or config["cross_attention_dim"]
     width = context if isinstance(context, int) else context[0]
     found: dict[str, Site] = {}

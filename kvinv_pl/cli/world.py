@@ -1,6 +1,5 @@
 """The command that draws animals of the embedded world. Its docstring is its help."""
 
-import os
 from pathlib import Path
 
 from PIL import Image
@@ -57,11 +56,5 @@ def _pictures(out: Path, seed: int, size: int) -> list[str]:
 
 
 def _save(picture: Image.Image, file: Path) -> Path:
-    """Write a picture as a whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture.save(file)
     return file

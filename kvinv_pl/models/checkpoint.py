@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,9 @@ from huggingface_hub.errors import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import AGAIN, attempt, first_line, quiet, sha256
+from kvinv_pl.models.loading import AGAIN, attempt, first_line, located, quiet, sha256
 
 PARTS = {
     "unet": "UNet2DConditionModel",
@@ -32,6 +32,9 @@ PARTS = {
     "tokenizer": "CLIPTokenizer",
 }
 NEEDED = "kvinv needs a Stable Diffusion 1 or 2 checkpoint as diffusers saves it"
+FROM_FILE = (
+    "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) of diffusers makes one of it"
+)
 
 
 @dataclass(frozen=True)
@@ -99,20 +102,9 @@ def outline(checkpoint: str) -> tuple[UNet2DConditionModel, Sizes]:
 
 def _folder(checkpoint: str, configs_alone: bool = False) -> Path:
     """Where the files of a checkpoint are, fetched from the hub if need be."""
-    if checkpoint == "menagerie":
-        from kvinv_pl.menagerie import checkpoint as embedded
-
-        return Path(embedded())
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    needed = f"{NEEDED}, or a hub id (owner/name), or menagerie"
+    if (folder := located(checkpoint, menagerie.checkpoint, needed, FROM_FILE)) is not None:
         return folder
-    if folder.is_file():
-        raise UserError(
-            f"{checkpoint} is a file, expected a folder; StableDiffusionPipeline.from_single_file(file)"
-            ".save_pretrained(folder) of diffusers makes one of it"
-        )
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint):
-        raise UserError(f"there is no folder {checkpoint}; {NEEDED}, or a hub id (owner/name), or menagerie")
     try:
         with quiet(bars=True):
             from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,27 @@ def attempt(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}; {AGAIN}") from error
+
+
+def located(checkpoint: str, embedded: Callable[[], Path], needed: str, remedy: str = "") -> Path | None:
+    """The folder that a checkpoint's name means; None: it is a hub id (owner/name).
+
+    Args:
+        checkpoint: "menagerie", a folder, or a hub id.
+        embedded: Where the one called menagerie is.
+        needed: What is taken, for the user who named something else.
+        remedy: What to do with a single file, if that is known.
+    """
+    if checkpoint == "menagerie":
+        return embedded()
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"{checkpoint} is a file, expected a folder; {remedy or needed}")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint):
+        raise UserError(f"there is no folder {checkpoint}; {needed}")
+    return None
 
 
 def first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.attention.cross_attention import cross_attentions, watching
+from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.stable_diffusion import Backbone
 
@@ -64,9 +65,8 @@ def mask_from_word(
     z_0, alpha = backbone.encode(pixels[None].to(device)), alphas[t].view(-1, 1, 1, 1)
     noise = torch.randn(len(t), *z_0.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
     z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
-    paths = cross_attentions(backbone.unet)
-    decoder = [path for path in paths if path.startswith("up_blocks.")]
-    with watching(backbone.unet, [positions], START, decoder or paths) as maps:
+    paths = in_decoder(cross_attentions(backbone.unet))
+    with watching(backbone.unet, [positions], START, paths) as maps:
         backbone.eps(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
     seen = maps.now((pixels.shape[1], pixels.shape[2]))
     if seen is None:

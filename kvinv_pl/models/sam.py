@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, Sam2Model, Sam2Processor, SamModel, SamProcessor
 
+from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import AGAIN, attempt, first_line, quiet
+from kvinv_pl.models.loading import AGAIN, attempt, first_line, located, quiet
 
 KINDS = {"sam": (SamModel, SamProcessor), "sam2": (Sam2Model, Sam2Processor)}
 KINDS["sam2_video"] = KINDS["sam2"]  # how SAM 2 is published; its part for single pictures is taken
@@ -38,7 +38,7 @@ class Segmenter:
     @classmethod
     def load(cls, checkpoint: str = "menagerie", device: str | torch.device = "cpu") -> Segmenter:
         """Load a folder as transformers saves it, a hub id (owner/name), or "menagerie", the embedded one."""
-        where = _where(checkpoint)
+        where = str(located(checkpoint, menagerie.segmenter, NEEDED) or checkpoint)
         with quiet(bars=not Path(where).is_dir()):
             model_class, processor_class = _kind(checkpoint, where)
             model, told = attempt(
@@ -151,20 +151,6 @@ def _check(size: tuple[int, int], points: Sequence[Point], box: Box | None) -> N
                 f"the box {left:g},{top:g},{right:g},{bottom:g} is none in the picture: expected left, top, "
                 f"right, bottom, with left < right in 0 to {width} and top < bottom in 0 to {height}"
             )
-
-
-def _where(checkpoint: str) -> str:
-    """A folder that is there, or a hub id."""
-    if checkpoint == "menagerie":
-        from kvinv_pl.menagerie import segmenter
-
-        return str(segmenter())
-    folder = Path(checkpoint).expanduser()
-    if folder.is_file():
-        raise UserError(f"{checkpoint} is a file, expected a folder; {NEEDED}")
-    if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint):
-        raise UserError(f"there is no folder {checkpoint}; {NEEDED}")
-    return str(folder) if folder.is_dir() else checkpoint
 
 
 def _kind(checkpoint: str, where: str) -> tuple[Any, Any]:

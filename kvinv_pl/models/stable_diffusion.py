@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.algorithm.ddim import StepTable, from_v
+from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import NEEDED, load, sizes
 from kvinv_pl.models.loading import attempt
 
-CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
 
 
@@ -131,8 +131,7 @@ class Backbone(nn.Module):
                 f"the U-Net of {name} takes {config['in_channels']} channels where its VAE gives "
                 f"{self.latent_channels}: an inpainting or picture-conditioned model; {NEEDED}, text to image"
             )
-        if extra := [key for key in CONDITIONS if config.get(key) is not None]:
-            raise UserError(f"the U-Net of {name} asks for more than a prompt ({', '.join(extra)}); {NEEDED}")
+        refuse_other_conditions(config, f"the U-Net of {name}")
         if (width := config["cross_attention_dim"]) != (given := self.text_encoder.config.hidden_size):
             raise UserError(
                 f"the U-Net of {name} reads prompts of width {width}, its text model gives {given}"

@@ -14,6 +14,7 @@ from torch import Tensor, cat
 
 from kvinv_pl.attention.attachment import Attachment
 from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
+from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import Step
 from kvinv_pl.errors import UserError
@@ -86,8 +87,7 @@ class Reader:
             return _looks(maps, extra, grid) if self._at >= known else None
 
         # the decoder's say best where a word is, see prompts.mask_from_word
-        decoder = [path for path in cross_attentions(unet) if path.startswith("up_blocks.")]
-        watched = watching(unet, [[]] * extra + positions, START, decoder or None)
+        watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
         maps = self._open.enter_context(watched)
         self._open.enter_context(attachment.following(looks))
 

@@ -1,0 +1,34 @@
+"""What is known of the U-Nets of Stable Diffusion 1 and 2: their parts by name, and what they are told.
+
+Nothing else in the package knows these names; another kind of network gets a file like this one.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvinv_pl.errors import UserError
+
+PRESETS = {
+    "encoder": re.compile(r"down_blocks\..*"),
+    "middle": re.compile(r"mid_block\..*"),
+    "decoder": re.compile(r"up_blocks\..*"),
+    "all": re.compile(r".*"),
+}
+"""The parts of a U-Net by their names in `target_modules`, as patterns of whole module paths."""
+BLOCK_LISTS = ["down_blocks", "up_blocks"]
+CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+
+
+def in_decoder(paths: Sequence[str]) -> list[str]:
+    """Those of these module paths that lie in the decoder; all of them where none does."""
+    return [path for path in paths if PRESETS["decoder"].match(path)] or list(paths)
+
+
+def refuse_other_conditions(config: Mapping[str, Any], name: str = "this U-Net") -> None:
+    """Refuse a U-Net that wants to be told more than z, t and a prompt, as SDXL's and LCMs' do."""
+    if extra := [f"{key}={config[key]!r}" for key in CONDITIONS if config.get(key) is not None]:
+        raise UserError(
+            f"{name} needs more than a latent, a time and a prompt ({', '.join(extra)}): "
+            "only models of the Stable Diffusion 1 and 2 kind are supported"
+        )
