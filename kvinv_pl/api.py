@@ -3,8 +3,7 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,38 +32,20 @@ class Run:
         """The picture as the tuned model renders it, in the size that it came in."""
         return open_picture(self.folder / "reconstruction.png").image
 
-    def edit(
-        self,
-        target: str,
-        *,
-        guidance: float | None = None,
-        reading: Literal["frozen", "blend"] | None = None,
-        start: float | None = None,
-        negative: str | None = None,
-        kv: Literal["stored", "replayed"] | None = None,
-        subject: str | None = None,
-    ) -> Image.Image:
-        """The picture as `target` says; what is left out is as loaded. Nothing is tuned again.
+    def edit(self, target: str, **settings: Any) -> Image.Image:
+        """The picture as `target` says; what is left out, or None, is as loaded. Nothing is tuned again.
 
         Args:
             target: What it should become.
-            guidance: Classifier-free guidance scale.
-            reading: frozen, or blend.
-            start: The share of the steps, counted from noise, before CP-attn becomes active.
-            negative: What the unconditional branch is told.
-            kv: Where frozen has K-bar and V-bar from: stored, or replayed.
-            subject: The word for the subject in `target`, for variants that follow it.
+            **settings: Of this edit, as KVInversion has them: guidance, reading, start, negative, kv and
+                subject.
         """
-        asked = {
-            "guidance": guidance, "reading": reading, "start": start, "negative": negative,
-            "kv": kv, "subject": subject,
-        }  # fmt: skip
+        changes = {name: value for name, value in settings.items() if value is not None}
         # again: the model in memory may be another by now, with a LoRA for example
         data = SourceImages(run=str(self.folder), targets=[target], overwrite=True)
         model = self.owner.model
-        with _changed(model, {name: value for name, value in asked.items() if value is not None}):
-            self.owner.trainer().edit(model, data)
-            return open_picture(model.last_edits[0]).image
+        self.owner.trainer().edit(model, data, replace(model.editing, **changes))
+        return open_picture(model.last_edits[0]).image
 
 
 class KVInverter:
@@ -129,20 +110,6 @@ def load(
     """
     model = KVInversion(str(checkpoint), **settings)
     return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
-
-
-@contextmanager
-def _changed(model: KVInversion, settings: dict[str, Any]) -> Iterator[None]:
-    """The model with other settings for a while."""
-    before = {name: getattr(model, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(model, name, value)
-        model.check_settings()
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(model, name, value)
 
 
 def _file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:

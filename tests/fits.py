@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from kvinv_pl.api import _changed
 from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
@@ -84,12 +85,11 @@ def edit(
     store: RunStore, *targets: str, module: KVInversion | None = None, **settings: Any
 ) -> list[Image.Image]:
     """Edit a tuned run, and open what came of it; one loaded module serves most."""
-    special = settings.keys() - {"reading", "kv", "start", "guidance", "negative", "subject"}
-    module = module or (model(**settings) if special else _editor())
-    with _changed(module, {} if special else settings):
-        trainer().edit(
-            module, SourceImages(run=str(store.folder), targets=list(targets or [TARGET]), overwrite=True)
-        )
+    names = {setting.name for setting in fields(EditSettings)}
+    module = module or (_editor() if settings.keys() <= names else model(**settings))
+    asked = replace(module.editing, **{name: settings[name] for name in settings.keys() & names})
+    data = SourceImages(run=str(store.folder), targets=list(targets or [TARGET]), overwrite=True)
+    trainer().edit(module, data, asked)
     return [opened(path) for path in module.last_edits]
 
 

@@ -13,6 +13,7 @@ import kvinv_pl
 from kvinv_pl.api import KVInverter, Run
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.settings import EditSettings
 
 SETTINGS: dict[str, Any] = {**fits.QUICK, "optimizer": fits.adam()}
 
@@ -59,12 +60,7 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
     assert len({plain, *(other.tobytes() for other in others)}) == 5
     with pytest.raises(UserError, match="start: expected a share"):
         run.edit(TARGET, guidance=5.0, start=2.0)
-    assert (kv.model.guidance, kv.model.reading, kv.model.start, kv.model.negative) == (
-        2.0,
-        "frozen",
-        0.0,
-        "",
-    )
+    assert kv.model.editing == EditSettings(2.0, "frozen", "stored", 0.0, "", None)
     assert run.edit(TARGET).tobytes() == plain
 
 
@@ -78,7 +74,7 @@ def test_a_model_changed_in_memory_is_asked_again(image: Path) -> None:
 
 def test_an_edit_may_replay_what_it_reads(kv: KVInverter, run: Run) -> None:
     stored, replayed = run.edit(TARGET), run.edit(TARGET, kv="replayed")
-    assert fits.levels(stored, replayed) <= 1 and kv.model.kv == "stored"
+    assert fits.levels(stored, replayed) <= 1 and kv.model.editing.kv == "stored"
     assert {record["kv"] for record, _ in RunStore(run.folder).edits() if record["reading"] == "frozen"} >= {
         "stored",
         "replayed",
@@ -106,7 +102,7 @@ def test_a_masked_picture_is_edited_with_its_mask_and_the_word_for_its_subject(
         run.edit("a dog")
     with pytest.raises(UserError, match="'horse' is not in the prompt 'a dog'"):
         run.edit("a dog", subject="horse")
-    assert run.edit("a dog", subject="dog") and kv.model.subject is None
+    assert run.edit("a dog", subject="dog") and kv.model.editing.subject is None
 
 
 def test_an_empty_target_is_refused(run: Run) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -151,13 +151,12 @@ class Bench:
         )
         rows = []
         for ways in edits:
-            for name, value in ways.items():
-                setattr(model, name, value)
-            wanted = {"reading": model.reading, "start": model.start, "guidance": model.guidance}
+            asked = replace(model.editing, **ways)
+            wanted = asked.record()
             missing = [work for work in data.works if not _edits(work, wanted)]
             if missing:
                 data.works, everything = missing, data.works
-                KVTrainer(logger=False, quiet=True).edit(model, data)
+                KVTrainer(logger=False, quiet=True).edit(model, data, asked)
                 data.works = everything
             found = [_edits(work, wanted)[-1] for work in data.works]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
@@ -212,7 +211,7 @@ def _edits(work: Any, wanted: dict[str, Any]) -> list[tuple[dict[str, Any], Path
     return [
         (record, file)
         for record, file in work.store.edits()
-        if all(record[key] == value for key, value in wanted.items())
+        if all(record.get(key) == value for key, value in wanted.items())
     ]
 
 

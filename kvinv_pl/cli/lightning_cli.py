@@ -53,7 +53,8 @@ def stage(verb: str, argv: list[str]) -> None:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             loaders = {"train_dataloaders", "val_dataloaders", "ckpt_path", "weights_only"}
-            return {verb: {"model", "datamodule", *(loaders if verb == "fit" else ())}}
+            ours = {"fit": loaders, "edit": {"settings"}}.get(verb, set[str]())
+            return {verb: {"model", "datamodule", *ours}}
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             with in_words(verb, line, kinds):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -61,21 +60,3 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The libraries whose behaviour a run may depend on."""
     return {name: version(name) for name in LIBRARIES}
-
-
-def told_apart(edit: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The settings in which the records of two edits differ, as each of them has it."""
-    asked = ("guidance", "reading", "kv", "start", "negative", "subject", "precision")
-    unlike = [key for key in asked if edit.get(key) != other.get(key)]
-    if "reading" in unlike and "kv" in unlike:  # blend has none
-        unlike.remove("kv")
-    if not unlike:  # the same was asked, after the picture was tuned once more
-        return [("this tuning", "an earlier one")]
-    return [(_setting(edit, key), _setting(other, key)) for key in unlike]
-
-
-def _setting(edit: Mapping[str, Any], key: str) -> str:
-    if key not in edit:
-        return f"no {key}"
-    value = edit[key]
-    return f"{key} {f'{value:g}' if isinstance(value, float) else value or 'empty'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,40 +13,22 @@ from kvinv_pl.data.pictures import as_pixels, open_picture, psnr, to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import Pass, first_missing
 from kvinv_pl.stages.settings import TuningSettings
 
 
-@dataclass(frozen=True)
-class Demand:
-    """The PSNR in dB to the VAE round trip that a reconstruction must reach, and how often to try again."""
-
-    psnr: float
-    retries: int
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
-        if math.isnan(self.psnr) or self.retries < 0:
-            raise UserError(
-                "required_psnr and retries: expected dB and a number of 0 or more, got "
-                f"{self.psnr} and {self.retries}"
-            )
-
-
 @torch.no_grad()
 def certify(
-    denoiser: Denoiser, store: RunStore, demand: Demand, attempt: int = 0, inner_steps: int = 0
+    denoiser: Denoiser, store: RunStore, settings: TuningSettings, attempt: int = 0
 ) -> dict[str, Any]:
     """Decode what an attempt at tuning came to, and write its figures where it is the best one so far.
 
     Args:
         denoiser: the model, on its device.
         store: the run folder, at that attempt.
-        demand: what makes the picture pass.
+        settings: what makes the picture pass, and how it was tuned.
         attempt: 0 for the first one, whose phases lie in the run folder itself.
-        inner_steps: optimiser steps for one timestep at most, in this attempt.
 
     Returns:
         run.json's field "reconstruction": the figures of the attempt that is kept, and a line for each made.
@@ -56,10 +37,14 @@ def certify(
     run = store.read_run()
     before = run.get("reconstruction") if attempt else None
     made = [*(before["attempts"][:attempt] if before else [])]
-    made.append({"inner_steps_at_most": inner_steps, "psnr_to_round_trip": figures["psnr_to_round_trip"]})
+    at_most = Attempt(attempt, settings).inner_steps_at_most
+    made.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": figures["psnr_to_round_trip"]})
     best = before if before and before["psnr_to_round_trip"] >= figures["psnr_to_round_trip"] else None
     record = {**(best or figures), "attempts": made, "kept": best["kept"] if best else attempt}
-    record |= {"psnr_demanded": demand.psnr, "passed": record["psnr_to_round_trip"] >= demand.psnr}
+    record |= {
+        "psnr_demanded": settings.required_psnr,
+        "passed": record["psnr_to_round_trip"] >= settings.required_psnr,
+    }
     if best:
         store.write_run({**run, "reconstruction": record})
         store.drop_attempts()
@@ -75,12 +60,12 @@ def is_certified(store: RunStore) -> bool:
     return "reconstruction" in store.read_run()
 
 
-def next_attempt(store: RunStore, demand: Demand) -> int | None:
+def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
     """The number of the attempt that is due: none where the picture has passed, or all have been made."""
     record = store.read_run()["reconstruction"]
     made = len(record["attempts"])
-    reached = record["psnr_to_round_trip"] >= demand.psnr
-    return None if reached or made > demand.retries else made
+    reached = record["psnr_to_round_trip"] >= settings.required_psnr
+    return None if reached or made > settings.retries else made
 
 
 def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
@@ -106,17 +91,16 @@ class Attempt:
     """The first attempt (0) lies in the run folder itself; each later one has twice the inner steps."""
 
     number: int
-    recipe: TuningSettings
-    demand: Demand
+    settings: TuningSettings
 
     def inner_steps(self, which: Pass) -> int:
         """Optimiser steps for one timestep at most, in this pass of the curriculum."""
-        return self.recipe.steps_at_most(which) * 2**self.number
+        return self.settings.steps_at_most(which) * 2**self.number
 
     @property
     def seed(self) -> int:
         """Of random starts, which are others in every attempt."""
-        return self.recipe.seed + self.number
+        return self.settings.seed + self.number
 
     def at(self, work: SourceImage) -> SourceImage:
         """The picture, with the phases of this attempt."""
@@ -150,17 +134,17 @@ class Attempt:
     def is_due(self, work: SourceImage) -> bool:
         """Whether it is still to be made, or to be certified."""
         if self.number:
-            return next_attempt(work.store, self.demand) == self.number
+            return next_attempt(work.store, self.settings) == self.number
         return not is_certified(work.store)
 
     @property
     def inner_steps_at_most(self) -> int:
         """Optimiser steps for one timestep at most, before z-tilde rolls out for good."""
-        return self.recipe.inner_steps * 2**self.number
+        return self.settings.inner_steps * 2**self.number
 
     def certify(self, denoiser: Denoiser, work: SourceImage) -> dict[str, Any]:
         """Write the certificate of a picture that is tuned; run.json's field "reconstruction"."""
-        return certify(denoiser, work.store, self.demand, self.number, self.inner_steps_at_most)
+        return certify(denoiser, work.store, self.settings, self.number)
 
     def logged_as(self, work: SourceImage) -> str:
         """The name of a picture in the logs; later attempts have curves of their own."""

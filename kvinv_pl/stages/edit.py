@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
-from kvinv_pl.algorithm.editing import edit, first_step
+from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.pictures import open_picture, to_image
-from kvinv_pl.data.records import geometry_of, told_apart
+from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.data.source_image import SourceImage
@@ -20,27 +19,19 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import subject_positions
 from kvinv_pl.stages.invert import is_tuned, mask_of
-from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.reader import Reader
+from kvinv_pl.stages.settings import EditSettings
 
 
-def refuse_unreadable(
-    denoiser: Denoiser, work: SourceImage, reading: str, subject: str | None, masked: bool
-) -> None:
-    """Refuse, rather than after the tuning, what an edit could not read with the variant that is attached.
-
-    Args:
-        denoiser: The model, with psi attached.
-        work: The picture with its targets.
-        reading: frozen or blend.
-        subject: The word for the subject, if one was given.
-        masked: Whether the picture has a mask.
-    """
+def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
+    """Refuse, rather than after the tuning, what an edit could not read with the variant that is attached."""
+    reading, subject = settings.reading, settings.subject
     if why := denoiser.why_not(reading):
         other = {"frozen": "blend", "blend": "frozen"}[reading]
         raise UserError(f"reading: expected {other}, got {reading}: {why}")
     variant = denoiser.cps[0]
-    if variant.wants_mask and not masked:
+    if variant.wants_mask and image.mask is None:
         raise UserError(
             f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
         )
@@ -49,27 +40,22 @@ def refuse_unreadable(
             f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
         )
     if variant.follows:
-        subject_positions(denoiser.backbone, work.source, work.targets, subject)
+        subject_positions(denoiser.backbone, image.source, image.targets, subject)
 
 
 @torch.no_grad()
 def edit_picture(
     denoiser: Denoiser,
-    work: SourceImage,
-    guidance: float,
-    reading: str,
-    kv: str,
-    start: float,
-    negative: str,
-    subject: str | None,
-    watch: Progress,
+    image: SourceImage,
+    settings: EditSettings,
+    watch: Watch,
     again: bool = False,
 ) -> list[Path]:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
 
     What was rendered with the very same settings is not rendered again, unless `again`.
     """
-    store, table, began = work.store, denoiser.table, time.perf_counter()
+    store, table, began = image.store, denoiser.table, time.perf_counter()
     run = store.read_run()
     if not is_tuned(denoiser, store) or not {"tuning", "reconstruction"} <= run.keys():
         raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
@@ -77,7 +63,7 @@ def edit_picture(
     attachment = denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
     here = {"sites": list(attachment.psi), "attention": of_variant(denoiser.cps[0])}
     store.require({"tuning": {**run["tuning"], **here}}, ["tuning"])
-    if reading == "frozen" and kv == "stored" and run["tuning"]["kv"] == "replayed":
+    if settings.reading == "frozen" and settings.kv == "stored" and run["tuning"]["kv"] == "replayed":
         raise UserError(
             f"{store.folder} holds psi alone, without K-bar and V-bar: edit it with kv replayed, "
             "or reading blend"
@@ -86,33 +72,33 @@ def edit_picture(
     denoiser.bind(None if mask is None else mask[None])
     asked = {
         target: {
-            "target": target, "source": run["source"], "negative": negative, "guidance": guidance,
-            "tuned_at": run["tuning"]["guidance"], "reading": reading, "start": start,
-            **({"kv": kv} if reading == "frozen" else {}),
-            **({"subject": subject} if subject else {}),
+            "target": target, "source": run["source"],
+            **settings.record(), "tuned_at": run["tuning"]["guidance"],
             "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
             "precision": str(denoiser.backbone.unet.dtype).removeprefix("torch."),
             "tuning": run["tuning"], "attempt": run["reconstruction"]["kept"],
         }
-        for target in work.targets
+        for target in image.targets
     }  # fmt: skip
     there = {} if again else {target: store.edit_like(target, record) for target, record in asked.items()}
     paths = {target: path for target, path in there.items() if path is not None}
     for path in paths.values():
-        watch.note(f"{work.name}: {path} is there with these settings; --overwrite renders it again")
+        watch.progress.note(
+            f"{image.name}: {path} is there with these settings; --overwrite renders it again"
+        )
     targets = [target for target in asked if target not in paths]
     if not targets:
         store.save_picture("sheet", sheet_of(store))  # a kill may have left an older one
         return list(paths.values())
-    if guidance != run["tuning"]["guidance"]:
-        watch.note(f"{work.name}: tuned at guidance {run['tuning']['guidance']:g}, edited at {guidance:g}")
-    reader = Reader(denoiser, store, targets, negative, reading, kv, first_step(start, len(table)), subject)
-    watch.begin("editing", work.name, len(table))
+    if settings.guidance != (tuned_at := run["tuning"]["guidance"]):
+        watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {settings.guidance:g}")
+    reader = Reader(denoiser, store, targets, settings)
+    watch.progress.begin("editing", image.name, len(table))
     z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
-            reader.eps, z_T, table, reader.psi, guidance, start,
-            lambda i: watch.advance(f"timestep {int(table.timesteps[i])}"),
+            reader.eps, z_T, table, reader.psi, settings.guidance, settings.start,
+            lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
         )  # fmt: skip
     geometry = geometry_of(run["picture"])
     edited = [to_image(pixels.cpu(), geometry) for pixels in denoiser.backbone.decode(z_0)]
@@ -120,20 +106,8 @@ def edit_picture(
     for target, picture in zip(targets, edited, strict=True):
         paths[target] = store.save_edit(target, picture, {**asked[target], "figures": {"seconds": seconds}})
     store.save_picture("sheet", sheet_of(store))
-    watch.finish()
-    for target in targets:
-        _tell_apart(store, asked[target], paths[target], work.name, watch)
+    watch.progress.finish()
     return [paths[target] for target in asked]
-
-
-def _tell_apart(store: RunStore, record: dict[str, Any], path: Path, name: str, watch: Progress) -> None:
-    """Say what sets an edit apart from the one most like it whose target, and so name, is the same."""
-    there = [(other, file) for other, file in store.edits() if other["target"] == record["target"]]
-    unlike = [(told_apart(record, other), file) for other, file in there if file != path]
-    if unlike:
-        settings, file = min(unlike, key=lambda found: len(found[0]))
-        mine, its = (", ".join(texts) for texts in zip(*settings, strict=True))
-        watch.note(f"{name}: {path} has {mine}; {file.name}, of the same target, has {its}")
 
 
 def sheet_of(store: RunStore) -> Image.Image:

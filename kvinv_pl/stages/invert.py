@@ -14,37 +14,38 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import Opened, SourceImage
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import first_missing
-from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.settings import InversionSettings
 
 
-def opened(denoiser: Denoiser, work: SourceImage) -> Opened:
+def opened(denoiser: Denoiser, image: SourceImage) -> Opened:
     """The picture as this model takes it."""
-    return work.opened(denoiser.backbone.sample_size, denoiser.backbone.multiple)
+    return image.opened(denoiser.backbone.sample_size, denoiser.backbone.multiple)
 
 
-def inversion_record(denoiser: Denoiser, work: SourceImage, guidance: float, negative: str) -> dict[str, Any]:
+def inversion_record(denoiser: Denoiser, image: SourceImage, settings: InversionSettings) -> dict[str, Any]:
     """What run.json will say of the inversion."""
-    backbone, picture = denoiser.backbone, opened(denoiser, work).record
-    if lost := backbone.unread(work.source):
+    backbone, picture = denoiser.backbone, opened(denoiser, image).record
+    if lost := backbone.unread(image.source):
         notes = [*picture["notes"], f"the end of the source prompt is not read: {lost}"]
         picture = {**picture, "notes": notes}
     return {
         "model": backbone.identity,
         "scheduler": of_table(denoiser.table, backbone.predicts_v),
         "picture": picture,
-        "source": work.source,
-        "inversion": {"guidance": guidance, "negative": negative if guidance != 1 else ""},
+        "source": image.source,
+        "inversion": settings.record(),
         "versions": versions(),
     }
 
 
-def is_inverted(denoiser: Denoiser, work: SourceImage, guidance: float, negative: str) -> bool:
+def is_inverted(denoiser: Denoiser, image: SourceImage, settings: InversionSettings) -> bool:
     """Whether the trajectory is there; a run made otherwise is refused by the field that differs."""
-    store = work.store
+    store = image.store
     if not store.has_run():
         return False
-    if work.path is not None:
-        expected, fields = inversion_record(denoiser, work, guidance, negative), INVERTED
+    if image.path is not None:
+        expected, fields = inversion_record(denoiser, image, settings), INVERTED
     else:
         table = of_table(denoiser.table, denoiser.backbone.predicts_v)
         expected = {"model": denoiser.backbone.identity, "scheduler": table}
@@ -63,21 +64,19 @@ def is_tuned(denoiser: Denoiser, store: RunStore) -> bool:
 
 
 @torch.no_grad()
-def invert_picture(
-    denoiser: Denoiser, work: SourceImage, guidance: float, negative: str, watch: Progress
-) -> None:
+def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSettings, watch: Watch) -> None:
     """Stage 1 of one picture: source.png, trajectory.safetensors and run.json."""
-    record = inversion_record(denoiser, work, guidance, negative)
-    store, table, picture = work.store, denoiser.table, opened(denoiser, work)
+    record = inversion_record(denoiser, image, settings)
+    store, table, picture = image.store, denoiser.table, opened(denoiser, image)
     pixels, mask = picture.pixels, picture.mask
     z_0 = denoiser.backbone.encode(pixels[None].to(denoiser.device))
-    contexts = denoiser.backbone.embed([record["inversion"]["negative"], work.source])[:, None]
-    if not work.source:
-        watch.note(f"{work.name}: the source prompt is empty; --source says what the picture shows")
-    watch.begin("inverting", work.name, len(table))
+    contexts = denoiser.backbone.embed([record["inversion"]["negative"], image.source])[:, None]
+    if not image.source:
+        watch.progress.note(f"{image.name}: the source prompt is empty; --source says what the picture shows")
+    watch.progress.begin("inverting", image.name, len(table))
     z = invert(
-        denoiser.guided_eps(contexts, guidance), z_0, table,
-        lambda i: watch.advance(f"timestep {int(table.timesteps[i])}"),
+        denoiser.guided_eps(contexts, settings.guidance), z_0, table,
+        lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
     )  # fmt: skip
     geometry = geometry_of(record["picture"])
     if mask is not None:
@@ -87,7 +86,7 @@ def invert_picture(
     store.save_trajectory(z[:, 0].cpu())
     run = store.read_run() if store.has_run() else {}  # a trajectory that was lost is made again
     store.write_run({**run, **record})  # last: with it, the picture is inverted
-    watch.finish()
+    watch.progress.finish()
 
 
 def mask_of(store: RunStore) -> Tensor | None:

@@ -76,13 +76,13 @@ class Planner:
     def __init__(
         self,
         denoiser: Denoiser,
-        recipe: TuningSettings,
+        settings: TuningSettings,
         works: Sequence[SourceImage],
         slots: int,
         failures: Failures,
     ) -> None:
         """Take the pictures in their order."""
-        self.denoiser, self.recipe, self.works = denoiser, recipe, list(works)
+        self.denoiser, self.settings, self.works = denoiser, settings, list(works)
         self.slots, self.failures = slots, failures
 
     def passes(self) -> tuple[Pass, ...]:
@@ -90,11 +90,11 @@ class Planner:
         for work in self.failures.left(self.works):
             with self.failures.of([work]):
                 self._place(work, self.slots)
-                return self.recipe.passes(self.denoiser.learns)
+                return self.settings.passes(self.denoiser.learns)
         return ("roll-out",)
 
     def plan(
-        self, attempt: Attempt, which: Pass, tuning: Record, editing: Record
+        self, attempt: Attempt, which: Pass, tuning: Record, editing: Mapping[str, Any]
     ) -> tuple[list[SourceImage], list[Phase]]:
         """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are.
 
@@ -110,7 +110,7 @@ class Planner:
             with self.failures.of([work]):
                 if work not in self.failures:
                     self._place(work, self.slots)
-                    done[-1] = attempt.take_up(work, len(self.denoiser.table), tuning(), editing())
+                    done[-1] = attempt.take_up(work, len(self.denoiser.table), tuning(), editing)
         return works, self._phases(works, done, which)
 
     def join(self, attempt: Attempt) -> list[SourceImage]:
@@ -125,12 +125,12 @@ class Planner:
 
     def _phases(self, works: list[SourceImage], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
         width, steps = self.slots, len(self.denoiser.table)
-        if "pivots" in self.recipe.passes(self.denoiser.learns):
+        if "pivots" in self.settings.passes(self.denoiser.learns):
             width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
         rolling = batches(done, steps, width)
         if which == "pivots":
             there = [work.store.done_at_pivots() for work in works]
-            missing = missing_at_pivots(rolling, there, steps, self.recipe.carry)
+            missing = missing_at_pivots(rolling, there, steps, self.settings.carry)
             return at_pivots(missing, steps, self.slots)
         for work in self.failures.left(works)[:1]:
             self._place(work, width)

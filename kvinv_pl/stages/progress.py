@@ -6,11 +6,14 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from kvinv_pl.data.failures import Failures
 
 REDRAWN = 0.1  # seconds, on a terminal
 REPEATED = 30.0  # seconds, where lines stay
@@ -76,6 +79,17 @@ def _clock(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+@dataclass
+class Watch:
+    """Who is told how the pictures fare: the person who waits, the list of failures, the loggers."""
+
+    progress: Progress = field(default_factory=lambda: Progress(quiet=True))
+    failures: Failures = field(default_factory=Failures)
+    loggers: Sequence[Any] = ()
+    x_0_every: int = 0
+    """Every so many timesteps the predicted x_0 is logged; 0: never."""
 
 
 def log_phase(loggers: Sequence[Any], name: str, i: int, figures: Mapping[str, float], device: Any) -> None:

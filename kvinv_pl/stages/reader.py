@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, cat
 
+from kvinv_pl.algorithm.editing import first_step
 from kvinv_pl.attention.attachment import Attachment
 from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
 from kvinv_pl.attention.unet import in_decoder
@@ -20,9 +20,7 @@ from kvinv_pl.data.tensors import Step
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import START, subject_positions
-
-Reading = Literal["frozen", "blend"]
-KeyValues = Literal["stored", "replayed"]
+from kvinv_pl.stages.settings import EditSettings
 
 
 @dataclass(eq=False)
@@ -45,11 +43,7 @@ class Reader:
         denoiser: Denoiser,
         store: RunStore,
         targets: Sequence[str],
-        negative: str,
-        reading: str,
-        kv: str,
-        first: int,
-        subject: str | None = None,
+        settings: EditSettings,
     ) -> None:
         """Embed the prompts.
 
@@ -57,24 +51,22 @@ class Reader:
             denoiser: The model with psi attached, one slot wide.
             store: A run that is tuned to the end.
             targets: What the source should become, one edit for each.
-            negative: What the unconditional branch of the edits is told.
-            reading: frozen or blend.
-            kv: Where frozen has K-bar and V-bar from: stored ones, or the source's pass beside the edits.
-            first: The first step, counted from noise, at which something is read.
-            subject: The word for the subject in the targets, for variants that follow it; None: see
-                `subject_of`.
+            settings: Of the edits.
         """
-        self.denoiser, self.store, self.first = denoiser, store, first
-        self.reading: str = reading
+        self.denoiser, self.store, self.settings = denoiser, store, settings
+        self.first = first_step(settings.start, len(denoiser.table))
+        frozen, negative = settings.reading == "frozen", settings.negative
         # rows of the U-Net: edit after edit, each unconditional, then conditional
         self.contexts = denoiser.backbone.embed([text for target in targets for text in (negative, target)])
-        self.source = self._source() if (reading, kv) == ("frozen", "replayed") else None
+        self.source = self._source() if frozen and settings.kv == "replayed" else None
         self._coming: dict[int, Future[Step]] = {}
         self._positions: list[list[int]] | None = None  # a row's; the unconditional ones have no word
-        if reading == "frozen" and any(cp.follows for cp in denoiser.cps):
-            found = subject_positions(denoiser.backbone, store.read_run()["source"], targets, subject)
+        if frozen and any(cp.follows for cp in denoiser.cps):
+            found = subject_positions(
+                denoiser.backbone, store.read_run()["source"], targets, settings.subject
+            )
             self._positions = [positions for each in found for positions in ([], each)]
-        self._at = first
+        self._at = self.first
         self._open = ExitStack()
 
     def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
@@ -133,7 +125,7 @@ class Reader:
         self._at, attachment = i, self._attachment
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)
-        if self.reading == "frozen" and self.source is None:
+        if self.settings.reading == "frozen" and self.source is None:
             way = attachment.frozen(self._stored(step))
         else:
             self.denoiser.read(step.psi, slot=0)

@@ -1,72 +1,110 @@
-"""How psi is tuned: all that it depends on besides the picture, the model and the sites."""
+"""The settings of the three stages: each travels as one thing, and refuses what means nothing.
 
-from __future__ import annotations
+`KVInversion`, whose parameters they are made of, says what each is and has the defaults.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.data.records import of_optimizer
-from kvinv_pl.data.tensors import DTYPES
+from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
 
+Reading = Literal["frozen", "blend"]
+KeyValues = Literal["stored", "replayed"]
+
+
+def options_of(setting: Field[Any]) -> tuple[str, ...]:
+    """The parameters of KVInversion that a field comes from: the first of them that is given."""
+    return setting.metadata.get("options", (setting.name,))
+
 
 @dataclass(frozen=True)
-class Convergence:
-    """Algorithm 1's "until converged": a slot stops at a mean squared error within the step's tolerance.
+class Settings:
+    """The settings of one stage."""
 
-    Null-text inversion (Mokady et al., 2023) lets the tolerance grow with the step: errors late in the
-    process have fewer steps left to grow in.
-    """
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Those among the parameters of KVInversion, by their names."""
+        return cls(**dict(cls._chosen(given)))
 
-    tolerance: float
-    growth: float
+    @classmethod
+    def _chosen(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for setting in fields(cls):
+            value = next((given[name] for name in options_of(setting) if given[name] is not None), None)
+            yield setting.name, float(value) if setting.type is float and value is not None else value
+
+
+@dataclass(frozen=True)
+class InversionSettings(Settings):
+    """The settings of stage 1."""
+
+    guidance: float = field(metadata={"options": ("inversion_guidance",)})
+    negative: str
 
     def __post_init__(self) -> None:
-        """Refuse bounds below zero, by the names that they have as settings."""
-        for name, bound in {"tolerance": self.tolerance, "tolerance_growth": self.growth}.items():
-            if not bound >= 0:
-                raise UserError(f"{name}: expected a mean squared error of 0 or more, got {bound}")
+        """Refuse what means nothing, by the name that it has as a parameter."""
+        at_least_0("inversion_guidance", self.guidance)
 
-    def reached(
-        self, mean_errors: Float[Tensor, " slots"], steps: Int[Tensor, " slots"]
-    ) -> Bool[Tensor, " slots"]:
-        """Which slots may stop, each at its step, counted from noise."""
-        return mean_errors <= (self.tolerance + self.growth * steps.double()).to(mean_errors)
+    def record(self) -> dict[str, Any]:
+        """What run.json says of it, as its field "inversion"."""
+        return {"guidance": self.guidance, "negative": self.negative if self.guidance != 1 else ""}
 
 
 @dataclass(frozen=True)
-class TuningSettings:
-    """The settings of stage 2; KVInversion's own, whose docstring says what each is."""
+class TuningSettings(Settings):
+    """The settings of stage 2."""
 
-    guidance: float
-    """w of tuning; 1 is the source prompt's branch alone."""
+    guidance: float = field(metadata={"options": ("tuning_guidance", "guidance")})
     negative: str
     curriculum: Curriculum
     inner_steps: int
     settle_steps: int
-    convergence: Convergence
+    tolerance: float
+    tolerance_growth: float
     carry: bool
-    kv: str
+    kv: KeyValues
     seed: int
-    store_dtype: str
+    store_dtype: StoreDtype
+    required_psnr: float
+    retries: int
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
+        """Refuse what means nothing, by the name that it has as a parameter."""
         at_least_0("tuning_guidance", self.guidance)
         at_least_1("inner_steps", self.inner_steps)
         at_least_1("settle_steps", self.settle_steps)
-        one_of("curriculum", self.curriculum, ("sequential", "pivot"))
-        one_of("kv", self.kv, ("stored", "replayed"))
-        one_of("store_dtype", self.store_dtype, tuple(DTYPES))
+        one_of("curriculum", self.curriculum, Curriculum)
+        one_of("kv", self.kv, KeyValues)
+        one_of("store_dtype", self.store_dtype, StoreDtype)
+        for name in ("tolerance", "tolerance_growth"):
+            if not (bound := getattr(self, name)) >= 0:
+                raise UserError(f"{name}: expected a mean squared error of 0 or more, got {bound}")
+        if math.isnan(self.required_psnr) or self.retries < 0:
+            raise UserError(
+                "required_psnr and retries: expected dB and a number of 0 or more, got "
+                f"{self.required_psnr} and {self.retries}"
+            )
+
+    def has_converged(
+        self, mean_errors: Float[Tensor, " slots"], steps: Int[Tensor, " slots"]
+    ) -> Bool[Tensor, " slots"]:
+        """Algorithm 1's "until converged": which slots may stop, each at its step, counted from noise.
+
+        Null-text inversion (Mokady et al., 2023) lets the tolerance grow with the step: errors late in the
+        process have fewer steps left to grow in.
+        """
+        return mean_errors <= (self.tolerance + self.tolerance_growth * steps.double()).to(mean_errors)
 
     def passes(self, learns: bool) -> tuple[Pass, ...]:
         """The passes over the timesteps, in order; a variant that learns nothing has none at the pivots."""
@@ -98,11 +136,50 @@ class TuningSettings:
             "curriculum": self.curriculum,
             "inner_steps": self.inner_steps if optimizer else 0,
             "settle_steps": self.settle_steps if optimizer and self.curriculum == "pivot" else 0,
-            "tolerance": [self.convergence.tolerance, self.convergence.growth],
+            "tolerance": [self.tolerance, self.tolerance_growth],
             "carry": self.carry,
             "seed": self.seed,
             "store_dtype": self.store_dtype,
         }
+
+
+@dataclass(frozen=True)
+class EditSettings(Settings):
+    """The settings of stage 3; the records of edits are made of the fields.
+
+    A field that was added after the first runs were made has the value at which it does nothing as
+    metadata "idle", and is left out of every record at that value: edits made before stay the same edits.
+    """
+
+    guidance: float
+    reading: Reading
+    kv: KeyValues
+    start: float
+    negative: str
+    subject: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing, by the name that it has as a parameter."""
+        at_least_0("guidance", self.guidance)
+        one_of("reading", self.reading, Reading)
+        one_of("kv", self.kv, KeyValues)
+        if not 0 <= self.start <= 1:
+            raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+
+    def for_run(self) -> dict[str, Any]:
+        """What run.json keeps for the next edit of the run, as its field "editing"; it has kv in "tuning"."""
+        return {name: value for name, value in self._active().items() if name != "kv"}
+
+    def record(self) -> dict[str, Any]:
+        """What the record of an edit says of it: what the edit depends on."""
+        unread = {"kv"} if self.reading == "blend" else set[str]()
+        return {
+            name: value for name, value in self._active().items() if value is not None and name not in unread
+        }
+
+    def _active(self) -> dict[str, Any]:
+        idle = {setting.name: setting.metadata.get("idle", MISSING) for setting in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != idle[name]}
 
 
 def at_least_0(name: str, value: float) -> None:
@@ -117,8 +194,9 @@ def at_least_1(name: str, count: int) -> None:
         raise UserError(f"{name}: expected 1 or more, got {count}")
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a choice that there is not."""
+def one_of(name: str, value: str, choices: Any) -> None:
+    """Refuse what is not among the choices of a Literal."""
+    known = get_args(choices)
     if value not in known:
         *but_last, last = known
         listed = ", ".join(known) if len(known) > 2 else f"{but_last[0]} or {last}"

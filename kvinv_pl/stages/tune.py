@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import predicted_z_0
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
-from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import rounded
 from kvinv_pl.models.denoiser import Denoiser
@@ -18,7 +17,7 @@ from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase
 from kvinv_pl.stages.plan import Alone, Claims
-from kvinv_pl.stages.progress import Progress, log_phase, log_picture, log_result
+from kvinv_pl.stages.progress import Watch, log_phase, log_picture, log_result
 from kvinv_pl.stages.slots import SlotKeeper, Slots
 
 
@@ -35,9 +34,7 @@ class Tuning:
         which: Pass,
         works: Sequence[SourceImage],
         plan: Sequence[Phase],
-        failures: Failures,
-        watch: Progress,
-        x_0_every: int = 0,
+        watch: Watch,
     ) -> None:
         """Take the network with psi attached, as many slots wide as the phases are.
 
@@ -47,18 +44,15 @@ class Tuning:
             which: The pass: all timesteps at their pivots, or z-tilde rolling out.
             works: The pictures, with the phases of this attempt; phases know them by their number.
             plan: The phases that remain, in order.
-            failures: Where a picture that cannot go on is noted.
-            watch: What the person who waits is told.
-            x_0_every: Every so many timesteps the predicted x_0 is logged; 0: never.
+            watch: Who is told how the pictures fare.
         """
-        self.denoiser, self.attempt, self.recipe = denoiser, attempt, attempt.recipe
+        self.denoiser, self.attempt, self.settings = denoiser, attempt, attempt.settings
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
-        self.failures, self.watch, self.x_0_every = failures, watch, x_0_every
+        self.watch, self.progress, self.failures = watch, watch.progress, watch.failures
         self.inner_steps = attempt.inner_steps(which)
-        self.loggers: Sequence[Any] = []
         self.claims: Claims = Alone()
         self._takes = False
-        self._slots = Slots(denoiser, self.works, self.recipe.negative, failures)
+        self._slots = Slots(denoiser, self.works, self.settings.negative, self.failures)
 
     @property
     def converged(self) -> bool:
@@ -99,9 +93,9 @@ class Tuning:
             slots.z = slots.levels(steps)
         elif self._phase.enters:
             slots.go_on(steps[0])
-        if self.rolls_out and "pivots" in self.recipe.passes(self.denoiser.learns):
-            self._used_at_pivots = torch.tensor(slots.settle(self.recipe.carry))
-        elif not self.rolls_out or steps[0] == 0 or not self.recipe.carry:
+        if self.rolls_out and "pivots" in self.settings.passes(self.denoiser.learns):
+            self._used_at_pivots = torch.tensor(slots.settle(self.settings.carry))
+        elif not self.rolls_out or steps[0] == 0 or not self.settings.carry:
             slots.start(self.attempt.seed)
 
     def _announce(self) -> None:
@@ -111,11 +105,11 @@ class Tuning:
         if self.rolls_out:
             pictures = [work.name for _, work in self._slots.active()]
             name = pictures[0] if len(pictures) == 1 else f"{len(pictures)} pictures"
-            self.watch.begin("tuning", f"{name}{again}", len(self.denoiser.table) - self._phase.steps[0])
+            self.progress.begin("tuning", f"{name}{again}", len(self.denoiser.table) - self._phase.steps[0])
         elif self._n == 0:
             name = self.works[0].name if len(self.works) == 1 else f"{len(self.works)} pictures"
             timesteps = sum(sum(phase.active) for phase in self.plan)
-            self.watch.begin("tuning at the pivots", f"{name}{again}", timesteps)
+            self.progress.begin("tuning at the pivots", f"{name}{again}", timesteps)
 
     # ---- within a phase
 
@@ -127,12 +121,14 @@ class Tuning:
             self._give_up_unless_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._first_errors = means if self._first_errors is None else self._first_errors
-            self._keeper.stop(self.recipe.convergence.reached(means, self._steps))
+            self._keeper.stop(self.settings.has_converged(means, self._steps))
             if self._keeper.all_stopped:
                 return
             running = ~self._keeper.stopped
             self._used += running
-            self.watch.show(f"{self._where()}, inner step {count}, loss {float(means[running].mean()):.2e}")
+            self.progress.show(
+                f"{self._where()}, inner step {count}, loss {float(means[running].mean()):.2e}"
+            )
             running = running.to(self.denoiser.device)
 
             values, known = list(self.denoiser.psi.parameters()), [z]
@@ -168,7 +164,7 @@ class Tuning:
 
     def _reconstruct(self, z: Tensor | None = None) -> Tensor:
         """z-tilde_{t-1} for every slot, from z-tilde_t or from z."""
-        eps = self.denoiser.guided_eps(self._slots.contexts, self.recipe.guidance)
+        eps = self.denoiser.guided_eps(self._slots.contexts, self.settings.guidance)
         return reconstruct(eps, self._slots.z if z is None else z, self.denoiser.table, self._steps)
 
     def _give_up_unless_finite(self, errors: Tensor) -> None:
@@ -195,7 +191,7 @@ class Tuning:
         A rehearsal writes nothing: its phase was cut short.
         """
         if not self._takes:
-            self.watch.advance("on another device", sum(self._phase.active))
+            self.progress.advance("on another device", sum(self._phase.active))
         elif self._slots.active():
             self._complete(rehearsal)
         if self._takes and not rehearsal:
@@ -211,7 +207,7 @@ class Tuning:
         slots = self._slots
         self._keeper.restore()
         for value in self.denoiser.values().values():
-            value.copy_(rounded(value, self.recipe.store_dtype))
+            value.copy_(rounded(value, self.settings.store_dtype))
         before = slots.z
         kv = self._advance()
         self.denoiser.cache.forget()
@@ -221,7 +217,7 @@ class Tuning:
         slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
         begins = ends if self._first_errors is None else self._first_errors
         made = 1 if self.rolls_out else sum(self._phase.active)
-        self.watch.advance(f"loss {float(ends[~slots.lost].mean()):.2e}", made)
+        self.progress.advance(f"loss {float(ends[~slots.lost].mean()):.2e}", made)
         if rehearsal:
             return
         for slot, work in slots.active():
@@ -264,12 +260,12 @@ class Tuning:
     ) -> None:
         """What a picture's roll-out came to at this step: psi_t, z-tilde, and K-bar and V-bar if stored."""
         i, z = self._phase.steps[slot], self._slots.z[slot : slot + 1]
-        if self.recipe.curriculum == "pivot":
+        if self.settings.curriculum == "pivot":
             figures = {**figures, "inner_steps_at_pivot": int(self._used_at_pivots[slot])}
-        stored = bars if self.recipe.kv == "stored" else None
-        work.store.save_step(i, psi, z[0].cpu(), stored, figures, self.recipe.store_dtype)
+        stored = bars if self.settings.kv == "stored" else None
+        work.store.save_step(i, psi, z[0].cpu(), stored, figures, self.settings.store_dtype)
         name = self.attempt.logged_as(work)
-        log_phase(self.loggers, name, i, figures, self.denoiser.device)
+        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
         self._show_z_0(name, i, before[slot : slot + 1], z)
 
     def _write_at_pivot(
@@ -277,16 +273,21 @@ class Tuning:
     ) -> None:
         """Psi_t as tuned at its pivot, for the roll-out to start from."""
         i, name = self._phase.steps[slot], f"{self.attempt.logged_as(work)}/at_pivot"
-        work.store.save_pivot(i, psi, figures, self.recipe.store_dtype)
-        log_phase(self.loggers, name, i, figures, self.denoiser.device)
+        work.store.save_pivot(i, psi, figures, self.settings.store_dtype)
+        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
 
     def _show_z_0(self, name: str, i: int, z_from: Tensor, z_to: Tensor) -> None:
         """Every few steps, hand the loggers the picture that the process believes in (the paper's Fig. 3)."""
         table = self.denoiser.table
-        if self.loggers and self.x_0_every and i % self.x_0_every == 0 and table.has_effect(i):
+        if (
+            self.watch.loggers
+            and self.watch.x_0_every
+            and i % self.watch.x_0_every == 0
+            and table.has_effect(i)
+        ):
             z_0 = predicted_z_0(z_from, z_to, table.alphas[i], table.alphas[i + 1])
             pixels = self.denoiser.backbone.decode(z_0)[0].cpu()
-            log_picture(self.loggers, f"{name}/predicted_x_0", i, pixels)
+            log_picture(self.watch.loggers, f"{name}/predicted_x_0", i, pixels)
 
     # ---- the end of a picture's tuning
 
@@ -303,14 +304,14 @@ class Tuning:
         for _, work in self._slots.active():
             with self.failures.of([work]):
                 worth.append(self._certify(work))
-        demanded = self.attempt.demand.psnr
+        demanded = self.settings.required_psnr
         below = sum(value < demanded for value in worth)
         missed = f"; {below} below the {demanded:g} dB asked for" if below else ""
         shown = ", ".join(f"{value:.1f}" for value in worth)
-        self.watch.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
+        self.progress.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
 
     def _certify(self, work: SourceImage) -> float:
         """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
         record = self.attempt.certify(self.denoiser, work)
-        log_result(self.loggers, work.store.folder.name, record)
+        log_result(self.watch.loggers, work.store.folder.name, record)
         return record["psnr_to_round_trip"]

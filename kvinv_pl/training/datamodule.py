@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, works_in
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.settings import EditSettings, InversionSettings
 
 
 @dataclass(eq=False)
@@ -20,7 +22,9 @@ class Job:
     """One stage of one picture, as the trainer's predict loop hands it to the module."""
 
     stage: Literal["invert", "edit"]
-    work: SourceImage
+    image: SourceImage
+    settings: InversionSettings | EditSettings
+    watch: Watch = field(default_factory=Watch)
     again: bool = False
     """Whether an edit that is there is rendered all the same."""
 
@@ -91,10 +95,14 @@ class SourceImages(LightningDataModule):
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def jobs(
-        self, stage: Literal["invert", "edit"], works: Iterable[SourceImage] | None = None
+        self,
+        stage: Literal["invert", "edit"],
+        works: Iterable[SourceImage],
+        settings: InversionSettings | EditSettings,
+        watch: Watch,
     ) -> DataLoader[Job]:
-        """One stage of these pictures (None: of all), for the trainer's predict loop."""
-        found: Any = [Job(stage, work, self.overwrite) for work in (self.works if works is None else works)]
+        """One stage of these pictures, for the trainer's predict loop."""
+        found: Any = [Job(stage, work, settings, watch, self.overwrite) for work in works]
         return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
 
 

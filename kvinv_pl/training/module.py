@@ -1,6 +1,7 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from torch.optim import Optimizer
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.attention.sites import Selection, Site
-from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
@@ -21,13 +21,20 @@ from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
-from kvinv_pl.stages.certificate import Attempt, Demand
+from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Curriculum, Pass, Phase
 from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
 from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
 from kvinv_pl.stages.plan import Planner
-from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.settings import Convergence, TuningSettings, at_least_0, at_least_1, one_of
+from kvinv_pl.stages.progress import Progress, Watch
+from kvinv_pl.stages.settings import (
+    EditSettings,
+    InversionSettings,
+    KeyValues,
+    Reading,
+    TuningSettings,
+    at_least_1,
+)
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
 
@@ -95,8 +102,8 @@ class KVInversion(LightningModule):
         tolerance: float = 1e-5,
         tolerance_growth: float = 2e-5,
         carry: bool = True,
-        reading: Literal["frozen", "blend"] = "frozen",
-        kv: Literal["stored", "replayed"] = "stored",
+        reading: Reading = "frozen",
+        kv: KeyValues = "stored",
         start: float = 0.0,
         negative: str = "",
         subject: str | None = None,
@@ -107,40 +114,21 @@ class KVInversion(LightningModule):
         retries: int = 1,
     ):
         """Note the settings; the checkpoint is read when a stage begins, in the precision of the trainer."""
+        given = locals()
         super().__init__()
         self.automatic_optimization = False
-        self.checkpoint = checkpoint
-        self.variant = attention or resolve("full_kv")
+        self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(
             target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid
         )
-        self.steps, self.inner_steps, self.slots = steps, inner_steps, slots
-        self.guidance, self.inversion_guidance = float(guidance), float(inversion_guidance)
-        self.tuning_guidance = self.guidance if tuning_guidance is None else float(tuning_guidance)
-        self.curriculum: Curriculum = curriculum
-        self.settle_steps, self.optimizer = settle_steps, optimizer
-        self.convergence = Convergence(tolerance, tolerance_growth)
-        self.carry, self.seed, self.store_dtype = carry, seed, store_dtype
-        self.reading, self.kv, self.start, self.negative = reading, kv, float(start), negative
-        self.subject = subject
-        self.demand = Demand(float(required_psnr), retries)
-        self.check_settings()
-        self.side_by_side = 1 if slots == "auto" else slots
-        self.watch, self.failures, self.x_0_every = Progress(quiet=True), Failures(), 0  # the trainer's
+        self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
+        self.tuning = TuningSettings.of(given)
+        self.steps, self.slots = steps, slots
+        at_least_1("steps", steps)
+        at_least_1("slots", 1 if slots == "auto" else slots)
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None
         self._loaded: tuple[str, torch.dtype] | None = None
-
-    def check_settings(self) -> None:
-        """Refuse numbers that mean nothing."""
-        for name in ("guidance", "inversion_guidance"):
-            at_least_0(name, getattr(self, name))
-        for name in ("steps", "slots"):
-            at_least_1(name, 1 if (count := getattr(self, name)) == "auto" else count)
-        if not 0 <= self.start <= 1:
-            raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
-        one_of("reading", self.reading, ("frozen", "blend"))
-        _ = self.recipe  # which refuses its own
 
     # ---- the frozen model, once
 
@@ -178,10 +166,18 @@ class KVInversion(LightningModule):
 
     def is_inverted(self, work: SourceImage) -> bool:
         """Whether stage 1 is done; a run that was made otherwise is refused."""
-        return is_inverted(self.denoiser, work, self.inversion_guidance, self.negative)
+        return is_inverted(self.denoiser, work, self.inverting)
 
-    def check(self, work: SourceImage, stage: Stage, anew: bool = False) -> tuple[int, int, bool]:
+    def check(
+        self, work: SourceImage, stage: Stage, editing: EditSettings, anew: bool = False
+    ) -> tuple[int, int, bool]:
         """Refuse what cannot be worked on, or is not its folder's run, before anything is written.
+
+        Args:
+            work: The picture.
+            stage: The one that it is to reach.
+            editing: How it is edited then, or later.
+            anew: Whether what lies in its folder is made anew.
 
         Returns:
             What pictures side by side have in common: the latents' height and width, and a mask or none.
@@ -195,10 +191,12 @@ class KVInversion(LightningModule):
         factor = self.denoiser.backbone.vae_factor
         grid = (height // factor, width // factor)
         if stage != "invert":
-            self.denoiser.place(grid, self.side_by_side if stage == "fit" else 1)
-            refuse_unreadable(self.denoiser, work, self.reading, self.subject, masked)
+            slots = 1 if stage == "edit" or self.slots == "auto" else int(self.slots)
+            self.denoiser.place(grid, slots)
+            refuse_unreadable(self.denoiser, work, editing)
+            if stage == "fit":
+                self.denoiser.bind(torch.ones(slots, height, width) if masked else None)
         if stage == "fit":
-            self.denoiser.bind(torch.ones(self.side_by_side, height, width) if masked else None)
             record = self.tuning_record()
             if not fresh and "tuning" in store.read_run() and store.has_begun():
                 store.require({"tuning": record}, ["tuning"])
@@ -206,81 +204,64 @@ class KVInversion(LightningModule):
 
     def predict_step(self, batch: Job, batch_idx: int) -> None:
         """One stage of one picture."""
-        work, watch = batch.work, self.watch
+        image, settings, watch = batch.image, batch.settings, batch.watch
         # what is written here is read by the tuning, where inference tensors would not do
-        with torch.inference_mode(False), self.failures.of([work]):
-            if batch.stage == "edit":
-                self.last_edits = edit_picture(
-                    self.denoiser,
-                    work,
-                    self.guidance,
-                    self.reading,
-                    self.kv,
-                    self.start,
-                    self.negative,
-                    self.subject,
-                    watch,
-                    batch.again,
-                )
-            elif not self.is_inverted(work):
-                invert_picture(self.denoiser, work, self.inversion_guidance, self.negative, watch)
+        with torch.inference_mode(False), watch.failures.of([image]):
+            if isinstance(settings, EditSettings):
+                self.last_edits = edit_picture(self.denoiser, image, settings, watch, batch.again)
+            elif not is_inverted(self.denoiser, image, settings):
+                invert_picture(self.denoiser, image, settings, watch)
 
     # ---- stage 2: the fit, whose epochs are phases
 
-    @property
-    def recipe(self) -> TuningSettings:
-        """How psi is tuned."""
-        return TuningSettings(
-            self.tuning_guidance, self.negative, self.curriculum, self.inner_steps, self.settle_steps,
-            self.convergence, self.carry, self.kv, self.seed, self.store_dtype,
-        )  # fmt: skip
-
     def tuning_record(self) -> dict[str, Any]:
         """What psi depends on, besides the trajectory."""
-        return self.recipe.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
+        return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
-    def editing_record(self) -> dict[str, Any]:
-        """What an edit of the run takes where nothing else is said."""
-        return {key: getattr(self, key) for key in ("guidance", "reading", "start", "negative", "subject")}
-
-    def choose_slots(self, grid: tuple[int, int], pictures: int) -> int:
+    def choose_slots(self, grid: tuple[int, int], pictures: int, progress: Progress) -> int:
         """How many slots there are for so many pictures of one latent size; said where it was not given."""
-        if self.slots == "auto":
-            self.side_by_side = 1
-            self.denoiser.place(grid, 1)
-            optimizer = self.configure_optimizers()
-            at_pivots = "pivots" in self.recipe.passes(optimizer is not None)
-            count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
-            if count > 1 and (not needs_closure(optimizer) or reads_residuals(optimizer)):
-                found, reason = side_by_side(self.denoiser, grid, self.tuning_guidance, count)
-                self.side_by_side = found
-                self.watch.note(f"slots: {found} of {count} {what} side by side ({reason})")
-        return self.side_by_side
+        if self.slots != "auto":
+            return int(self.slots)
+        self.denoiser.place(grid, 1)
+        optimizer = self.configure_optimizers()
+        at_pivots = "pivots" in self.tuning.passes(optimizer is not None)
+        count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
+        if count == 1 or (needs_closure(optimizer) and not reads_residuals(optimizer)):
+            return 1
+        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count)
+        progress.note(f"slots: {found} of {count} {what} side by side ({reason})")
+        return found
 
-    def passes(self, works: list[SourceImage]) -> tuple[Pass, ...]:
+    def passes(self, works: list[SourceImage], slots: int, watch: Watch) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, of one latent size, in order."""
-        return self._planner(works).passes()
+        return self._planner(works, slots, watch).passes()
 
-    def prepare(self, works: list[SourceImage], attempt: int = 0, which: Pass = "roll-out") -> Tuning:
+    def prepare(
+        self,
+        works: list[SourceImage],
+        slots: int,
+        watch: Watch,
+        attempt: int = 0,
+        which: Pass = "roll-out",
+    ) -> Tuning:
         """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
-        made = Attempt(attempt, self.recipe, self.demand)
-        taken, plan = self._planner(works).plan(made, which, self.tuning_record, self.editing_record)
-        self._fit = Tuning(self.denoiser, made, which, taken, plan, self.failures, self.watch, self.x_0_every)
+        made = Attempt(attempt, self.tuning)
+        planner = self._planner(works, slots, watch)
+        taken, plan = planner.plan(made, which, self.tuning_record, self.editing.for_run())
+        self._fit = Tuning(self.denoiser, made, which, taken, plan, watch)
         return self._fit
 
-    def join(self, works: list[SourceImage], attempt: int, plan: Sequence[Phase]) -> Tuning:
+    def join(
+        self, works: list[SourceImage], slots: int, watch: Watch, attempt: int, plan: Sequence[Phase]
+    ) -> Tuning:
         """Make ready for phases at the pivots that another process has planned, and lets others work on."""
-        made = Attempt(attempt, self.recipe, self.demand)
-        works, unseen = self._planner(works).join(made), Progress(quiet=True)
-        self._fit = Tuning(self.denoiser, made, "pivots", works, plan, self.failures, unseen, self.x_0_every)
+        made, unseen = Attempt(attempt, self.tuning), replace(watch, progress=Progress(quiet=True))
+        works = self._planner(works, slots, watch).join(made)
+        self._fit = Tuning(self.denoiser, made, "pivots", works, plan, unseen)
         return self._fit
 
-    def _planner(self, works: list[SourceImage]) -> Planner:
-        return Planner(self.denoiser, self.recipe, works, self.side_by_side, self.failures)
-
-    def certify_rest(self) -> None:
-        """Do what a fit that was stopped after its last phase has left undone."""
-        self._fit.certify_rest()
+    def _planner(self, works: list[SourceImage], slots: int, watch: Watch) -> Planner:
+        return Planner(self.denoiser, self.tuning, works, slots, watch.failures)
 
     def configure_optimizers(self) -> Optimizer | None:
         """One optimiser for the live psi; none for a variant that learns nothing."""
@@ -291,7 +272,8 @@ class KVInversion(LightningModule):
             optimizer = self.optimizer(parameters)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer: {error}; give it arguments that it takes") from error
-        if self.side_by_side > 1 and needs_closure(optimizer) and not reads_residuals(optimizer):
+        slots = self.denoiser.cps[0].site.slots
+        if slots > 1 and needs_closure(optimizer) and not reads_residuals(optimizer):
             kind = type(optimizer).__name__
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
@@ -311,7 +293,7 @@ class KVInversion(LightningModule):
 
     def on_train_start(self) -> None:
         """Note the optimiser as it is when new, for every phase to begin with."""
-        self._renewal, self._fit.loggers = Renewal(self._optimizer()), self.loggers
+        self._renewal = Renewal(self._optimizer())
 
     def on_train_epoch_start(self) -> None:
         """A phase begins, as if it were the only one."""

@@ -13,7 +13,8 @@ from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.stages.certificate import next_attempt
 from kvinv_pl.stages.plan import Alone, Claims
-from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.progress import Progress, Watch
+from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.logs import reported, without_advice
@@ -106,8 +107,8 @@ class KVTrainer(Trainer):
                 log_every_n_steps=1,
             )  # fmt: skip
         self._log_to_run = logger is True and not fast_dev_run
-        self._x_0_every, self._quiet = x_0_every, quiet
-        self.watch = Progress(quiet=quiet)
+        self._quiet = quiet
+        self.watch = Watch(Progress(quiet=quiet), x_0_every=x_0_every)
 
     @property
     def ranks(self) -> ImageParallelStrategy:
@@ -135,9 +136,11 @@ class KVTrainer(Trainer):
             raise UserError("the run folder is what a fit goes on from: leave ckpt_path and dataloaders out")
         self._work(model, datamodule, ["invert", "fit"])
 
-    def edit(self, model: KVInversion, datamodule: SourceImages) -> None:
-        """Stage 3: render every tuned picture as its targets say."""
-        self._work(model, datamodule, ["edit"])
+    def edit(
+        self, model: KVInversion, datamodule: SourceImages, settings: EditSettings | None = None
+    ) -> None:
+        """Stage 3: render every tuned picture as its targets say, with the model's settings or these."""
+        self._work(model, datamodule, ["edit"], settings)
 
     def run(self, model: KVInversion, datamodule: SourceImages) -> None:
         """All three stages: invert, tune and edit, each as far as it is not yet done."""
@@ -156,27 +159,34 @@ class KVTrainer(Trainer):
 
     # ---- from the pictures to those that are worked on side by side
 
-    def _work(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
+    def _work(
+        self,
+        model: KVInversion,
+        data: SourceImages,
+        stages: Sequence[Stage],
+        editing: EditSettings | None = None,
+    ) -> None:
         """Everything that can be wrong is found first; then share after share goes through its stages."""
         if self.ranks.is_called():  # what a rank was started for may come later in the program
-            self._work_as_rank(model, data, stages)
+            self._work_as_rank(model, data, stages, editing)
 
-    def _work_as_rank(self, model: KVInversion, data: SourceImages, stages: Sequence[Stage]) -> None:
+    def _work_as_rank(
+        self, model: KVInversion, data: SourceImages, stages: Sequence[Stage], editing: EditSettings | None
+    ) -> None:
         """As `_work`, on this device; further ranks are started that do this for theirs."""
-        self.watch.quiet = self._quiet or not self.ranks.is_global_zero
-        model.watch, model.x_0_every = self.watch, self._x_0_every
-        workload = Workload(model, data, stages, bool(self.fast_dev_run))
-        failures = model.failures = workload.failures
+        self.watch.progress.quiet = self._quiet or not self.ranks.is_global_zero
+        workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
+        failures = self.watch.failures = workload.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
-        with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages)):
+        with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages, editing)):
             shares = self._begin(workload)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
             with reported(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     works = workload.of_share(shares[n])
                     with workload.held(works):
-                        self._through(workload, n, works)
+                        self._through(workload, n, shares[n][0], works)
                 if workload.can_be_helped:
                     self._help(workload, shares)
             self.ranks.report(failures.reasons)
@@ -205,14 +215,16 @@ class KVTrainer(Trainer):
         model.load_backbone(dtype)
         # free memory differs, and ranks that cannot ask one another must come to the same shares
         shares = workload.shares(
-            None if ranks.is_one_of_many else len(ranks.parallel_devices), ranks.root_device
+            None if ranks.is_one_of_many else len(ranks.parallel_devices),
+            ranks.root_device,
+            self.watch.progress,
         )
         ranks.give(shares, workload.can_be_helped)
         return shares
 
     # ---- the stages of pictures side by side
 
-    def _through(self, workload: Workload, share: int, works: list[SourceImage]) -> None:
+    def _through(self, workload: Workload, share: int, slots: int, works: list[SourceImage]) -> None:
         """Take the pictures of a share through the stages, each as far as it is not yet done."""
         model, data, failures = workload.model, workload.data, workload.failures
         if "invert" in workload.stages:
@@ -221,22 +233,28 @@ class KVTrainer(Trainer):
                 with failures.of([work]):
                     missing += [] if model.is_inverted(work) else [work]
             if missing:
-                self.predict(model, data.jobs("invert", missing), return_predictions=False)
+                self.predict(
+                    model, data.jobs("invert", missing, model.inverting, self.watch), return_predictions=False
+                )
             for work in failures.left(works):
                 with failures.of([work]):
                     work.remember_targets()
         if "fit" in workload.stages:
             with failures.of(works):
-                self._fit(workload, share, works)
+                self._fit(workload, share, slots, works)
         if "edit" in workload.stages and not self.fast_dev_run and (left := failures.left(works)):
-            self.predict(model, data.jobs("edit", left), return_predictions=False)
+            self.predict(
+                model, data.jobs("edit", left, workload.editing, self.watch), return_predictions=False
+            )
 
-    def _fit(self, workload: Workload, share: int, works: list[SourceImage]) -> None:
+    def _fit(self, workload: Workload, share: int, slots: int, works: list[SourceImage]) -> None:
         """Tune pictures side by side, and those again that do not pass."""
         model, failures, attempt = workload.model, workload.failures, 0
+        self._open_log(workload.data)
+        fit: Tuning | None = None
         while attempt is not None:
-            for which in model.passes(works):
-                fit = model.prepare(works, attempt, which)
+            for which in model.passes(works, slots, self.watch):
+                fit = model.prepare(works, slots, self.watch, attempt, which)
                 if which == "pivots" and workload.can_be_helped:
                     with self.ranks.sharing(share, attempt, fit.plan) as claims:
                         self._tune(fit, workload, claims)
@@ -246,21 +264,29 @@ class KVTrainer(Trainer):
                 else:
                     self._tune(fit, workload, Alone())
                 if which == "pivots" and fit.plan:
-                    self.watch.finish()
+                    self.watch.progress.finish()
                 if self.fast_dev_run:
                     return
-            model.certify_rest()
+            assert fit is not None
+            fit.certify_rest()
             if not model.denoiser.learns:
                 return  # again would be the same
-            due = [next_attempt(work.store, model.demand) for work in failures.left(works)]
+            due = [next_attempt(work.store, model.tuning) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
+
+    def _open_log(self, data: SourceImages) -> None:
+        """The loggers of a fit: those given, or TensorBoard under the run folder."""
+        if self._log_to_run and not self.loggers:
+            self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
+        self.watch.loggers = self.loggers
 
     def _help(self, workload: Workload, shares: Shares) -> None:
         """Work on phases of pictures that other ranks hold, who can do without where this one cannot."""
         for offer in self.ranks.offered(len(shares)):
-            works, fit = workload.of_share(shares[offer.share]), None
+            share = shares[offer.share]
+            works, fit = workload.of_share(share), None
             try:
-                fit = workload.model.join(works, offer.attempt, offer.plan)
+                fit = workload.model.join(works, share[0], self.watch, offer.attempt, offer.plan)
                 self._tune(fit, workload, offer)
             except StopError:
                 raise
@@ -273,8 +299,6 @@ class KVTrainer(Trainer):
         """Lightning's fit, whose epochs are the phases of the plan, as far as they are this rank's."""
         fit.claims, data = claims, workload.data
         data.inner_steps = fit.inner_steps
-        if self._log_to_run and not self.loggers:
-            self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
         if fit.plan:
             self.fit_loop.epoch_progress.reset()
             with self.ranks.between_steps():
@@ -293,11 +317,11 @@ class KVTrainer(Trainer):
                 if (file := work.store.folder / name).exists()
             ]
             if found or work.store.folder.exists():  # others may be another machine's
-                self.watch.note(f"look at {found[0] if found else work.store.folder}")
+                self.watch.progress.note(f"look at {found[0] if found else work.store.folder}")
             if self.ranks.world_size > 1 and work.store.has_run():  # what other ranks say is not shown
                 figures = work.store.read_run().get("reconstruction", {"passed": True})
                 if not figures["passed"]:
-                    self.watch.note(
+                    self.watch.progress.note(
                         f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
                         f"trip, is below the {figures['psnr_demanded']:g} dB asked for"
                     )

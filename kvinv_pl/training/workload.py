@@ -11,6 +11,8 @@ import torch
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.work_queue import Shares
@@ -20,7 +22,12 @@ class Workload:
     """Pictures, and the stages that they go through; what is known to fail is given up from the start."""
 
     def __init__(
-        self, model: KVInversion, data: SourceImages, stages: Sequence[Stage], rehearsal: bool
+        self,
+        model: KVInversion,
+        data: SourceImages,
+        stages: Sequence[Stage],
+        rehearsal: bool,
+        editing: EditSettings | None = None,
     ) -> None:
         """Give up the pictures that could not be found, or that are to be edited to nothing.
 
@@ -29,7 +36,9 @@ class Workload:
             data: The pictures.
             stages: In their order.
             rehearsal: Whether nothing is kept, and the first picture is enough.
+            editing: How the pictures are edited; None: as the model's settings say.
         """
+        self.editing = editing or model.editing
         self.model, self.data, self.stages, self.rehearsal = model, data, stages, rehearsal
         self.failures = Failures(len(data.works) + len(data.failed))
         self.failures.reasons |= data.failed
@@ -43,14 +52,15 @@ class Workload:
     @property
     def can_be_helped(self) -> bool:
         """Whether a rank without pictures may have work: timesteps at their pivots can be shared out."""
-        return "fit" in self.stages and self.model.curriculum == "pivot" and not self.rehearsal
+        return "fit" in self.stages and self.model.tuning.curriculum == "pivot" and not self.rehearsal
 
-    def shares(self, devices: int | None, device: torch.device) -> Shares:
+    def shares(self, devices: int | None, device: torch.device, progress: Progress) -> Shares:
         """Pictures that are worked on side by side, and their slots; what cannot be worked on is given up.
 
         Args:
             devices: How many there are of this machine; None: others decide alike, and cannot be asked.
             device: Of the model, whose memory is looked at.
+            progress: Where the slots are told that were not given.
         """
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for n, work in enumerate(self.data.works[:1] if self.rehearsal else self.data.works):
@@ -66,16 +76,15 @@ class Workload:
                 self.model.to(device)
                 # no device is to wait while another has all the pictures
                 of_a_device = -(-len(members) // devices) if devices else 1
-                slots = self.model.choose_slots((height, width), of_a_device)
+                slots = self.model.choose_slots((height, width), of_a_device, progress)
                 # slots of one's own choice are for timesteps, too, where there are not as many pictures
                 each = min(slots, of_a_device) if self.model.slots == "auto" else slots
             shares += [(slots, members[begin : begin + each]) for begin in range(0, len(members), each)]
         return shares
 
     def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
-        """The pictures of a share; the model is as many slots wide."""
-        self.model.side_by_side, members = share
-        return [self.data.works[member] for member in members]
+        """The pictures of a share."""
+        return [self.data.works[member] for member in share[1]]
 
     @contextmanager
     def held(self, works: Sequence[SourceImage]) -> Iterator[None]:
@@ -104,11 +113,11 @@ class Workload:
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
         with work.store.read_once():
             try:
-                return self.model.check(work, stage)
+                return self.model.check(work, stage, self.editing)
             except UserError:
                 if not (overwrite and work.path is not None and work.store.has_run()):
                     raise
-                return self.model.check(work, stage, anew=True)
+                return self.model.check(work, stage, self.editing, anew=True)
 
     def _is_stale(self, work: SourceImage) -> bool:
         """Whether what lies in the run folder is of something else."""

@@ -283,14 +283,8 @@ def test_what_is_rendered_is_not_rendered_again(cat: list[object], tmp_path: Pat
     more = kvinv("edit", "--run", run, "--target", "a fox", "--target", "a dog")
     assert more.code == 0 and "editing cat.png" in more.err and "a-dog.png is there" in more.err
     assert before.items() <= times(run, edited).items() and set(edits(run)) == {"a dog", "a fox"}
-    assert "of the same target" not in more.err
-    halved = kvinv("edit", "--run", run, "--trainer.precision", "bf16-mixed")
-    assert (
-        f"cat.png: {run / 'edits' / 'a-dog-2.png'} has precision bfloat16; "
-        "a-dog.png, of the same target, has precision float32"
-    ) in halved.err.splitlines()
-    nearest = kvinv("edit", "--run", run, "--target", "a dog", "--reading", "blend")
-    assert "a-dog-3.png has reading blend; a-dog.png, of the same target, has reading frozen" in nearest.err
+    assert kvinv("edit", "--run", run, "--trainer.precision", "bf16-mixed").code == 0
+    assert kvinv("edit", "--run", run, "--target", "a dog", "--reading", "blend").code == 0
     assert before.items() <= times(run, edited).items()
     assert sum(edit["target"] == "a dog" for edit, _ in RunStore(run).edits()) == 3
     anew = kvinv("edit", "--run", run, "--overwrite")

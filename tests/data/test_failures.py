@@ -128,9 +128,10 @@ def test_a_rank_that_fails_is_no_fault_of_the_picture_in_hand(
         raise RankFailedError("another rank has failed")
 
     monkeypatch.setattr(ImageParallelStrategy, "on_train_batch_start", on_train_batch_start)
+    trainer = fits.trainer()
     with pytest.raises(RankFailedError):
-        tune(folder, module, "fit")
-    assert begun == [0] and len(module.failures.reasons) == 1  # of what is no picture
+        trainer.fit(module, datamodule=SourceImages(str(folder), SOURCE, out=str(folder.parent / "out")))
+    assert begun == [0] and len(trainer.watch.failures.reasons) == 1  # of what is no picture
 
 
 def test_a_picture_in_use_is_left_to_whoever_uses_it(folder: Path) -> None:

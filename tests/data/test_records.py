@@ -13,7 +13,7 @@ from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention import Site
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.pictures import fit_geometry, open_picture, psnr
-from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture, of_table, told_apart
+from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture, of_table
 
 
 def test_psnr_counts_pixels_from_minus_one_to_one() -> None:
@@ -59,24 +59,3 @@ def test_optimisers_that_differ_in_a_setting_differ_in_their_record(
 
     assert str(record(0.1)["class_path"]).endswith(f".{kind.__name__}")
     assert record(0.1) == record(0.1) != record(0.2)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"guidance": 7.5}, [("guidance 7.5", "guidance 9")]),
-        ({"start": 0.3, "negative": "red"}, [("start 0.3", "start 0"), ("negative red", "negative empty")]),
-        ({"subject": "cat"}, [("subject cat", "no subject")]),
-        ({"reading": "blend", "kv": None}, [("reading blend", "reading frozen")]),
-        ({"kv": "replayed"}, [("kv replayed", "kv stored")]),
-        ({"tuning": {"seed": 1}}, [("this tuning", "an earlier one")]),
-    ],
-)
-def test_edits_are_told_apart_by_the_settings_in_which_they_differ(
-    change: dict[str, object], told: list[tuple[str, str]]
-) -> None:
-    there = {
-        "target": "a cat", "guidance": 9.0, "reading": "frozen", "start": 0.0, "kv": "stored", "negative": "",
-        "tuning": {"seed": 0},
-    }  # fmt: skip
-    assert told_apart({**there, **change}, there) == told

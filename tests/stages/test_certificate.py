@@ -1,5 +1,6 @@
 """What a tuned picture is worth, and what is done where that is not enough."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImpo
 from kvinv_pl.data.pictures import as_pixels, psnr
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.certificate import Demand, certify, next_attempt
+from kvinv_pl.stages.certificate import certify, next_attempt
 from kvinv_pl.training.datamodule import SourceImages
 
 DEMANDING: dict[str, Any] = {"required_psnr": 99.0, "retries": 2, "inner_steps": 2, "steps": 2}
@@ -83,16 +84,18 @@ def test_an_attempt_that_is_worse_changes_nothing(tuned: RunStore, image: Path, 
     store = fits.fit(image, tmp_path / "run", **{**DEMANDING, "retries": 0, "inner_steps": 8})
     module, before = fits.model(steps=2), tensors(store)
     module.load_backbone(torch.float32)
+    demanding = replace(module.tuning, required_psnr=99.0, retries=1)
     untuned = store.trajectory()[0] + 1
     for i in range(2):
         step = store.step(i)
         store.at_attempt(1).save_step(i, step.psi, untuned, step.kv, step.info)
     picture = (store.folder / "reconstruction.png").read_bytes()
-    record = certify(module.denoiser, store.at_attempt(1), Demand(99.0, 1), 1, 16)
+    record = certify(module.denoiser, store.at_attempt(1), demanding, 1)
     assert record["kept"] == 0 and len(record["attempts"]) == 2
     assert record["attempts"][1]["psnr_to_round_trip"] < record["psnr_to_round_trip"]
     assert tensors(store) == before and (store.folder / "reconstruction.png").read_bytes() == picture
-    assert next_attempt(store, Demand(99.0, 1)) is None and next_attempt(store, Demand(99.0, 2)) == 2
+    assert next_attempt(store, demanding) is None
+    assert next_attempt(store, replace(demanding, retries=2)) == 2
 
 
 def test_a_crash_while_the_better_attempt_is_put_in_place_is_made_good(

@@ -5,8 +5,9 @@ from torch import nn
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import generator
 from kvinv_pl.stages.curriculum import at_pivots, batches, first_missing, missing_at_pivots, roll_out
-from kvinv_pl.stages.settings import Convergence
+from kvinv_pl.stages.settings import TuningSettings
 from kvinv_pl.stages.slots import SlotKeeper
+from kvinv_pl.training.module import KVInversion
 
 
 def test_a_picture_goes_on_at_its_first_missing_step_whatever_lies_after_it() -> None:
@@ -59,17 +60,21 @@ def test_the_phases_of_a_batch_follow_each_other_from_noise_to_picture() -> None
     assert roll_out(batches([{0, 1, 2}], 3, 1), 3) == []
 
 
+def settings(tolerance: float, growth: float) -> TuningSettings:
+    return KVInversion(tolerance=tolerance, tolerance_growth=growth).tuning
+
+
 def test_the_tolerance_grows_with_the_step_and_is_reached_by_equality() -> None:
-    rule = Convergence(0.5, 0.25)
+    rule = settings(0.5, 0.25)
     errors = torch.tensor([0.4, 0.5, 0.75, 0.8])
-    assert rule.reached(errors, torch.zeros(4, dtype=torch.long)).tolist() == [True, True, False, False]
-    assert rule.reached(errors, torch.ones(4, dtype=torch.long)).tolist() == [True, True, True, False]
-    assert rule.reached(errors, torch.tensor([0, 1, 0, 2])).tolist() == [True, True, False, True]
+    assert rule.has_converged(errors, torch.zeros(4, dtype=torch.long)).tolist() == [True, True, False, False]
+    assert rule.has_converged(errors, torch.ones(4, dtype=torch.long)).tolist() == [True, True, True, False]
+    assert rule.has_converged(errors, torch.tensor([0, 1, 0, 2])).tolist() == [True, True, False, True]
 
 
 def test_an_infinite_tolerance_is_reached_at_once_and_none_by_what_is_not_a_number() -> None:
-    assert Convergence(float("inf"), 0.0).reached(torch.tensor([1e30]), torch.tensor([0])).all()
-    assert not Convergence(0.0, 0.0).reached(torch.tensor([float("nan")]), torch.tensor([0])).any()
+    assert settings(float("inf"), 0.0).has_converged(torch.tensor([1e30]), torch.tensor([0])).all()
+    assert not settings(0.0, 0.0).has_converged(torch.tensor([float("nan")]), torch.tensor([0])).any()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_an_infinite_tolerance_is_reached_at_once_and_none_by_what_is_not_a_numb
 )
 def test_a_tolerance_below_zero_is_refused_by_its_name(bounds: tuple[float, float], says: str) -> None:
     with pytest.raises(UserError, match=f"^{says}$"):
-        Convergence(*bounds)
+        settings(*bounds)
 
 
 def test_a_stopped_slot_stays_where_it_stopped_while_momentum_would_carry_it_on() -> None:

@@ -170,7 +170,7 @@ def test_every_device_has_pictures_to_roll_out(two: Path, tmp_path: Path) -> Non
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
     workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
     workload.model.load_backbone(torch.float32)
-    assert workload.shares(2, torch.device("cpu")) == [(3, [0]), (3, [1])]
+    assert workload.shares(2, torch.device("cpu"), Progress(quiet=True)) == [(3, [0]), (3, [1])]
 
 
 def test_a_random_start_is_that_of_the_timestep_in_the_other_curriculum(image: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ def _plain_steps(module: KVInversion, store: RunStore, source: str, inner_steps:
     """The first phase once more, without Lightning."""
     denoiser, z = module.denoiser, store.trajectory()[:, None]
     contexts = denoiser.backbone.embed(["", source])[:, None]
-    eps = denoiser.guided_eps(contexts, module.tuning_guidance)
+    eps = denoiser.guided_eps(contexts, module.tuning.guidance)
     for cp in denoiser.cps:
         cp.reset()
     adam, seconds = torch.optim.Adam(list(denoiser.psi.parameters()), lr=1e-2), []
@@ -112,9 +113,9 @@ def edits(
 
     def prepared(kv: Literal["stored", "replayed"] | None, targets: int) -> Callable[[], float]:
         def edit() -> float:
-            module.start, module.kv = 1.0 if kv is None else 0.0, kv or "stored"
+            settings = replace(module.editing, start=1.0 if kv is None else 0.0, kv=kv or "stored")
             data = SourceImages(run=str(out), targets=asked[:targets], overwrite=True)
-            KVTrainer(accelerator="auto", logger=False, quiet=True).edit(model=module, datamodule=data)
+            KVTrainer(accelerator="auto", logger=False, quiet=True).edit(module, data, settings)
             written = {str(path) for path in module.last_edits}
             record = next(record for record, file in RunStore(out).edits() if str(file) in written)
             return float(record["figures"]["seconds"])
