@@ -16,6 +16,7 @@ from torch import Tensor
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, UserError
+from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
