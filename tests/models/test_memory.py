@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from kvinv_pl.models import memory
+from kvinv_pl.stages.progress import Progress
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.workload import Workload
@@ -105,7 +106,9 @@ def test_every_device_has_pictures(tmp_path: Path) -> None:
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     module = fits.model(slots="auto", steps=1)
     module.load_backbone(torch.float32)
-    shares = Workload(module, data, ["fit"], rehearsal=False).shares(2, torch.device("cpu"))
+    shares = Workload(module, data, ["fit"], rehearsal=False).shares(
+        2, torch.device("cpu"), Progress(quiet=True)
+    )
     assert [members for _, members in shares] == [[0, 1, 2], [3, 4]]
 
 
