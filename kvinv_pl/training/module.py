@@ -190,13 +190,12 @@ class KVInversion(LightningModule):
         (width, height), masked = picture["model_size"], picture["mask"] is not None
         factor = self.denoiser.backbone.vae_factor
         grid = (height // factor, width // factor)
+        slots = 1 if stage == "edit" or self.slots == "auto" else int(self.slots)
         if stage != "invert":
-            slots = 1 if stage == "edit" or self.slots == "auto" else int(self.slots)
             self.denoiser.place(grid, slots)
             refuse_unreadable(self.denoiser, work, editing)
-            if stage == "fit":
-                self.denoiser.bind(torch.ones(slots, height, width) if masked else None)
         if stage == "fit":
+            self.denoiser.bind(torch.ones(slots, height, width) if masked else None)
             record = self.tuning_record()
             if not fresh and "tuning" in store.read_run() and store.has_begun():
                 store.require({"tuning": record}, ["tuning"])
