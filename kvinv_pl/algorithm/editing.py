@@ -10,16 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable, move
+from kvinv_pl.algorithm.guidance import Guidance
 
-Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""eps(z, t): the unconditional and the conditional epsilon for latents (edits, c, h, w)."""
+Branches = Callable[[Tensor, Tensor], Tensor]
+"""eps(z, t): epsilon of every branch of the guidance, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
 Psi = Callable[[int], AbstractContextManager[None]]
 """psi(i): the context in which the network attends with what was learned for step i."""
-
-
-def guided(eps_u: Tensor, eps_c: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance: eps_u + w (eps_c - eps_u); exactly eps_c at w = 1."""
-    return eps_c if w == 1 else eps_u + w * (eps_c - eps_u)
 
 
 def first_step(start: float, steps: int) -> int:
@@ -32,7 +28,7 @@ def edit(
     z_T: Float[Tensor, "edits c h w"],
     table: StepTable,
     psi: Psi,
-    w: float,
+    guidance: Guidance,
     start: float,
     watch: Callable[[int], None] = lambda i: None,
 ) -> Float[Tensor, "edits c h w"]:
@@ -43,7 +39,7 @@ def edit(
         z_T: The noisiest level of the trajectory, once for each target.
         table: The schedule.
         psi: What was learned; entered around the network from step round(start * T) on.
-        w: The guidance scale.
+        guidance: How the branches become one epsilon.
         start: 0 (CP-attn throughout) to 1 (never).
         watch: Told each step index, 0 ... T - 1, once its move is made.
     """
@@ -51,7 +47,7 @@ def edit(
     for i in range(len(table)):
         t = table.timesteps[i].to(z.device).expand(len(z))
         with psi(i) if i >= first else nullcontext():
-            eps_u, eps_c = eps(z, t)
-        z = move(z, guided(eps_u, eps_c, w), table.alphas[i], table.alphas[i + 1])
+            branches = eps(z, t)
+        z = move(z, guidance.mix(branches), table.alphas[i], table.alphas[i + 1])
         watch(i)
     return z

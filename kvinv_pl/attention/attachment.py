@@ -1,6 +1,6 @@
 """How CP-attn comes into a U-Net's self-attentions and out again, and what they compute in between."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -90,7 +90,7 @@ class Attachment:
 
     @contextmanager
     def frozen(self, kv: Mapping[str, KV]) -> Iterator[None]:
-        """K-bar and V-bar are given: (1 or 2 branches, slots, tokens, dim), and serve any number of edits."""
+        """K-bar and V-bar are given: (1 branch, or each of an edit's, slots, tokens, dim), and serve any number of edits."""
         missing, unknown = sorted(self.psi.keys() - kv.keys()), sorted(kv.keys() - self.psi.keys())
         if missing or unknown:
             raise UserError(
@@ -105,17 +105,20 @@ class Attachment:
         with self._in(mode):
             yield
 
-    def replaying(self, sources: int) -> AbstractContextManager[None]:
+    def replaying(self, sources: int, reads: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """The first `sources` branches are the source's, under Eq. 1 with the live psi; the edits read those.
 
         The source's rows are ordered as in tuning (uncond and cond, or cond alone); the edits' rows follow.
+        `reads` says for each branch of an edit which of the source's it reads; None: the one of its number.
         """
+        chosen = list(range(sources) if reads is None else reads)
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             own, edits = q[:sources], q[sources:]
             bars = self._bars(site, own, *project(sources))
+            read = bars[0][chosen], bars[1][chosen]
             return torch.cat(
-                [self._attend(site, own, bars, sdpa), self._attend_edit(site, edits, bars, sdpa)]
+                [self._attend(site, own, bars, sdpa), self._attend_edit(site, edits, read, sdpa)]
             )
 
         return self._in(mode)

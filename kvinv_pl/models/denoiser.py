@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.algorithm.editing import guided
+from kvinv_pl.algorithm.guidance import guided
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
 
         def eps(z: Tensor, t: Tensor) -> Tensor:
             out = self.branches(z, t, contexts[1:] if w == 1 else contexts)
-            return guided(out[0], out[-1], w)
+            return guided(out, (w,))
 
         return eps
 

@@ -90,14 +90,15 @@ def edit_picture(
     if not targets:
         store.save_picture("sheet", sheet_of(store))  # a kill may have left an older one
         return list(paths.values())
-    if settings.guidance != (tuned_at := run["tuning"]["guidance"]):
-        watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {settings.guidance:g}")
+    if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
+        edited_at = settings.guide.source_scale
+        watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
     reader = Reader(denoiser, store, targets, settings)
     watch.progress.begin("editing", image.name, len(table))
     z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
-            reader.eps, z_T, table, reader.psi, settings.guidance, settings.start,
+            reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
             lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
         )  # fmt: skip
     geometry = geometry_of(run["picture"])
@@ -118,5 +119,7 @@ def sheet_of(store: RunStore) -> Image.Image:
     captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
     for record, _ in done:
         how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
+        if record.get("source_guidance") is not None:
+            how += f" from the source at {record['source_guidance']:g}"
         captions.append(f"{record['target']}\n{how}")
     return sheet([open_picture(file).image for file in files], captions)

@@ -56,16 +56,21 @@ class Reader:
         self.denoiser, self.store, self.settings = denoiser, store, settings
         self.first = first_step(settings.start, len(denoiser.table))
         frozen, negative = settings.reading == "frozen", settings.negative
-        # rows of the U-Net: edit after edit, each unconditional, then conditional
-        self.contexts = denoiser.backbone.embed([text for target in targets for text in (negative, target)])
+        self.branches = settings.guide.branches
+        tuning, source = (run := store.read_run())["tuning"], run["source"]
+        # of K-bar and V-bar, tuning has the source's branch last, behind the negative prompt's if it ran that
+        tuned = 1 if tuning["guidance"] == 1 else 2
+        self.reads = [0 if branch == "negative" else tuned - 1 for branch in self.branches]
+        # rows of the U-Net: edit after edit, each with all of its branches
+        told = [{"negative": negative, "source": source, "target": target} for target in targets]
+        self.contexts = denoiser.backbone.embed([texts[branch] for texts in told for branch in self.branches])
         self.source = self._source() if frozen and settings.kv == "replayed" else None
         self._coming: dict[int, Future[Step]] = {}
-        self._positions: list[list[int]] | None = None  # a row's; the unconditional ones have no word
+        self._positions: list[list[int]] | None = None  # a row's; only the targets' are asked
         if frozen and any(cp.follows for cp in denoiser.cps):
-            found = subject_positions(
-                denoiser.backbone, store.read_run()["source"], targets, settings.subject
-            )
-            self._positions = [positions for each in found for positions in ([], each)]
+            found = subject_positions(denoiser.backbone, source, targets, settings.subject)
+            others: list[list[int]] = [[]] * (len(self.branches) - 1)
+            self._positions = [positions for each in found for positions in (*others, each)]
         self._at = self.first
         self._open = ExitStack()
 
@@ -76,7 +81,7 @@ class Reader:
         known = math.ceil(UNSETTLED * len(self.denoiser.table))
 
         def looks(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
-            return _looks(maps, extra, grid) if self._at >= known else None
+            return _looks(maps, extra, len(self.branches), grid) if self._at >= known else None
 
         # the decoder's say best where a word is, see prompts.mask_from_word
         watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
@@ -91,18 +96,17 @@ class Reader:
         self._trajectory = self.store.trajectory()
         return Source(self.denoiser.backbone.embed(prompts))
 
-    def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> tuple[Tensor, Tensor]:
-        """The unconditional and the conditional epsilon of every edit."""
-        rows, times, contexts = z.repeat_interleave(2, 0), t.repeat_interleave(2), self.contexts
-        extra = 0
+    def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "branches edits c h w"]:
+        """Epsilon of every branch of every edit."""
+        count, extra = len(self.branches), 0
+        rows, times, contexts = z.repeat_interleave(count, 0), t.repeat_interleave(count), self.contexts
         if self.source is not None and self.source.z is not None:
             extra = len(self.source.contexts)
             rows = cat([self.source.z.expand(extra, -1, -1, -1), rows])
             times, contexts = cat([t[:1].expand(extra), times]), cat([self.source.contexts, contexts])
         with self.denoiser.autocast():
             eps = self.denoiser.backbone.eps(rows, times, contexts)[extra:]
-        eps_u, eps_c = eps.unflatten(0, (-1, 2)).unbind(1)
-        return eps_u, eps_c
+        return eps.unflatten(0, (-1, count)).transpose(0, 1)
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -142,7 +146,7 @@ class Reader:
             raise UserError(
                 f"{self.store.folder} holds no K-bar and V-bar: edit it with kv replayed, or reading blend"
             )
-        return {path: (k[:, None], v[:, None]) for path, (k, v) in kv.items()}
+        return {path: (k[self.reads, None], v[self.reads, None]) for path, (k, v) in kv.items()}
 
     @contextmanager
     def _beside(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
@@ -151,17 +155,20 @@ class Reader:
             source.z = self._trajectory[len(self.denoiser.table) - i][None].to(self.denoiser.device)
         elif i == self.first:
             source.z = self.store.step(i - 1).z[None].to(self.denoiser.device)
-        with attachment.replaying(len(source.contexts)):
+        with attachment.replaying(len(source.contexts), self.reads):
             yield
         source.z = step.z[None].to(self.denoiser.device)  # z-tilde of the next step
 
 
-def _looks(maps: Maps, extra: int, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
+def _looks(
+    maps: Maps, extra: int, branches: int, grid: tuple[int, int]
+) -> Float[Tensor, "branches 1 h w"] | None:
     """Where each edit's row looks for its word: this forward so far and those before, in equal parts."""
     known = [seen for seen in (maps.now(grid), maps.average(grid)) if seen is not None]
     if not known:  # the very first
         return None
-    # only the conditional rows have the word, and speak for their edits' unconditional ones
-    seen = (sum(known[1:], known[0]) / len(known))[extra:][1::2].repeat_interleave(2, 0)
+    # only the rows of the targets have the word, and speak for their edits' other branches
+    targets = (sum(known[1:], known[0]) / len(known))[extra:][branches - 1 :: branches]
+    seen = targets.repeat_interleave(branches, 0)
     least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
     return ((seen - least) / (most - least).clamp_min(1e-12))[:, None]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from kvinv_pl.algorithm.guidance import Guidance
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.data.records import of_optimizer
@@ -65,7 +66,7 @@ class InversionSettings(Settings):
 class TuningSettings(Settings):
     """The settings of stage 2."""
 
-    guidance: float = field(metadata={"options": ("tuning_guidance", "guidance")})
+    guidance: float = field(metadata={"options": ("tuning_guidance", "source_guidance", "guidance")})
     negative: str
     curriculum: Curriculum
     inner_steps: int
@@ -157,14 +158,24 @@ class EditSettings(Settings):
     start: float
     negative: str
     subject: str | None
+    source_guidance: float | None = field(metadata={"idle": None})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, by the name that it has as a parameter."""
         at_least_0("guidance", self.guidance)
+        if self.source_guidance is not None:
+            at_least_0("source_guidance", self.source_guidance)
         one_of("reading", self.reading, Reading)
         one_of("kv", self.kv, KeyValues)
         if not 0 <= self.start <= 1:
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+
+    @property
+    def guide(self) -> Guidance:
+        """The branches of an edit and how they become one."""
+        return Guidance(
+            self.guidance, self.guidance if self.source_guidance is None else self.source_guidance
+        )
 
     def for_run(self) -> dict[str, Any]:
         """What run.json keeps for the next edit of the run, as its field "editing"; it has kv in "tuning"."""

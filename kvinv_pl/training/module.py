@@ -52,9 +52,14 @@ class KVInversion(LightningModule):
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
         steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
-        guidance: Classifier-free guidance scale w of the edit, and of tuning unless tuning_guidance is given.
+        guidance: Guidance scale w of the edit, and of tuning unless another is given.
+        source_guidance: Guidance scale w_s of what the source prompt says, in the edit and in tuning; w then
+            guides the change of words alone: eps = eps(negative) + w_s (eps(source) - eps(negative)) +
+            w (eps(target) - eps(source)). Left out, w_s = w, which is classifier-free guidance; at 1 the
+            negative prompt has no branch, and tuning runs one branch alone.
         inversion_guidance: w of the inversion; 1 is the source prompt alone.
-        tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone.
+        tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone; left
+            out, source_guidance or else guidance.
         optimizer: Any torch optimiser by class_path; its state is cleared at every timestep.
         curriculum: sequential (the paper's): timestep after timestep is tuned where z-tilde has come to in
             rolling out. pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot
@@ -93,6 +98,7 @@ class KVInversion(LightningModule):
         max_grid: int | None = None,
         steps: int = 50,
         guidance: float = 9.0,
+        source_guidance: float | None = None,
         inversion_guidance: float = 1.0,
         tuning_guidance: float | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.Adam(p, lr=3e-2),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable, move
-from kvinv_pl.algorithm.editing import edit, first_step, guided
+from kvinv_pl.algorithm.editing import edit, first_step
+from kvinv_pl.algorithm.guidance import Guidance
 
 T = 10
 TABLE = StepTable(
@@ -28,9 +29,9 @@ class Network:
         yield
         self.step = None
 
-    def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
         self.calls.append((self.step, t.tolist()))
-        return 0.2 * z, (0.5 if self.step is not None else 0.3) * z + 0.1
+        return torch.stack([0.2 * z, (0.5 if self.step is not None else 0.3) * z + 0.1])
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ class Network:
 )
 def test_psi_is_in_force_from_step_round_start_T_on_and_not_before(start: float, first: int) -> None:
     network = Network()
-    edit(network, torch.randn(1, 4, 2, 2), TABLE, network.psi, 4.0, start)
+    edit(network, torch.randn(1, 4, 2, 2), TABLE, network.psi, Guidance(4.0, 4.0), start)
     assert first_step(start, T) == first
     assert [step for step, _ in network.calls] == [None] * first + [*range(first, T)]
     assert [t for _, t in network.calls] == [[t] for t in TABLE.timesteps.tolist()]
@@ -46,32 +47,28 @@ def test_psi_is_in_force_from_step_round_start_T_on_and_not_before(start: float,
 
 def test_every_step_moves_along_the_guided_epsilon() -> None:
     network, z = Network(), torch.randn(2, 4, 2, 3, dtype=torch.float64)
-    made = edit(network, z, TABLE, network.psi, 7.5, 0.3)
+    made = edit(network, z, TABLE, network.psi, Guidance(7.5, 7.5), 0.3)
     for i in range(T):
         eps_u, eps_c = 0.2 * z, (0.5 if i >= 3 else 0.3) * z + 0.1
         z = move(z, eps_u + 7.5 * (eps_c - eps_u), TABLE.alphas[i], TABLE.alphas[i + 1])
     torch.testing.assert_close(made, z, rtol=0, atol=1e-12)
 
 
-def test_guidance_of_one_is_the_conditional_branch_bit_for_bit() -> None:
-    eps_u, eps_c = torch.randn(2, 3), torch.randn(2, 3)
-    assert torch.equal(guided(eps_u, eps_c, 1.0), eps_c)
-    assert torch.equal(guided(eps_u, eps_c, 0.0), eps_u)
-    torch.testing.assert_close(guided(eps_u, eps_c, 4.0), eps_u + 4 * (eps_c - eps_u))
-
-
 def test_several_edits_go_side_by_side_under_one_psi_and_do_not_see_each_other() -> None:
     z, network = torch.randn(3, 4, 2, 2, dtype=torch.float64), Network()
-    together = edit(network, z, TABLE, network.psi, 4.0, 0.5)
+    together = edit(network, z, TABLE, network.psi, Guidance(4.0, 4.0), 0.5)
     assert len(network.calls) == T  # one call of the network a step, for all edits
     for row in range(3):
         alone = Network()
         torch.testing.assert_close(
-            edit(alone, z[row : row + 1], TABLE, alone.psi, 4.0, 0.5), together[row : row + 1], rtol=0, atol=0
+            edit(alone, z[row : row + 1], TABLE, alone.psi, Guidance(4.0, 4.0), 0.5),
+            together[row : row + 1],
+            rtol=0,
+            atol=0,
         )
 
 
 def test_every_step_is_reported_once_in_order() -> None:
     network, told = Network(), list[int]()
-    edit(network, torch.randn(1, 4, 2, 2), TABLE, network.psi, 4.0, 0.5, told.append)
+    edit(network, torch.randn(1, 4, 2, 2), TABLE, network.psi, Guidance(4.0, 4.0), 0.5, told.append)
     assert told == [*range(T)]

@@ -66,8 +66,12 @@ def unlike(a: Image.Image, b: Image.Image) -> int:
 
 
 @pytest.mark.parametrize("name", MAKES)
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_replayed_reads_what_stored_reads(name: str, guidance: float, tuned: Tuned) -> None:
+@pytest.mark.parametrize(
+    ("guidance", "source_guidance"), [(1.0, None), (2.0, None), (2.0, 2.0), (1.0, 1.0), (2.0, 1.0)]
+)
+def test_replayed_reads_what_stored_reads(
+    name: str, guidance: float, source_guidance: float | None, tuned: Tuned
+) -> None:
     """Latents, and not only pictures, to float tolerance; from every start, and for several edits at once."""
     module, store = tuned(name, tuning_guidance=guidance)
     assert store.step(0).kv
@@ -82,7 +86,7 @@ def test_replayed_reads_what_stored_reads(name: str, guidance: float, tuned: Tun
         patch.setattr(module.denoiser.backbone, "decode", noted)
         for start in (0.0, 0.5):
             for kv in ("stored", "replayed"):
-                edit(module, store, TARGET, "a red dog", kv=kv, start=start)
+                edit(module, store, TARGET, "a red dog", kv=kv, start=start, source_guidance=source_guidance)
     for stored, replayed in (seen[:2], seen[2:]):
         torch.testing.assert_close(replayed, stored, rtol=0, atol=2e-5)
     assert (seen[0] - seen[2]).abs().max() > 0.02  # where reading begins does matter
@@ -94,8 +98,9 @@ def test_an_edit_to_the_source_prompt_from_the_start_is_the_reconstruction(name:
     module, store = tuned(name, tuning_guidance=2.0)
     reconstruction = fits.opened(store.folder / "reconstruction.png")
     for kv in ("stored", "replayed"):
-        (picture,) = edit(module, store, SOURCE, kv=kv, start=0.0)
-        assert unlike(picture, reconstruction) <= 1
+        for change in ({}, {"source_guidance": 2.0, "guidance": 7.0}):  # there is no change of words to guide
+            (picture,) = edit(module, store, SOURCE, kv=kv, start=0.0, **change)
+            assert unlike(picture, reconstruction) <= 1
 
 
 @pytest.mark.parametrize("name", LEARNING)

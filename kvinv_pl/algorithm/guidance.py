@@ -1,0 +1,47 @@
+"""Guidance: which branches an edit runs, and how their epsilons become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+Branch = Literal["negative", "source", "target"]
+
+
+def guided(
+    eps: Sequence[Tensor] | Float[Tensor, "branches rows c h w"], scales: Sequence[float]
+) -> Float[Tensor, "rows c h w"]:
+    """From the first epsilon, each further one's difference from the one before it, times its scale."""
+    out = eps[0]
+    for before, after, scale in zip(eps, eps[1:], scales, strict=False):
+        out = out + scale * (after - before)
+    return out
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """eps = eps(negative) + w_s (eps(source) - eps(negative)) + w (eps(target) - eps(source)).
+
+    At w_s = w it is classifier-free guidance (Ho and Salimans, 2022) between the negative prompt and the
+    target. With a w_s of its own, the change of words is guided by w and all that both prompts say by w_s: as
+    the text and the picture are apart in InstructPix2Pix (Brooks et al., 2023), Eq. 3. A branch that makes no
+    difference is left out: at w_s = 1 the negative prompt, at w_s = w the source prompt, at w = w_s = 1 both.
+    """
+
+    scale: float
+    source_scale: float
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches that run, in the order of `mix`; the target is the last."""
+        if self.source_scale == self.scale:
+            return ("target",) if self.scale == 1 else ("negative", "target")
+        return ("source", "target") if self.source_scale == 1 else ("negative", "source", "target")
+
+    def mix(self, eps: Float[Tensor, "branches rows c h w"]) -> Float[Tensor, "rows c h w"]:
+        """One epsilon of those of `branches`."""
+        return guided(eps, (self.source_scale, self.scale) if len(eps) == 3 else (self.scale,))
