@@ -37,8 +37,8 @@ class Run:
 
         Args:
             target: What it should become.
-            **settings: Of this edit, as KVInversion has them: guidance, reading, start, negative, kv and
-                subject.
+            **settings: Of this edit, as KVInversion has them: guidance, source_guidance, reading, start,
+                negative, kv and subject.
         """
         changes = {name: value for name, value in settings.items() if value is not None}
         # again: the model in memory may be another by now, with a LoRA for example

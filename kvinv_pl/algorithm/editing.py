@@ -13,7 +13,7 @@ from kvinv_pl.algorithm.ddim import StepTable, move
 from kvinv_pl.algorithm.guidance import Guidance
 
 Branches = Callable[[Tensor, Tensor], Tensor]
-"""eps(z, t): epsilon of every branch of the guidance, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
+"""eps(z, t): every branch's epsilon, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
 Psi = Callable[[int], AbstractContextManager[None]]
 """psi(i): the context in which the network attends with what was learned for step i."""
 

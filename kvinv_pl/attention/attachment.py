@@ -90,7 +90,7 @@ class Attachment:
 
     @contextmanager
     def frozen(self, kv: Mapping[str, KV]) -> Iterator[None]:
-        """K-bar and V-bar are given: (1 branch, or each of an edit's, slots, tokens, dim), and serve any number of edits."""
+        """K-bar and V-bar are given: (1 or an edit's branches, slots, tokens, dim), for any edits."""
         missing, unknown = sorted(self.psi.keys() - kv.keys()), sorted(kv.keys() - self.psi.keys())
         if missing or unknown:
             raise UserError(

@@ -43,7 +43,8 @@ class Settings:
     def _chosen(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for setting in fields(cls):
             value = next((given[name] for name in options_of(setting) if given[name] is not None), None)
-            yield setting.name, float(value) if setting.type is float and value is not None else value
+            a_number = setting.type in (float, float | None) and value is not None
+            yield setting.name, float(value) if a_number else value
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ def test_with_two_scales_the_source_prompt_is_guided_by_one_and_the_change_of_wo
 @pytest.mark.parametrize(
     ("guidance", "branches"),
     [
-        (Guidance(1, 1), ("target",)),
-        (Guidance(5, 1), ("source", "target")),
-        (Guidance(0, 0), ("negative", "target")),
-        (Guidance(1, 3), ("negative", "source", "target")),
+        (Guidance(1.0, 1.0), ("target",)),
+        (Guidance(5.0, 1.0), ("source", "target")),
+        (Guidance(0.0, 0.0), ("negative", "target")),
+        (Guidance(1.0, 3.0), ("negative", "source", "target")),
     ],
 )
 def test_a_branch_that_makes_no_difference_does_not_run(
     guidance: Guidance, branches: tuple[str, ...]
 ) -> None:
-    eps = {name: torch.randn(1, 4, 2, 2) for name in ("negative", "source", "target")}
+    eps = {name: torch.randn(1, 4, 2, 2, dtype=torch.float64) for name in ("negative", "source", "target")}
     assert guidance.branches == branches
     whole = eps["negative"] + guidance.source_scale * (eps["source"] - eps["negative"])
     whole = whole + guidance.scale * (eps["target"] - eps["source"])
