@@ -30,7 +30,6 @@ class SomeFailedError(UserError):
     exit_code = 1
 
     def __init__(self, reasons: Mapping[str, str], total: int) -> None:
-        """Name the pictures, and how many there were in all."""
         super().__init__(
             f"{len(reasons)} of {total} pictures could not be worked on; the others are done, and the same "
             "command goes on with what was put right"

@@ -36,7 +36,6 @@ class GaussNewtonDescent(Optimizer):
     reads_residuals = True
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-2, longest: float = 20.0):
-        """Take the parameters."""
         if not (lr > 0 and longest > 0):
             raise UserError(f"GaussNewtonDescent: expected lr and longest above 0, got {lr} and {longest}")
         super().__init__(params, {"lr": lr, "longest": longest})

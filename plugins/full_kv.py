@@ -28,7 +28,6 @@ class FullKV(CPAttention):
         noise_std: float = 1.0,
         scale: Literal["layer", "head", "channel"] = "layer",
     ):
-        """Make psi for one site, at its start."""
         super().__init__(site)
         if start not in ("zeros", "noise", "source"):
             raise UserError(f"start: expected zeros, noise or source, got {start!r}")

@@ -29,7 +29,6 @@ class LowRank(CPAttention):
         noise_std: float = 1.0,
         scale: Literal["layer", "head", "channel"] = "layer",
     ):
-        """Make psi for one site, at its start."""
         super().__init__(site)
         if rank < 1:
             raise UserError(f"rank: expected 1 or more, got {rank}")

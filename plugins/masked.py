@@ -39,7 +39,6 @@ class Masked(CPAttention):
         queries: Literal["source", "words", "union", "agreed"] = "agreed",
         separate: bool = True,
     ):
-        """Make the other variant for the same site."""
         super().__init__(site)
         if queries not in ("source", "words", "union", "agreed"):
             raise UserError(f"queries: expected source, words, union or agreed, got {queries!r}")

@@ -19,7 +19,6 @@ class Recorded(CPAttention):
     """
 
     def __init__(self, site: Site, at: Literal["rollout", "pivot"] = "rollout"):
-        """Take the place; there is no psi."""
         super().__init__(site)
         if at not in ("rollout", "pivot"):
             raise UserError(f"at: expected rollout or pivot, got {at!r}")

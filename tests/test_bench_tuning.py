@@ -96,56 +96,6 @@ def test_the_front_is_printed_with_its_ratios_and_flags_may_have_dashes(
     assert "expected sd15, sd15-quarter, got none" in capsys.readouterr().err
 
 
-def test_the_overhead_is_measured_on_a_checkpoint_of_its_own(tool: Any, capsys: pytest.CaptureFixture[str]):
-    tool("bench_tuning").main(["overhead", "--inner-steps", "4", "--rounds", "1"])
-    assert "overhead" in capsys.readouterr().out
-
-
-def test_an_edit_is_timed_against_plain_sampling_on_a_geometry_too(
-    tool: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    models, bench = tool("tuning_costs.models"), tool("bench_tuning")
-    tiny = {"sample_size": 16, "block_out_channels": (32,) * 4, "cross_attention_dim": 8}
-    monkeypatch.setattr(models, "GEOMETRIES", {"tiny": {**tiny, "layers_per_block": 1}})
-    bench.main(["edit", "--geometry=tiny", "--steps=2", "--targets=2", "--rounds=1"])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    stored, replayed = (float(row[-1]) for row in rows if row[0] == "ratio")
-    # K and V of the upgraded layers are not projected where they are read; n edits are n + 1 pictures
-    assert 0.9 < stored < 1 < replayed < 1.5
-    with pytest.raises(SystemExit):
-        bench.main(["edit", "--geometry", "none"])
-    assert "geometry: expected tiny, got none" in capsys.readouterr().err
-
-
-def test_two_ranks_are_timed_against_two_processes(tool: Any, capsys: pytest.CaptureFixture[str]):
-    tool("bench_tuning").main(["throughput", "--pictures", "2", "--slots", "1", "--steps", "1", "--rounds=1"])
-    printed = capsys.readouterr().out.split()
-    ratio = float(printed[printed.index("throughput") + 1])
-    assert 0.1 < ratio < 10
-
-
-def test_one_picture_is_timed_on_one_device_and_on_two(tool: Any, capsys: pytest.CaptureFixture[str]):
-    tool("bench_tuning").main(["devices", "--slots", "2", "--steps", "2", "--inner-steps=1", "--rounds=1"])
-    printed = capsys.readouterr().out
-    assert printed.count("ratio") == 2 and "the pass at the pivots" in printed
-
-
-def test_the_parts_of_a_fit_make_the_whole_of_it(tool: Any, tmp_path: Path):
-    parts = tool("tuning_costs.parts")
-    spent = {
-        way: parts.seconds_of_parts(str(fits.checkpoint()), 900_000, way, tmp_path, 2) for way in parts.WAYS
-    }
-    assert all(min(seconds.values()) > 0 for seconds in spent.values())
-    before, after = (spent[way]["inner steps: backward"] for way in parts.WAYS)
-    assert before > after
-
-
-def test_the_seconds_of_the_parts_are_printed_for_both_ways(tool: Any, capsys: pytest.CaptureFixture[str]):
-    tool("bench_tuning").main(["profile", f"--checkpoint={fits.checkpoint()}", "--steps=1", "--rounds=1"])
-    printed = capsys.readouterr().out
-    assert "as first built" in printed and "by default" in printed and printed.count("%") == 14
-
-
 def test_the_cheapest_way_that_gets_there_is_named(tool: Any):
     curves = tool("tuning_costs.curves")
     points = [curves.Point("a", 10, 0.4, 40), curves.Point("b", 5, 0.6, 39), curves.Point("c", 20, 0.1, 50)]

@@ -102,7 +102,6 @@ class Bench:
     def __init__(
         self, cases: list[Case], work: Path, model: dict[str, Any], masks: list[Path] | None = None
     ) -> None:
-        """Draw the sources and write their list, with the masks of all cases or none."""
         self.cases, self.settings, self.work = cases, model, work
         self.sources = work / "sources"
         self.sources.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,6 @@ class Report:
     """Figures, each printed beside its bar when it is known."""
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
         self.figures: dict[str, float] = {}
         self.missed: list[str] = []
 

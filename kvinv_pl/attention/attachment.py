@@ -23,7 +23,6 @@ class Attachment:
     """
 
     def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
-        """Put the processors in, or raise before anything is changed; see `attach`."""
         layers = {path: layer_at(unet, path, cp.site) for path, cp in psi.items()}
         self.unet = unet
         self.psi = dict(psi)

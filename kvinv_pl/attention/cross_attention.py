@@ -24,7 +24,6 @@ class Maps:
     """
 
     def __init__(self) -> None:
-        """Nothing has been seen."""
         self.layers: dict[str, Float[Tensor, "rows h w"]] = {}
         """One map a layer, by module path: of the forward under way or, between two, of the last one."""
         self.forwards = 0

@@ -39,7 +39,6 @@ class CPProcessor:
     """
 
     def __init__(self, site: Site, original: Any):
-        """Keep the place and the processor that was there."""
         self.site = site
         self.original = original
         self.mode: Mode | None = None

@@ -31,8 +31,6 @@ def main(args: Sequence[str] | None = None) -> None:
     user's mistake, or where all pictures failed; 130 if interrupted, and 143 if asked to end (SIGTERM).
     """
     argv = list(sys.argv[1:] if args is None else args)
-    # numpy's own threads, of no use here, would keep ranks on the CPU from being copies of this process
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
     try:

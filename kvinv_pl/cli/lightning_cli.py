@@ -67,7 +67,7 @@ def stage(verb: str, argv: list[str]) -> None:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"the settings do not fit together: {error}") from error
-            # where a rank cannot be a copy of this process, it is this command once more
+            # a rank of another device is this command once more
             cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
 
     strict = {"exit_on_error": False, "parser_mode": name_variants_in_yaml()}

@@ -25,7 +25,6 @@ class Failures:
     """Why pictures of a command failed, by the picture. Of a picture that is alone, it is raised."""
 
     def __init__(self, total: int = 1) -> None:
-        """Expect `total` pictures."""
         self.total = total
         self.reasons: dict[str, str] = {}
 
@@ -36,10 +35,6 @@ class Failures:
     def left(self, works: Iterable[SourceImage]) -> list[SourceImage]:
         """Those that have not failed, in their order."""
         return [work for work in works if work not in self]
-
-    def among(self, works: Iterable[SourceImage]) -> dict[str, str]:
-        """Why those of these pictures that have failed did, by their labels."""
-        return {work.label: self.reasons[work.label] for work in works if work in self}
 
     def note(self, label: str, reason: str) -> None:
         """This picture is given up; raises UserError where it is the only one."""

@@ -78,7 +78,6 @@ class Step:
     """
 
     def __init__(self, packed: Packed) -> None:
-        """Take a phase's file."""
         self.info: dict[str, Any] = packed.info
         """The figures of the phase."""
         self._packed = packed

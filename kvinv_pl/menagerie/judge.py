@@ -44,7 +44,6 @@ class Judge(nn.Module):
     """Names species, colour, coat, action and ground: one linear head each on a convolutional net."""
 
     def __init__(self) -> None:
-        """Random weights; those that the package ships come by `load`."""
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 24, 5, 2, 2), nn.GroupNorm(8, 24), nn.SiLU(),

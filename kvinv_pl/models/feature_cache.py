@@ -29,7 +29,6 @@ class FeatureCache:
     """
 
     def __init__(self, network: nn.Module, late: Iterable[nn.Module]) -> None:
-        """Nothing is kept yet."""
         self._network, self._late = network, list(late)
         self._inputs: tuple[Any, ...] | None = None
         self._kept: dict[nn.Module, list[_Call]] = {}
@@ -83,7 +82,6 @@ class _Call:
     """One call of a module that is watched."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Begin the call."""
         self.module = module
         self.inside: list[_Call] = []
         """Calls made by this one that have come to their end, until it does itself."""
@@ -107,7 +105,6 @@ class _Watch:
     """The calls of one forward, until a late module is met."""
 
     def __init__(self) -> None:
-        """The forward has not begun."""
         self.front: list[_Call] = []
         """What had finished when a late module was met, and was part of nothing that had; in order."""
         self._outside: list[_Call] = []

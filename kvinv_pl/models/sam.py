@@ -31,7 +31,6 @@ class Segmenter:
     """A frozen SAM or SAM 2 and its processor."""
 
     def __init__(self, model: SamModel | Sam2Model, processor: SamProcessor | Sam2Processor) -> None:
-        """Take both as loaded; see `load`."""
         self.model = model.eval().requires_grad_(False)
         self.processor: Any = processor  # the two kinds take the same arguments, in the same order
 

@@ -16,7 +16,6 @@ from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase
-from kvinv_pl.stages.plan import Alone, Claims
 from kvinv_pl.stages.progress import Watch, log_phase, log_picture, log_result
 from kvinv_pl.stages.slots import SlotKeeper, Slots
 
@@ -50,8 +49,6 @@ class Tuning:
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
         self.watch, self.progress, self.failures = watch, watch.progress, watch.failures
         self.inner_steps = attempt.inner_steps(which)
-        self.claims: Claims = Alone()
-        self._takes = False
         self._slots = Slots(denoiser, self.works, self.settings.negative, self.failures)
 
     @property
@@ -71,16 +68,13 @@ class Tuning:
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
-        self._takes = self.claims.take(n)
-        if self._takes:
-            slots.hold(self._phase)
+        slots.hold(self._phase)
         if self._phase.enters:
             self._announce()
-        if self._takes and slots.active():
-            self._take_places()
-        if not (self._takes and slots.active()):
+        if not slots.active():
             self._keeper = SlotKeeper([], width, torch.ones(width, dtype=torch.bool))
             return
+        self._take_places()
         self._pivot = slots.levels([i + 1 for i in steps])
         idle = slots.lost | torch.tensor([not table.has_effect(i) for i in steps])
         learned = list(self.denoiser.psi.parameters())
@@ -190,18 +184,8 @@ class Tuning:
 
         A rehearsal writes nothing: its phase was cut short.
         """
-        if not self._takes:
-            self.progress.advance("on another device", sum(self._phase.active))
-        elif self._slots.active():
+        if self._slots.active():
             self._complete(rehearsal)
-        if self._takes and not rehearsal:
-            self.claims.done(self._n, self.failures.among(self.works))
-            self._takes = False
-
-    def give_back(self) -> None:
-        """Leave the phase that is not finished, if one is, to another rank."""
-        if self._takes:
-            self.claims.give_back(self._n)
 
     def _complete(self, rehearsal: bool) -> None:
         slots = self._slots

@@ -1,105 +1,23 @@
-"""How the ranks of one machine begin, by a fork where that is safe, else by the command, and how they end."""
+"""How the ranks of one machine end: by themselves, by Ctrl-C, by SIGTERM."""
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 PATIENCE = 10.0
 """Seconds that a rank has to end after it was asked to."""
 TERMINATED = 128 + signal.SIGTERM
 """The exit code of a command that was asked to end, as shells say it."""
-UNTIMELY = frozenset({signal.SIGINT, signal.SIGTERM})
-"""Signals that wait while this process is copied."""
 
 
-class Rank(Protocol):
-    """A process that this one has started: what `subprocess.Popen` has of it."""
-
-    def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None: it runs."""
-        ...
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        ...
-
-    def kill(self) -> None:
-        """End it."""
-        ...
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, once it has one; raises subprocess.TimeoutExpired after so many seconds."""
-        ...
-
-
-class Forked:
-    """A copy of this process, which does what it is told and ends; nothing of its callers' is run in it.
-
-    It does not hear Ctrl-C, and ends at once when it is asked to. To be made while `undisturbed`.
-    """
-
-    def __init__(self, env: Mapping[str, str], then: Callable[[], None]) -> None:
-        """Fork, set variables of the environment, and call `then`."""
-
-        def begin() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, _end_at_once)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, UNTIMELY)
-            os.environ.update(env)
-            then()
-
-        self._process = multiprocessing.get_context("fork").Process(target=begin)
-        self._process.start()
-
-    def poll(self) -> int | None:
-        """Its exit code, negative for a signal; None: it runs."""
-        code = self._process.exitcode
-        if code is None and multiprocessing.connection.wait([self._process.sentinel], 0):
-            self._process.join()
-            code = self._process.exitcode
-            return 0 if code is None else code  # where SIGCHLD is ignored, nobody is told how it ended
-        return code
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        self._process.terminate()
-
-    def kill(self) -> None:
-        """End it."""
-        self._process.kill()
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, once it has one; raises subprocess.TimeoutExpired after so many seconds."""
-        self._process.join(timeout)
-        code = self.poll()
-        if code is None:
-            raise subprocess.TimeoutExpired("a rank", timeout or 0.0)
-        return code
-
-
-def can_fork() -> bool:
-    """Whether a copy of this process would be whole: it has one thread, which Linux alone can tell.
-
-    Other threads do not go with a copy, and what they hold is never given back there: OpenMP, for one, waits
-    for its threads for ever. So it must be asked before anything is computed.
-    """
-    tasks = Path("/proc/self/task")
-    alone = tasks.is_dir() and len(os.listdir(tasks)) == 1
-    return alone and not multiprocessing.current_process().daemon  # which may not have children
-
-
-def stop(ranks: Sequence[Rank]) -> None:
+def stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     """End what still runs, first by asking."""
     running = [rank for rank in ranks if rank.poll() is None]
     for rank in running:
@@ -120,7 +38,6 @@ class Request:
     """
 
     def __init__(self) -> None:
-        """Nothing was asked."""
         self.waits = False
         """Whether a first signal waits for `heed`; a second one does not."""
         self._signal: int | None = None
@@ -168,16 +85,6 @@ def ending_at_once_when_asked() -> Iterator[None]:
 
 def _end_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(TERMINATED)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait: what they raise amid a fork is lost, or the copy is, of which nobody knows."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, UNTIMELY)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

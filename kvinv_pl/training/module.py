@@ -1,7 +1,6 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
-from kvinv_pl.stages.curriculum import Curriculum, Pass, Phase
+from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
 from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
 from kvinv_pl.stages.plan import Planner
@@ -254,15 +253,6 @@ class KVInversion(LightningModule):
         planner = self._planner(works, slots, watch)
         taken, plan = planner.plan(made, which, self.tuning_record, self.editing.for_run())
         self._fit = Tuning(self.denoiser, made, which, taken, plan, watch)
-        return self._fit
-
-    def join(
-        self, works: list[SourceImage], slots: int, watch: Watch, attempt: int, plan: Sequence[Phase]
-    ) -> Tuning:
-        """Make ready for phases at the pivots that another process has planned, and lets others work on."""
-        made, unseen = Attempt(attempt, self.tuning), replace(watch, progress=Progress(quiet=True))
-        works = self._planner(works, slots, watch).join(made)
-        self._fit = Tuning(self.denoiser, made, "pivots", works, plan, unseen)
         return self._fit
 
     def _planner(self, works: list[SourceImage], slots: int, watch: Watch) -> Planner:

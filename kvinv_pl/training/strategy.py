@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -21,20 +21,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kvinv_pl.data.failures import reason
 from kvinv_pl.errors import StopError, UserError
-from kvinv_pl.stages.curriculum import Phase
-from kvinv_pl.stages.plan import Alone, Claims
 from kvinv_pl.training.launcher import (
     TERMINATED,
-    Forked,
-    Rank,
     Request,
-    can_fork,
     deaf_to_interrupts,
     ending_at_once_when_asked,
     stop,
-    undisturbed,
 )
-from kvinv_pl.training.work_queue import Offer, Shares, WorkQueue
+from kvinv_pl.training.work_queue import Shares, WorkQueue
 
 STARTER = "KVINV_STARTED_BY"
 """Set in a rank that this program started: the process that did."""
@@ -56,8 +50,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
     A picture's psi belongs to that picture alone, so there is nothing to reduce. Ranks are those of torchrun
     or SLURM where one of these is at work, and then every rank has its share of the pictures from the start.
     Otherwise they are started here, one for each further device, and a rank that is free takes the next
-    pictures; where there are none, it takes phases of other ranks' pictures, if they do not depend on each
-    other. When one rank fails, all stop.
+    pictures. When one rank fails, all stop.
     """
 
     strategy_name = "image_parallel"
@@ -65,7 +58,6 @@ class ImageParallelStrategy(SingleDeviceStrategy):
     """How often a trainer of this process has been called."""
 
     def __init__(self) -> None:
-        """Devices and environment are set by the trainer."""
         super().__init__()
         self.parallel_devices: list[torch.device] = []
         self.cluster_environment: ClusterEnvironment | None = None
@@ -73,7 +65,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self.command = [sys.executable, *sys.orig_argv[1:]]
         self.reported: dict[str, str] = {}
         self._board = WorkQueue(os.environ[BOARD]) if BOARD in os.environ else None
-        self._ranks: list[Rank] = []
+        self._ranks: list[subprocess.Popen[bytes]] = []
         self._looked = 0.0
         self._request = Request()
 
@@ -130,12 +122,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         return self.world_size > 1 and (external or self.num_nodes > 1)
 
     @contextmanager
-    def ranks(self, again: Callable[[], None]) -> Iterator[None]:
-        """Start further ranks of this machine; at the end wait for them, or stop them all.
-
-        Args:
-            again: What this context is part of, for a rank that is a copy of this process.
-        """
+    def ranks(self) -> Iterator[None]:
+        """Start further ranks of this machine; at the end wait for them, or stop them all."""
         if self.was_started:
             with ending_at_once_when_asked(), self._telling():
                 self._share_cores()
@@ -150,7 +138,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             try:
                 if starts:
                     self._board = WorkQueue(folder)
-                    self._start(folder, again)
+                    self._start(folder)
                 self._share_cores()
                 yield
                 self._wait(lambda: all(rank.poll() is not None for rank in self._ranks))
@@ -196,16 +184,11 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         self._wait(lambda: self._shares_given() is not None)
         return self._shares_given() or []
 
-    def give(self, shares: Shares, helping: bool) -> None:
-        """Tell the ranks that this one has started what there is to do; send those home that have nothing.
-
-        Args:
-            shares: Of the work of all ranks.
-            helping: Whether there may be work for a rank without a share.
-        """
+    def give(self, shares: Shares) -> None:
+        """Tell the ranks that this one has started what there is to do; stop those that have no share."""
         if self._board is not None:
             self._board.give(shares)
-            needed = len(self._ranks) if helping else max(0, len(self._of_node(len(shares))) - 1)
+            needed = max(0, len(self._of_node(len(shares))) - 1)
             stop(self._ranks[needed:])
             self._ranks = self._ranks[:needed]
 
@@ -221,42 +204,6 @@ class ImageParallelStrategy(SingleDeviceStrategy):
                 if not own:
                     continue
             yield share
-            if board is not None:
-                board.end(share)
-
-    def offered(self, shares: int) -> Iterator[Offer]:
-        """Phases of other ranks' shares that this rank may work on, until all shares are done."""
-        while self._board is not None:
-            offers = list(self._board.offers())
-            yield from offers
-            if all(self._board.has_ended(share) for share in self._of_node(shares)):
-                return
-            if not offers:
-                self.look()
-                time.sleep(PAUSE)
-
-    @contextmanager
-    def sharing(self, share: int, attempt: int, plan: Sequence[Phase]) -> Iterator[Claims]:
-        """Let other ranks work on phases that do not depend on each other, until this context ends.
-
-        Args:
-            share: Whose phases they are.
-            attempt: At tuning it.
-            plan: The phases.
-        """
-        if self._board is None:
-            yield Alone()
-            return
-        offer = self._board.offer(share, attempt, plan)
-        try:
-            yield offer
-        finally:
-            offer.withdraw()
-
-    def wait_for(self, claims: Claims) -> bool:
-        """Wait for other ranks' phases; whether all are done, and none was given back to be made here."""
-        self._wait(lambda: claims.is_done or claims.has_more)
-        return claims.is_done
 
     def report(self, reasons: Mapping[str, str]) -> None:
         """Tell the rank that started this one which pictures have failed."""
@@ -297,7 +244,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
                 self._board.remove()  # nobody else will
             raise RankFailedError("the process that started this rank is gone")
 
-    def _has_failed(self, local_rank: int, rank: Rank) -> bool:
+    def _has_failed(self, local_rank: int, rank: subprocess.Popen[bytes]) -> bool:
         """Whether a rank has ended otherwise than by having nothing more to do, for which 0 is not enough."""
         return rank.poll() is not None and not (
             rank.poll() == 0 and self._board is not None and self._board.has_reported(local_rank)
@@ -310,27 +257,17 @@ class ImageParallelStrategy(SingleDeviceStrategy):
             self._looked = now
             self.look()
 
-    def _start(self, board: str, again: Callable[[], None]) -> None:
-        """Start the other ranks of this machine."""
-
-        def begin() -> None:
-            self._board, self._ranks = WorkQueue(board), []
-            self.set_world_ranks()
-            again()
-
+    def _start(self, board: str) -> None:
+        """Start the other ranks of this machine, by the same command."""
         node = self.cluster_environment.node_rank() if self.cluster_environment else 0
         told = {"NODE_RANK": str(node), STARTER: str(os.getpid()), BOARD: board, CALL: str(self.calls)}
-        # another device than the CPU is of no use to a copy of a process that has looked at it
-        forks = self.root_device.type == "cpu" and can_fork()
-        if not forks and (threads := self._threads()):
+        if threads := self._threads():
             told["OMP_NUM_THREADS"] = str(threads)
         # Ctrl-C is for this one to hear, which stops the others
-        with undisturbed() if forks else deaf_to_interrupts():
+        with deaf_to_interrupts():
             for local_rank in range(1, len(self.parallel_devices)):
                 env = {**told, "LOCAL_RANK": str(local_rank)}
-                self._ranks.append(
-                    Forked(env, begin) if forks else subprocess.Popen(self.command, env={**os.environ, **env})
-                )
+                self._ranks.append(subprocess.Popen(self.command, env={**os.environ, **env}))
 
     def _share_cores(self) -> None:
         """Take this rank's part of the cores."""

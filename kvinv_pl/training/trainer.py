@@ -1,7 +1,6 @@
 """The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kvinv_pl.data.source_image import SourceImage, Stage
-from kvinv_pl.errors import StopError, UserError
+from kvinv_pl.errors import UserError
 from kvinv_pl.stages.certificate import next_attempt
-from kvinv_pl.stages.plan import Alone, Claims
 from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.stages.tune import Tuning
@@ -167,28 +165,21 @@ class KVTrainer(Trainer):
         editing: EditSettings | None = None,
     ) -> None:
         """Everything that can be wrong is found first; then share after share goes through its stages."""
-        if self.ranks.is_called():  # what a rank was started for may come later in the program
-            self._work_as_rank(model, data, stages, editing)
-
-    def _work_as_rank(
-        self, model: KVInversion, data: SourceImages, stages: Sequence[Stage], editing: EditSettings | None
-    ) -> None:
-        """As `_work`, on this device; further ranks are started that do this for theirs."""
+        if not self.ranks.is_called():  # what a rank was started for may come later in the program
+            return
         self.watch.progress.quiet = self._quiet or not self.ranks.is_global_zero
         workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
         failures = self.watch.failures = workload.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
-        with without_advice(), self.ranks.ranks(partial(self._work_as_rank, model, data, stages, editing)):
+        with without_advice(), self.ranks.ranks():
             shares = self._begin(workload)
             known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
             with reported(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     works = workload.of_share(shares[n])
                     with workload.held(works):
-                        self._through(workload, n, shares[n][0], works)
-                if workload.can_be_helped:
-                    self._help(workload, shares)
+                        self._through(workload, shares[n][0], works)
             self.ranks.report(failures.reasons)
         if lost:
             Progress().note(f"the logs are not whole: {lost[0].strerror or lost[0]}")
@@ -219,12 +210,12 @@ class KVTrainer(Trainer):
             ranks.root_device,
             self.watch.progress,
         )
-        ranks.give(shares, workload.can_be_helped)
+        ranks.give(shares)
         return shares
 
     # ---- the stages of pictures side by side
 
-    def _through(self, workload: Workload, share: int, slots: int, works: list[SourceImage]) -> None:
+    def _through(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
         """Take the pictures of a share through the stages, each as far as it is not yet done."""
         model, data, failures = workload.model, workload.data, workload.failures
         if "invert" in workload.stages:
@@ -241,13 +232,13 @@ class KVTrainer(Trainer):
                     work.remember_targets()
         if "fit" in workload.stages:
             with failures.of(works):
-                self._fit(workload, share, slots, works)
+                self._fit(workload, slots, works)
         if "edit" in workload.stages and not self.fast_dev_run and (left := failures.left(works)):
             self.predict(
                 model, data.jobs("edit", left, workload.editing, self.watch), return_predictions=False
             )
 
-    def _fit(self, workload: Workload, share: int, slots: int, works: list[SourceImage]) -> None:
+    def _fit(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
         """Tune pictures side by side, and those again that do not pass."""
         model, failures, attempt = workload.model, workload.failures, 0
         self._open_log(workload.data)
@@ -255,14 +246,7 @@ class KVTrainer(Trainer):
         while attempt is not None:
             for which in model.passes(works, slots, self.watch):
                 fit = model.prepare(works, slots, self.watch, attempt, which)
-                if which == "pivots" and workload.can_be_helped:
-                    with self.ranks.sharing(share, attempt, fit.plan) as claims:
-                        self._tune(fit, workload, claims)
-                        while not self.ranks.wait_for(claims):
-                            self._tune(fit, workload, claims)
-                    failures.reasons |= claims.given_up()
-                else:
-                    self._tune(fit, workload, Alone())
+                self._tune(fit, workload)
                 if which == "pivots" and fit.plan:
                     self.watch.progress.finish()
                 if self.fast_dev_run:
@@ -280,24 +264,9 @@ class KVTrainer(Trainer):
             self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
         self.watch.loggers = self.loggers
 
-    def _help(self, workload: Workload, shares: Shares) -> None:
-        """Work on phases of pictures that other ranks hold, who can do without where this one cannot."""
-        for offer in self.ranks.offered(len(shares)):
-            share = shares[offer.share]
-            works, fit = workload.of_share(share), None
-            try:
-                fit = workload.model.join(works, share[0], self.watch, offer.attempt, offer.plan)
-                self._tune(fit, workload, offer)
-            except StopError:
-                raise
-            except (torch.OutOfMemoryError, MemoryError, UserError):
-                if fit is not None:
-                    fit.give_back()
-                return
-
-    def _tune(self, fit: Tuning, workload: Workload, claims: Claims) -> None:
-        """Lightning's fit, whose epochs are the phases of the plan, as far as they are this rank's."""
-        fit.claims, data = claims, workload.data
+    def _tune(self, fit: Tuning, workload: Workload) -> None:
+        """Lightning's fit, whose epochs are the phases of the plan."""
+        data = workload.data
         data.inner_steps = fit.inner_steps
         if fit.plan:
             self.fit_loop.epoch_progress.reset()

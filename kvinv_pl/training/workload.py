@@ -49,11 +49,6 @@ class Workload:
                     f"no target for {work.name}: say with --target what it should become (repeatable)",
                 )
 
-    @property
-    def can_be_helped(self) -> bool:
-        """Whether a rank without pictures may have work: timesteps at their pivots can be shared out."""
-        return "fit" in self.stages and self.model.tuning.curriculum == "pivot" and not self.rehearsal
-
     def shares(self, devices: int | None, device: torch.device, progress: Progress) -> Shares:
         """Pictures that are worked on side by side, and their slots; what cannot be worked on is given up.
 

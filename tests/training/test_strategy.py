@@ -19,13 +19,11 @@ from fits import SOURCE
 from kvinv_pl.cli.entry import main
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.curriculum import at_pivots
-from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.launcher import PATIENCE
 from kvinv_pl.training.strategy import BOARD, CALL, STARTER, ImageParallelStrategy
 from kvinv_pl.training.trainer import KVTrainer
-from kvinv_pl.training.work_queue import Offer, WorkQueue
+from kvinv_pl.training.work_queue import WorkQueue
 
 UNLIKE = ("--steps", 3, "--model.inner_steps", 4, "--model.tolerance", 0.12, "--model.retries", 0)
 
@@ -69,15 +67,13 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_pat
 
 
 PROGRAM = """
-import sys, threading, time
+import sys
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 
 print("begins", flush=True)
-folder, checkpoint, out, threads = sys.argv[1:]
-for _ in range(int(threads)):
-    threading.Thread(target=time.sleep, args=[1000], daemon=True).start()
+folder, checkpoint, out = sys.argv[1:]
 data = SourceImages(folder, "a cat standing", out=out)
 settings = {"steps": 2, "inner_steps": 1, "retries": 0, "slots": 1}
 trainer = KVTrainer(accelerator="cpu", devices=2, quiet=True)
@@ -86,21 +82,16 @@ print("ends")
 """
 
 
-@pytest.mark.parametrize(("threads", "begun"), [(0, 1 if sys.platform == "linux" else 2), (1, 2)])
-def test_a_rank_is_a_copy_of_a_program_with_one_thread_and_else_goes_through_it_itself(
-    threads: int, begun: int, tmp_path: Path
-) -> None:
+def test_a_rank_goes_through_the_program_that_started_it_and_leaves_it_after_its_call(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
     (tmp_path / "program.py").write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, "program.py", "in", str(fits.checkpoint()), "out", str(threads)], timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, cwd=tmp_path,
-        capture_output=True, text=True, check=False,
+        [sys.executable, "program.py", "in", str(fits.checkpoint()), "out"],
+        timeout=200, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # a rank that goes through the program itself leaves it after its call
-    assert done.stdout.splitlines() == ["begins"] * begun + ["ends"]
+    assert done.stdout.splitlines() == ["begins", "begins", "ends"]
     logs = {path.name for path in (tmp_path / "out" / "logs").iterdir() if path.is_dir()}
     assert logs == {"rank0", "rank1"}
     assert all(len(fits.tensors(RunStore(tmp_path / "out" / name))) == 3 for name in "ab")
@@ -129,19 +120,14 @@ def test_when_a_rank_is_killed_all_stop_and_the_same_command_goes_on(folder: Pat
             pass
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are copied under Linux alone")
-@pytest.mark.parametrize(
-    ("loading", "sent", "code"), [(True, "SIGTERM", 143), (False, "SIGTERM", 143), (True, "SIGINT", 130)]
-)
-def test_a_command_that_is_asked_to_end_ends_with_its_ranks_which_are_copies_of_it(
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's children are found under /proc")
+@pytest.mark.parametrize(("loading", "sent", "code"), [(False, "SIGTERM", 143), (True, "SIGINT", 130)])
+def test_a_command_that_is_asked_to_end_ends_with_its_ranks(
     loading: bool, sent: str, code: int, folder: Path, tmp_path: Path
 ) -> None:
     args = given(folder, tmp_path / "out", 2, "--steps", 40)
-    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(
-        command(*args), stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard
-    ) as first:
+    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True, preexec_fn=heard) as first:
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
         ends = time.monotonic() + 200
         while not (ranks := children.read_text().split()) or not (
@@ -149,8 +135,6 @@ def test_a_command_that_is_asked_to_end_ends_with_its_ranks_which_are_copies_of_
         ):
             assert first.poll() is None and time.monotonic() < ends
             time.sleep(0.002)
-        # what a process was begun with; a copy was begun with nothing of its own
-        assert STARTER.encode() not in Path(f"/proc/{ranks[0]}/environ").read_bytes()
         first.send_signal(getattr(signal, sent))
         asked = time.monotonic()
         _, err = first.communicate(timeout=100)
@@ -226,16 +210,13 @@ class Rank:
         assert self.ended is not None
 
 
-@pytest.mark.parametrize(("helping", "stay"), [(False, 1), (True, 3)])
-def test_ranks_without_a_share_go_home_unless_they_can_help(
-    helping: bool, stay: int, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_ranks_without_a_share_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
     ranks, started = trainer(4).ranks, [Rank(), Rank(), Rank()]
     ranks._board, ranks._ranks = WorkQueue(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
-    ranks.give([(1, [0]), (1, [1])], helping)
-    assert len(ranks._ranks) == stay and [rank.ended for rank in started[:stay]] == [None] * stay
-    assert all(rank.ended == -signal.SIGTERM for rank in started[stay:])
-    ranks.look()  # that they have been sent home is no failure
+    ranks.give([(1, [0]), (1, [1])])
+    assert ranks._ranks == started[:1]
+    assert [rank.ended for rank in started] == [None, -signal.SIGTERM, -signal.SIGTERM]
+    ranks.look()  # that they were stopped is no failure
 
 
 @pytest.mark.parametrize(
@@ -261,7 +242,7 @@ def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
     starter, other = trainer(2).ranks, Rank()
     starter._board, starter._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
     environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
-    with pytest.raises(SystemExit) as stop, trainer(2).ranks.ranks(lambda: None):
+    with pytest.raises(SystemExit) as stop, trainer(2).ranks.ranks():
         raise UserError("no room in out: make some")
     other.ended = 2
     del environment[STARTER]
@@ -270,108 +251,6 @@ def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
     ) as told:
         starter.look()
     assert stop.value.code == 2 and "in that rank" in str(told.value.__cause__)
-
-
-def test_phases_are_waited_for_until_a_rank_fails(environment: dict[str, str], tmp_path: Path) -> None:
-    ranks, other = trainer(2).ranks, Rank()
-    ranks._board, ranks._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
-    plan = at_pivots([{0, 1}], 2, 1)
-    with pytest.raises(UserError, match="another rank has failed"), ranks.sharing(0, 0, plan) as claims:
-        (offer,) = ranks._board.offers()
-        assert claims.take(0) and offer.take(1)
-        claims.done(0, {})
-        other.ended = 1
-        ranks.wait_for(claims)
-    assert not [*ranks._board.offers()]  # it was withdrawn
-
-
-def test_what_another_rank_gives_back_is_made_by_the_owner(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    ranks = trainer(2).ranks
-    ranks._board = WorkQueue(tmp_path)
-    with ranks.sharing(0, 0, at_pivots([{0, 1}], 2, 1)) as claims:
-        (offer,) = ranks._board.offers()
-        assert claims.take(0) and offer.take(1)
-        claims.done(0, {})
-        offer.give_back(1)
-        assert not ranks.wait_for(claims) and claims.take(1)
-        claims.done(1, {})
-        assert ranks.wait_for(claims)
-
-
-def test_a_free_rank_is_offered_phases_until_all_shares_have_ended(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
-    ranks, board = trainer(2).ranks, WorkQueue(tmp_path)
-    board.offer(1, 0, at_pivots([{0}], 1, 1))
-    offered = ranks.offered(2)
-    assert next(offered).take(0)
-    board.end(0)
-    board.offer(1, 1, at_pivots([{0}], 1, 1))
-    again = next(offered)
-    assert (again.share, again.attempt) == (1, 1) and again.take(0)
-    board.end(1)
-    assert [*offered] == []
-
-
-def test_a_helping_rank_tunes_what_one_process_tunes(
-    folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"curriculum": "pivot", "slots": 2, "steps": 5}
-
-    def data(out: str) -> SourceImages:
-        return SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / out))
-
-    monkeypatch.setattr(RunStore, "settle", lambda store: None)  # which drops what was tuned at the pivots
-    fits.trainer().fit(fits.model(**settings), datamodule=data("alone"))
-    fits.trainer().invert(fits.model(**settings), datamodule=data("helped"))
-    alone, helped = (RunStore(tmp_path / name) for name in ("alone", "helped"))
-    board = WorkQueue(tmp_path / "board")
-    board.folder.mkdir()
-    board.give([(2, [0])])
-    offer = board.offer(0, 0, at_pivots([{*range(5)}], 5, 2))
-    assert offer.take(1)  # by the owner
-    done = Offer.done
-
-    def done_and_over(self: Offer, n: int, reasons: dict[str, str]) -> None:
-        done(self, n, reasons)
-        if n == 2:
-            board.end(0)
-
-    monkeypatch.setattr(Offer, "done", done_and_over)
-    environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1"}
-    with pytest.raises(SystemExit) as stop:  # the program is the starter's to go on with
-        fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data("helped"))
-    assert stop.value.code == 0 and board.has_reported(1)
-    assert helped.done_at_pivots() == {0, 1, 4} and not helped.done()
-    for i in (0, 1, 4):
-        torch.testing.assert_close(helped.pivot(i), alone.pivot(i), rtol=0, atol=0)
-    offer.done(1, {})
-    assert offer.is_done and offer.given_up() == {}
-
-
-def test_what_a_helping_rank_cannot_do_stops_nobody(
-    folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"curriculum": "pivot", "slots": 2, "steps": 4}
-    data = SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / "run"))
-    fits.trainer().invert(fits.model(**settings), datamodule=data)
-    board = WorkQueue(tmp_path / "board")
-    board.folder.mkdir()
-    board.give([(2, [0])])
-    offer = board.offer(0, 0, at_pivots([{*range(4)}], 4, 2))
-
-    def out_of_memory(self: Tuning, *_: object) -> None:
-        raise torch.OutOfMemoryError("there is none")
-
-    monkeypatch.setattr(Tuning, "step", out_of_memory)
-    environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1"}
-    with pytest.raises(SystemExit) as stop:
-        fits.trainer(devices=2).fit(fits.model(**settings), datamodule=data)
-    assert stop.value.code == 0 and board.has_reported(1) and board.reported() == {}
-    assert offer.take(0) and offer.take(1)  # nothing of it is held
 
 
 def test_a_rank_serves_the_call_that_it_was_started_for(
@@ -389,20 +268,6 @@ def test_a_rank_serves_the_call_that_it_was_started_for(
     with pytest.raises(SystemExit):
         fits.trainer(devices=2).fit(module, datamodule=data)
     assert board.has_reported(1)
-
-
-def test_one_pictures_timesteps_fill_the_devices(folder: Path, tmp_path: Path) -> None:
-    """Whichever rank has made a phase at a pivot, the files are those of one process."""
-    pivot = ("--model.curriculum", "pivot", "--model.inner_steps", 40, "--model.tolerance", 0, "--steps", 12)
-    for ranks in (1, 2):
-        answer = process(*given(folder / "a.png", tmp_path / str(ranks), ranks, *pivot))
-        assert answer.code == 0, answer.err
-    one, two = (RunStore(tmp_path / str(ranks)) for ranks in (1, 2))
-    assert fits.tensors(one) == fits.tensors(two) and len(fits.tensors(one)) == 13
-    if sys.platform == "linux":  # elsewhere the other rank may begin too late
-        # who has worked on nothing logs nothing
-        ranks = {path.name for path in (tmp_path / "2" / "logs").iterdir() if path.is_dir()}
-        assert ranks == {"rank0", "rank1"}
 
 
 def test_what_failed_reaches_the_rank_that_started_this_one(

@@ -115,7 +115,6 @@ class UNetTraining(Trained):
     def __init__(
         self, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, lr: float, steps: int
     ) -> None:
-        """Both nets are trained; the tokenizer is as it will be shipped."""
         super().__init__(lr, steps, 0.999, unet=unet, text=text)
         self.tokenizer = tokenizer
         self.register_buffer("alphas", build_scheduler().alphas_cumprod, persistent=False)

@@ -50,7 +50,6 @@ class JudgeTraining(Trained):
     """Cross-entropy of every head, on each row's true picture or its round trip."""
 
     def __init__(self, lr: float, steps: int) -> None:
-        """A judge with random weights."""
         super().__init__(lr, steps, 0.998, judge=Judge())
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:

@@ -80,7 +80,6 @@ class Rows(Dataset[Any]):
     """Rows of tensors that lie in memory."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        """Tensors of one length."""
         self.tensors = tensors
 
     def __len__(self) -> int:

@@ -99,7 +99,6 @@ class SAMTraining(Trained):
     """A picture is asked twice with one point, which has three answers, and once with more, which has one."""
 
     def __init__(self, sam: SamModel, lr: float, steps: int) -> None:
-        """The model as it will be shipped."""
         super().__init__(lr, steps, 0.998, sam=sam)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:

@@ -46,7 +46,6 @@ class Picture:
     """An animal of the embedded world, inverted at guidance 1, to be reconstructed at guidance w."""
 
     def __init__(self, denoiser: Denoiser, seed: int, w: float) -> None:
-        """Draw, encode and invert it."""
         self.denoiser, self.w = denoiser, w
         animal = Animal.sample(seed)
         drawn = animal.render()

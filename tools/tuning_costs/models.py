@@ -1,25 +1,18 @@
-"""U-Nets of real geometry with random weights, and small Stable Diffusion folders for whole runs."""
+"""U-Nets of real geometry with random weights."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from kvinv_pl import menagerie
 from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.models.feature_cache import FeatureCache
-from kvinv_pl.models.loading import quiet
 
 FOUR_LEVELS: dict[str, Any] = {
     "in_channels": 4,
@@ -84,45 +77,3 @@ class Tuning:
         for value in self.psi:
             value.grad = None
         self.forward().float().square().sum().backward()
-
-
-def tiny_checkpoint(folder: Path) -> Path:
-    """A Stable Diffusion folder whose network costs next to nothing, so that what is around it shows."""
-    unet = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
-        "cross_attention_dim": 8, "attention_head_dim": 2, "block_out_channels": (8, 8), "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
-    return _random_checkpoint(folder, unet, levels=2)
-
-
-def checkpoint_of(geometry: str, folder: Path) -> Path:
-    """A Stable Diffusion folder with the U-Net of a geometry, for pictures 8 times its latents' size."""
-    return _random_checkpoint(folder, {**FOUR_LEVELS, **GEOMETRIES[geometry]}, levels=4)
-
-
-def _random_checkpoint(folder: Path, unet: dict[str, Any], levels: int) -> Path:
-    """A U-Net of random weights, and a VAE and a text encoder that are as small as can be."""
-    source = menagerie.checkpoint()
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(source / name, folder / name)
-    shutil.copy(source / "model_index.json", folder)
-    vocabulary = json.loads((source / "text_encoder" / "config.json").read_text())["vocab_size"]
-    vae: dict[str, Any] = {
-        "latent_channels": 4, "sample_size": 8 * 2**levels, "norm_num_groups": 4,
-        "block_out_channels": (8,) * levels, "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    with quiet():
-        UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
-        AutoencoderKL(**vae).save_pretrained(folder / "vae")
-        CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=vocabulary, hidden_size=unet["cross_attention_dim"], intermediate_size=16,
-                num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
-                bos_token_id=0, eos_token_id=1, pad_token_id=1,
-            )
-        ).save_pretrained(folder / "text_encoder")  # fmt: skip
-    return folder
