@@ -7,6 +7,8 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# a line for each test, so that one sees where they are
+PYTEST := $(RUN) -m pytest -v -n 2 --dist loadgroup
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # The environment is complete with what the package needs; with the tools of a developer, too. Each of the two
 # files is written last, so that an environment that was left half made is made anew, from nothing; and so is
@@ -19,16 +21,19 @@ ifneq ($(shell cat $(MADE) 2>/dev/null),$(shell $(PYTHON) $(FOR)))
 endif
 
 .NOTPARALLEL:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
 
 help: ## Say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 
 demo: $(MADE) ## Edit the action of a drawn animal and say where the pictures are
 	$(VENV)/bin/kvinv run --image examples/animal.png --source "$(SOURCE)" $(TARGETS) --out demo
 
-test: $(TOOLS) ## Run the tests
-	$(RUN) -m pytest $(ARGS)
+test: $(TOOLS) ## Run the tests, on two cores, but for whole benches
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(TOOLS) ## Run the tests, whole benches too
+	$(PYTEST) $(ARGS)
 
 lint: $(TOOLS) ## Check style, format and types
 	$(RUN) -m ruff check .

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -18,6 +19,14 @@ HOOKED = (
     *("algorithm", "attention", "data", "models", "stages"),
     *("menagerie", "testing", "optimizers", "errors"),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share their fixtures in one process of pytest-xdist, unless they name another group."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
 
 if find_spec("beartype"):
     from jaxtyping import install_import_hook

@@ -2,14 +2,13 @@
 
 import inspect
 import json
-import re
 from argparse import ArgumentError
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from kvinv_pl.cli.messages import of_parser
 from kvinv_pl.cli.variant_names import spell_out
@@ -120,19 +119,6 @@ def kinds_of(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
         for prefix, cls in classes.items()
         for name, parameter in inspect.signature(cls).parameters.items()
     }
-
-
-def with_yaml_numbers(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
-    """Nan and inf for a number as YAML writes them, so that it is the number's range that refuses them."""
-    out = list[str]()
-    for arg, before in zip(argv, ["", *argv], strict=False):
-        flag, equals, text = arg.partition("=") if arg.startswith("--") else (before, "", arg)
-        found = re.fullmatch(r"\+?(-?)(nan|inf)(?:inity)?", text, re.IGNORECASE)
-        kind = kinds.get(flag.removeprefix("--"))
-        if found and float in (kind, *get_args(kind)):
-            arg = f"{flag}{equals}" * bool(equals) + f"{found[1]}.{found[2].lower()}"
-        out.append(arg)
-    return out
 
 
 @contextmanager

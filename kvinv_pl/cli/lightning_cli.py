@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, in_words, kinds_of, spelled_out, with_yaml_numbers
+from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, in_words, kinds_of, spelled_out
 from kvinv_pl.cli.messages import of_setting
 from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
 from kvinv_pl.errors import SomeFailedError, UserError
@@ -36,7 +36,6 @@ def stage(verb: str, argv: list[str]) -> None:
     make_importable(line.configs)
     kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
     kinds["seed_everything"] = bool | int
-    line.argv = with_yaml_numbers(line.argv, kinds)
 
     class Parser(LightningArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:
@@ -90,10 +89,10 @@ def stage(verb: str, argv: list[str]) -> None:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(reason(error)) from error
     except SomeFailedError as error:
-        error.reasons = {name: of_setting(why, line.typed) for name, why in error.reasons.items()}
+        error.reasons = {name: of_setting(why, line.typed, kinds) for name, why in error.reasons.items()}
         raise
     except UserError as error:
-        raise UserError(of_setting(str(error), line.typed)) from error
+        raise UserError(of_setting(str(error), line.typed, kinds)) from error
 
 
 def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:

@@ -9,24 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from kvinv_pl.errors import near
 
+LITERAL = re.compile(r"^typing\.Literal\[|\]$")
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-MADE_BY = {
-    "model.checkpoint": "model.checkpoint",
-    "scheduler.steps": "model.steps",
-    "picture.mode": "data.geometry",
-    "inversion.guidance": "model.inversion_guidance",
-    "inversion.negative": "model.negative",
-    "tuning.tolerance.0": "model.tolerance",
-    "tuning.tolerance.1": "model.tolerance_growth",
-}
-"""The option that a field of run.json comes from, where it comes from one alone."""
-MADE_BY |= {
-    f"tuning.{name}": f"model.{name}"
-    for name in (
-        *("negative", "max_grid", "kv", "curriculum", "inner_steps", "settle_steps", "carry", "seed"),
-        "store_dtype",
-    )
-}
 
 
 def expected(kind: Any) -> str:
@@ -52,7 +36,7 @@ def of_parser(
     values: Mapping[str, str],
     flags: Collection[str] = (),
 ) -> str:
-    """What jsonargparse says of a command line, in one line.
+    """What jsonargparse says of a command line, in one line; what is not known here stays as it is.
 
     Args:
         message: its own words.
@@ -70,50 +54,37 @@ def of_parser(
     if found := re.search(r"does not accept (?:nested )?(?:option|key) '?([\w.]+)", message):
         return f"no option {found.group(1)!r}{near(found.group(1), kinds)}"
     if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
-        where, detail = values.get("config", "the text given"), found.group(1)[:120]
-        detail = detail.replace(' in "<unicode string>",', "")
-        return (
-            f"{where} is no configuration: expected YAML with sections such as model and data; got {detail}"
-        )
+        where = values.get("config", "the text given")
+        return f"{where} is no configuration: expected YAML with sections such as model and data"
     return message
 
 
-def of_setting(message: str, typed: Mapping[str, str]) -> str:
+def of_setting(message: str, typed: Mapping[str, str], kinds: Mapping[str, Any]) -> str:
     """A refusal such as "steps: expected 1 or more", under the name that the person typed.
 
     A run that "was made with" another setting is told of by the option, too, rather than by the field of
     run.json.
     """
-    message = re.sub(r"(?<= was made with )[\w.]+(?= = )", lambda found: _option(found[0], typed), message)
+    if found := re.search(r" was made with (\w+)\.([a-z_.]+) = ", message):
+        section, field = found[1], found[2].replace(".init_args.", ".").removesuffix(".class_path")
+        given = {key.replace(".init_args.", "."): flag for key, flag in typed.items()}
+        for name in (f"{section}_{field}", field):
+            if f"model.{name.partition('.')[0]}" in kinds:
+                flag = given.get(f"model.{name}", f"--model.{name}")
+                return f"{message[: found.start(1)]}{flag}{message[found.end(2) :]}"
     name, colon, rest = message.partition(": expected")
     given = [flag for key, flag in typed.items() if key.rpartition(".")[2] == name]
     return f"{given[0]}{colon}{rest}" if colon and given else message
 
 
-def _option(field: str, typed: Mapping[str, str]) -> str:
-    """The option that a field of run.json comes from, as it was typed; the field where there is no one."""
-    option = MADE_BY.get(field)
-    if re.fullmatch(r"tuning\.(attention|optimizer)(\.[a-z_]\w*)+", field):
-        option = _shorter(field.replace("tuning.", "model.", 1)).removesuffix(".class_path")
-    given = [flag for key, flag in typed.items() if _shorter(key) == option]
-    return given[0] if given else f"--{option}" if option else field
-
-
-def _shorter(key: str) -> str:
-    """An option of a class as it may be typed."""
-    return key.replace(".init_args.", ".")
-
-
 def _of_value(message: str, kind: Any, value: str | None) -> str:
     if found := re.search(r"File does not exist: '?([^']*)'?", message):
         return f"there is no file {value or found.group(1)}"
+    # an argument of a class that is given by class_path, where the innermost key is the one that is wrong
     inner = re.findall(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (.+?)(?:\.? |$)', message)
-    if inner:  # an argument of a class that is given by class_path
+    if inner:
         key, wanted, got = inner[-1]
-        wanted = re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", wanted)
-        plain = {f"<class '{kind.__name__}'>": words for kind, words in PLAIN.items()}
-        wanted = plain.get(wanted, wanted)
-        return f"{key}: expected {wanted}, got {got.rstrip('.')!r}"
+        return f"{key}: expected {LITERAL.sub('one of ', wanted)}, got {got.rstrip('.')!r}"
     if unknown := re.search(
         r"Option '([\w.]+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", message
     ):

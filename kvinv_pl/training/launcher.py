@@ -85,16 +85,3 @@ def ending_at_once_when_asked() -> Iterator[None]:
 
 def _end_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(TERMINATED)
-
-
-@contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """Start processes that do not hear Ctrl-C; only the main thread can say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

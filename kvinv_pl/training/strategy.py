@@ -24,7 +24,6 @@ from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.training.launcher import (
     TERMINATED,
     Request,
-    deaf_to_interrupts,
     ending_at_once_when_asked,
     stop,
 )
@@ -263,11 +262,12 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         told = {"NODE_RANK": str(node), STARTER: str(os.getpid()), BOARD: board, CALL: str(self.calls)}
         if threads := self._threads():
             told["OMP_NUM_THREADS"] = str(threads)
-        # Ctrl-C is for this one to hear, which stops the others
-        with deaf_to_interrupts():
+        with self.between_steps():  # a rank that is being started is not known yet, and nobody would stop it
             for local_rank in range(1, len(self.parallel_devices)):
                 env = {**told, "LOCAL_RANK": str(local_rank)}
-                self._ranks.append(subprocess.Popen(self.command, env={**os.environ, **env}))
+                # in a session of its own: Ctrl-C is for this process, which stops the others
+                rank = subprocess.Popen(self.command, env={**os.environ, **env}, start_new_session=True)
+                self._ranks.append(rank)
 
     def _share_cores(self) -> None:
         """Take this rank's part of the cores."""

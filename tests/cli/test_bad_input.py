@@ -99,11 +99,6 @@ def test_a_picture_that_cannot_be_used_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_picture_is_refused_in_a_process_of_its_own(good: list[object], tmp_path: Path) -> None:
-    refused(process("run", *good, "--image", tmp_path / "nope.png"), "nope.png, found nothing")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     "targets", [(), ("--target", ""), ("--target", "  "), ("--target", "a dog", "--target", "")]
 )
@@ -185,20 +180,19 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
         (["--steps=5.5"], "--steps: expected a whole number, got '5.5'"),
         (["--model.steps", "abc"], "--model.steps: expected a whole number, got 'abc'"),
         (["--steps", "2000"], "steps must be 1 to 1000, got 2000"),
-        (["--guidance", "nan"], "--guidance: expected a finite number of 0 or more, got nan"),
+        (["--guidance", "nan"], "--guidance: expected a number, got 'nan'"),
         (["--guidance", ".nan"], "--guidance: expected a finite number of 0 or more, got nan"),
-        (["--guidance", "-Infinity"], "--guidance: expected a finite number of 0 or more, got -inf"),
         (["--guidance", "-1"], "--guidance: expected a finite number of 0 or more, got -1"),
         (["--guidance", "x"], "--guidance: expected a number, got 'x'"),
         (
-            ["--model.tuning_guidance", "NaN"],
+            ["--model.tuning_guidance", ".nan"],
             "expected a finite number of 0 or more, got nan",
         ),
         (
-            ["--model.tolerance", "nan"],
+            ["--model.tolerance", ".nan"],
             "error: --model.tolerance: expected a mean squared error of 0 or more, got nan",
         ),
-        (["--model.start=inf"], "--model.start: expected a share of the steps, 0 to 1, got inf"),
+        (["--model.start=.inf"], "--model.start: expected a share of the steps, 0 to 1, got inf"),
         (["--reading", "frosen"], "--reading: expected frozen or blend, got 'frosen'"),
         (["--start", "2"], "--start: expected a share of the steps, 0 to 1, got 2"),
         (["--seed", "x"], "--seed: expected a whole number, got 'x'"),
@@ -396,12 +390,6 @@ def test_a_folder_that_cannot_be_written_is_refused(good: list[object], tmp_path
     for verb in ("run", "invert"):
         refused(kvinv(verb, *good, "--out", tmp_path / "cat.png" / "out"), "cannot write", "Not a directory")
     refused(kvinv("world", "-o", tmp_path / "cat.png" / "out"), "cannot write", "Not a directory")
-
-
-def test_a_folder_that_cannot_be_written_is_refused_in_a_process_of_its_own(
-    good: list[object], tmp_path: Path
-) -> None:
-    refused(process("run", *good, "--out", tmp_path / "cat.png" / "out"), "cannot write", "Not a directory")
     assert tree(tmp_path) == {"cat.png"}
 
 
@@ -409,7 +397,7 @@ def test_a_run_that_another_process_holds_is_refused(good: list[object], run: Pa
     before = tree(run)
     with RunStore(run).lock():
         refused(kvinv("run", *good, "--out", run), f"is in use by process {os.getpid()}")
-        refused(process("edit", "--run", run, "--target", "a fox"), f"is in use by process {os.getpid()}")
+        refused(kvinv("edit", "--run", run, "--target", "a fox"), f"is in use by process {os.getpid()}")
     assert tree(run) == before
     assert kvinv("edit", "--run", run, "--target", "a fox").code == 0
 
@@ -448,6 +436,7 @@ def test_a_disk_that_fills_during_the_fit_loses_no_finished_phase(good: list[obj
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
 
+    # the one refusal in a process of its own, by exit code 2: what its system will not write, not a stand-in
     refused(process("run", *good, before=limit), "cannot write", "File too large", "make room")
     assert not [name for name in tree(tmp_path / "out") if "tmp" in name]
     assert (tmp_path / "out" / "trajectory.safetensors").exists()
@@ -487,7 +476,7 @@ def test_an_interrupted_command_goes_on_where_it_was(
 def test_debug_shows_where_an_error_came_from(good: list[object], tmp_path: Path) -> None:
     for answer in (
         kvinv("run", *good, "--image", tmp_path / "nope.png", "--debug"),
-        process("world", "--seed", "-1", "--debug"),
+        kvinv("world", "--seed", "-1", "--debug"),
     ):
         assert answer.code == 2 and "Traceback" in answer.err and "UserError" in answer.err
         assert answer.err.splitlines()[-1].startswith("kvinv: error: ")

@@ -12,7 +12,7 @@ from typing import Any
 import fits
 import pytest
 import yaml
-from commands import QUICK, Answer, kvinv, photograph, process
+from commands import QUICK, Answer, kvinv, photograph
 
 from kvinv_pl.cli.variant_names import YAML, name_variants_in_yaml
 
@@ -224,7 +224,7 @@ def test_two_plugins_of_one_name_are_refused_with_both_owners(
 def test_the_variant_of_another_distribution_is_there_once_pip_has_installed_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Built and installed as anybody's package is, and used by a process of its own."""
+    """Built and installed as anybody's package is."""
     for needed in ("pip", "setuptools"):  # not imported: setuptools minds who imported distutils
         if find_spec(needed) is None:
             pytest.skip(f"there is no {needed}")
@@ -245,12 +245,11 @@ def test_the_variant_of_another_distribution_is_there_once_pip_has_installed_it(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    listed = process("variants", "scaled", cwd=tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    listed = kvinv("variants", "scaled")
     assert "scaled      their_variants.Scaled  (their-variants 0.3)" in listed.out, listed.err
     assert "--model.attention.times  a number (default: 1.0)" in listed.out
     args = [*given(tmp_path), "--model.attention", "scaled", "--model.attention.times", "1.5"]
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
     answer = kvinv("run", *args, "--out", tmp_path / "run")
     assert answer.code == 0, answer.err
     attention = json.loads((tmp_path / "run" / "run.json").read_text())["tuning"]["attention"]

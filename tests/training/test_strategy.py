@@ -13,7 +13,7 @@ from pathlib import Path
 import fits
 import pytest
 import torch
-from commands import command, process
+from commands import command, kvinv, process
 from fits import SOURCE
 
 from kvinv_pl.cli.entry import main
@@ -46,7 +46,8 @@ def given(folder: Path, out: Path, devices: int, *more: object) -> list[object]:
 
 
 def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    answers = {ranks: process(*given(folder, tmp_path / str(ranks), ranks)) for ranks in (1, 2)}
+    one = kvinv(*given(folder, tmp_path / "1", 1))
+    answers = {1: one, 2: process(*given(folder, tmp_path / "2", 2))}
     for answer in answers.values():
         assert answer.code == 1 and "Traceback" not in answer.err, answer.err
         assert answer.err.splitlines()[-1].startswith("kvinv: error: 1 of 6 pictures could not")
