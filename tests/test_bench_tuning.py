@@ -19,6 +19,7 @@ from kvinv_pl.attention import Selection
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.stable_diffusion import Backbone
 
+pytestmark = pytest.mark.xdist_group("alone")
 ROOT = Path(__file__).parents[1]
 
 
@@ -78,7 +79,8 @@ def test_null_text_inversion_comes_closer_with_every_step_and_stops_by_its_own_r
     assert used[0] == 1  # where the model goes there by itself, the first look is enough
 
 
-def test_the_front_is_printed_with_its_ratios_and_flags_may_have_dashes(
+@pytest.mark.slow
+def test_the_front_is_printed_with_its_ratios(
     tool: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     models, bench = tool("tuning_costs.models"), tool("bench_tuning")
@@ -88,12 +90,18 @@ def test_the_front_is_printed_with_its_ratios_and_flags_may_have_dashes(
     bench.main(["front", "--geometry=sd15-quarter", "--rounds", "2"])
     out = capsys.readouterr().out
     assert out.count("ratio") == 2 and "GFLOP" in out
+
+
+def test_flags_may_have_dashes_and_an_unknown_geometry_is_one_line(
+    tool: Any, capsys: pytest.CaptureFixture[str]
+):
+    bench = tool("bench_tuning")
     assert bench._as_declared("--seed-base=7") == "--seed_base=7"
     assert bench._as_declared("-7") == "-7"
     with pytest.raises(SystemExit) as stop:
         bench.main(["front", "--geometry", "none"])
     assert stop.value.code == 2
-    assert "expected sd15, sd15-quarter, got none" in capsys.readouterr().err
+    assert "expected sd15, sd15-quarter, sd15-half, got none" in capsys.readouterr().err
 
 
 def test_the_cheapest_way_that_gets_there_is_named(tool: Any):
