@@ -10,10 +10,20 @@ from kvinv_pl.testing import Trial, trials
 EVERY = [
     (name, trial) for name, variant in variants().items() if variant.cls for trial in trials(variant.cls)
 ]
+ONCE = {"compiles", "every option documented"}
+"""Slow, or of the class: with the defaults in `make test`, with every choice in `make test-all`."""
 
 
 @pytest.mark.parametrize(
-    "trial", [trial for _, trial in EVERY], ids=[f"{name}: {trial}" for name, trial in EVERY]
+    "trial",
+    [
+        pytest.param(
+            trial,
+            id=f"{name}: {trial}",
+            marks=pytest.mark.slow if trial.options and trial.check.name in ONCE else (),
+        )
+        for name, trial in EVERY
+    ],
 )
 def test_a_registered_variant_conforms(trial: Trial) -> None:
     trial()
