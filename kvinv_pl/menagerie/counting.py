@@ -10,7 +10,8 @@ from kvinv_pl.menagerie.known import BODY, SECOND, Known
 from kvinv_pl.menagerie.regions import areas
 
 BINS = 64  # of a profile along the trunk, to the picture's side
-RISE, FALL = 0.5, 0.4  # of the strongest: a stripe begins over the one and ends under the other
+# of the strongest: a stripe begins over the one and ends under the other
+SEEN, CLEAR, HINTED = (0.5, 0.4), (0.65, 0.4), (0.35, 0.3)
 STRONG, FAINTEST = 0.9, 0.35  # the strongest is this quantile of the profile, and at least so strong
 SPOT = 0.4  # how far towards the second colour the pixels of a spot are
 WHOLE = 0.30  # of a mark's size that must be seen for it to be counted
@@ -23,28 +24,29 @@ def _towards_second(distances: np.ndarray) -> np.ndarray:
     return distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)
 
 
-def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray) -> np.ndarray:
+def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray, edges: tuple[float, float]) -> np.ndarray:
     """How many pixels of the second colour each stripe has."""
     place = np.floor(known.along_trunk[trunk] * BINS).astype(int)
     place -= place.min()
     inside, total = np.bincount(place), np.bincount(place, second[trunk])
     shares = total / np.maximum(inside, 1)
     strongest = max(FAINTEST, np.quantile(shares, STRONG))
+    rise, fall = edges
     sizes: list[float] = []
     within = False
     for mass, share in zip(total, shares / strongest, strict=True):
-        if share > RISE and not within:
+        if share > rise and not within:
             sizes.append(0.0)
-        within = share > (FALL if within else RISE)
+        within = share > (fall if within else rise)
         if within:
             sizes[-1] += mass
     return np.array(sizes)
 
 
-def _sizes(known: Known, second: np.ndarray) -> np.ndarray:
+def _sizes(known: Known, second: np.ndarray, edges: tuple[float, float] = SEEN) -> np.ndarray:
     trunk = (known.parts["marks"] | known.parts["body"]) & ~np.isnan(known.along_trunk)
     if known.animal.coat == "striped":
-        return _stripes(known, second, trunk)
+        return _stripes(known, second, trunk, edges)
     return areas(trunk & (second > SPOT))
 
 
@@ -60,9 +62,19 @@ def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
     """Marks seen in a picture, and how many the true one has: at least, at most (some are half hidden)."""
     if known.animal.coat == "plain":
         return 0, 0, 0
-    true = _sizes(known, known.parts["marks"].astype(np.float32))
-    shown = _sizes(known, _towards_second(distances))
+    marks = known.parts["marks"].astype(np.float32)
+    true, shown = _sizes(known, marks), _sizes(known, _towards_second(distances))
     whole = _whole(known, true)
-    # all marks may be fainter than the true ones
-    seen = int((shown >= WHOLE * max(FADED * whole, min(whole, shown.max(initial=0.0)))).sum())
-    return seen, int((true >= SURE * whole).sum()), int((true >= DOUBTFUL * whole).sum())
+    bar = whole
+    if known.animal.coat == "striped":  # all of them may be fainter than the true ones
+        bar = float(np.clip(shown.max(initial=0.0), FADED * whole, whole))
+    counts = [
+        int((sizes >= share * size).sum())
+        for sizes, share, size in (
+            (shown, WHOLE, bar),
+            (_sizes(known, marks, CLEAR), SURE, whole),
+            (true, DOUBTFUL, whole),
+            (_sizes(known, marks, HINTED), DOUBTFUL, whole),
+        )
+    ]
+    return counts[0], min(counts[1:]), max(counts[2:])
