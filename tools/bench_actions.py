@@ -2,11 +2,18 @@
 
     python tools/bench_actions.py --cases 64 --seed-base 1000000
 
-prints one row for each way of editing: how often the true picture of the asked action is the nearest of the
-animal's true pictures, and how often the classifier names it; the PSNR to the true picture on the whole
-frame, on the animal and on the background; the reconstruction against the VAE's round trip; and the time.
-Seeds from 1,000,000 up are for reporting; choose settings on 900,000 to 999,999, by `--model`.
-Interrupted, it goes on where it was.
+prints one row for each way of editing, beside those of the true picture, of another animal of the very same
+words in the asked action, and of the source as it is:
+
+* in how many pictures it is the same animal, the action is right by the nearest true picture, and right by
+  the classifier;
+* how much of the second colour is found, and how much of what is found is in its place; in how many the
+  accent, the number of marks and the scene are kept; the error of the body's colour;
+* PSNR to the true picture, that of the reconstruction to the VAE's round trip, and the time.
+
+Means have their 95 % bootstrap intervals, and `figures.json` in `--work` has every case. Seeds from 1,000,000
+up are for reporting; choose settings on 900,000 to 999,999, by `--model`. Interrupted, it goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,72 +35,14 @@ import torch
 from calling import call
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
+from scoring import Case, Row, table
 
 from kvinv_pl.data.sheet import sheet
-from kvinv_pl.menagerie import ACTIONS, Animal
-from kvinv_pl.menagerie.judge import Judge, nearest_action
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 
-COLUMNS = (
-    "right action %",
-    "named right %",
-    "frame dB",
-    "animal dB",
-    "background dB",
-    "reconstruction dB",
-    "tune s",
-    "edit s",
-)
-
-
 EDITING = ("slots", "reading", "start")  # what tuning does not depend on
-
-
-@dataclass
-class Case:
-    """An animal, the action it is seen in, and the one it is to be shown in."""
-
-    animal: Animal
-    target: str
-
-    @classmethod
-    def of_seed(cls, seed: int) -> Case:
-        """The case of a seed: the target is any of the other four actions."""
-        animal = Animal.sample(seed)
-        others = [action for action in ACTIONS if action != animal.action]
-        return cls(animal, others[int(np.random.default_rng(seed + 1).integers(len(others)))])
-
-    def score(self, picture: Image.Image) -> dict[str, float]:
-        """Against the true picture: the action, and PSNR in dB on frame, animal and background."""
-        truth = self.animal.render(self.target, picture.width)
-        masks = [
-            np.array(self.animal.mask(action, picture.width)) for action in (self.target, self.animal.action)
-        ]
-        error = ((np.asarray(picture, np.float64) - np.asarray(truth, np.float64)) / 255) ** 2
-        parts = {"frame": np.ones_like(masks[0]), "animal": masks[0], "background": ~(masks[0] | masks[1])}
-        scores = {
-            f"{name} dB": -10 * float(np.log10(error[part].mean() + 1e-10)) for name, part in parts.items()
-        }
-        return {"right action %": 100.0 * (nearest_action(picture, self.animal) == self.target), **scores}
-
-
-@dataclass
-class Row:
-    """One way of editing: its pictures, one a case, and their figures."""
-
-    name: str
-    pictures: list[Image.Image]
-    extra: dict[str, float] = field(default_factory=dict)
-
-    def means(self, cases: list[Case]) -> dict[str, float]:
-        """Every column's mean over the cases."""
-        scores = [case.score(picture) for case, picture in zip(cases, self.pictures, strict=True)]
-        means = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]} | self.extra
-        named = Judge.load().names(self.pictures)
-        right = [name["action"] == case.target for name, case in zip(named, cases, strict=True)]
-        return means | {"named right %": 100.0 * float(np.mean(right))}
 
 
 class Bench:
@@ -145,9 +94,7 @@ class Bench:
         KVTrainer(logger=False, quiet=True).fit(model, datamodule=data)
         self._note_seconds(data, time.perf_counter() - began)
         seconds = sum(json.loads((work.store.folder / "seconds.json").read_text()) for work in data.works)
-        quality = float(
-            np.mean([work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works])
-        )
+        quality = [work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works]
         rows = []
         for ways in edits:
             asked = replace(model.editing, **ways)
@@ -214,14 +161,17 @@ def _edits(work: Any, wanted: dict[str, Any]) -> list[tuple[dict[str, Any], Path
     ]
 
 
-def table(rows: list[Row], cases: list[Case]) -> str:
-    """The figures as a Markdown table."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in rows:
-        means = row.means(cases)
-        cells = [f"{means[column]:.2f}" if column in means else "" for column in COLUMNS]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def edited(run: Bench, starts: list[float], readings: list[str], untuned: bool) -> list[Row]:
+    """The rows of every way of editing."""
+    ways = [{"reading": reading, "start": start} for reading in readings for start in starts]
+    never = {"tolerance": float("inf")}  # every phase has converged before it begins: psi stays the identity
+    rows: list[Row] = []
+    if untuned:
+        rows += run.rows("plain DDIM edit", never, [{"reading": "blend", "start": 1.0}])
+        recorded = [way for way in ways if way["reading"] == "frozen"]
+        rows += run.rows("nothing learned", never, recorded)
+        rows += run.rows("nothing learned at guidance 1", {**never, "tuning_guidance": 1.0}, recorded)
+    return rows + run.rows("KV Inversion", {}, ways)
 
 
 def bench(
@@ -250,46 +200,45 @@ def bench(
         sheets: How many cases to show.
         workers: Processes of one thread each that share the cases; times are then those of one thread.
     """
+    settings = {"slots": slots, **json.loads(model)}
     if workers > 1:
-        in_processes(workers, seed_base, cases, _share, work, starts, readings, slots, model, untuned)
+        in_processes(workers, seed_base, cases, _share, work, settings, starts, readings, untuned)
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
-    run = Bench(drawn, work, {"slots": slots, **json.loads(model)})
+    run = Bench(drawn, work, settings)
     rows = [
-        run.through_vae(lambda case: case.animal.render(), "source unchanged, through the VAE"),
-        run.through_vae(lambda case: case.animal.render(case.target), "truth, through the VAE"),
+        run.through_vae(lambda case: case.animal.render(case.target), "truth through the VAE"),
+        run.through_vae(lambda case: case.animal.another(True).render(case.target), "another animal"),
+        run.through_vae(lambda case: case.animal.render(), "the source"),
+        *edited(run, starts, readings, untuned),
     ]
-    ways = [{"reading": reading, "start": start} for reading in readings for start in starts]
-    never = {"tolerance": float("inf")}  # every phase has converged before it begins: psi stays the identity
-    if untuned:
-        rows += run.rows("plain DDIM edit", never, [{"reading": "blend", "start": 1.0}])
-        recorded = [way for way in ways if way["reading"] == "frozen"]
-        rows += run.rows("nothing learned", never, recorded)
-        rows += run.rows("nothing learned at guidance 1", {**never, "tuning_guidance": 1.0}, recorded)
-    rows += run.rows("KV Inversion", {}, ways)
-    print(table(rows, drawn))
-    shown = [rows[0], *[row for row in rows if "DDIM" in row.name or "KV Inversion" in row.name]]
+    figures = {row.name: row.figures(drawn) for row in rows}
+    print(table(figures))
+    (work / "figures.json").write_text(
+        json.dumps({name: {k: v.tolist() for k, v in row.items()} for name, row in figures.items()})
+    )
+    shown = [row for row in rows if "DDIM" in row.name or "KV Inversion" in row.name]
     folder = work / "sheets"
     folder.mkdir(exist_ok=True)
     for n, case in enumerate(drawn[:sheets]):
         pictures = [
             case.animal.render(),
             case.animal.render(case.target),
-            *[row.pictures[n] for row in shown[1:]],
+            *[row.pictures[n] for row in shown],
         ]
         captions = [
             "source: " + case.animal.action,
             "truth: " + case.target,
-            *[row.name for row in shown[1:]],
+            *[row.name for row in shown],
         ]
         sheet(pictures, captions).save(folder / f"{case.animal.seed}.png")
     print(f"sheets in {folder}")
 
 
 def _share(
-    seeds: range, work: Path, starts: list[float], readings: list[str], slots: int, model: str, untuned: bool
+    seeds: range, work: Path, settings: dict[str, Any], starts: list[float], readings: list[str], plain: bool
 ) -> None:
     """One worker's share: what it leaves on disk is what the table is made of."""
-    bench(len(seeds), seeds[0], work, starts, readings, slots, model, untuned, sheets=0)
+    edited(Bench([Case.of_seed(seed) for seed in seeds], work, settings), starts, readings, plain)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bench_actions import COLUMNS, Bench, Case, Row, in_processes
+from bench_actions import Bench, in_processes
 from calling import call
 from PIL import Image, ImageFilter
+from scoring import COLUMNS, Case, Row, cell
 
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.models.sam import Segmenter
@@ -176,8 +177,8 @@ def bench(
     print("| | " + " | ".join([*columns, "far dB", "near %", "psi", "to tune", "to edit"]) + " |")
     print("|---" * (len(columns) + 6) + "|")
     for row in rows:
-        means = row.means(drawn)
-        cells = [f"{means[column]:.2f}" for column in columns]
+        figures = row.figures(drawn)
+        cells = [cell(figures[column]) for column in columns]
         psi = f"{row.extra['psi']:,.0f}" if "psi" in row.extra else ""
         tune, edit = times_of(row.name, ROWS[compare][row.name], drawn[0], settings, rounds)
         near, far = np.mean([near_and_far(*each) for each in zip(drawn, row.pictures, strict=True)], axis=0)

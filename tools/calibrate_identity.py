@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_actions import Case
 from calling import call
 from menagerie_training.pictures import CHOOSING_SEED, REPORTING_SEED
 from PIL import Image
 from report_menagerie import pages
+from scoring import Case
 
 from kvinv_pl.data.pictures import Geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError

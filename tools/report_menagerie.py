@@ -20,14 +20,17 @@ from menagerie_training.segmenting import BOX_BAR, POINT_BAR, own_iou
 from PIL import Image
 
 from kvinv_pl import menagerie
+from kvinv_pl.data.pictures import as_pixels
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal
+from kvinv_pl.menagerie.identity import identity
 from kvinv_pl.menagerie.judge import WORDS, Judge, accuracy, nearest_action
 from kvinv_pl.models.sam import Segmenter
 from kvinv_pl.stages.progress import Progress
 
 FRAME_BAR, ANIMAL_BAR = 30.0, 25.0  # dB of the autoencoder
+SAME_BAR, OTHER_BAR = 98.0, 95.0  # percent of verdicts on identity that are right
 NEAREST_TRUE_BAR, NEAREST_TRIP_BAR = 99.0, 98.0  # percent of actions named by the nearest true picture
 SAMPLED_BARS = {"action": 95.0} | dict.fromkeys(("colour", "coat", "species", "ground"), 90.0)  # percent
 COLUMNS = 5  # of a sheet
@@ -99,6 +102,24 @@ def round_trips(report: Report, backbone: Any, judge: Judge, seeds: range, out: 
             ([trips[index] for index in group], [f"{animal[index]:.1f} dB on the animal" for index in group])
         )
     pages(rows).save(out / "round_trips.png")
+
+
+def identified(report: Report, backbone: Any, seeds: range, size: int) -> None:
+    """How often the round trip of a true picture is the same animal, and that of another animal is not."""
+    animals = [Animal.sample(seed) for seed in seeds]
+    others = [animal.another(same_scene=True) for animal in animals]
+    for what, shown, same, bar in (
+        ("told as the same animal, round trips", animals, True, SAME_BAR),
+        ("told from another of the same words", others, False, OTHER_BAR),
+    ):
+        asked = [animal.action for animal in animals]
+        x = torch.stack([as_pixels(one.render(a, size)) for one, a in zip(shown, asked, strict=True)])
+        trips = images(bytes_of(torch.cat([backbone.decode(backbone.encode(part)) for part in x.split(50)])))
+        right = [
+            identity(picture, one, one.action).same_animal == same
+            for picture, one in zip(trips, animals, strict=True)
+        ]
+        report.add(what, 100 * sum(right) / len(right), "%", bar)
 
 
 def segmented(report: Report, folder: Path, seeds: range, size: int) -> None:
@@ -202,6 +223,7 @@ def report(
     with torch.inference_mode():
         seeds = range(seed_base, seed_base + cases)
         round_trips(result, backbone, judge, seeds, out)
+        identified(result, backbone, seeds, backbone.sample_size[0])
         segmented(result, folder, seeds, backbone.sample_size[0])
         if samples:
             animals = [Animal.sample(seed) for seed in range(seed_base, seed_base + samples)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie.counting import count_marks
-from kvinv_pl.menagerie.known import NEAR, REACH, SCENERY, SECOND, Known, rgb_of
+from kvinv_pl.menagerie.known import BACKGROUND, NEAR, REACH, SECOND, Known, rgb_of
 from kvinv_pl.menagerie.measures import (
     accent_elsewhere,
     colour_error,
@@ -22,6 +22,7 @@ from kvinv_pl.menagerie.measures import (
 from kvinv_pl.menagerie.regions import best_shift, grown, overlap, shifted
 from kvinv_pl.menagerie.world import Animal
 
+SCENERY = ("sun", "hill", "sky", "ground")
 AT_LEAST: Mapping[str, float] = MappingProxyType(
     {"second_recall": 0.5, "second_precision": 0.5, "outline": 0.7}
 )
@@ -110,7 +111,7 @@ def identity(picture: Image.Image, animal: Animal, target: str) -> Identity:
 def compare(picture: Image.Image, known: Known) -> Identity:
     """`identity` of one of several pictures of one animal, action and size, which is `known` once for all."""
     rgb = rgb_of(picture)
-    seen = (known.seen(known.distances(rgb, known.scenery)) != SCENERY) & known.around
+    seen = (known.seen(known.distances(rgb, known.scenery)) != BACKGROUND) & known.around
     # the rest is compared with the animal laid onto its true place
     shift = best_shift(seen, known.own_animal, round(known.pixels(REACH)))
     aligned = shifted(rgb, *shift)
@@ -124,14 +125,14 @@ def compare(picture: Image.Image, known: Known) -> Identity:
     return Identity(
         second_recall=recall,
         second_precision=precision,
-        second_colour=colour_error(known, aligned, known.coloured, now != SCENERY, near),
-        accent=colour_error(known, aligned, known.parts["accent"], now != SCENERY, near),
+        second_colour=colour_error(known, aligned, known.coloured, now != BACKGROUND, near),
+        accent=colour_error(known, aligned, known.parts["accent"], now != BACKGROUND, near),
         accent_elsewhere=accent_elsewhere(known, second),
-        body=colour_error(known, aligned, known.body, now != SCENERY, 0),
+        body=colour_error(known, aligned, known.body, now != BACKGROUND, 0),
         marks=marks,
         marks_off=max(least - marks, marks - most, 0),
         size=size,
         place=place,
         outline=overlap(shifted(seen, *shift), known.own_animal),
-        **{part: scene_error(known, rgb, part) for part in ("sun", "hill", "sky", "ground")},
+        **{part: scene_error(known, rgb, part) for part in SCENERY},
     )

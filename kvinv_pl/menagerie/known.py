@@ -12,7 +12,7 @@ from kvinv_pl.menagerie.drawing import ANIMAL
 from kvinv_pl.menagerie.regions import core, grown
 from kvinv_pl.menagerie.world import ACCENTS, Animal
 
-SCENERY, BODY, SECOND, INK = range(4)  # what a pixel may be of
+BACKGROUND, BODY, SECOND, INK = range(4)  # what a pixel may be of
 SHADES = (0.66, 1.16)  # of the body's colour: the far ear and the top of the trunk
 NIGHT, DEEPEST = np.array([0.12, 0.14, 0.2], np.float32), 0.35  # of a shadow: its colour, and how much of it
 FACE = np.array([0.06, 0.05, 0.08], np.float32)
@@ -112,7 +112,7 @@ class Known:
 
     def seen(self, distances: np.ndarray) -> np.ndarray:
         """Which of the four each pixel is of."""
-        return np.where(distances[SCENERY] < FAINT, SCENERY, distances.argmin(0))
+        return np.where(distances[BACKGROUND] < FAINT, BACKGROUND, distances.argmin(0))
 
     @cached_property
     def own_seen(self) -> np.ndarray:
@@ -122,4 +122,4 @@ class Known:
     @cached_property
     def own_animal(self) -> np.ndarray:
         """Where the true picture is seen to differ from the scenery."""
-        return self.own_seen != SCENERY
+        return self.own_seen != BACKGROUND
