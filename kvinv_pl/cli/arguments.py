@@ -15,28 +15,24 @@ from kvinv_pl.cli.variant_names import spell_out
 from kvinv_pl.errors import UserError
 
 SHORT = {
-    "--image": ("data.image", "FILE", "a picture, a folder of pictures, or a .csv or .jsonl list"),
-    "--source": ("data.source", "TEXT", "what the picture shows; may be empty"),
-    "--target": ("data.targets", "TEXT", "what it should become; repeatable"),
-    "--mask": ("data.mask", "FILE", "a mask of the subject, for variants that take one"),
-    "--out": ("data.out", "DIR", "the run folder; also -o"),
-    "--overwrite": (
-        "data.overwrite",
-        "",
-        "start another run in the folder anew, and render its edits again",
-    ),
-    "--checkpoint": ("model.checkpoint", "NAME", "menagerie, a folder as diffusers saves it, or a hub id"),
-    "--steps": ("model.steps", "N", "DDIM steps; with few, such as 10, most edits miss the action"),
-    "--guidance": ("model.guidance", "W", "classifier-free guidance scale"),
-    "--start": ("model.start", "S", "share of the steps that an edit makes before CP-attn is active"),
-    "--reading": ("model.reading", "NAME", "frozen or blend"),
-    "--seed": ("model.seed", "N", "of random starts of psi"),
-    "--negative": ("model.negative", "TEXT", "what the unconditional branch is told"),
+    "--image": ("data.image", "FILE"),
+    "--source": ("data.source", "TEXT"),
+    "--target": ("data.targets", "TEXT"),
+    "--mask": ("data.mask", "FILE"),
+    "--out": ("data.out", "DIR"),
+    "--overwrite": ("data.overwrite", ""),
+    "--checkpoint": ("model.checkpoint", "NAME"),
+    "--steps": ("model.steps", "N"),
+    "--guidance": ("model.guidance", "W"),
+    "--start": ("model.start", "S"),
+    "--reading": ("model.reading", "NAME"),
+    "--seed": ("model.seed", "N"),
+    "--negative": ("model.negative", "TEXT"),
 }
-"""Flags of every stage, and what they are short for."""
+"""Flags of every stage, the options that they are short for, which have their help, and what follows them."""
 IDLE = {"invert": {"--guidance", "--start", "--reading", "--seed"}, "edit": {"--seed"}}
 """Flags that a stage accepts, because the same options serve all of them, and makes nothing of."""
-RUN = ("data.run", "DIR", "a run folder (or a folder of them): its checkpoint, variant, settings and targets")
+RUN = ("data.run", "DIR")
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """The stages: KVTrainer, KVInversion and SourceImages through LightningCLI."""
 
-import inspect
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from argparse import Action
+from collections.abc import Iterable
+from textwrap import wrap
 from typing import Any, cast
 
 from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, in_words, kinds_of, spelled_out
@@ -39,9 +40,7 @@ def stage(verb: str, argv: list[str]) -> None:
 
     class Parser(LightningArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:
-            return _help(
-                verb, super().format_help(*args, **kwargs), {"data": SourceImages, "model": KVInversion}
-            )
+            return _help(verb, super().format_help(*args, **kwargs), self._actions)
 
     class SaveConfig(SaveConfigCallback):
         def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,19 +94,21 @@ def stage(verb: str, argv: list[str]) -> None:
         raise UserError(of_setting(str(error), line.typed, kinds)) from error
 
 
-def _help(verb: str, text: str, classes: Mapping[str, type]) -> str:
+def _help(verb: str, text: str, options: Iterable[Action]) -> str:
     """The help of a stage with the short flags first, and without the lists of everybody's subclasses."""
     text = text.partition("\n\n")[2]  # the usage that names every option
     text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
     description, _, rest = text.partition("\n\n")
-    rows = []
+    known = {option.dest: option for option in options}
     used = {flag: short for flag, short in SHORT.items() if flag not in IDLE.get(verb, ())}
-    for flag, (target, metavar, what) in {**({"--run": RUN} if verb == "edit" else {}), **used}.items():
-        section, _, name = target.partition(".")
-        default = inspect.signature(classes[section]).parameters[name].default
+    rows = list[str]()
+    for flag, (target, metavar) in {**({"--run": RUN} if verb == "edit" else {}), **used}.items():
+        default = known[target].default
         hidden = default is None or default is False or default == "" or isinstance(default, list)
         shown = "" if hidden else f" (default: {default})"
-        rows.append(f"  {f'{flag} {metavar}':<20}{what}{shown}")
-    rows.append(f"  {'-c, --config FILE':<20}options from a YAML file, which flags override; repeatable")
+        what = re.split(r"\. (?=[A-Z])", known[target].help or "")[0].rstrip(".")  # the first sentence
+        start = f"  {f'{flag} {metavar}':<20}"
+        rows += wrap(f"{what}{shown}", 110, initial_indent=start, subsequent_indent=" " * len(start))
+    rows.append(f"  {'-c, --config FILE':<20}Options from a YAML file, which flags override; repeatable")
     head = [f"usage: kvinv {verb} {USAGE[verb]} [options]", "", description, "", "the usual options:", *rows]
     return "\n".join([*head, "", rest.replace("options:", "every option, by its name in a YAML file:", 1)])

@@ -33,9 +33,9 @@ class SourceImages(LightningDataModule):
     """Pictures, what they show, what they are to become, and where their runs lie.
 
     Args:
-        image: A picture, a folder of pictures, or a .csv or .jsonl list with the columns image, source,
-            targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row leaves
-            out is taken from the other options, and rows of one picture and source share its run.
+        image: A picture, a folder of pictures, or a .csv or .jsonl list. A list has the columns image,
+            source, targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row
+            leaves out is taken from the other options, and rows of one picture and source share its run.
         source: What the picture shows, in a few words; may be empty.
         targets: What it should become, one edit for each; with run, what it came with if nothing is given.
         mask: A picture of the same size, white on the subject; for attention variants that use one.

@@ -137,7 +137,13 @@ class KVTrainer(Trainer):
     def edit(
         self, model: KVInversion, datamodule: SourceImages, settings: EditSettings | None = None
     ) -> None:
-        """Stage 3: render every tuned picture as its targets say, with the model's settings or these."""
+        """Stage 3: render every tuned picture as its targets say.
+
+        Args:
+            model: The module.
+            datamodule: The pictures.
+            settings: How they are edited; None: as the model's settings say.
+        """
         self._work(model, datamodule, ["edit"], settings)
 
     def run(self, model: KVInversion, datamodule: SourceImages) -> None:

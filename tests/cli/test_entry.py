@@ -82,8 +82,9 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
         < out.index("--config")
         < out.index("--model.steps")
     )
-    assert "with few, such as 10, most edits miss the action (default: 50)" in out
-    assert "What the picture shows, in a few words; may be empty." in " ".join(out.split())
+    told = " ".join(out.split())
+    assert "with few, such as 10, most edits miss the action (default: 50)" in told
+    assert "What the picture shows, in a few words; may be empty." in told
     assert "known subclasses" not in out
     assert ("--run DIR" in out) == (verb == "edit")
     assert max(map(len, out.splitlines())) < 130
@@ -102,7 +103,7 @@ def test_the_usual_options_of_a_stage_are_those_that_it_makes_something_of(
     verb: str, idle: set[str], cat: list[object]
 ) -> None:
     usual = kvinv(verb, "--help").out.partition("the usual options:\n")[2].partition("\n\n")[0]
-    shown = {line.split()[0] for line in usual.splitlines()}
+    shown = {line.split()[0] for line in usual.splitlines() if line.startswith("  -")}
     assert shown == {*SHORT, *(["--run"] if verb == "edit" else []), "-c,"} - idle
     assert usual.splitlines()[-1].startswith("  -c, --config FILE ")
     given = [arg for flag in idle for arg in (flag, "blend" if flag == "--reading" else 1)]
