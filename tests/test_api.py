@@ -13,7 +13,6 @@ import kvinv_pl
 from kvinv_pl.api import KVInverter, Run
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.settings import EditSettings
 
 SETTINGS: dict[str, Any] = {**fits.QUICK, "optimizer": fits.adam()}
 
@@ -50,7 +49,7 @@ def test_it_is_the_same_tuning_as_the_trainers(run: Run, image: Path, tmp_path: 
 
 
 def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVInverter, run: Run) -> None:
-    plain = run.edit(TARGET).tobytes()
+    plain, loaded = run.edit(TARGET).tobytes(), kv.model.editing
     others = [
         run.edit(TARGET, reading="blend"),
         run.edit(TARGET, start=1.0),
@@ -60,7 +59,9 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
     assert len({plain, *(other.tobytes() for other in others)}) == 5
     with pytest.raises(UserError, match="start: expected a share"):
         run.edit(TARGET, guidance=5.0, start=2.0)
-    assert kv.model.editing == EditSettings(2.0, "frozen", "stored", 0.0, "", None)
+    with pytest.raises(TypeError, match="guidence"):
+        run.edit(TARGET, guidence=5.0)
+    assert kv.model.editing is loaded
     assert run.edit(TARGET).tobytes() == plain
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,7 @@ class Attachment:
         self._processors = {path: CPProcessor(cp.site, layers[path].processor) for path, cp in psi.items()}
         self._attached = True
         self._looks: Looks | None = None
+        self._sharpness = 1.0
         for path, processor in self._processors.items():
             layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
 
@@ -132,6 +134,15 @@ class Attachment:
             self._looks = None
 
     @contextmanager
+    def sharpened(self, factor: float) -> Iterator[None]:
+        """Multiply the scores of Eq. 2 in the rows of the edits."""
+        self._sharpness = factor
+        try:
+            yield
+        finally:
+            self._sharpness = 1.0
+
+    @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
         """Plain attention, psi unused; each layer's own K and V come into the dictionary, detached."""
         kept: dict[str, KV] = {}
@@ -174,6 +185,8 @@ class Attachment:
         """Eq. 2 of the edits' rows with the source's K-bar and V-bar."""
         cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
         subject = self._looks(site.grid) if self._looks is not None and cp.follows else None
+        if self._sharpness != 1:
+            sdpa = partial(sdpa, sharpness=self._sharpness)
         return _cast(cp, "attend_edit", cp.attend_edit(q, k_bar, v_bar, sdpa, subject), q)
 
 

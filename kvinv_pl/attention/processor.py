@@ -109,7 +109,7 @@ def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
     """Eq. 2 for one layer: heads apart, softmax(Q K^T / sqrt(d)) V, heads together."""
     every, slots, dtype = q.shape[0], q.shape[1], q.dtype
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sharpness: float = 1.0) -> Tensor:
         branches = q.shape[0]  # all, or the source's or the edits' own
 
         def heads(x: Tensor) -> Tensor:
@@ -130,6 +130,8 @@ def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
             mask = mask.expand(branches, slots, q.shape[2], k.shape[2]).flatten(0, 1).unsqueeze(1)
             scores = mask if scores is None else scores + mask
         scale = None if attn.scale_qk else 1.0
+        if sharpness != 1:
+            scale = sharpness * (attn.scale if attn.scale_qk else 1.0)
         out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=scores, scale=scale)
         return out.transpose(1, 2).flatten(2).unflatten(0, (branches, slots))
 

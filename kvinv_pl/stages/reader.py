@@ -115,7 +115,7 @@ class Reader:
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
             self._expect(self.first)
-            with self._open:
+            with self._open, self._attachment.sharpened(self.settings.sharpness):
                 yield
 
     def _expect(self, i: int) -> None:

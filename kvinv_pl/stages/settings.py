@@ -160,6 +160,7 @@ class EditSettings(Settings):
     negative: str
     subject: str | None
     source_guidance: float | None = field(metadata={"idle": None})
+    sharpness: float = field(metadata={"idle": 1.0})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, by the name that it has as a parameter."""
@@ -170,6 +171,10 @@ class EditSettings(Settings):
         one_of("kv", self.kv, KeyValues)
         if not 0 <= self.start <= 1:
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
+            raise UserError(f"sharpness: expected a finite number above 0, got {self.sharpness}")
+        if self.sharpness != 1 and self.reading != "frozen":
+            raise UserError(f"sharpness: expected 1 with reading {self.reading}, got {self.sharpness}")
 
     @property
     def guide(self) -> Guidance:

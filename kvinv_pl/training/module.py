@@ -77,6 +77,8 @@ class KVInversion(LightningModule):
         negative: What the unconditional branch is told.
         subject: The word for the subject in the targets, for variants that follow it through an edit; left
             out, it is the last word that source and target have in common before they differ.
+        sharpness: Factor of the scores of Eq. 2 in an edit with the reading frozen; above 1 an edit's query
+            keeps to the keys of K-bar that are most like it.
         seed: Of random starts of psi.
         slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
             what fits into memory, 8 at most.
@@ -112,6 +114,7 @@ class KVInversion(LightningModule):
         start: float = 0.0,
         negative: str = "",
         subject: str | None = None,
+        sharpness: float = 1.0,
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
         store_dtype: StoreDtype = "int8",

@@ -156,6 +156,22 @@ def test_frozen_serves_several_edits_each_as_if_it_were_alone(
     assert close(together, alone)
 
 
+def test_sharpened_edits_attend_as_if_k_bar_were_so_many_times_as_long(unet: UNet2DConditionModel):
+    """The scores of Eq. 2 are linear in K-bar; Eq. 1 on its own is left alone."""
+    attachment = attach(unet, shaken(variants()))
+    with attachment.recording() as kv:
+        source = run(unet, inputs(2))
+    with attachment.frozen({path: (2.5 * k, v) for path, (k, v) in kv.items()}):
+        longer = run(unet, inputs(2))
+    with attachment.sharpened(2.5):
+        with attachment.frozen(kv):
+            assert close(run(unet, inputs(2)), longer) and not close(longer, source)
+        with attachment.blend():
+            assert torch.equal(run(unet, inputs(2)), source)
+    with attachment.sharpened(1.0), attachment.frozen(kv):
+        assert torch.equal(run(unet, inputs(2)), source)
+
+
 def test_frozen_gives_uncond_and_cond_their_own_keys(unet: UNet2DConditionModel):
     attachment = attach(unet, shaken(variants()))
     with attachment.recording() as kv:

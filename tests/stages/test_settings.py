@@ -1,0 +1,87 @@
+"""The settings of the stages: what they refuse, and what the records say of an option added later."""
+
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+from fits import SOURCE, TARGET
+
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.source_image import settings_of
+from kvinv_pl.errors import UserError
+from kvinv_pl.stages.settings import EditSettings, InversionSettings, TuningSettings, options_of
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    folder = tmp_path_factory.mktemp("run")
+    return fits.fit(fits.picture(folder / "cat.png"), folder / "run")
+
+
+def records(store: RunStore) -> list[dict[str, Any]]:
+    return [record for record, _ in store.edits()]
+
+
+def test_every_setting_is_a_parameter_of_the_module_and_has_its_default_there() -> None:
+    parameters = signature(KVInversion).parameters
+    module = KVInversion()
+    for settings in (module.inverting, module.tuning, module.editing):
+        for setting in fields(settings):
+            chosen = [parameters[name].default for name in options_of(setting)]
+            given = next((default for default in chosen if default is not None), None)
+            assert getattr(settings, setting.name) == given
+
+
+def test_guidance_is_that_of_tuning_too_unless_tuning_has_its_own() -> None:
+    assert KVInversion(guidance=4).tuning.guidance == 4.0
+    module = KVInversion(guidance=4, tuning_guidance=1, inversion_guidance=2)
+    assert (module.editing.guidance, module.tuning.guidance, module.inverting.guidance) == (4.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("kind", [InversionSettings, TuningSettings, EditSettings])
+def test_settings_are_changed_by_making_others(kind: Any) -> None:
+    module = KVInversion()
+    settings = next(
+        each for each in (module.inverting, module.tuning, module.editing) if isinstance(each, kind)
+    )
+    with pytest.raises(FrozenInstanceError):
+        settings.guidance = 2.0  # pyright: ignore[reportAttributeAccessIssue]
+    assert replace(settings, guidance=2.0).guidance == 2.0
+    with pytest.raises(UserError, match="guidance: expected a finite number of 0 or more, got -1"):
+        replace(settings, guidance=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sharpness": 0.0}, "sharpness: expected a finite number above 0, got 0.0"),
+        ({"sharpness": float("nan")}, "sharpness: expected a finite number above 0, got nan"),
+        ({"sharpness": 2.0, "reading": "blend"}, "sharpness: expected 1 with reading blend, got 2.0"),
+    ],
+)
+def test_a_sharpness_that_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"^{says}"):
+        KVInversion(**changes)
+    with pytest.raises(UserError, match=f"^{says}"):
+        replace(KVInversion().editing, **changes)
+
+
+def test_a_sharper_edit_is_another_edit_that_its_record_tells_of(tuned: RunStore) -> None:
+    """At 1 no record has it: an edit made before there was the option is that edit still."""
+    (plain,) = fits.edit(tuned)
+    assert "sharpness" not in records(tuned)[-1] and "sharpness" not in tuned.read_run()["editing"]
+    (sharp,), (replayed,) = (fits.edit(tuned, sharpness=4.0, kv=kv) for kv in ("stored", "replayed"))
+    assert [record.get("sharpness") for record in records(tuned)] == [None, 4.0, 4.0]
+    assert fits.levels(sharp, replayed) <= 1 < fits.levels(sharp, plain)
+
+
+def test_a_run_remembers_the_sharpness_for_its_next_edit(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    data = SourceImages(str(fits.picture(tmp_path / "cat.png")), SOURCE, [TARGET], out=str(out))
+    fits.trainer().run(fits.model(steps=1, inner_steps=1, sharpness=2.0), data)
+    assert settings_of(out)["model"]["sharpness"] == 2.0 and records(RunStore(out))[0]["sharpness"] == 2.0
