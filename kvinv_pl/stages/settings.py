@@ -43,8 +43,9 @@ class Settings:
     def _chosen(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for setting in fields(cls):
             value = next((given[name] for name in options_of(setting) if given[name] is not None), None)
-            a_number = setting.type in (float, float | None) and value is not None
-            yield setting.name, float(value) if a_number else value
+            if value is not None and setting.type in (float, float | None):
+                value = float(value)
+            yield setting.name, value
 
 
 @dataclass(frozen=True)
