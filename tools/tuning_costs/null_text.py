@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import move
-from kvinv_pl.algorithm.editing import guided
+from kvinv_pl.algorithm.guidance import guided
 from kvinv_pl.models.denoiser import Denoiser
 
 
@@ -39,7 +39,7 @@ def reconstruct(
         used.append(0)
         for _ in range(inner_steps):
             used[-1] += 1
-            here = move(z, guided(eps(z, t, empty), eps_c, w), table.alphas[i], table.alphas[i + 1])
+            here = move(z, guided([eps(z, t, empty), eps_c], [w]), table.alphas[i], table.alphas[i + 1])
             loss = (here - pivot).square().mean()
             adam.zero_grad()
             loss.backward()
@@ -48,5 +48,5 @@ def reconstruct(
                 break
         with torch.no_grad():
             both = eps(torch.cat([z, z]), t.repeat(2), torch.cat([empty, source]))
-            z = move(z, guided(*both.split(1), w), table.alphas[i], table.alphas[i + 1])
+            z = move(z, guided(both.split(1), [w]), table.alphas[i], table.alphas[i + 1])
     return z, used
