@@ -37,12 +37,12 @@ class ByHand:
         with torch.no_grad():
             for i in reversed(range(steps)):
                 t = self.table.timesteps[i][None]
-                eps = backbone.eps(self.pivots[-1], t, self.source)
+                eps = backbone.predict(self.pivots[-1], t, self.source)
                 self.pivots.append(move(self.pivots[-1], eps, self.table.alphas[i + 1], self.table.alphas[i]))
 
     def guided(self, z: Tensor, i: int, prompt: Tensor) -> Tensor:
         t = self.table.timesteps[i].expand(2)
-        eps_u, eps_c = self.backbone.eps(torch.cat([z, z]), t, torch.cat([self.empty, prompt])).split(1)
+        eps_u, eps_c = self.backbone.predict(torch.cat([z, z]), t, torch.cat([self.empty, prompt])).split(1)
         return move(z, eps_u + W * (eps_c - eps_u), self.table.alphas[i], self.table.alphas[i + 1])
 
     def tune(

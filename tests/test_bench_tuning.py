@@ -13,7 +13,6 @@ import fits
 import pytest
 import torch
 
-from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.algorithm.inversion import invert
 from kvinv_pl.attention import Selection
 from kvinv_pl.models.denoiser import Denoiser
@@ -63,11 +62,11 @@ def test_null_text_inversion_comes_closer_with_every_step_and_stops_by_its_own_r
     contexts = backbone.embed(["", fits.SOURCE])[:, None]
     z_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        trajectory = invert(denoiser.guided_eps(contexts, 1.0), z_0, denoiser.table)
+        trajectory = invert(denoiser.guided_prediction(contexts, 1.0), z_0, denoiser.table)
         sampled = [trajectory[-1]]
         for i in range(4):
-            eps = denoiser.guided_eps(contexts, 4.0)(sampled[0], denoiser.table.timesteps[i : i + 1])
-            sampled.insert(0, move(sampled[0], eps, denoiser.table.alphas[i], denoiser.table.alphas[i + 1]))
+            eps = denoiser.guided_prediction(contexts, 4.0)(sampled[0], denoiser.table.timesteps[i : i + 1])
+            sampled.insert(0, denoiser.table.forward(sampled[0], eps, i))
 
     def missed(inner_steps: int) -> float:
         found, used = null_text.reconstruct(denoiser, trajectory, contexts, 4.0, inner_steps)

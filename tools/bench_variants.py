@@ -134,7 +134,7 @@ def seconds_to_sample() -> float:
     for _ in range(20):
         began = time.perf_counter()
         with torch.no_grad():
-            backbone.eps(z, torch.full((2,), 500), contexts)
+            backbone.predict(z, torch.full((2,), 500), contexts)
         taken.append(time.perf_counter() - began)
     return float(np.median(taken)) * module.steps
 

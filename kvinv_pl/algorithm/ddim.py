@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvinv_pl.algorithm.schedule import Steps
 from kvinv_pl.errors import UserError
 
 Alpha: TypeAlias = float | Float[Tensor, ""] | Float[Tensor, " rows"]
@@ -23,6 +24,8 @@ class StepTable:
     """What the network is told at step i; descending."""
     alphas: Float[Tensor, " T+1"]
     """alpha-bar in float64; the last one is where the last step arrives."""
+    predicts_v: bool = False
+    """Whether the network gives v rather than epsilon."""
 
     def __post_init__(self) -> None:
         """Refuse a table that cannot be walked in both directions."""
@@ -44,6 +47,7 @@ class StepTable:
         timesteps: Int[Tensor, " T"],
         alphas_cumprod: Float[Tensor, " train"],
         final_alpha: Alpha,
+        predicts_v: bool = False,
     ) -> StepTable:
         """The table in which every step goes to the next timestep, and the last one to final_alpha."""
         timesteps = timesteps.cpu().long()
@@ -54,7 +58,8 @@ class StepTable:
                 f"the model knows 0 to {train - 1}; ask for fewer steps"
             )
         alphas = alphas_cumprod.cpu().double()[timesteps]
-        return cls(timesteps, torch.cat([alphas, torch.tensor([float(final_alpha)], dtype=torch.float64)]))
+        last = torch.tensor([float(final_alpha)], dtype=torch.float64)
+        return cls(timesteps, torch.cat([alphas, last]), predicts_v)
 
     def __len__(self) -> int:
         """T."""
@@ -63,6 +68,37 @@ class StepTable:
     def has_effect(self, i: int) -> bool:
         """Whether epsilon matters at step i: it does not where a step arrives at the alpha it left."""
         return bool(self.alphas[i] != self.alphas[i + 1])
+
+    def forward(
+        self, z: Float[Tensor, "rows c h w"], out: Float[Tensor, "rows c h w"], i: Steps
+    ) -> Float[Tensor, "rows c h w"]:
+        """Step i of Eq. 4, towards the picture."""
+        return move(z, self._eps(z, out, i), self.alphas[i], self.alphas[i + 1])
+
+    def back(
+        self, z: Float[Tensor, "rows c h w"], out: Float[Tensor, "rows c h w"], i: Steps
+    ) -> Float[Tensor, "rows c h w"]:
+        """Step i of Eq. 4, towards noise."""
+        return move(z, self._eps(z, out, i), self.alphas[i + 1], self.alphas[i])
+
+    def _eps(self, z: Tensor, out: Tensor, i: Steps) -> Tensor:
+        """Epsilon of what the network gives where step i leaves, whose alpha it is told by the timestep."""
+        return from_v(z, out, self.alphas[i]) if self.predicts_v else out
+
+    def predicted_z_0(
+        self, z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], i: int
+    ) -> Float[Tensor, "rows c h w"]:
+        """The picture that step i believed in, from both its ends."""
+        return predicted_z_0(z_from, z_to, self.alphas[i], self.alphas[i + 1])
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of it, step by step."""
+        return {
+            "steps": len(self),
+            "prediction": "v_prediction" if self.predicts_v else "epsilon",
+            "timesteps": self.timesteps.tolist(),
+            "alphas": self.alphas.tolist(),
+        }
 
 
 def move(

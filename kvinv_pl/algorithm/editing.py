@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable, move
 from kvinv_pl.algorithm.guidance import Guidance
+from kvinv_pl.algorithm.schedule import Schedule
 
 Branches = Callable[[Tensor, Tensor], Tensor]
-"""eps(z, t): every branch's epsilon, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
+"""eps(z, t): every branch's output, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
 Psi = Callable[[int], AbstractContextManager[None]]
 """psi(i): the context in which the network attends with what was learned for step i."""
 
@@ -26,7 +26,7 @@ def first_step(start: float, steps: int) -> int:
 def edit(
     eps: Branches,
     z_T: Float[Tensor, "edits c h w"],
-    table: StepTable,
+    table: Schedule,
     psi: Psi,
     guidance: Guidance,
     start: float,
@@ -48,6 +48,6 @@ def edit(
         t = table.timesteps[i].to(z.device).expand(len(z))
         with psi(i) if i >= first else nullcontext():
             branches = eps(z, t)
-        z = move(z, guidance.mix(branches), table.alphas[i], table.alphas[i + 1])
+        z = table.forward(z, guidance.mix(branches), i)
         watch(i)
     return z

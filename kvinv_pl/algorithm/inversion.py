@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable, move
+from kvinv_pl.algorithm.schedule import Schedule
 
 Eps = Callable[[Tensor, Tensor], Tensor]
-"""eps(z, t): epsilon for latents (slots, c, h, w) at timesteps (slots,)."""
+"""eps(z, t): what the network gives for latents (slots, c, h, w) at timesteps (slots,)."""
 
 
 def invert(
     eps: Eps,
     z_0: Float[Tensor, "slots c h w"],
-    table: StepTable,
+    table: Schedule,
     watch: Callable[[int], None] = lambda i: None,
 ) -> Float[Tensor, "levels slots c h w"]:
     """Algorithm 1, inversion: z-hat_0 ... z-hat_T, with epsilon taken at the noisier end of each move.
@@ -31,6 +31,6 @@ def invert(
     z = [z_0]
     for i in reversed(range(len(table))):
         t = table.timesteps[i].to(z_0.device).expand(len(z_0))
-        z.append(move(z[-1], eps(z[-1], t), table.alphas[i + 1], table.alphas[i]))
+        z.append(table.back(z[-1], eps(z[-1], t), i))
         watch(i)
     return torch.stack(z)

@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable, move
+from kvinv_pl.algorithm.schedule import Schedule
 
 Eps = Callable[[Tensor, Tensor], Tensor]
-"""eps(z, t): epsilon for latents (slots, c, h, w) at timesteps (slots,), under the psi being tuned."""
+"""eps(z, t): the network's output for latents (slots, c, h, w) at timesteps (slots,), psi being tuned."""
 
 
 def reconstruct(
-    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: StepTable, i: int | Int[Tensor, " slots"]
+    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: Schedule, i: int | Int[Tensor, " slots"]
 ) -> Float[Tensor, "slots c h w"]:
     """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise: one for all slots, or one each."""
     steps = torch.as_tensor(i).expand(len(z_t)).cpu()
     t = table.timesteps[steps].to(z_t.device)
-    return move(z_t, eps(z_t, t), table.alphas[steps], table.alphas[steps + 1])
+    return table.forward(z_t, eps(z_t, t), steps)
 
 
 def squared_errors(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.data.pictures import Geometry, Picture
 
 INVERTED = ("model", "scheduler", "picture", "source", "inversion")
@@ -37,16 +36,6 @@ def geometry_of(record: dict[str, Any]) -> Geometry:
     """The geometry that `of_picture` wrote down."""
     box = record["box"]
     return Geometry(tuple(record["size"]), tuple(record["model_size"]), tuple(box) if box else None)
-
-
-def of_table(table: StepTable, predicts_v: bool) -> dict[str, Any]:
-    """The schedule, step by step."""
-    return {
-        "steps": len(table),
-        "prediction": "v_prediction" if predicts_v else "epsilon",
-        "timesteps": table.timesteps.tolist(),
-        "alphas": table.alphas.tolist(),
-    }
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

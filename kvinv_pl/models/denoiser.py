@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.algorithm.guidance import guided
+from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
@@ -28,7 +29,7 @@ class Denoiser(nn.Module):
         """Nothing is attached yet; `autocast` may be set to the precision's own context."""
         super().__init__()
         self.backbone, self.variant, self.selection = backbone, variant, selection
-        self.table = backbone.step_table(steps)
+        self.table: Schedule = backbone.step_table(steps)
         self.psi = nn.ModuleDict()
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         self.attachment: Attachment | None = None
@@ -79,16 +80,16 @@ class Denoiser(nn.Module):
     def branches(
         self, z: Float[Tensor, "rows c h w"], t: Tensor, contexts: Float[Tensor, "branches rows L d"]
     ) -> Float[Tensor, "branches rows c h w"]:
-        """Epsilon of the same latents under every branch's prompts."""
+        """What the network gives for the same latents under every branch's prompts."""
         count = len(contexts)
         with self.autocast():
-            eps = self.backbone.eps(z.repeat(count, 1, 1, 1), t.repeat(count), contexts.flatten(0, 1))
+            eps = self.backbone.predict(z.repeat(count, 1, 1, 1), t.repeat(count), contexts.flatten(0, 1))
         return eps.unflatten(0, (count, -1))
 
-    def guided_eps(
+    def guided_prediction(
         self, contexts: Float[Tensor, "2 rows L d"], w: float
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """eps(z, t) at guidance w; contexts are unconditional, then conditional. At w = 1 one branch runs."""
+        """As (z, t) -> output at guidance w; contexts are unconditional, then conditional."""
 
         def eps(z: Tensor, t: Tensor) -> Tensor:
             out = self.branches(z, t, contexts[1:] if w == 1 else contexts)

@@ -42,7 +42,8 @@ def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float) -> int:
     contexts = backbone.embed(["", ""])[:, None]
     with denoiser.attached().blend():
         held = _held(
-            lambda: denoiser.guided_eps(contexts, w)(z, t), {p.data_ptr() for p in denoiser.parameters()}
+            lambda: denoiser.guided_prediction(contexts, w)(z, t),
+            {p.data_ptr() for p in denoiser.parameters()},
         )
     return held + COPIES * sum(p.numel() * p.element_size() for p in denoiser.psi.parameters())
 

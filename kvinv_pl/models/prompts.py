@@ -67,7 +67,7 @@ def mask_from_word(
     z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
     paths = in_decoder(cross_attentions(backbone.unet))
     with watching(backbone.unet, [positions], START, paths) as maps:
-        backbone.eps(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
+        backbone.predict(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
     seen = maps.now((pixels.shape[1], pixels.shape[2]))
     if seen is None:
         raise UserError("this checkpoint has no cross-attention to read a mask from: give a mask or use SAM")

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.algorithm.ddim import StepTable, from_v
+from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import NEEDED, load, sizes
@@ -104,13 +104,13 @@ class Backbone(nn.Module):
         tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return str(self.tokenizer.decode(tokens[self.prompt_length - 2 :])).strip()
 
-    def eps(
+    def predict(
         self, z: Float[Tensor, "rows c i j"], t: Int[Tensor, " rows"], prompt: Float[Tensor, "rows L d"]
     ) -> Float[Tensor, "rows c i j"]:
-        """epsilon_theta(z, t, c) in fp32; a v-prediction is converted with the alpha of its t."""
+        """What the U-Net gives for z, t and a prompt, in fp32: epsilon or v, as its schedule knows."""
         dtype = self.unet.conv_in.weight.dtype
         out = self.unet(z.to(dtype), t, encoder_hidden_states=prompt.to(dtype), return_dict=False)[0]
-        return from_v(z.float(), out, self.alphas_cumprod[t]) if self.predicts_v else out.float()
+        return out.float()
 
     def step_table(self, steps: int) -> StepTable:
         """The DDIM steps of the checkpoint's own schedule, each going to the next entry of the table."""
@@ -121,7 +121,7 @@ class Backbone(nn.Module):
         # trailing spacing may come with one timestep too many, below zero
         timesteps = self.scheduler.timesteps[:steps]
         final_alpha = float(self.scheduler.final_alpha_cumprod)
-        return StepTable.through(timesteps, self.scheduler.alphas_cumprod, final_alpha)
+        return StepTable.through(timesteps, self.scheduler.alphas_cumprod, final_alpha, self.predicts_v)
 
     def _refuse_other_conditions(self) -> None:
         """Refuse a U-Net that wants to be told more than z, t and a prompt."""

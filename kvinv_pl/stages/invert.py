@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
 from kvinv_pl.data.pictures import open_picture, to_image, to_mask
-from kvinv_pl.data.records import INVERTED, geometry_of, of_table, versions
+from kvinv_pl.data.records import INVERTED, geometry_of, versions
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import Opened, SourceImage
 from kvinv_pl.models.denoiser import Denoiser
@@ -31,7 +31,7 @@ def inversion_record(denoiser: Denoiser, image: SourceImage, settings: Inversion
         picture = {**picture, "notes": notes}
     return {
         "model": backbone.identity,
-        "scheduler": of_table(denoiser.table, backbone.predicts_v),
+        "scheduler": denoiser.table.record(),
         "picture": picture,
         "source": image.source,
         "inversion": settings.record(),
@@ -47,8 +47,7 @@ def is_inverted(denoiser: Denoiser, image: SourceImage, settings: InversionSetti
     if image.path is not None:
         expected, fields = inversion_record(denoiser, image, settings), INVERTED
     else:
-        table = of_table(denoiser.table, denoiser.backbone.predicts_v)
-        expected = {"model": denoiser.backbone.identity, "scheduler": table}
+        expected = {"model": denoiser.backbone.identity, "scheduler": denoiser.table.record()}
         fields = ("model", "scheduler")
     there = store.read_run().get("model", {})
     if there.get("sha256") == expected["model"]["sha256"]:  # the same one, wherever it lies now
@@ -75,7 +74,7 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
         watch.progress.note(f"{image.name}: the source prompt is empty; --source says what the picture shows")
     watch.progress.begin("inverting", image.name, len(table))
     z = invert(
-        denoiser.guided_eps(contexts, settings.guidance), z_0, table,
+        denoiser.guided_prediction(contexts, settings.guidance), z_0, table,
         lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
     )  # fmt: skip
     geometry = geometry_of(record["picture"])

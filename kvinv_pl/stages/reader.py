@@ -105,7 +105,7 @@ class Reader:
             rows = cat([self.source.z.expand(extra, -1, -1, -1), rows])
             times, contexts = cat([t[:1].expand(extra), times]), cat([self.source.contexts, contexts])
         with self.denoiser.autocast():
-            eps = self.denoiser.backbone.eps(rows, times, contexts)[extra:]
+            eps = self.denoiser.backbone.predict(rows, times, contexts)[extra:]
         return eps.unflatten(0, (-1, count)).transpose(0, 1)
 
     @contextmanager

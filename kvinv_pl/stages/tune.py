@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import predicted_z_0
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import rounded
@@ -158,7 +157,7 @@ class Tuning:
 
     def _reconstruct(self, z: Tensor | None = None) -> Tensor:
         """z-tilde_{t-1} for every slot, from z-tilde_t or from z."""
-        eps = self.denoiser.guided_eps(self._slots.contexts, self.settings.guidance)
+        eps = self.denoiser.guided_prediction(self._slots.contexts, self.settings.guidance)
         return reconstruct(eps, self._slots.z if z is None else z, self.denoiser.table, self._steps)
 
     def _give_up_unless_finite(self, errors: Tensor) -> None:
@@ -269,7 +268,7 @@ class Tuning:
             and i % self.watch.x_0_every == 0
             and table.has_effect(i)
         ):
-            z_0 = predicted_z_0(z_from, z_to, table.alphas[i], table.alphas[i + 1])
+            z_0 = table.predicted_z_0(z_from, z_to, i)
             pixels = self.denoiser.backbone.decode(z_0)[0].cpu()
             log_picture(self.watch.loggers, f"{name}/predicted_x_0", i, pixels)
 

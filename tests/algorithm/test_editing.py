@@ -45,7 +45,7 @@ def test_psi_is_in_force_from_step_round_start_T_on_and_not_before(start: float,
     assert [t for _, t in network.calls] == [[t] for t in TABLE.timesteps.tolist()]
 
 
-def test_every_step_moves_along_the_guided_epsilon() -> None:
+def test_every_step_moves_along_the_guided_predictionilon() -> None:
     network, z = Network(), torch.randn(2, 4, 2, 3, dtype=torch.float64)
     made = edit(network, z, TABLE, network.psi, Guidance(7.5, 7.5), 0.3)
     for i in range(T):

@@ -49,7 +49,7 @@ def probabilities(backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]) -> 
         for projection in (layer.to_q, layer.to_k):
             keep = seen.setdefault(path, []).append
             handles.append(projection.register_forward_hook(lambda _, args, out, keep=keep: keep(out)))
-    backbone.eps(*inputs)
+    backbone.predict(*inputs)
     for handle in handles:
         handle.remove()
     maps = {}
@@ -64,7 +64,7 @@ def test_a_map_is_the_probability_of_the_tokens_of_each_row_as_the_mean_of_the_h
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     with watching(backbone.unet, ROWS) as maps:
-        backbone.eps(*inputs)
+        backbone.predict(*inputs)
     plain = probabilities(backbone, inputs)
     assert maps.layers.keys() == plain.keys() and len(plain) == 7
     for path, seen in maps.layers.items():
@@ -77,7 +77,7 @@ def test_against_other_tokens_it_is_their_share_of_both(
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     with watching(backbone.unet, [[2]], against=[0]) as maps:
-        backbone.eps(*inputs)
+        backbone.predict(*inputs)
     for path, plain in probabilities(backbone, inputs).items():
         expected = (plain[..., 2] / (plain[..., 2] + plain[..., 0])).mean(1)
         torch.testing.assert_close(maps.layers[path].flatten(1), expected)
@@ -86,9 +86,9 @@ def test_against_other_tokens_it_is_their_share_of_both(
 def test_what_is_computed_and_the_u_net_are_as_without_watching(
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    before, there = backbone.eps(*inputs), processors(backbone.unet)
+    before, there = backbone.predict(*inputs), processors(backbone.unet)
     with watching(backbone.unet, ROWS):
-        assert torch.equal(backbone.eps(*inputs), before)
+        assert torch.equal(backbone.predict(*inputs), before)
         assert all(a is b for a, b in zip(processors(backbone.unet), there, strict=True))
     assert hooks(backbone.unet) == 0
 
@@ -96,11 +96,11 @@ def test_what_is_computed_and_the_u_net_are_as_without_watching(
         pass
 
     with pytest.raises(Stop), watching(backbone.unet, ROWS):
-        backbone.eps(*inputs)
+        backbone.predict(*inputs)
         raise Stop
     assert hooks(backbone.unet) == 0
     assert all(a is b for a, b in zip(processors(backbone.unet), there, strict=True))
-    assert torch.equal(backbone.eps(*inputs), before)
+    assert torch.equal(backbone.predict(*inputs), before)
 
 
 def test_only_the_layers_that_are_named_are_looked_at(
@@ -110,7 +110,7 @@ def test_only_the_layers_that_are_named_are_looked_at(
     decoder = [path for path in known if path.startswith("up_blocks.1.")]
     with watching(backbone.unet, ROWS, paths=decoder) as maps:
         hooked = [path for path in known if backbone.unet.get_submodule(path)._forward_pre_hooks]
-        backbone.eps(*inputs)
+        backbone.predict(*inputs)
     assert list(maps.layers) == hooked == decoder and len(decoder) == 2
     for wrong in (["up_blocks.9.attn2"], []):
         with pytest.raises(UserError, match=r"expected cross-attentions .*: choose from down_blocks\.0\."):
@@ -130,7 +130,7 @@ def test_a_self_attention_in_the_decoder_knows_the_layers_before_it(
             lambda module, args: known.append((len(maps.layers), maps.now((4, 3)), maps.average((4, 3))))
         )
         for _ in range(2):
-            backbone.eps(*inputs)
+            backbone.predict(*inputs)
         handle.remove()
     (first, now, average), (second, again, so_far) = known
     assert first == second == 3 and average is None  # of the encoder's two blocks and the middle
@@ -147,7 +147,7 @@ def test_the_average_is_that_of_all_forwards_on_one_grid(
     each = []
     with watching(backbone.unet, ROWS) as maps:
         for factor in (1, 2, 3):
-            backbone.eps(factor * z, t, context)
+            backbone.predict(factor * z, t, context)
             each.append(maps.now(GRID))
     average = maps.average(GRID)
     assert maps.forwards == 3 and average is not None and average.shape == (2, *GRID)
@@ -159,7 +159,7 @@ def test_positions_are_repeated_over_the_rows(
 ) -> None:
     twice = tuple(x.repeat(2, *(1 for _ in x.shape[1:])) for x in inputs)
     with watching(backbone.unet, ROWS) as maps:
-        backbone.eps(*twice)
+        backbone.predict(*twice)
     for seen in maps.layers.values():
         torch.testing.assert_close(seen[:2], seen[2:])
         assert seen[1].all() and not seen[2].any()
@@ -178,11 +178,11 @@ def test_slicing_and_half_precision_give_the_same_maps(
     tmp_path: Path, backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     with watching(backbone.unet, ROWS) as maps:
-        backbone.eps(*inputs)
+        backbone.predict(*inputs)
     half = Backbone.load(str(checkpoints.make("tiny", tmp_path)), dtype=torch.bfloat16)
     half.unet.set_attention_slice(1)
     with watching(half.unet, ROWS) as rough:
-        half.eps(*inputs)
+        half.predict(*inputs)
     for path, seen in rough.layers.items():
         assert seen.dtype == torch.float32
         torch.testing.assert_close(seen, maps.layers[path], rtol=0.1, atol=0.01)
@@ -203,12 +203,12 @@ def test_cp_attn_and_watching_go_together(backbone: Backbone, inputs: tuple[Tens
     attachment = attach(backbone.unet, {site.path: Doubled(site) for site in sites})
     try:
         with attachment.blend():
-            expected = backbone.eps(*inputs)
+            expected = backbone.predict(*inputs)
             with watching(backbone.unet, ROWS) as maps:
-                assert torch.equal(backbone.eps(*inputs), expected)
+                assert torch.equal(backbone.predict(*inputs), expected)
                 changed = maps.now(GRID)
         with watching(backbone.unet, ROWS) as maps:
-            backbone.eps(*inputs)
+            backbone.predict(*inputs)
             plain = maps.now(GRID)
         attachment.check()
     finally:

@@ -13,7 +13,7 @@ from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention import Site
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.pictures import fit_geometry, open_picture, psnr
-from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture, of_table
+from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture
 
 
 def test_psnr_counts_pixels_from_minus_one_to_one() -> None:
@@ -34,9 +34,9 @@ def test_a_geometry_comes_back_from_json_as_it_was(mode: Literal["keep", "crop"]
 
 def test_a_table_is_written_down_step_by_step_without_loss() -> None:
     table = StepTable(
-        torch.tensor([501, 1]), torch.tensor([0.1, 0.7, 0.9991234567890123], dtype=torch.float64)
+        torch.tensor([501, 1]), torch.tensor([0.1, 0.7, 0.9991234567890123], dtype=torch.float64), True
     )
-    record = json.loads(json.dumps(of_table(table, predicts_v=True)))
+    record = json.loads(json.dumps(table.record()))
     assert record["prediction"] == "v_prediction" and record["steps"] == 2
     assert record["timesteps"] == [501, 1]
     assert torch.equal(torch.tensor(record["alphas"], dtype=torch.float64), table.alphas)

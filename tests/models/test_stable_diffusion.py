@@ -126,26 +126,28 @@ def test_guided_sampling_by_our_move_is_the_output_of_the_pipeline(
     table, z = backbone.step_table(steps), z_T
     with torch.no_grad():
         for i, t in enumerate(table.timesteps):
-            eps_u, eps_c = backbone.eps(torch.cat([z, z]), t.expand(2), prompt).chunk(2)
-            z = move(z, eps_u + w * (eps_c - eps_u), table.alphas[i], table.alphas[i + 1])
+            out_u, out_c = backbone.predict(torch.cat([z, z]), t.expand(2), prompt).chunk(2)
+            z = table.forward(z, out_u + w * (out_c - out_u), i)
     ours = backbone.decode(z) / 2 + 0.5
     assert not torch.allclose(z, z_T, atol=0.1)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_epsilon_of_a_v_prediction_is_that_of_each_rows_own_timestep(
-    load: Load,
-) -> None:
+def test_a_v_prediction_is_stepped_along_as_the_epsilon_of_each_rows_own_timestep(load: Load) -> None:
     backbone = load("sd21")
-    z, t = normal(2, 4, 8, 16), torch.tensor([981, 21])
-    prompt = backbone.embed(PROMPTS[:2])
+    table, steps, z = backbone.step_table(4), torch.tensor([0, 3]), normal(2, 4, 8, 16)
     with torch.no_grad():
-        v = backbone.unet(z, t, encoder_hidden_states=prompt, return_dict=False)[0]
-        eps = backbone.eps(z, t, prompt)
-    for row in range(2):
-        alpha = backbone.scheduler.alphas_cumprod[t[row]]
-        expected = alpha.sqrt() * v[row] + (1 - alpha).sqrt() * z[row]
-        torch.testing.assert_close(eps[row], expected)
+        v = backbone.predict(z, table.timesteps[steps], backbone.embed(PROMPTS[:2]))
+    alphas = backbone.scheduler.alphas_cumprod[table.timesteps].double()
+    here, there = alphas[steps], torch.tensor([alphas[1], float(backbone.scheduler.final_alpha_cumprod)])
+    for a_from, a_to, moved in (
+        (here, there, table.forward(z, v, steps)),
+        (there, here, table.back(z, v, steps)),
+    ):
+        for row in range(2):
+            eps = here[row].sqrt() * v[row] + (1 - here[row]).sqrt() * z[row]
+            expected = move(z[row : row + 1], eps[None], a_from[row], a_to[row])
+            torch.testing.assert_close(moved[row : row + 1], expected.float())
 
 
 def test_the_steps_are_those_of_the_checkpoints_own_schedule(load: Load) -> None:
@@ -210,8 +212,8 @@ def test_a_half_precision_unet_gives_fp32_epsilon_and_leaves_the_vae_in_fp32(hom
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
     z, t = normal(2, 4, 8, 16), torch.tensor([981, 21])
     with torch.no_grad():
-        eps = half.eps(z, t, half.embed(PROMPTS[:2]))
-        expected = full.eps(z, t, full.embed(PROMPTS[:2]))
+        eps = half.predict(z, t, half.embed(PROMPTS[:2]))
+        expected = full.predict(z, t, full.embed(PROMPTS[:2]))
     assert eps.dtype == torch.float32
     torch.testing.assert_close(eps, expected, atol=0.1, rtol=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -223,7 +225,7 @@ def test_nothing_is_trainable_and_gradients_pass_through_epsilon(load: Load) -> 
     assert not any(p.requires_grad for p in backbone.parameters())
     assert not any(m.training for m in backbone.train().modules())
     z = normal(2, 4, 4, 6).requires_grad_()
-    backbone.eps(z, torch.tensor([981, 21]), backbone.embed(PROMPTS[:2])).sum().backward()
+    backbone.predict(z, torch.tensor([981, 21]), backbone.embed(PROMPTS[:2])).sum().backward()
     assert z.grad is not None and z.grad.abs().sum() > 0
 
 

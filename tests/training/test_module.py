@@ -302,7 +302,7 @@ def test_the_source_start_is_the_sources_own_k_and_v_of_the_conditional_branch(
         for key in ("k", "v"):
             layer.get_submodule(f"to_{key}").register_forward_hook(keep(f"{path}.{key}_hat"))
     with torch.no_grad():
-        by_hand.backbone.eps(by_hand.pivots[-1], by_hand.table.timesteps[:1], by_hand.source)
+        by_hand.backbone.predict(by_hand.pivots[-1], by_hand.table.timesteps[:1], by_hand.source)
     assert len(seen) == 2 * len(by_hand_sites(psi))
     for name, value in seen.items():
         torch.testing.assert_close(psi[name], value, rtol=0, atol=1e-5)

@@ -54,7 +54,7 @@ class Picture:
         self.contexts = backbone.embed(["", animal.prompt()])[:, None]
         with torch.no_grad():
             z_0 = backbone.encode(self.pixels)
-            self.trajectory = invert(denoiser.guided_eps(self.contexts, 1.0), z_0, denoiser.table)
+            self.trajectory = invert(denoiser.guided_prediction(self.contexts, 1.0), z_0, denoiser.table)
         self.round_trip = backbone.decode(z_0)
         denoiser.place((z_0.shape[-2], z_0.shape[-1]), slots=1)
 
@@ -71,7 +71,7 @@ class Picture:
         steps, values = len(denoiser.table), list(denoiser.psi.parameters())
         for cp in denoiser.cps:
             cp.reset()
-        eps = denoiser.guided_eps(self.contexts, self.w)
+        eps = denoiser.guided_prediction(self.contexts, self.w)
 
         def phase(i: int, z: Tensor) -> Tensor:
             pivot, chosen = self.trajectory[steps - 1 - i], optimizer(list(values))

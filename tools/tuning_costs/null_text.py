@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.algorithm.guidance import guided
 from kvinv_pl.models.denoiser import Denoiser
 
@@ -27,7 +26,7 @@ def reconstruct(
         w: The guidance scale.
         inner_steps: Adam steps for one timestep at most; the recipe's own are 10.
     """
-    table, eps = denoiser.table, denoiser.backbone.eps
+    table, eps = denoiser.table, denoiser.backbone.predict
     z, empty, source = trajectory[-1], contexts[0], contexts[1]
     used: list[int] = []
     for i in range(len(table)):
@@ -39,7 +38,7 @@ def reconstruct(
         used.append(0)
         for _ in range(inner_steps):
             used[-1] += 1
-            here = move(z, guided([eps(z, t, empty), eps_c], [w]), table.alphas[i], table.alphas[i + 1])
+            here = table.forward(z, guided((eps(z, t, empty), eps_c), (w,)), i)
             loss = (here - pivot).square().mean()
             adam.zero_grad()
             loss.backward()
@@ -48,5 +47,5 @@ def reconstruct(
                 break
         with torch.no_grad():
             both = eps(torch.cat([z, z]), t.repeat(2), torch.cat([empty, source]))
-            z = move(z, guided(both.split(1), [w]), table.alphas[i], table.alphas[i + 1])
+            z = table.forward(z, guided(both.split(1), (w,)), i)
     return z, used
