@@ -21,7 +21,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for and no more, so that `kvinv --help` answers at once."""
+    """Import lazily, so that `kvinv --help` is fast."""
     if name not in _WHERE:
         raise AttributeError(f"module 'kvinv_pl' has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""What was typed: short flags as the options they stand for, and what is said of a mistake in them."""
+"""Command-line arguments: short flags expanded to options, parser errors in one line."""
 
 import inspect
 import json
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.cli.messages import of_parser
-from kvinv_pl.cli.variant_names import spell_out
+from kvinv_pl.cli.messages import explain_parser_error
+from kvinv_pl.cli.variant_names import expand_variant_names
 from kvinv_pl.errors import UserError
 
 SHORT = {
@@ -29,15 +29,15 @@ SHORT = {
     "--seed": ("model.seed", "N"),
     "--negative": ("model.negative", "TEXT"),
 }
-"""Flags of every stage, the options that they are short for, which have their help, and what follows them."""
+"""Flags of every stage: the option that each stands for, whose help it has, and its metavar."""
 IDLE = {"invert": {"--guidance", "--start", "--reading", "--seed"}, "edit": {"--seed"}}
-"""Flags that a stage accepts, because the same options serve all of them, and makes nothing of."""
+"""Flags that a stage accepts but ignores: all stages share the same options."""
 RUN = ("data.run", "DIR")
 
 
 @dataclass
-class Line:
-    """A command line for the parser, and what the person typed for each option, by the option's full name."""
+class CommandLine:
+    """A command line for the parser, and what the user typed for each option, by the option's full name."""
 
     argv: list[str]
     flags: Sequence[str] = ()
@@ -46,11 +46,11 @@ class Line:
     values: dict[str, str] = field(default_factory=dict)
 
     def note(self, key: str, flag: str, value: str) -> None:
-        """This option was given, by this flag."""
+        """Record that this option was given, by this flag."""
         self.typed[key], self.values[key] = flag, value
 
     def read_rest(self, argv: Sequence[str]) -> None:
-        """Note the options that are passed on as they are."""
+        """Record the options that are passed on unchanged."""
         for arg, following in zip(argv, [*argv[1:], ""], strict=False):
             if arg.startswith("-"):
                 flag, equals, value = arg.partition("=")
@@ -58,11 +58,11 @@ class Line:
                 self.note(key, flag, value if equals else following)
 
 
-def spelled_out(verb: str, argv: Sequence[str]) -> Line:
-    """Short flags as the options they stand for; --run as the settings that the run was made with."""
+def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
+    """Replace short flags by their options, and --run by the settings that the run was made with."""
     short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
-    line, targets, left = Line([], [*short]), list[str](), deque(argv)
-    first, passed = list[str](), list[str]()  # what YAML says comes first, so that flags override it
+    line, targets, left = CommandLine([], [*short]), list[str](), deque(argv)
+    first, passed = list[str](), list[str]()  # YAML comes first, so that flags override it
     while left:
         arg = left.popleft()
         flag, equals, value = arg.partition("=")
@@ -85,18 +85,20 @@ def spelled_out(verb: str, argv: Sequence[str]) -> Line:
         else:
             line.argv.append(f"--{key}={value}")
     line.read_rest(passed)
-    if "data.run" in line.typed and (also := {"--source", "--mask", "--out"} & set(line.typed.values())):
+    if "data.run" in line.typed and (
+        conflicting := {"--source", "--mask", "--out"} & set(line.typed.values())
+    ):
         raise UserError(
-            f"{', '.join(sorted(also))} does not go with --run: the run folder knows; leave it out"
+            f"{', '.join(sorted(conflicting))} does not go with --run: the run folder has it; leave it out"
         )
     if targets:
         line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")
-    line.argv[:0] = [*first, *spell_out(passed, "--model.attention")]
+    line.argv[:0] = [*first, *expand_variant_names(passed, "--model.attention")]
     return line
 
 
 def _value_of(verb: str, flag: str, left: deque[str]) -> str:
-    """What follows a flag; the next flag does not."""
+    """The value after a flag; another flag is no value."""
     ours = ("--model.", "--data.", "--trainer.")
     following = left[0] if left else None
     flags = {*SHORT, "--run", "-o", "--config", "-c", "--help"}
@@ -118,8 +120,8 @@ def kinds_of(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def in_words(verb: str, line: Line, kinds: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what jsonargparse says of a command line into one line."""
+def readable_errors(verb: str, line: CommandLine, kinds: Mapping[str, Any]) -> Iterator[None]:
+    """Turn jsonargparse's errors into a UserError of one line."""
     try:
         yield
     except ArgumentError as error:
@@ -128,5 +130,5 @@ def in_words(verb: str, line: Line, kinds: Mapping[str, Any]) -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
             cause = cause.__cause__ or cause.__context__
-        told = of_parser(str(error), line.typed, kinds, line.values, line.flags)
-        raise UserError(f"{told.rstrip(';. ')}; see kvinv {verb} --help") from error
+        message = explain_parser_error(str(error), line.typed, kinds, line.values, line.flags)
+        raise UserError(f"{message.rstrip(';. ')}; see kvinv {verb} --help") from error

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from kvinv_pl.cli.arguments import Line, in_words, kinds_of
-from kvinv_pl.cli.variant_names import make_importable, spell_out
+from kvinv_pl.cli.arguments import CommandLine, kinds_of, readable_errors
+from kvinv_pl.cli.variant_names import expand_variant_names, make_importable
 from kvinv_pl.errors import UserError
 
 FILES = {
@@ -18,9 +18,9 @@ FILES = {
     "sites": "kvinv_pl.cli.variants",
     "check": "kvinv_pl.cli.variants",
 }
-"""Where each command is a function of its name; only the one that is given is imported."""
+"""The module of each command, which is a function of that name; only the module in use is imported."""
 FIRST = {"mask": "image", "variants": "name", "check": "target", "new-variant": "name"}
-"""What a command's first argument means, where it may stand without a name."""
+"""The option that a command's first positional argument stands for."""
 
 
 def command(verb: str, argv: list[str]) -> None:
@@ -36,10 +36,10 @@ def command(verb: str, argv: list[str]) -> None:
             return _help(verb, super().format_help(*args, **kwargs))
 
     kinds = kinds_of({"": function})
-    spelled = _spelled_out(verb, argv, [key for key, kind in kinds.items() if kind == list[str]])
-    line = Line(spell_out(spelled, "--attention"))
+    arguments = _normalized(verb, argv, [key for key, kind in kinds.items() if kind == list[str]])
+    line = CommandLine(expand_variant_names(arguments, "--attention"))
     line.read_rest(line.argv)
-    with in_words(verb, line, kinds):
+    with readable_errors(verb, line, kinds):
         auto_cli(
             function,
             args=line.argv,
@@ -52,28 +52,28 @@ def command(verb: str, argv: list[str]) -> None:
 
 
 def _help(verb: str, text: str) -> str:
-    """The help, with a usage in which what may stand without a name does."""
+    """The help, with the positional argument as such in its usage."""
     usage, gap, rest = text.partition("\n\n")
     name = FIRST.get(verb, "")
     return usage.replace(f"--{name} {name.upper()}", name.upper()) + gap + rest
 
 
-def _spelled_out(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:
-    """-o as --out, a first argument without a name as what it means, and an option given often as a list."""
-    out, left, several = list[str](), deque(argv), dict[str, list[str]]()
+def _normalized(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """-o becomes --out, a positional argument its option, and a repeated option a list."""
+    out, left, repeated = list[str](), deque(argv), dict[str, list[str]]()
     while left:
         flag, equals, value = left.popleft().partition("=")
         if not flag.startswith("-"):
-            unnamed = verb in FIRST and not any(arg.startswith(f"--{FIRST[verb]}=") for arg in out)
-            out.append(f"{f'--{FIRST[verb]}=' if unnamed else ''}{flag}{equals}{value}")
+            positional = verb in FIRST and not any(arg.startswith(f"--{FIRST[verb]}=") for arg in out)
+            out.append(f"{f'--{FIRST[verb]}=' if positional else ''}{flag}{equals}{value}")
             continue
         has_value = not equals and left and not left[0].startswith("--") and flag not in ("-h", "--help")
         if flag.removeprefix("--") in lists:
             if not (equals or has_value):
                 got = left[0] if left else "nothing"
                 raise UserError(f"{flag} expects a value, got {got}; see kvinv {verb} --help")
-            several.setdefault(flag, []).append(left.popleft() if has_value else value)
+            repeated.setdefault(flag, []).append(left.popleft() if has_value else value)
         else:
             out.append(f"{'--out' if flag == '-o' else flag}{equals}{value}")
             out += [left.popleft()] if has_value else []
-    return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in several.items())]
+    return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in repeated.items())]

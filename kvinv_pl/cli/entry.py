@@ -1,4 +1,4 @@
-"""The command line: which command it is, and how it ends."""
+"""The entry point: picks the command, and turns errors into exit codes."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Exit codes: 0; 1 where some of many pictures failed, with a line for each of them; 2 with one line for a
-    user's mistake, or where all pictures failed; 130 if interrupted, and 143 if asked to end (SIGTERM).
+    user's mistake, or where all pictures failed; 130 if interrupted, and 143 if terminated (SIGTERM).
     """
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv
@@ -45,23 +45,23 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"kvinv: error: {line}\n")
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        _stopped(signal.SIGINT)
+        _exit_by_signal(signal.SIGINT)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning gave it a code of its own
-            _stopped(signal.SIGINT)
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into an exit code
+            _exit_by_signal(signal.SIGINT)
         if error.code == 128 + signal.SIGTERM:
-            _stopped(signal.SIGTERM)
+            _exit_by_signal(signal.SIGTERM)
         raise
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
 
-def _stopped(by: signal.Signals) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which Lightning leaves so
+def _exit_by_signal(number: signal.Signals) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as Lightning leaves it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stderr.write("\nkvinv: stopped; the same command goes on where it was\n")
-    raise SystemExit(128 + by) from None
+    sys.stderr.write("\nkvinv: stopped; run the same command to resume\n")
+    raise SystemExit(128 + number) from None
 
 
 def _dispatch(argv: list[str]) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any, cast
 
-from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, in_words, kinds_of, spelled_out
-from kvinv_pl.cli.messages import of_setting
+from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, expand_short_flags, kinds_of, readable_errors
+from kvinv_pl.cli.messages import explain_setting_error
 from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
 from kvinv_pl.errors import SomeFailedError, UserError
 
@@ -22,8 +22,8 @@ USAGE = {
 
 
 def stage(verb: str, argv: list[str]) -> None:
-    """One stage through LightningCLI, with the short flags spelled out."""
-    line = spelled_out(verb, argv)
+    """One stage through LightningCLI, with the short flags expanded."""
+    line = expand_short_flags(verb, argv)
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningModule, Trainer
@@ -55,7 +55,7 @@ def stage(verb: str, argv: list[str]) -> None:
             return {verb: {"model", "datamodule", *ours}}
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            with in_words(verb, line, kinds):
+            with readable_errors(verb, line, kinds):
                 self.config = parser.parse_args(args)
 
         def instantiate_classes(self) -> None:
@@ -65,7 +65,7 @@ def stage(verb: str, argv: list[str]) -> None:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(f"the settings do not fit together: {error}") from error
-            # a rank of another device is this command once more
+            # ranks on other devices run the same command
             cast(KVTrainer, self.trainer).ranks.command = [sys.executable, "-m", "kvinv_pl", verb, *argv]
 
     strict = {"exit_on_error": False, "parser_mode": name_variants_in_yaml()}
@@ -88,14 +88,16 @@ def stage(verb: str, argv: list[str]) -> None:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(reason(error)) from error
     except SomeFailedError as error:
-        error.reasons = {name: of_setting(why, line.typed, kinds) for name, why in error.reasons.items()}
+        error.reasons = {
+            name: explain_setting_error(why, line.typed, kinds) for name, why in error.reasons.items()
+        }
         raise
     except UserError as error:
-        raise UserError(of_setting(str(error), line.typed, kinds)) from error
+        raise UserError(explain_setting_error(str(error), line.typed, kinds)) from error
 
 
 def _help(verb: str, text: str, options: Iterable[Action]) -> str:
-    """The help of a stage with the short flags first, and without the lists of everybody's subclasses."""
+    """The help of a stage with the short flags first, and without jsonargparse's lists of subclasses."""
     text = text.partition("\n\n")[2]  # the usage that names every option
     text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
     description, _, rest = text.partition("\n\n")

@@ -1,4 +1,4 @@
-"""The command that finds the subject of a picture. Its docstring is its help."""
+"""`kvinv mask`: find the subject of a picture. The docstring is the help."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,17 +27,19 @@ def mask(
 
     Args:
         image: The picture; `kvinv mask FILE` does as well.
-        out: The PNG file to write to (also -o); NAME-shown.png comes beside it.
+        out: The PNG file to write to (also -o); NAME-shown.png is written beside it.
         point: X,Y in pixels from the upper left corner, on the subject; repeatable.
         box: X0,Y0,X1,Y1 in pixels: left, top, right and bottom of a box around the subject.
         sam: A SAM folder as transformers saves it, a hub id, or menagerie, which is also the default.
-        word: Where there is no SAM: a word of --source; the mask is where the model itself looks for it.
+        word: Without SAM: a word of --source; the mask comes from the model's own cross-attention to it.
         source: With --word: what the picture shows.
         checkpoint: With --word: a Stable Diffusion folder, a hub id, or menagerie, which is also the default.
     """
     file, prompted = Path(out).expanduser(), {"--point": point, "--box": box, "--sam": sam}
-    if word is not None and (also := [flag for flag, value in prompted.items() if value]):
-        raise UserError(f"{', '.join(also)} is for SAM and does not go with --word: leave one of them out")
+    if word is not None and (conflicting := [flag for flag, value in prompted.items() if value]):
+        raise UserError(
+            f"{', '.join(conflicting)} is for SAM and does not go with --word: leave one of them out"
+        )
     if word is None and (source is not None or checkpoint is not None):
         raise UserError("--source and --checkpoint go with --word, which names the subject: give that too")
     if word is not None and not source:

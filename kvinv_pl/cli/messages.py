@@ -1,4 +1,4 @@
-"""What the command line says of a mistake: the words of its libraries turned into one line for a person."""
+"""Error messages of the command line: those of jsonargparse, rewritten as one readable line."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def expected(kind: Any) -> str:
     return _with_article(getattr(kind, "__name__", str(kind)))
 
 
-def of_parser(
+def explain_parser_error(
     message: str,
     typed: Mapping[str, str],
     kinds: Mapping[str, Any],
     values: Mapping[str, str],
     flags: Collection[str] = (),
 ) -> str:
-    """What jsonargparse says of a command line, in one line; what is not known here stays as it is.
+    """Rewrite an error message of jsonargparse as one line; unknown messages are returned unchanged.
 
     Args:
-        message: its own words.
-        typed: how the person wrote each option that they gave, by its full name.
+        message: of jsonargparse.
+        typed: how the user wrote each option, by its full name.
         kinds: every option's type, by its full name.
-        values: what the person gave for each option, by its full name.
-        flags: the short flags that there are.
+        values: what the user gave for each option, by its full name.
+        flags: all short flags.
     """
     message = " ".join(message.split())
     if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
         key, rest = found.groups()
-        return f"{typed.get(key, key)}: {_of_value(rest, kinds.get(key), values.get(key))}"
+        return f"{typed.get(key, key)}: {_value_error(rest, kinds.get(key), values.get(key))}"
     if found := re.match(r"[Uu]nrecognized arguments: (.*)", message):
-        return _of_stranger(found.group(1), [*flags, *(f"--{key}" for key in kinds)])
+        return _unknown_argument(found.group(1), [*flags, *(f"--{key}" for key in kinds)])
     if found := re.search(r"does not accept (?:nested )?(?:option|key) '?([\w.]+)", message):
         return f"no option {found.group(1)!r}{near(found.group(1), kinds)}"
     if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
@@ -59,11 +59,10 @@ def of_parser(
     return message
 
 
-def of_setting(message: str, typed: Mapping[str, str], kinds: Mapping[str, Any]) -> str:
-    """A refusal such as "steps: expected 1 or more", under the name that the person typed.
+def explain_setting_error(message: str, typed: Mapping[str, str], kinds: Mapping[str, Any]) -> str:
+    """Replace a setting's name in an error such as "steps: expected 1 or more" by the flag that was typed.
 
-    A run that "was made with" another setting is told of by the option, too, rather than by the field of
-    run.json.
+    So is the field of run.json in "was made with", where a run has another setting.
     """
     if found := re.search(r" was made with (\w+)\.([a-z_.]+) = ", message):
         section, field = found[1], found[2].replace(".init_args.", ".").removesuffix(".class_path")
@@ -77,7 +76,7 @@ def of_setting(message: str, typed: Mapping[str, str], kinds: Mapping[str, Any])
     return f"{given[0]}{colon}{rest}" if colon and given else message
 
 
-def _of_value(message: str, kind: Any, value: str | None) -> str:
+def _value_error(message: str, kind: Any, value: str | None) -> str:
     if found := re.search(r"File does not exist: '?([^']*)'?", message):
         return f"there is no file {value or found.group(1)}"
     # an argument of a class that is given by class_path, where the innermost key is the one that is wrong
@@ -95,8 +94,8 @@ def _of_value(message: str, kind: Any, value: str | None) -> str:
     return f"expected {expected(kind)}, got {value if value is not None else found and found.group(1)!r}"
 
 
-def _of_stranger(text: str, known: Collection[str]) -> str:
-    """Text that belongs to no option."""
+def _unknown_argument(text: str, known: Collection[str]) -> str:
+    """The error for an argument that belongs to no option."""
     word = text.split()[0]
     if not word.startswith("-"):
         return f"unexpected {text!r}: put text of several words in quotes"

@@ -1,4 +1,4 @@
-"""A variant to start from: the file, its configuration and its test, all of which work as they are."""
+"""`kvinv new-variant`: a template of a variant, with its configuration and its test; all of them run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from string import Template
 from kvinv_pl.errors import UserError
 
 TAKEN = {"CPAttention", "Float", "Site", "Tensor", "Trial", "UserError"}
-"""Names that the files import; no class may have them."""
+"""Names that the templates import; the class must not have them."""
 VARIANT = '''"""A variant of CP-attn: V is learned behind a gate for every head."""
 
 import torch
@@ -100,13 +100,11 @@ def write(name: str, folder: Path) -> list[Path]:
         )
     cls = "".join(word.capitalize() for word in name.split("_"))
     if cls in TAKEN:
-        raise UserError(
-            f"name: the class of {name} would be {cls}, which there is already: choose another one"
-        )
+        raise UserError(f"name: the class of {name} would be {cls}, which is taken: choose another one")
     texts = {f"{name}.py": VARIANT, f"{name}.yaml": CONFIG, f"test_{name}.py": TEST}
     files = {folder / file: text for file, text in texts.items()}
-    if there := [file for file in files if file.exists()]:
-        raise UserError(f"{there[0]} is there already: choose another name or folder, or remove it")
+    if existing := [file for file in files if file.exists()]:
+        raise UserError(f"{existing[0]} already exists: choose another name or folder, or remove it")
     if (other := find_spec(name)) is not None:
         raise UserError(f"name: {name} is the name of another module ({other.origin}): choose another one")
     try:

@@ -1,4 +1,4 @@
-"""How a variant is named on the command line and in YAML: shortly, by its class path, or in a file nearby."""
+"""Names of variants on the command line and in YAML: short names become class paths."""
 
 import os
 import re
@@ -12,12 +12,12 @@ YAML = "yaml with variants"
 """The name under which jsonargparse knows the loader of `name_variants_in_yaml`."""
 
 
-class NoYamlError(Exception):
-    """What the YAML library says of a text."""
+class InvalidYamlError(Exception):
+    """The text is not valid YAML."""
 
 
 def make_importable(configs: Sequence[str] = ()) -> None:
-    """Import what is registered; a variant may lie in the working directory or beside the YAML naming it."""
+    """Load the registered variants, and import others from the working directory and the YAML's folder."""
     from kvinv_pl.attention.registry import load_all
 
     if os.getcwd() not in sys.path:
@@ -28,10 +28,10 @@ def make_importable(configs: Sequence[str] = ()) -> None:
     load_all()
 
 
-def spell_out(argv: Sequence[str], option: str) -> list[str]:
-    """`option` full_kv, as `kvinv variants` lists it, by the class that it stands for.
+def expand_variant_names(argv: Sequence[str], option: str) -> list[str]:
+    """Replace the short name after `option`, as `kvinv variants` lists it, by its class path.
 
-    So is `option`.inner, the variant that it wraps, and the one that is asked about by `option`.help.
+    Also after `option`.inner (the wrapped variant) and `option`.help.
     """
     named = re.compile(rf"{re.escape(option)}((\.init_args)?\.inner)*(\.help)?")
     out, left = list[str](), deque(argv)
@@ -58,29 +58,29 @@ def name_variants_in_yaml() -> str:
         try:
             value = plain(text)
         except Exception as error:
-            raise NoYamlError(str(error)) from error
+            raise InvalidYamlError(str(error)) from error
         model = value.get("model") if isinstance(value, dict) else None
         if isinstance(model, dict) and "attention" in model:
-            model["attention"] = _spelled(model["attention"])
+            model["attention"] = _expanded(model["attention"])
         return value
 
-    set_loader(YAML, load, (NoYamlError,))
+    set_loader(YAML, load, (InvalidYamlError,))
     return YAML
 
 
-def _spelled(attention: Any) -> Any:
-    """A variant as a configuration names it, and in its arguments any other that it wraps."""
+def _expanded(attention: Any) -> Any:
+    """Replace short names by class paths in a variant's configuration, those of wrapped variants too."""
     if not isinstance(attention, dict):
         return _class_path(attention)
     inner = {
-        key: _spelled(value) if isinstance(value, dict) or key == "inner" else value
+        key: _expanded(value) if isinstance(value, dict) or key == "inner" else value
         for key, value in attention.items()
     }
     return {**inner, "class_path": _class_path(inner["class_path"])} if "class_path" in inner else inner
 
 
 def _class_path(name: Any) -> Any:
-    """The class path for a short name; what is no name, and null, stays as it is."""
+    """The class path of a short name; anything else, and null, unchanged."""
     if not isinstance(name, str) or not name.isidentifier() or name == "null":
         return name
     from kvinv_pl.attention.registry import resolve

@@ -1,4 +1,4 @@
-"""The commands that say what there is to choose from, and whether a variant does what it must."""
+"""`kvinv variants`, `kvinv sites` and `kvinv check`. The docstrings are the help."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ from kvinv_pl.attention import registry
 from kvinv_pl.attention.config import build
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
-from kvinv_pl.cli.messages import expected, of_parser
+from kvinv_pl.cli.messages import expected, explain_parser_error
 from kvinv_pl.data.pictures import fit_geometry
 from kvinv_pl.data.tensors import StoreDtype, stored_bytes
 from kvinv_pl.errors import UserError
@@ -29,42 +29,42 @@ def variants(name: str | None = None, checkpoint: str | None = None) -> None:
         name: Which one to show, by its name, class path or FILE.py:CLASS; `kvinv variants NAME` does as well.
         checkpoint: The model whose decoder the values of psi are counted for; menagerie, if it is not given.
     """
-    places, unknown = list[Site](), ""
+    decoder_sites, problem = list[Site](), ""
     try:
-        unet, told = outline(checkpoint or "menagerie")
-        height, width = (side // told.vae_factor for side in told.sample)
-        places = select(self_attentions(unet, (height, width)), Selection("decoder"))
+        unet, sizes = outline(checkpoint or "menagerie")
+        height, width = (side // sizes.vae_factor for side in sizes.sample)
+        decoder_sites = select(self_attentions(unet, (height, width)), Selection("decoder"))
     except UserError as error:
         if checkpoint is not None:
             raise
-        unknown = f"how many values of psi they have is not known: {error}"
-    shown = [_asked(name)] if name is not None else list(registry.variants().values())
+        problem = f"how many values of psi they have is not known: {error}"
+    shown = [_find(name)] if name is not None else list(registry.variants().values())
     for variant in shown:
         where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
         print(f"{variant.name:<12}{where}  ({variant.distribution})")
         print(f"{'':<12}{variant.error or variant.summary}")
-        if variant.cls and places:
-            print(f"{'':<12}{_worth(variant.cls, places, checkpoint or 'menagerie')}")
+        if variant.cls and decoder_sites:
+            print(f"{'':<12}{_psi_size(variant.cls, decoder_sites, checkpoint or 'menagerie')}")
         if variant.cls and name is not None:
             print("\n".join(_details(variant.name, variant.cls)))
-    if unknown:
-        print(unknown)
+    if problem:
+        print(problem)
 
 
-def _asked(name: str) -> registry.Variant:
-    """The variant that a person names, which need not be installed."""
+def _find(name: str) -> registry.Variant:
+    """The variant of this name, class path or FILE.py:CLASS, which need not be installed."""
     if "." not in name:
         return registry.named(name)
     cls = registry.locate(name)
     return registry.Variant(cls.__name__, cls, "not installed", registry.summary(cls))
 
 
-def _worth(cls: type[CPAttention], places: list[Site], checkpoint: str) -> str:
-    """How much a variant learns at one timestep, with its options as they are."""
+def _psi_size(cls: type[CPAttention], sites: list[Site], checkpoint: str) -> str:
+    """How many values a variant learns at one timestep, with its default options."""
     missing = [option.name for option in registry.options(cls) if option.default is inspect.Parameter.empty]
     if missing:
         return f"values of psi: it depends on {', '.join(missing)}, which must be given"
-    count = sum(_values(cls(site)) for site in places)
+    count = sum(_values(cls(site)) for site in sites)
     return f"{count:,} values of psi for one timestep on {checkpoint} (decoder)"
 
 
@@ -111,10 +111,10 @@ def sites(
     if steps < 1:
         raise UserError(f"steps: expected 1 or more, got {steps}")
     make = attention or registry.resolve("full_kv")
-    unet, told = outline(checkpoint)
-    picture = (told.sample[1], told.sample[0]) if size is None else _size(size)
-    width, height = fit_geometry(picture, told.sample, told.multiple, "keep").resized
-    grid = height // told.vae_factor, width // told.vae_factor
+    unet, sizes = outline(checkpoint)
+    picture = (sizes.sample[1], sizes.sample[0]) if size is None else _size(size)
+    width, height = fit_geometry(picture, sizes.sample, sizes.multiple, "keep").resized
+    grid = height // sizes.vae_factor, width // sizes.vae_factor
     every = self_attentions(unet, grid)
     selection = Selection(target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid)
     chosen = select(every, selection)
@@ -137,10 +137,10 @@ def sites(
             f"{site.dim:>5}  {site.heads:>5}  {values[site]:>13,}  {psi[site]:>9.2f}  "
             f"{psi[site] + bars[site]:>14.2f}"
         )
-    count, alone, both = (sum(of[site] for site in chosen) for of in (values, psi, bars))
+    count, psi_alone, key_values = (sum(of[site] for site in chosen) for of in (values, psi, bars))
     print(f"* {len(chosen)} of {len(every)} chosen: {count:,} values of psi a step; {steps} steps take")
-    print(f"  with kv replayed: {alone:.2f} MiB on disk, psi as {store_dtype}")
-    print(f"  with kv stored: {alone + both:.2f} MiB, K-bar and V-bar (both branches) with it")
+    print(f"  with kv replayed: {psi_alone:.2f} MiB on disk, psi as {store_dtype}")
+    print(f"  with kv stored: {psi_alone + key_values:.2f} MiB, K-bar and V-bar (both branches) with it")
 
 
 def _values(cp: CPAttention) -> int:
@@ -183,9 +183,9 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
 
 
 def _built(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
-    """What makes the variant; where it cannot be made, why not, in words."""
+    """The variant's factory; raises UserError with a readable reason."""
     try:
         return build(record)
     except UserError as error:
-        said = str(error.__cause__)
-        raise UserError(str(error).replace(said, of_parser(said, {}, {}, {}))) from error
+        cause = str(error.__cause__)
+        raise UserError(str(error).replace(cause, explain_parser_error(cause, {}, {}, {}))) from error

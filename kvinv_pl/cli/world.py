@@ -1,4 +1,4 @@
-"""The command that draws animals of the embedded world. Its docstring is its help."""
+"""`kvinv world`: draw animals of the embedded world. The docstring is the help."""
 
 from pathlib import Path
 

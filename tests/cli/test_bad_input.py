@@ -464,7 +464,7 @@ def test_an_interrupted_command_goes_on_where_it_was(
         _, err = child.communicate(timeout=60)
     assert child.returncode == code, err
     assert "Traceback" not in err and err.splitlines()[-1].startswith(
-        "kvinv: stopped; the same command goes on"
+        "kvinv: stopped; run the same command to resume"
     )
     before = times(tmp_path / "out")
     assert 2 <= len(before) - 1 < 30

@@ -61,7 +61,7 @@ def test_a_bad_name_is_one_line_and_nothing_is_written(tmp_path: Path, name: str
 def test_a_file_that_is_there_is_not_touched(tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("mine")
     answer = kvinv("new-variant", "mine", "-o", tmp_path)
-    assert answer.code == 2 and f"{tmp_path / there} is there already" in answer.err
+    assert answer.code == 2 and f"{tmp_path / there} already exists" in answer.err
     assert tree(tmp_path) == {there} and (tmp_path / there).read_text() == "mine"
 
 

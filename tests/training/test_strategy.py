@@ -141,7 +141,7 @@ def test_a_command_that_is_asked_to_end_ends_with_its_ranks(
         _, err = first.communicate(timeout=100)
     assert time.monotonic() - asked < PATIENCE, err
     assert first.returncode == code, err
-    assert err.splitlines()[-1].startswith("kvinv: stopped; the same command goes on"), err
+    assert err.splitlines()[-1].startswith("kvinv: stopped; run the same command to resume"), err
     assert not Path(f"/proc/{ranks[0]}").exists()
 
 
