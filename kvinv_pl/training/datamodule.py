@@ -26,11 +26,11 @@ class Job:
     settings: InversionSettings | EditSettings
     watch: Watch = field(default_factory=Watch)
     again: bool = False
-    """Whether an edit that is there is rendered all the same."""
+    """Whether an existing edit is rendered again."""
 
 
 class SourceImages(LightningDataModule):
-    """Pictures, what they show, what they are to become, and where their runs lie.
+    """Pictures with their prompts, targets and run folders.
 
     Args:
         image: A picture, a folder of pictures, or a .csv or .jsonl list. A list has the columns image,
@@ -39,11 +39,10 @@ class SourceImages(LightningDataModule):
         source: What the picture shows, in a few words; may be empty.
         targets: What it should become, one edit for each; with run, what it came with if nothing is given.
         mask: A picture of the same size, white on the subject; for attention variants that use one.
-        out: The run folder: of the one picture itself, or with a folder or list, of one folder for each.
+        out: The run folder: of the picture, or for a folder or list, with a run folder in it for each.
         geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
-        overwrite: Start runs anew where the folder holds one that was made otherwise, and render edits again
-            that are there.
-        run: A run folder (or a folder of them) to go on with, in place of image, source and out.
+        overwrite: Replace runs that were made with other settings, and render existing edits again.
+        run: A run folder (or a folder of them) to resume or edit, in place of image, source and out.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class SourceImages(LightningDataModule):
         """Read the list, if it is one; the pictures themselves are opened later, one at a time."""
         super().__init__()
         if image is not None and run is not None:
-            raise UserError("expected either image or run, got both: a run folder knows its picture")
+            raise UserError("expected either image or run, got both: a run folder has its picture")
         if image is None and run is None:
             raise UserError(
                 "no picture: give --image FILE (a picture, a folder or a list) or, to edit, --run DIR"
@@ -91,7 +90,7 @@ class SourceImages(LightningDataModule):
         self.inner_steps = 1
 
     def train_dataloader(self) -> DataLoader[int]:
-        """The inner steps of one phase; which phase it is, the curriculum knows."""
+        """The inner steps of one phase."""
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def jobs(
@@ -112,7 +111,7 @@ def _folders(out: Path, images: list[Path]) -> list[Path]:
     folders = []
     for image in images:
         names = itertools.chain([image.stem], (f"{image.stem}-{n}" for n in itertools.count(2)))
-        name = next(name for name in names if name.lower() not in taken)  # as some file systems compare them
+        name = next(name for name in names if name.lower() not in taken)  # some file systems ignore case
         taken.add(name.lower())
         folders.append(out / name)
     return folders

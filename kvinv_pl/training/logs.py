@@ -1,4 +1,4 @@
-"""What Lightning and the loggers say that nobody need hear, and what of the logs could not be written."""
+"""Silences Lightning's training advice, and reports logs that could not be written."""
 
 import logging
 import threading
@@ -15,35 +15,35 @@ WRITERS = ("tensorboard", "tensorboardX")
 
 
 @contextmanager
-def reported(folder: Path) -> Iterator[list[OSError]]:
-    """Report in one line what Lightning and TensorBoard could not write into a folder.
+def reporting_write_errors(folder: Path) -> Iterator[list[OSError]]:
+    """Report write errors of Lightning and TensorBoard in one line.
 
     Yields:
-        What TensorBoard's threads could not write, as it comes: no more is lost than logs.
+        The write errors of TensorBoard's threads, as they occur: only logs are lost.
 
     Raises:
-        NoRoomError: Of what the thread that runs this could not write.
+        NoRoomError: On a write error in this thread.
     """
-    before, lost = threading.excepthook, list[OSError]()
+    previous_hook, lost = threading.excepthook, list[OSError]()
 
-    def hear(told: threading.ExceptHookArgs) -> None:
-        frames = (frame for frame, _ in walk_tb(told.exc_traceback))
+    def hook(args: threading.ExceptHookArgs) -> None:
+        frames = (frame for frame, _ in walk_tb(args.exc_traceback))
         names = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames}
-        if isinstance(told.exc_value, OSError) and not names.isdisjoint(WRITERS):
-            lost.append(told.exc_value)
+        if isinstance(args.exc_value, OSError) and not names.isdisjoint(WRITERS):
+            lost.append(args.exc_value)
         else:
-            before(told)
+            previous_hook(args)
 
-    threading.excepthook = hear
+    threading.excepthook = hook
     try:
         yield lost
     except OSError as error:
         raise NoRoomError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; "
-            "make room and give the same command again"
+            "make room and run the same command to resume"
         ) from error
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous_hook
 
 
 CHATTY = (
@@ -53,19 +53,19 @@ CHATTY = (
     "lightning.fabric.utilities.rank_zero",
 )
 ADVICE = (
-    r"The '\w+' does not have many workers",  # there is nothing to load
+    r"The '\w+' does not have many workers",  # there are no data to load
     "predict returned None",  # its results are in the run folder
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # of Lightning's own
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
     r"`LightningModule.configure_optimizers` returned `None`",  # a variant may learn nothing
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen model
     r"You have overridden `transfer_batch_to_device`",  # on purpose
-    r"\w+ available but not used",  # a CPU may be asked for
+    r"\w+ available but not used",  # the user may want the CPU
 )
 
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Keep back what Lightning tells those who train networks; any other warning is let through."""
+    """Silence Lightning's advice on training networks; other warnings pass."""
     loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The trainer: invert() and edit() beside fit(), and run() for all three, over the data's run folders."""
+"""The trainer: fit(), invert() and edit(), and run() for all three, over the data's run folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
-from kvinv_pl.training.logs import reported, without_advice
+from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.work_queue import Shares
@@ -48,7 +48,7 @@ class KVTrainer(Trainer):
         quiet: bool = False,
         x_0_every: int = 10,
     ):
-        """Take Lightning's own options, as far as they have a meaning here.
+        """Take those options of Lightning's Trainer that apply here.
 
         Args:
             accelerator: cpu, gpu, mps or auto.
@@ -57,8 +57,8 @@ class KVTrainer(Trainer):
             strategy: auto, which is image_parallel: a process for each device, and nothing is averaged.
             precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
             logger: True: TensorBoard under the run folder's logs.
-            callbacks: Any Lightning callbacks.
-            fast_dev_run: One inner step of one phase of the first picture, of which nothing is kept.
+            callbacks: Lightning callbacks.
+            fast_dev_run: A dry run: one inner step of one phase of the first picture, and nothing is written.
             max_epochs: Leave it: an epoch is a phase of the curriculum, which counts them itself.
             gradient_clip_val: Leave it: it would couple pictures that are tuned side by side.
             accumulate_grad_batches: Leave it: every inner step sees the whole loss.
@@ -66,8 +66,8 @@ class KVTrainer(Trainer):
             profiler: As Lightning has it.
             default_root_dir: As Lightning has it.
             quiet: No progress.
-            x_0_every: Every so many timesteps the predicted x_0 is decoded and logged, at the price of one
-                decoding for each picture; 0: never.
+            x_0_every: Decode and log the predicted x_0 every so many timesteps, at the cost of one decoding
+                for each picture; 0: never.
         """
         if max_epochs != -1:
             raise UserError(
@@ -110,13 +110,13 @@ class KVTrainer(Trainer):
 
     @property
     def ranks(self) -> ImageParallelStrategy:
-        """Who works on which pictures."""
+        """The strategy: the ranks and their shares of the pictures."""
         assert isinstance(self.strategy, ImageParallelStrategy)
         return self.strategy
 
     def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 1: find the trajectory of every picture by DDIM inversion."""
-        self._work(model, datamodule, ["invert"])
+        self._run_workload(model, datamodule, ["invert"])
 
     def fit(
         self,
@@ -131,8 +131,8 @@ class KVTrainer(Trainer):
         if not isinstance(model, KVInversion) or not isinstance(datamodule, SourceImages):
             raise UserError("fit expects a KVInversion model and SourceImages as its datamodule")
         if ckpt_path is not None or train_dataloaders is not None:
-            raise UserError("the run folder is what a fit goes on from: leave ckpt_path and dataloaders out")
-        self._work(model, datamodule, ["invert", "fit"])
+            raise UserError("a fit resumes from the run folder: leave ckpt_path and dataloaders out")
+        self._run_workload(model, datamodule, ["invert", "fit"])
 
     def edit(
         self, model: KVInversion, datamodule: SourceImages, settings: EditSettings | None = None
@@ -144,11 +144,11 @@ class KVTrainer(Trainer):
             datamodule: The pictures.
             settings: How they are edited; None: as the model's settings say.
         """
-        self._work(model, datamodule, ["edit"], settings)
+        self._run_workload(model, datamodule, ["edit"], settings)
 
     def run(self, model: KVInversion, datamodule: SourceImages) -> None:
         """All three stages: invert, tune and edit, each as far as it is not yet done."""
-        self._work(model, datamodule, ["invert", "fit", "edit"])
+        self._run_workload(model, datamodule, ["invert", "fit", "edit"])
 
     def save_checkpoint(
         self,
@@ -156,22 +156,22 @@ class KVTrainer(Trainer):
         weights_only: bool | None = None,
         storage_options: Any = None,
     ) -> None:
-        """Nothing: all that is done is in the run folder, and the same command goes on from there.
+        """Do nothing: the state is in the run folder, and the same command resumes from there.
 
-        Lightning calls it where SLURM puts a job back into its queue, and would begin that with such a file.
+        Lightning calls it when SLURM requeues a job, which would then start from such a checkpoint.
         """
 
-    # ---- from the pictures to those that are worked on side by side
+    # ---- from all pictures to shares of them
 
-    def _work(
+    def _run_workload(
         self,
         model: KVInversion,
         data: SourceImages,
         stages: Sequence[Stage],
         editing: EditSettings | None = None,
     ) -> None:
-        """Everything that can be wrong is found first; then share after share goes through its stages."""
-        if not self.ranks.is_called():  # what a rank was started for may come later in the program
+        """Check everything first; then take share after share through the stages."""
+        if not self.ranks.is_called():  # a rank skips the calls it was not started for
             return
         self.watch.progress.quiet = self._quiet or not self.ranks.is_global_zero
         workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
@@ -180,49 +180,50 @@ class KVTrainer(Trainer):
             model.refuse_loss_scaling()
         with without_advice(), self.ranks.ranks():
             shares = self._begin(workload)
-            known = {} if self.ranks.is_global_zero else dict(failures.reasons)  # by all ranks alike
-            with reported(data.out) as lost:
+            # all ranks find these failures
+            known_failures = {} if self.ranks.is_global_zero else dict(failures.reasons)
+            with reporting_write_errors(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     works = workload.of_share(shares[n])
-                    with workload.held(works):
-                        self._through(workload, shares[n][0], works)
+                    with workload.locked(works):
+                        self._run_share(workload, shares[n][0], works)
             self.ranks.report(failures.reasons)
         if lost:
-            Progress().note(f"the logs are not whole: {lost[0].strerror or lost[0]}")
+            Progress().note(f"some logs were lost: {lost[0].strerror or lost[0]}")
         failures.reasons |= self.ranks.reported
-        self._say_where(failures.left(data.works))
+        self._show_results(failures.left(data.works))
         if self.ranks.was_started:
-            raise SystemExit(0)  # who started this rank says what failed, and goes on with the program
+            raise SystemExit(0)  # the starter shows what failed, and continues the program
         if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
-            for label in failures.reasons.keys() - known.keys():
+            for label in failures.reasons.keys() - known_failures.keys():
                 Progress(quiet=self._quiet).note(f"{label}: {failures.reasons[label]}")
             return  # an exit code would end the other ranks
         failures.report()
 
     def _begin(self, workload: Workload) -> Shares:
-        """Load the model; the shares of the work, which the rank that started the others makes for all."""
+        """Load the model; return the shares, which the main rank computes for the ranks it started."""
         model, ranks, dtype = workload.model, self.ranks, COMPUTE_DTYPES[str(self.precision)]
         if ranks.was_started:
             try:
                 model.load_backbone(dtype)
-            except Exception:  # what both stumble on, the one that started this one says
-                ranks.given_shares()
+            except Exception:  # if the starter fails likewise, it shows the error
+                ranks.wait_for_shares()
                 raise
-            return ranks.given_shares()
+            return ranks.wait_for_shares()
         model.load_backbone(dtype)
-        # free memory differs, and ranks that cannot ask one another must come to the same shares
+        # independent ranks must compute the same shares, so free memory must not matter to them
         shares = workload.shares(
             None if ranks.is_one_of_many else len(ranks.parallel_devices),
             ranks.root_device,
             self.watch.progress,
         )
-        ranks.give(shares)
+        ranks.publish_shares(shares)
         return shares
 
     # ---- the stages of pictures side by side
 
-    def _through(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
-        """Take the pictures of a share through the stages, each as far as it is not yet done."""
+    def _run_share(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
+        """Take the pictures of a share through the stages, skipping what is done."""
         model, data, failures = workload.model, workload.data, workload.failures
         if "invert" in workload.stages:
             missing = list[SourceImage]()
@@ -245,7 +246,7 @@ class KVTrainer(Trainer):
             )
 
     def _fit(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
-        """Tune pictures side by side, and those again that do not pass."""
+        """Tune pictures side by side; retry those that do not pass."""
         model, failures, attempt = workload.model, workload.failures, 0
         self._open_log(workload.data)
         fit: Tuning | None = None
@@ -260,12 +261,12 @@ class KVTrainer(Trainer):
             assert fit is not None
             fit.certify_rest()
             if not model.denoiser.learns:
-                return  # again would be the same
+                return  # a retry would give the same
             due = [next_attempt(work.store, model.tuning) for work in failures.left(works)]
             attempt = min((number for number in due if number is not None), default=None)
 
     def _open_log(self, data: SourceImages) -> None:
-        """The loggers of a fit: those given, or TensorBoard under the run folder."""
+        """Set the loggers of a fit: those given, or TensorBoard under the run folder."""
         if self._log_to_run and not self.loggers:
             self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
         self.watch.loggers = self.loggers
@@ -284,16 +285,16 @@ class KVTrainer(Trainer):
         """A folder of logs for each rank, where there are several."""
         return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
 
-    def _say_where(self, works: Sequence[SourceImage]) -> None:
+    def _show_results(self, works: Sequence[SourceImage]) -> None:
         for work in works:
             found = [
                 file
                 for name in ("sheet.png", "reconstruction.png", "run.json")
                 if (file := work.store.folder / name).exists()
             ]
-            if found or work.store.folder.exists():  # others may be another machine's
+            if found or work.store.folder.exists():  # others may be on another machine
                 self.watch.progress.note(f"look at {found[0] if found else work.store.folder}")
-            if self.ranks.world_size > 1 and work.store.has_run():  # what other ranks say is not shown
+            if self.ranks.world_size > 1 and work.store.has_run():  # other ranks' messages are not shown
                 figures = work.store.read_run().get("reconstruction", {"passed": True})
                 if not figures["passed"]:
                     self.watch.progress.note(

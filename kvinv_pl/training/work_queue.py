@@ -1,4 +1,4 @@
-"""The board of the ranks of one machine: a folder where each says what it has taken, made, and given up."""
+"""The work queue of the ranks of one machine: a folder with what each has claimed, and what failed."""
 
 from __future__ import annotations
 
@@ -10,68 +10,68 @@ from pathlib import Path
 from typing import Any
 
 Shares = list[tuple[int, list[int]]]
-"""Slots, and the numbers of the pictures that are worked on side by side in them."""
+"""Slots, and the numbers of the pictures that are tuned side by side in them."""
 
 
 class WorkQueue:
-    """What the ranks of one machine tell one another, in files that each has one writer.
+    """Shared by the ranks of one machine, in files with one writer each.
 
-    What is one rank's alone is taken by making a file that must not exist.
+    A rank claims a share by creating a file that must not exist.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Use a folder that is there, and empty when the command begins."""
+        """Use an existing folder, empty when the command begins."""
         self.folder = Path(folder)
 
     def remove(self) -> None:
-        """Take the board down; another rank may do so at the same time."""
+        """Delete the folder; another rank may do so at the same time."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def give(self, shares: Shares) -> None:
-        """Say what there is to do."""
-        _post(self.folder / "shares", shares)
+    def publish(self, shares: Shares) -> None:
+        """Publish the shares of the work."""
+        _write(self.folder / "shares", shares)
 
     def shares(self) -> Shares | None:
-        """What there is to do; None: nobody has said so yet."""
+        """The shares of the work; None: not published yet."""
         file = self.folder / "shares"
         return [(slots, members) for slots, members in _read(file)] if file.exists() else None
 
-    def take(self, share: int) -> bool:
-        """Whether this share of the work is the caller's; it is one rank's alone."""
-        return _take(self.folder / f"{share}.taken")
+    def claim(self, share: int) -> bool:
+        """Claim a share; False where another rank has it."""
+        return _claim(self.folder / f"{share}.taken")
 
     def report(self, rank: int, reasons: Mapping[str, str]) -> None:
-        """Say which pictures a rank has given up, which is the last that it says."""
-        _post(self.folder / f"{rank}.failed", dict(reasons))
+        """Report a rank as finished, with the pictures that failed."""
+        _write(self.folder / f"{rank}.failed", dict(reasons))
 
     def has_reported(self, rank: int) -> bool:
-        """Whether a rank has said that it has nothing more to do."""
+        """Whether a rank has finished."""
         return (self.folder / f"{rank}.failed").exists()
 
-    def fail(self, rank: int, why: str, where: str) -> None:
-        """Say why a rank ends before all is done, in one line, and where in its program."""
-        _post(self.folder / f"{rank}.ended", [why, where])
+    def report_error(self, rank: int, message: str, trace: str) -> None:
+        """Report a rank's fatal error: the message and the traceback."""
+        _write(self.folder / f"{rank}.ended", [message, trace])
 
-    def failed(self, rank: int) -> tuple[str, str] | None:
-        """Why a rank has ended before all was done, and where in its program; None: it has not said so."""
+    def error(self, rank: int) -> tuple[str, str] | None:
+        """A rank's fatal error, message and traceback; None: none was reported."""
         file = self.folder / f"{rank}.ended"
         if not file.exists():
             return None
-        why, where = _read(file)
-        return why, where
+        message, trace = _read(file)
+        return message, trace
 
-    def reported(self) -> dict[str, str]:
-        """Why pictures were given up, by their labels, as the ranks have reported."""
+    def failures(self) -> dict[str, str]:
+        """Why pictures failed, by their labels, as all ranks have reported."""
         reasons: dict[str, str] = {}
         for file in sorted(self.folder.glob("*.failed")):
             reasons |= _read(file)
         return reasons
 
 
-def _post(file: Path, what: Any) -> None:
-    """Write a file as a whole: it is read as soon as it is there."""
+def _write(file: Path, content: Any) -> None:
+    """Write a file atomically: others read it as soon as it exists."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(what), encoding="utf-8")
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
     os.replace(unfinished, file)
 
 
@@ -79,7 +79,7 @@ def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _take(file: Path) -> bool:
+def _claim(file: Path) -> bool:
     try:
         file.touch(exist_ok=False)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""What a command is to do: the stages that pictures go through, and which pictures side by side."""
+"""The workload of a command: groups pictures into shares, locks their run folders."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from kvinv_pl.training.work_queue import Shares
 
 
 class Workload:
-    """Pictures, and the stages that they go through; what is known to fail is given up from the start."""
+    """Pictures, and the stages that they go through; pictures known to fail are marked from the start."""
 
     def __init__(
         self,
         model: KVInversion,
         data: SourceImages,
         stages: Sequence[Stage],
-        rehearsal: bool,
+        dry_run: bool,
         editing: EditSettings | None = None,
     ) -> None:
-        """Give up the pictures that could not be found, or that are to be edited to nothing.
+        """Mark as failed the pictures that were not found, or that have no target to edit to.
 
         Args:
             model: The module; its checkpoint need not be loaded yet.
             data: The pictures.
             stages: In their order.
-            rehearsal: Whether nothing is kept, and the first picture is enough.
-            editing: How the pictures are edited; None: as the model's settings say.
+            dry_run: Lightning's fast_dev_run: the first picture only, and nothing is written.
+            editing: Settings of the edits; None: the model's.
         """
         self.editing = editing or model.editing
-        self.model, self.data, self.stages, self.rehearsal = model, data, stages, rehearsal
+        self.model, self.data, self.stages, self.dry_run = model, data, stages, dry_run
         self.failures = Failures(len(data.works) + len(data.failed))
         self.failures.reasons |= data.failed
         for work in data.works if "edit" in stages else ():
@@ -50,31 +50,33 @@ class Workload:
                 )
 
     def shares(self, devices: int | None, device: torch.device, progress: Progress) -> Shares:
-        """Pictures that are worked on side by side, and their slots; what cannot be worked on is given up.
+        """Group pictures that can be tuned side by side, with their slots; mark the others as failed.
 
         Args:
-            devices: How many there are of this machine; None: others decide alike, and cannot be asked.
-            device: Of the model, whose memory is looked at.
-            progress: Where the slots are told that were not given.
+            devices: How many this machine has; None: every rank computes the shares on its own.
+            device: The device of the model, whose memory is measured.
+            progress: Shows the number of slots where it was chosen automatically.
         """
-        alike: dict[tuple[int, int, bool], list[int]] = {}
-        for n, work in enumerate(self.data.works[:1] if self.rehearsal else self.data.works):
+        groups: dict[tuple[int, int, bool], list[int]] = {}
+        for n, work in enumerate(self.data.works[:1] if self.dry_run else self.data.works):
             if work not in self.failures:
                 with self.failures.of([work]):
-                    alike.setdefault(self._check(work, self.data.overwrite), []).append(n)
+                    groups.setdefault(self._check(work, self.data.overwrite), []).append(n)
         if len(self.failures.reasons) == self.failures.total:
             self.failures.report()
         shares = []
-        for (height, width, _), members in alike.items():
-            slots, each = 1, 1
+        for (height, width, _), members in groups.items():
+            slots, share_size = 1, 1
             if "fit" in self.stages:
                 self.model.to(device)
-                # no device is to wait while another has all the pictures
-                of_a_device = -(-len(members) // devices) if devices else 1
-                slots = self.model.choose_slots((height, width), of_a_device, progress)
-                # slots of one's own choice are for timesteps, too, where there are not as many pictures
-                each = min(slots, of_a_device) if self.model.slots == "auto" else slots
-            shares += [(slots, members[begin : begin + each]) for begin in range(0, len(members), each)]
+                # spread the pictures over the devices
+                per_device = -(-len(members) // devices) if devices else 1
+                slots = self.model.choose_slots((height, width), per_device, progress)
+                # slots chosen automatically may be more than pictures: they hold timesteps, too
+                share_size = min(slots, per_device) if self.model.slots == "auto" else slots
+            shares += [
+                (slots, members[begin : begin + share_size]) for begin in range(0, len(members), share_size)
+            ]
         return shares
 
     def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
@@ -82,14 +84,14 @@ class Workload:
         return [self.data.works[member] for member in share[1]]
 
     @contextmanager
-    def held(self, works: Sequence[SourceImage]) -> Iterator[None]:
-        """Hold the run folders, and leave none where nothing came of it."""
+    def locked(self, works: Sequence[SourceImage]) -> Iterator[None]:
+        """Lock the run folders; remove new ones where nothing was written."""
         fresh = [work.store.folder for work in works if not work.store.folder.exists()]
         try:
-            with ExitStack() as held:
+            with ExitStack() as locks:
                 for work in works:
                     with self.failures.of([work]):
-                        held.enter_context(work.store.lock())
+                        locks.enter_context(work.store.lock())
                         if self.data.overwrite and self._is_stale(work):
                             work.store.clear()
                         elif work.store.has_run():
@@ -104,7 +106,7 @@ class Workload:
                     folder.rmdir()
 
     def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:
-        """Open the picture, and see that what lies in its run folder belongs to it, or may be overwritten."""
+        """Open the picture; check that its run folder is of the same run, or may be overwritten."""
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
         with work.store.read_once():
             try:
@@ -115,7 +117,7 @@ class Workload:
                 return self.model.check(work, stage, self.editing, anew=True)
 
     def _is_stale(self, work: SourceImage) -> bool:
-        """Whether what lies in the run folder is of something else."""
+        """Whether the run folder holds another run."""
         try:
             self._check(work, overwrite=False)
         except UserError:

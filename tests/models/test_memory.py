@@ -106,7 +106,7 @@ def test_every_device_has_pictures(tmp_path: Path) -> None:
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     module = fits.model(slots="auto", steps=1)
     module.load_backbone(torch.float32)
-    shares = Workload(module, data, ["fit"], rehearsal=False).shares(
+    shares = Workload(module, data, ["fit"], dry_run=False).shares(
         2, torch.device("cpu"), Progress(quiet=True)
     )
     assert [members for _, members in shares] == [[0, 1, 2], [3, 4]]

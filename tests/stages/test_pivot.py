@@ -161,7 +161,7 @@ def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_in
 ) -> None:
     monkeypatch.setattr(ImageParallelStrategy, "is_one_of_many", True)
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
-    workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
+    workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], dry_run=False)
     assert fits.trainer()._begin(workload) == [(3, [0]), (3, [1])]
     monkeypatch.undo()
     assert fits.trainer()._begin(workload) == [(6, [0, 1])]
@@ -169,7 +169,7 @@ def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_in
 
 def test_every_device_has_pictures_to_roll_out(two: Path, tmp_path: Path) -> None:
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
-    workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], rehearsal=False)
+    workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], dry_run=False)
     workload.model.load_backbone(torch.float32)
     assert workload.shares(2, torch.device("cpu"), Progress(quiet=True)) == [(3, [0]), (3, [1])]
 
@@ -296,7 +296,7 @@ def test_a_variant_that_learns_nothing_has_no_pass_at_the_pivots(
     assert not (pivot.folder / "pivot").exists()
 
 
-def test_a_rehearsal_of_one_phase_keeps_nothing(image: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_one_phase_keeps_nothing(image: Path, tmp_path: Path) -> None:
     data = SourceImages(str(image), SOURCE, out=str(tmp_path / "run"))
     fits.trainer(fast_dev_run=True).fit(fits.model(**PIVOT, slots=2), datamodule=data)
     assert not RunStore(tmp_path / "run").has_begun()

@@ -1,4 +1,4 @@
-"""How ranks end and signals are heeded, in processes of their own."""
+"""How ranks end and signals are handled, in processes of their own."""
 
 import subprocess
 import sys
@@ -28,8 +28,8 @@ def begin(program):
     rank.stdout.readline()
     return rank
 sleeps = "import signal, time; print(flush=True); time.sleep(100)"
-deaf = sleeps.replace("print", "signal.signal(signal.SIGTERM, signal.SIG_IGN); print")
-ranks = [begin(sleeps), begin(deaf), begin("print()")]
+ignoring = sleeps.replace("print", "signal.signal(signal.SIGTERM, signal.SIG_IGN); print")
+ranks = [begin(sleeps), begin(ignoring), begin("print()")]
 ranks[2].wait()
 launcher.PATIENCE = 0.3
 launcher.stop(ranks)
@@ -43,11 +43,11 @@ class Closed:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
 sys.unraisablehook = lambda told: None
-request = launcher.Request()
-with request.heard():
+request = launcher.StopRequest()
+with request.handling():
     closed = Closed()
     del closed
-    for ask in (request.heed, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    for ask in (request.check, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         try:
             ask()
         except SystemExit as stop:
@@ -61,12 +61,12 @@ def test_a_first_signal_can_wait_and_a_second_one_does_not() -> None:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGINT, signal.SIGTERM):
     for second in (False, True):
-        request = launcher.Request()
-        with request.heard():
-            request.waits = True
+        request = launcher.StopRequest()
+        with request.handling():
+            request.deferred = True
             os.kill(os.getpid(), number)
             try:
-                os.kill(os.getpid(), number) if second else request.heed()
+                os.kill(os.getpid(), number) if second else request.check()
             except BaseException as stop:
                 said(type(stop).__name__)
 said(signal.getsignal(signal.SIGINT) is signal.default_int_handler)

@@ -21,7 +21,7 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.launcher import PATIENCE
-from kvinv_pl.training.strategy import BOARD, CALL, STARTER, ImageParallelStrategy
+from kvinv_pl.training.strategy import CALL, QUEUE, STARTER, ImageParallelStrategy
 from kvinv_pl.training.trainer import KVTrainer
 from kvinv_pl.training.work_queue import WorkQueue
 
@@ -112,7 +112,7 @@ def test_when_a_rank_is_killed_all_stop_and_the_same_command_goes_on(folder: Pat
             time.sleep(0.05)
         os.kill(ranks[0], signal.SIGKILL)
         _, err = first.communicate(timeout=100)
-    says = "another rank has failed: process 2 of 2 has ended by signal 9, and all have stopped"
+    says = "another rank has failed: process 2 of 2 ended by signal 9, and all have been stopped"
     assert first.returncode == 2 and says in err, err
     for file in tmp_path.glob("out/*/.lock.pid"):  # of the killed one
         assert int(file.read_text()) == ranks[0]
@@ -185,7 +185,7 @@ def test_ranks_are_those_of_slurm_in_a_job_of_slurm(environment: dict[str, str])
 def test_ranks_of_one_machine_begin_with_one_each_and_take_what_is_free(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path)}
+    environment |= {STARTER: str(os.getppid()), QUEUE: str(tmp_path)}
     shares = list[Iterator[int]]()
     for rank in range(2):
         environment["LOCAL_RANK"] = str(rank)
@@ -213,11 +213,11 @@ class Rank:
 
 def test_ranks_without_a_share_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
     ranks, started = trainer(4).ranks, [Rank(), Rank(), Rank()]
-    ranks._board, ranks._ranks = WorkQueue(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
-    ranks.give([(1, [0]), (1, [1])])
+    ranks._queue, ranks._ranks = WorkQueue(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
+    ranks.publish_shares([(1, [0]), (1, [1])])
     assert ranks._ranks == started[:1]
     assert [rank.ended for rank in started] == [None, -signal.SIGTERM, -signal.SIGTERM]
-    ranks.look()  # that they were stopped is no failure
+    ranks.check_ranks()  # that they were stopped is no failure
 
 
 @pytest.mark.parametrize(
@@ -228,29 +228,27 @@ def test_a_rank_that_has_not_said_that_it_is_done_has_failed(
 ) -> None:
     """Lightning ends a process by exit code 0 where it was asked to end in the middle of a fit."""
     ranks, other = trainer(2).ranks, Rank()
-    ranks._board, ranks._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
-    ranks.look()
+    ranks._queue, ranks._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    ranks.check_ranks()
     if reported:
-        ranks._board.report(1, {})
+        ranks._queue.report(1, {})
     other.ended = ended
     with pytest.raises(UserError, match="another rank has failed") if failed else nullcontext():
-        ranks.look()
+        ranks.check_ranks()
 
 
 def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     starter, other = trainer(2).ranks, Rank()
-    starter._board, starter._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
-    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
+    starter._queue, starter._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    environment |= {STARTER: str(os.getppid()), QUEUE: str(tmp_path), "LOCAL_RANK": "1"}
     with pytest.raises(SystemExit) as stop, trainer(2).ranks.ranks():
         raise UserError("no room in out: make some")
     other.ended = 2
     del environment[STARTER]
-    with pytest.raises(
-        UserError, match="no room in out: make some; with that all ranks have stopped"
-    ) as told:
-        starter.look()
+    with pytest.raises(UserError, match="no room in out: make some; all ranks have been stopped") as told:
+        starter.check_ranks()
     assert stop.value.code == 2 and "in that rank" in str(told.value.__cause__)
 
 
@@ -258,32 +256,32 @@ def test_a_rank_serves_the_call_that_it_was_started_for(
     folder: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank goes anew through a program that calls a trainer twice, and leaves out the other call."""
-    board = WorkQueue(tmp_path / "board")
-    board.folder.mkdir()
-    board.give([])
+    queue = WorkQueue(tmp_path / "queue")
+    queue.folder.mkdir()
+    queue.publish([])
     monkeypatch.setattr(ImageParallelStrategy, "calls", 0)
-    environment |= {STARTER: str(os.getppid()), BOARD: str(board.folder), "LOCAL_RANK": "1", CALL: "2"}
+    environment |= {STARTER: str(os.getppid()), QUEUE: str(queue.folder), "LOCAL_RANK": "1", CALL: "2"}
     data, module = SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / "run")), fits.model()
     fits.trainer(devices=2).invert(module, data)
-    assert not board.has_reported(1) and not (tmp_path / "run").exists()
+    assert not queue.has_reported(1) and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         fits.trainer(devices=2).fit(module, datamodule=data)
-    assert board.has_reported(1)
+    assert queue.has_reported(1)
 
 
 def test_what_failed_reaches_the_rank_that_started_this_one(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    environment |= {STARTER: str(os.getppid()), BOARD: str(tmp_path), "LOCAL_RANK": "1"}
+    environment |= {STARTER: str(os.getppid()), QUEUE: str(tmp_path), "LOCAL_RANK": "1"}
     ranks = trainer(2).ranks
     ranks.report({"a.png": "is no picture"})
-    WorkQueue(tmp_path).give([(2, [0, 1]), (2, [3])])
-    assert ranks.given_shares() == [(2, [0, 1]), (2, [3])]
-    assert ranks.was_started and WorkQueue(tmp_path).reported() == {"a.png": "is no picture"}
+    WorkQueue(tmp_path).publish([(2, [0, 1]), (2, [3])])
+    assert ranks.wait_for_shares() == [(2, [0, 1]), (2, [3])]
+    assert ranks.was_started and WorkQueue(tmp_path).failures() == {"a.png": "is no picture"}
     environment[STARTER] = "1" if os.getppid() != 1 else "2"
     with pytest.raises(UserError, match="the process that started this rank is gone"):
-        ranks.look()
-    assert not tmp_path.exists()  # whoever was to remove the board cannot
+        ranks.check_ranks()
+    assert not tmp_path.exists()  # whoever was to remove the queue cannot
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed", "ddp_spawn"])
