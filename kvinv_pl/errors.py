@@ -1,4 +1,4 @@
-"""The one kind of error that is shown to a user without a traceback."""
+"""Errors shown to the user without a traceback."""
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
@@ -14,15 +14,15 @@ class UserError(ValueError):
 
 
 class StopError(UserError):
-    """No matter of one picture: whatever else there is to do would fail as well."""
+    """Fatal: stops all pictures, not just one."""
 
 
 class NoRoomError(StopError):
-    """The disk takes no more."""
+    """The disk is full or read-only."""
 
 
 class SomeFailedError(UserError):
-    """Some of many pictures could not be worked on; the others are done.
+    """Some of many pictures failed; the others are done.
 
     Its `reasons` are one line for each of them, by the picture.
     """
@@ -31,14 +31,14 @@ class SomeFailedError(UserError):
 
     def __init__(self, reasons: Mapping[str, str], total: int) -> None:
         super().__init__(
-            f"{len(reasons)} of {total} pictures could not be worked on; the others are done, and the same "
-            "command goes on with what was put right"
+            f"{len(reasons)} of {total} pictures failed; the others are done: fix these and run the same "
+            "command to resume"
         )
         self.reasons = dict(reasons)
 
 
 def near(word: str, known: Collection[str]) -> str:
-    """A guess at what was meant, if there is one; a name without its section is near to the one with it."""
+    """A "did you mean" with the nearest known word, if any; a missing section prefix is no difference."""
     whole = [name for name in known if name.lstrip("-").rpartition(".")[2] == word.lstrip("-")]
     found = whole or get_close_matches(word, list(known), 1, 0.7)
     return f": did you mean {found[0]}" if found else ""

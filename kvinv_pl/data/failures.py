@@ -1,4 +1,4 @@
-"""Pictures that could not be worked on: one among many does not stop the rest, and is reported at the end."""
+"""Failed pictures: one among many does not stop the others, and is reported at the end."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 
 MEMORY = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slots 1"
-"""What to do where memory does not suffice."""
+"""Advice for running out of memory."""
 
 
 def reason(error: BaseException) -> str:
-    """What a picture's failure is called: of one that found no memory, what to do about it, too."""
+    """The message for a failed picture, with advice if it ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}"
     return str(error)
 
 
 class Failures:
-    """Why pictures of a command failed, by the picture. Of a picture that is alone, it is raised."""
+    """Why pictures of a command failed, by their labels. The failure of a single picture is raised."""
 
     def __init__(self, total: int = 1) -> None:
         self.total = total
@@ -37,14 +37,14 @@ class Failures:
         return [work for work in works if work not in self]
 
     def note(self, label: str, reason: str) -> None:
-        """This picture is given up; raises UserError where it is the only one."""
+        """Mark a picture as failed; raises UserError if it is the only one."""
         if self.total == 1:
             raise UserError(reason)
         self.reasons.setdefault(label, " ".join(reason.split()))
 
     @contextmanager
     def of(self, works: Iterable[SourceImage]) -> Iterator[None]:
-        """Where something goes wrong inside, give these pictures up; a StopError is no matter of theirs."""
+        """Mark these pictures as failed on an error inside; re-raise StopError."""
         works = list(works)
         try:
             yield
@@ -65,9 +65,9 @@ class Failures:
             if self.reasons:
                 raise SomeFailedError(self.reasons, self.total)
             return
-        said = set(self.reasons.values())
-        if len(said) == 1:  # what is wrong is not the pictures
-            raise UserError(said.pop())
+        reasons = set(self.reasons.values())
+        if len(reasons) == 1:  # not the fault of the pictures
+            raise UserError(reasons.pop())
         listed = "; ".join(f"{label}: {reason}" for label, reason in list(self.reasons.items())[:3])
         more = f"; and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
-        raise UserError(f"none of {self.total} pictures could be worked on: {listed}{more}")
+        raise UserError(f"all {self.total} pictures failed: {listed}{more}")

@@ -1,4 +1,4 @@
-"""The files of a run: written as a whole or not at all, checked when read, and never pickled."""
+"""The files of a run: written atomically, checked when read, and never pickled."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errn
 
 
 class DamagedError(UserError):
-    """A file of the run is cut, altered, or another than its name says."""
+    """A file of the run is truncated, altered, or not what its name says."""
 
 
 @contextmanager
-def reported(verb: str, path: Path) -> Iterator[None]:
-    """Turn the system's refusal (no room, no right, no such folder) into a UserError that names the path."""
+def explaining_os_errors(verb: str, path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, no permission, no such folder) into a UserError that names the path."""
     try:
         yield
     except OSError as error:
-        todo = "make room or name another folder" if verb == "write" else "see to it and try again"
+        advice = "make room or name another folder" if verb == "write" else "fix this and try again"
         kind = NoRoomError if error.errno in NO_ROOM else UserError
-        raise kind(f"cannot {verb} {path}: {error.strerror or error}; {todo}") from error
+        raise kind(f"cannot {verb} {path}: {error.strerror or error}; {advice}") from error
 
 
-def write_whole(file: Path, *parts: bytes | memoryview) -> None:
-    """Replace the file by these bytes, one part after the other, as a whole or not at all."""
+def write_atomically(file: Path, *parts: bytes | memoryview) -> None:
+    """Replace the file by these bytes, one part after the other, atomically."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}{TEMPORARY}")
-    with reported("write", file):
+    with explaining_os_errors("write", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as handle:
@@ -66,24 +66,24 @@ def write_whole(file: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_png(file: Path, picture: Image.Image) -> Path:
-    """Write a picture; its path."""
+    """Write a picture as PNG; return its path."""
     buffer = BytesIO()
     picture.save(buffer, format="PNG")
-    write_whole(file, buffer.getvalue())
+    write_atomically(file, buffer.getvalue())
     return file
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record with the format number."""
     text = json.dumps({**record, "format": FORMAT}, indent=2, ensure_ascii=False)
-    write_whole(
+    write_atomically(
         file, f"{text}\n".encode(errors="surrogatepass")
-    )  # a prompt typed in no valid UTF-8 comes back
+    )  # keeps a prompt that is not valid UTF-8
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A record of this format; raises DamagedError where it is none."""
-    with reported("read", file):
+    """Read a record; raises DamagedError if it is no valid JSON."""
+    with explaining_os_errors("read", file):
         data = file.read_bytes()
     try:
         record = json.loads(data)
@@ -95,8 +95,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _check_format(file: Path, found: object) -> None:
     if str(found) != str(FORMAT):
-        todo = "use the version of this program that made it, or remove it"
-        raise UserError(f"{file} has format {found}, expected {FORMAT}: {todo}")
+        advice = "use the version of this program that made it, or remove it"
+        raise UserError(f"{file} has format {found}, expected {FORMAT}: {advice}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Head:
 
     @classmethod
     def of(cls, data: bytes | bytearray) -> _Head:
-        """The header of these bytes; raises ValueError where there is none."""
+        """Parse the header; raises ValueError if there is none."""
         end = 8 + int.from_bytes(data[:8], "little")
         table = json.loads(data[8:end])
         if not (isinstance(table, dict) and isinstance(metadata := table.pop("__metadata__", {}), dict)):
@@ -119,14 +119,14 @@ class _Head:
         return cls(metadata, table, end)
 
     def digest(self, data: bytes | bytearray) -> str:
-        """The blake2b of all this but the digest itself, and of the tensors' bytes."""
+        """The blake2b of the header without its digest, and of the tensors' bytes."""
         unsigned = {key: value for key, value in self.metadata.items() if key != "digest"}
         digest = blake2b(json.dumps([unsigned, self.table], sort_keys=True).encode(), digest_size=32)
         digest.update(memoryview(data)[self.end :])
         return digest.hexdigest()
 
     def signed(self, digest: str) -> bytes:
-        """The header with its digest in it, as safetensors has it: padded, so that tensors lie at 8 bytes."""
+        """The header with its digest, padded as safetensors does, so that tensors are aligned to 8 bytes."""
         table = {"__metadata__": {**self.metadata, "digest": digest}, **self.table}
         text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -142,10 +142,10 @@ class Packed:
     _head: _Head
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors in it whose names begin so, by name; views of what was read, not copies.
+        """The tensors whose names have this prefix; views, not copies.
 
-        safetensors' own `load` copies all of them, which in an edit takes longer than all else of a step that
-        is not the network.
+        safetensors' own `load` copies all of them, which takes longer than everything else in a step of an
+        edit but the network.
         """
         return {name: self._view(**at) for name, at in self._head.table.items() if name.startswith(prefix)}
 
@@ -165,9 +165,9 @@ def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Ma
     }
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
     data = save(plain, metadata)
-    del plain  # which is as large as all of it
+    del plain  # as large as all of `data`
     head = _Head.of(data)
-    write_whole(file, head.signed(head.digest(data)), memoryview(data)[head.end :])
+    write_atomically(file, head.signed(head.digest(data)), memoryview(data)[head.end :])
 
 
 def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -175,7 +175,7 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
     if not os.path.exists(file):
         raise UserError(f"{file} is missing: run `kvinv {'invert' if kind == 'trajectory' else 'fit'}` first")
     try:
-        with reported("read", file), safe_open(file, "pt") as opened:
+        with explaining_os_errors("read", file), safe_open(file, "pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
         info = json.loads(metadata.get("info", ""))
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
@@ -184,37 +184,37 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
         raise _damaged(file, "its info is no record")
     _check_format(file, metadata.get("format"))
     if metadata.get("kind") != kind:
-        raise _damaged(file, f"it holds {metadata.get('kind')}, expected {kind}")
+        raise _damaged(file, f"it contains {metadata.get('kind')}, expected {kind}")
     return metadata, info
 
 
 def read_packed(file: Path, kind: str) -> Packed:
-    """A file of this kind, before tensors are made of it; raises DamagedError if its digest does not fit.
+    """Read a file of this kind, and check its digest; raises DamagedError if it does not match.
 
-    What takes time here leaves Python's other threads alone.
+    The slow parts release the GIL.
     """
     _, info = read_header(file, kind)
-    with reported("read", file), file.open("rb") as opened:
-        data = bytearray(os.fstat(opened.fileno()).st_size)  # not mapped: what is checked is what is used
+    with explaining_os_errors("read", file), file.open("rb") as opened:
+        data = bytearray(os.fstat(opened.fileno()).st_size)  # no memory map: the checked bytes are those used
         opened.readinto(data)
     try:
         head = _Head.of(data)
-    except ValueError as error:  # it has been written to since
+    except ValueError as error:  # it has changed since
         raise _damaged(file, str(error)) from error
     if head.digest(data) != head.metadata.get("digest"):
-        raise _damaged(file, "its digest does not fit its content")
+        raise _damaged(file, "its digest does not match its content")
     return Packed(info, data, head)
 
 
 def shapes_in(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
     """The shapes of a file's tensors, by their names, from its header alone; no digest is checked."""
     read_header(file, kind)
-    with reported("read", file), safe_open(file, "pt") as opened:
+    with explaining_os_errors("read", file), safe_open(file, "pt") as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def is_whole(file: Path, kind: str) -> bool:
-    """Whether a file of this kind is there and not cut, by its header."""
+    """Whether a file of this kind exists and is not truncated, by its header."""
     try:
         return os.path.exists(file) and bool(read_header(file, kind))
     except DamagedError:

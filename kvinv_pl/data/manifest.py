@@ -1,4 +1,4 @@
-"""Rows to be worked on: of one picture, a folder, or a CSV or JSONL list."""
+"""The rows of the input: one picture, a folder, or a CSV or JSONL list."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ COLUMNS = ("image", "source", "targets", "mask")
 
 @dataclass
 class Row:
-    """One picture, what it shows, what it is to become, and its mask."""
+    """One picture with its source prompt, target prompts and mask."""
 
     image: Path
     source: str
@@ -26,7 +26,7 @@ class Row:
 
 
 def rows_of(path: Path, source: str, targets: list[str], mask: Path | None) -> list[Row]:
-    """What a picture, a folder or a list names, and what the options say where a row says nothing."""
+    """The rows of a picture, a folder or a list; options fill what a row leaves out."""
     return _merged(
         Row(row["image"], row.get("source", source), list(row.get("targets", targets)), row.get("mask", mask))
         for row in _rows(path)
@@ -44,7 +44,7 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """What is to be worked on: rows with at least `image`, a Path."""
+    """Rows with at least `image`, a Path."""
     if path.is_dir():
         try:
             files = sorted(path.iterdir())
@@ -53,7 +53,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         found = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         if not found:
             raise UserError(
-                f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}): name a folder that does"
+                f"{path} contains no pictures ({', '.join(sorted(SUFFIXES))}): name a folder that does"
             )
         yield from ({"image": file} for file in found)
     elif path.suffix.lower() in LISTS:
@@ -121,7 +121,7 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
-    """Refuse a list without images, or with a column that is nearly one of ours; others may be there."""
+    """Refuse a list without images, or with a misspelt column; other columns are ignored."""
     for name in names:
         near = get_close_matches(name, [column for column in COLUMNS if column not in names], 1, 0.8)
         if name not in COLUMNS and near:

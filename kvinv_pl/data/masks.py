@@ -46,7 +46,7 @@ def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h
     Args:
         mask: white on the subject, in the size of the whole picture.
         geometry: how the picture reaches the model.
-        name: of the mask, in what a user is told.
+        name: of the mask, in error messages.
     """
     if mask.size != geometry.original:
         expected, got = ("{}x{}".format(*size) for size in (geometry.original, mask.size))

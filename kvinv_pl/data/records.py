@@ -1,4 +1,4 @@
-"""What run.json says: everything that the files of a run depend on, and the figures that came of them."""
+"""The fields of run.json: all that the files of a run depend on, and the figures measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARIES = ("kvinv-pl", "torch", "lightning", "diffusers", "transformers", "pef
 def of_picture(
     name: str, picture: Picture, geometry: Geometry, mode: str, mask: str | None
 ) -> dict[str, Any]:
-    """The picture: its name, how it was read and reached the model, and digests of its pixels."""
+    """The record of a picture: its name, how it was read and resized, and digests of its pixels."""
     return {
         "name": name,
         "sha256": picture.sha256,
@@ -33,13 +33,13 @@ def of_picture(
 
 
 def geometry_of(record: dict[str, Any]) -> Geometry:
-    """The geometry that `of_picture` wrote down."""
+    """The geometry from the record that `of_picture` made."""
     box = record["box"]
     return Geometry(tuple(record["size"]), tuple(record["model_size"]), tuple(box) if box else None)
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's class and everything that it was given."""
+    """The optimiser's class and its arguments."""
     kind = type(optimizer)
     given = {key: value for key, value in sorted(optimizer.defaults.items()) if not isinstance(value, Tensor)}
     plain = json.loads(json.dumps(given, default=str))

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from kvinv_pl.data.files import (
     TEMPORARY,
+    explaining_os_errors,
     is_whole,
     read_header,
     read_json,
     read_packed,
-    reported,
     shapes_in,
     write_json,
     write_png,
@@ -37,24 +37,24 @@ from kvinv_pl.errors import UserError
 
 
 class InUseError(UserError):
-    """Another process holds the run."""
+    """Another process has locked the run."""
 
 
 @dataclass
 class _Memory:
-    """What has been read of a run folder, while nobody else writes there."""
+    """Cache of what was read of a run folder while it is locked."""
 
     run: dict[str, Any] | None = None
     trajectory: Tensor | None = None
     users: int = 0
-    """How many contexts keep it; with none, nothing is kept."""
+    """How many contexts use the cache; with none, nothing is kept."""
 
 
 class RunStore:
     """One image's run folder; every write is atomic and every read is checked. Writers hold `lock()`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Name the folder; it is made when something is first written to it."""
+        """Name the folder; it is created by the first write."""
         self.folder = self._place = Path(folder)
         self._memory = _Memory()
 
@@ -67,17 +67,16 @@ class RunStore:
         return self._place / "pivot"
 
     def at_attempt(self, number: int) -> RunStore:
-        """The same run with the phases of a later attempt at tuning, apart from those of the run (0)."""
+        """The same run with the phases of a later attempt at tuning, in its own folder; 0: the first."""
         other = RunStore(self.folder)
         other._memory = self._memory
         other._place = self.folder / "attempts" / str(number) if number else self.folder
         return other
 
     def settle(self) -> None:
-        """Put the attempt that run.json keeps into the run's place, and drop the others.
+        """Move the attempt that run.json keeps into the run's place, and drop the others.
 
-        What was tuned at the pivots goes, once the picture is tuned. A crash on the way leaves either the
-        attempt's folder, from which this goes on, or all of it done.
+        Psi tuned at the pivots is dropped, too. After a crash on the way, the next call finishes it.
         """
         reconstruction = self.read_run().get("reconstruction")
         if reconstruction is None:
@@ -86,36 +85,36 @@ class RunStore:
         kept = reconstruction["kept"]
         better = self.at_attempt(kept)._steps
         if kept and better.exists():
-            with reported("write", self.folder):
+            with explaining_os_errors("write", self.folder):
                 shutil.rmtree(self.folder / "steps", ignore_errors=True)
                 os.replace(better, self.folder / "steps")
             self.drop_attempts()
-        for number in range(1, len(reconstruction["attempts"])):  # what a crash has left of those made
+        for number in range(1, len(reconstruction["attempts"])):  # left by a crash
             self._drop(f"attempts/{number}")
 
     def drop_attempts(self) -> None:
-        """Remove what later attempts at tuning have left."""
+        """Remove the files of later attempts at tuning."""
         self._drop("attempts")
 
     def _drop(self, name: str) -> None:
-        with reported("remove", self.folder / name):
+        with explaining_os_errors("remove", self.folder / name):
             if (self.folder / name).exists():
                 shutil.rmtree(self.folder / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run against other processes, and clear what a killed one left; raises InUseError."""
+        """Lock the run, and remove the temporary files of a killed process; raises InUseError."""
         owner = self.folder / ".lock.pid"
-        with reported("write", self.folder):
+        with explaining_os_errors("write", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:  # flock, or what Windows has for it: the system frees it when its process dies
-                held = FileLock(self.folder / ".lock").acquire(timeout=0)
+            try:  # flock, or its like on Windows: released when the process dies
+                acquired = FileLock(self.folder / ".lock").acquire(timeout=0)
             except Timeout:
                 process = owner.read_text() if owner.exists() else "unknown"
                 message = f"{self.folder} is in use by process {process}: wait for it or stop it"
                 raise InUseError(message) from None
-        with held, self.read_once():
-            with reported("write", self.folder):
+        with acquired, self.read_once():
+            with explaining_os_errors("write", self.folder):
                 tuned = ("steps/", "pivot/", "attempts/*/steps/", "attempts/*/pivot/")
                 for place in ("", "edits/", *tuned):
                     for leftover in self.folder.glob(f"{place}.*{TEMPORARY}"):
@@ -128,7 +127,7 @@ class RunStore:
 
     @contextmanager
     def read_once(self) -> Iterator[None]:
-        """Read run.json and the trajectory once in here, where nobody else writes them, as under `lock()`."""
+        """Cache run.json and the trajectory in this context, where no other process writes them."""
         memory = self._memory
         memory.users += 1
         try:
@@ -139,11 +138,11 @@ class RunStore:
                 memory.run = memory.trajectory = None
 
     def has_run(self) -> bool:
-        """Whether the folder holds a run.json."""
+        """Whether the folder contains a run.json."""
         return os.path.isfile(self.folder / "run.json")
 
     def read_run(self) -> dict[str, Any]:
-        """What `write_run` was given, as JSON returns it (tuples are lists)."""
+        """The content of run.json (tuples are lists)."""
         if not self.has_run():
             raise UserError(f"{self.folder} has no run.json: name the folder of a run, or make one")
         run = self._memory.run or read_json(self.folder / "run.json")
@@ -163,19 +162,19 @@ class RunStore:
         run = self.read_run()
         for key in keys:
             if difference := _difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
-                made = "{} was made with {} = {}, not {}".format(self.folder, *difference)
+                mismatch = "{} was made with {} = {}, not {}".format(self.folder, *difference)
                 raise UserError(
-                    f"{made}: give what it was made with, or another folder, or make it anew by `kvinv run` "
-                    "or `kvinv fit` with --overwrite"
+                    f"{mismatch}: give what it was made with, or another folder, or make it anew by "
+                    "`kvinv run` or `kvinv fit` with --overwrite"
                 )
 
     def has_trajectory(self) -> bool:
-        """Whether a whole trajectory is there, by its header."""
+        """Whether a complete trajectory exists, by its header."""
         return is_whole(self.folder / "trajectory.safetensors", "trajectory")
 
     def save_trajectory(self, z: Float[Tensor, "levels c h w"]) -> None:
         """Write z-hat_0 ... z-hat_T in fp32."""
-        self._memory.trajectory = None  # what was written is read, and so checked, before it is used
+        self._memory.trajectory = None  # it is read back, and so checked, before it is used
         write_tensors(self.folder / "trajectory.safetensors", "trajectory", {"z": z.float()}, {})
 
     def latent_grid(self) -> tuple[int, int]:
@@ -227,7 +226,7 @@ class RunStore:
         return read_header(self._step(i), f"step {i}")[1]
 
     def done(self) -> set[int]:
-        """Phases whose file is whole, by its header; a cut file is not done."""
+        """Phases with a complete file, by its header; a truncated file is not done."""
         return _whole(self._steps, "step")
 
     def done_at_pivots(self) -> set[int]:
@@ -235,13 +234,13 @@ class RunStore:
         return _whole(self._pivot, "pivot")
 
     def has_begun(self) -> bool:
-        """Whether there is anything of psi."""
+        """Whether any psi_t is stored."""
         return bool(self.done() or self.done_at_pivots())
 
     def clear(self) -> None:
-        """Remove all that a run leaves, its edits too."""
+        """Remove all files of the run, its edits too."""
         self._memory.run = self._memory.trajectory = None
-        with reported("remove", self.folder):
+        with explaining_os_errors("remove", self.folder):
             for name in ("run.json", "trajectory.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
             for name in ("source", "reconstruction", "sheet", "mask"):
@@ -268,27 +267,27 @@ class RunStore:
         Args:
             slug: the target prompt, or a name for the edit; made fit for a file name here.
             picture: the edited picture.
-            record: what was asked, with which settings; its field "figures" (measured) is no setting.
+            record: the target and all settings; its field "figures" (measured) is no setting.
         """
         file = self._edit_file(slug, record)
         write_png(file.with_suffix(".png"), picture)
-        write_json(file, record)  # last: an edit is there when its record is
+        write_json(file, record)  # last: an edit exists if its record does
         return file.with_suffix(".png")
 
     def edit_like(self, slug: str, record: Mapping[str, Any]) -> Path | None:
-        """The picture of an edit that was made with these very settings, if it is there and whole."""
+        """The picture of an edit that was made with these very settings, if it exists and is complete."""
         file = self._edit_file(slug, record)
         if not file.exists():
             return None
         try:
             with Image.open(file.with_suffix(".png")) as picture:
                 picture.verify()
-        except (OSError, SyntaxError):  # pillow says so of a broken PNG
+        except (OSError, SyntaxError):  # Pillow's error for a broken PNG
             return None
         return file.with_suffix(".png")
 
     def _edit_file(self, slug: str, record: Mapping[str, Any]) -> Path:
-        """The record of an edit with these settings, there or not."""
+        """The path of the record of an edit with these settings, whether it exists or not."""
         words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", slug).lower())[:48].strip("-") or "edit"
         names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
         possible = (self.folder / "edits" / f"{name}.json" for name in names)
@@ -296,30 +295,30 @@ class RunStore:
 
 
 def _whole(folder: Path, kind: str) -> set[int]:
-    """The numbers of the files of this kind that are whole."""
+    """The numbers of the complete files of this kind."""
     numbered = [file for file in folder.glob("*.safetensors") if re.fullmatch(r"0|[1-9][0-9]*", file.stem)]
     return {int(file.stem) for file in numbered if is_whole(file, f"{kind} {file.stem}")}
 
 
 def _is_same_edit(file: Path, record: Mapping[str, Any]) -> bool:
     try:
-        there = read_json(file)
+        found = read_json(file)
     except UserError:
         return False
-    asked = json.loads(json.dumps(dict(record)))
-    return {**there, "figures": None} == {**asked, "figures": None}
+    expected = json.loads(json.dumps(dict(record)))
+    return {**found, "figures": None} == {**expected, "figures": None}
 
 
-def _difference(field: str, there: Any, asked: Any) -> tuple[str, str, str] | None:
+def _difference(field: str, found: Any, expected: Any) -> tuple[str, str, str] | None:
     """The first leaf in which two JSON values differ: its field and both values, cut to a readable length."""
-    if there == asked:
+    if found == expected:
         return None
-    if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked):
-        there, asked = dict(enumerate(there)), dict(enumerate(asked))
-    if isinstance(there, dict) and isinstance(asked, dict):
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if isinstance(found, dict) and isinstance(expected, dict):
         missing = "nothing"
-        for key in [*there, *(key for key in asked if key not in there)]:
-            if found := _difference(f"{field}.{key}", there.get(key, missing), asked.get(key, missing)):
-                return found
-    shown = [text if len(text) <= 120 else f"{text[:117]}..." for text in map(repr, (there, asked))]
+        for key in [*found, *(key for key in expected if key not in found)]:
+            if leaf := _difference(f"{field}.{key}", found.get(key, missing), expected.get(key, missing)):
+                return leaf
+    shown = [text if len(text) <= 120 else f"{text[:117]}..." for text in map(repr, (found, expected))]
     return field, shown[0], shown[1]

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDES = (
     192,
     768,
-)  # pixels, shortest and longest: small pictures are enlarged for a person to see, large ones reduced
+)  # pixels, shortest and longest: small pictures are enlarged to be visible, large ones reduced
 ACROSS = 5  # pictures in a row
 GAP, LINE, LETTER = 8, 18, 7  # pixels
 

@@ -1,4 +1,4 @@
-"""A picture with its prompts and its run folder, as it is found by name or in a run that is there."""
+"""A picture with its prompts and its run folder, from its file or from an existing run."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ Stage = Literal["invert", "fit", "edit"]
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A picture as a model takes it, and what its run.json says of it; one byte a value, to be kept."""
+    """A picture in the model's size, and its record; one byte a value, because it is kept."""
 
     record: dict[str, Any]
     """run.json's field "picture"."""
@@ -38,9 +38,9 @@ class Opened:
 
 @dataclass(eq=False)
 class SourceImage:
-    """One picture to be worked on, and the folder where all of it lies.
+    """One picture, and its run folder.
 
-    Without a `path` the folder must hold what the earlier stages left.
+    Without a `path` the folder must contain the results of the earlier stages.
     """
 
     name: str
@@ -54,11 +54,11 @@ class SourceImage:
 
     @property
     def label(self) -> str:
-        """What the person knows the picture by: its path, or its run folder."""
+        """The picture's name in messages: its path, or its run folder."""
         return str(self.path or self.store.folder)
 
     def opened(self, sample_size: tuple[int, int], multiple: int) -> Opened:
-        """The picture and its mask, read once until `close`; raises UserError where they do not do.
+        """The picture and its mask, read once until `close`; raises UserError if they are not valid.
 
         Args:
             sample_size: Height and width that the model was made for; see `fit_geometry`.
@@ -70,9 +70,7 @@ class SourceImage:
 
     def _open(self, sample_size: tuple[int, int], multiple: int) -> Opened:
         if self.path is None:
-            raise UserError(
-                f"{self.store.folder} is not inverted, and which picture it is of was not said: give --image"
-            )
+            raise UserError(f"{self.store.folder} is not inverted, and no picture was given: give --image")
         picture = open_picture(self.path)
         geometry = fit_geometry(picture.image.size, sample_size, multiple, self.geometry)
         mask = open_mask(self.mask) if self.mask else None
@@ -83,18 +81,18 @@ class SourceImage:
         )
 
     def close(self) -> None:
-        """Forget what was read: the file may be another the next time."""
+        """Forget what was read: the file may change until the next time."""
         self._opened = None
 
     def remember_targets(self) -> None:
-        """Note in run.json what the picture is to become, for an edit of the run that is not told."""
+        """Write the targets to run.json, as the default of later edits."""
         run = self.store.read_run()
         if self.targets and run.get("targets") != self.targets:
             self.store.write_run({**run, "targets": self.targets})
 
 
 def _stores_in(folder: Path) -> list[RunStore]:
-    """The run folder that this is, or those that lie in it."""
+    """The run in this folder, or the runs in its subfolders."""
     if RunStore(folder).has_run():
         return [RunStore(folder)]
     stores = [RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))]
@@ -106,7 +104,7 @@ def _stores_in(folder: Path) -> list[RunStore]:
 
 @contextmanager
 def _reading(store: RunStore) -> Iterator[None]:
-    """Say which field a run.json lacks, where one is read."""
+    """Raise UserError with the field that a run.json lacks."""
     try:
         yield
     except (KeyError, TypeError) as error:
@@ -115,9 +113,9 @@ def _reading(store: RunStore) -> Iterator[None]:
 
 
 def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[SourceImage]:
-    """The finished or half-finished runs in a folder, or the one that it is; the damaged go to `failed`.
+    """The runs in a folder, or the one that it is; damaged ones go to `failed`.
 
-    Without targets, those of each are what it was inverted or tuned with.
+    The default of the targets are those in the run's run.json.
     """
     stores = _stores_in(folder)
     for store in stores:
@@ -126,8 +124,8 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
                 record = store.read_run()
                 picture, source = record["picture"], record["source"]
                 mask = store.folder / "mask.png" if picture["mask"] else None
-                told = targets or _remembered(store, record)
-                work = SourceImage(picture["name"], store, None, source, told, mask, picture["mode"])
+                own_targets = targets or _remembered(store, record)
+                work = SourceImage(picture["name"], store, None, source, own_targets, mask, picture["mode"])
         except UserError as error:
             if len(stores) == 1:
                 raise
@@ -137,7 +135,7 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
 
 
 def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
-    """The targets that a picture came with."""
+    """The targets in run.json."""
     targets = run.get("targets", [])
     if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
         file = store.folder / "run.json"
@@ -146,9 +144,9 @@ def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
 
 
 def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the model that a run.json says its run was made with."""
+    """The settings that a run was made with, from its run.json."""
     if "tuning" not in run:
-        raise UserError(f"{folder} is not tuned: go on with `kvinv fit` before editing")
+        raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
     tuning = run["tuning"]
     return {
         "checkpoint": run["model"]["checkpoint"],
@@ -163,15 +161,15 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
-    settings, refused = [], list[UserError]()
+    settings, errors = [], list[UserError]()
     for store in _stores_in(folder):
         try:
             with _reading(store):
                 settings.append(_settings_in(store.folder, store.read_run()))
-        except UserError as error:  # one of many is reported when the others are done
-            refused.append(error)
+        except UserError as error:  # reported after the others are done
+            errors.append(error)
     if not settings:
-        raise refused[0]
+        raise errors[0]
     if any(other != settings[0] for other in settings):
-        raise UserError(f"the runs in {folder} were made with unlike settings: edit them one by one")
+        raise UserError(f"the runs in {folder} were made with different settings: edit them one by one")
     return {"model": settings[0], "data": {"run": str(folder)}}

@@ -1,4 +1,4 @@
-"""What a finished phase leaves: psi_t, z-tilde and, if stored, K-bar and V-bar, as tensors of one file."""
+"""The tensors of a finished phase: psi_t, z-tilde and, if stored, K-bar and V-bar, in one file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(StoreDtype)}
 LEVELS = 127
 SCALE = "#scale"
-"""The end of the name under which the scales of an int8 tensor lie beside it."""
+"""The suffix of the name of an int8 tensor's scales."""
 
 
 def rounded(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> Float[Tensor, "*rows tokens dim"]:
-    """What comes back of x once it has been stored; rounding again changes nothing."""
+    """X as it is read back after being stored; rounding twice changes nothing."""
     return dequantized(quantized("x", x, dtype), "x").to(x.dtype)
 
 
@@ -39,7 +39,7 @@ def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> di
         if x.isfinite().all() and not stored.isfinite().all():
             raise UserError(
                 f"{name}: expected values within {torch.finfo(DTYPES[dtype]).max:g}, the most that "
-                f"store_dtype {dtype} holds, got up to {float(x.abs().max()):g}; "
+                f"store_dtype {dtype} can hold, got up to {float(x.abs().max()):g}; "
                 "use store_dtype bfloat16 or float32"
             )
         return {name: stored}
@@ -51,7 +51,7 @@ def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> di
 
 
 def stored_bytes(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> int:
-    """How many bytes x takes where it is stored, its scales too."""
+    """The bytes of x as stored, with its scales."""
     return sum(stored.nbytes for stored in quantized("x", x, dtype).values())
 
 
@@ -71,10 +71,10 @@ Bars = tuple[Tensor, Tensor]
 
 
 class Step:
-    """A finished phase that was read and checked; tensors are made of it where they are first asked for.
+    """A finished phase that was read and checked; its tensors are made on first use.
 
-    To make them takes many small operations, which in a thread of their own would hold up the others for
-    longer than they take.
+    Making them takes many small operations, which in another thread would block this one for longer than
+    they take.
     """
 
     def __init__(self, packed: Packed) -> None:
@@ -100,7 +100,7 @@ class Step:
         return self.kv_on("cpu")
 
     def kv_on(self, device: torch.device | str) -> dict[str, Bars] | None:
-        """K-bar and V-bar by site path, on a device, where they come in the bytes that they have on disk."""
+        """K-bar and V-bar by site path, on a device, where they are copied in their dtype on disk."""
         values = unpack({name: value.to(device) for name, value in self._packed.tensors("kv.").items()})
         paths = sorted({name.removeprefix("kv.")[: -len(".k")] for name in values})
         return {path: (values[f"kv.{path}.k"], values[f"kv.{path}.v"]) for path in paths} or None

@@ -81,7 +81,7 @@ def huge(file: Path) -> None:
     ("make", "says"),
     [
         (lambda file: None, "expected a picture file at"),
-        (lambda file: file.mkdir(), "holds no pictures"),
+        (lambda file: file.mkdir(), "contains no pictures"),
         (text, "cannot be read as a picture"),
         (cut, "cannot be read as a picture"),
         (dot, "is 1x1, expected 8 pixels a side or more"),

@@ -48,7 +48,7 @@ def test_of_many_pictures_those_that_fail_are_reported_and_the_rest_is_done(fold
     last = answer.err.splitlines()[-2:]
     assert answer.code == 1 and "Traceback" not in answer.err
     assert last[0].startswith(f"kvinv: {folder / 'b.png'}: ") and "cannot be read as a picture" in last[0]
-    assert last[1].startswith("kvinv: error: 1 of 4 pictures could not be worked on")
+    assert last[1].startswith("kvinv: error: 1 of 4 pictures failed")
     for name in "acd":
         assert len(RunStore(folder.parent / "out" / name).edits()) == 1
     assert not (folder.parent / "out" / "b").exists()
@@ -170,5 +170,5 @@ def test_where_all_fail_the_line_names_three_and_counts_the_rest() -> None:
     failures = Failures(5)
     for n in range(5):
         failures.note(f"{n}.png", f"reason {n}")
-    with pytest.raises(UserError, match=r"none of 5 .*0\.png: reason 0; .*2\.png: reason 2; and 2 more$"):
+    with pytest.raises(UserError, match=r"all 5 .*0\.png: reason 0; .*2\.png: reason 2; and 2 more$"):
         failures.report()

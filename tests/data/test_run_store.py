@@ -158,7 +158,7 @@ def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
     os.replace(tmp_path / "steps" / "3.safetensors", tmp_path / "steps" / "4.safetensors")
     (tmp_path / "steps" / "05.safetensors").touch()
     assert store.done() == set()
-    with pytest.raises(DamagedError, match="holds step 3, expected step 4"):
+    with pytest.raises(DamagedError, match="contains step 3, expected step 4"):
         store.step_info(4)
 
 

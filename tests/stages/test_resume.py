@@ -22,7 +22,7 @@ from kvinv_pl.training.datamodule import SourceImages
 
 def snapshots(monkeypatch: pytest.MonkeyPatch, out: Path, to: Path) -> list[Path]:
     """Copies of `out` as a crash leaves it: after every write, with a part of the next file."""
-    write, taken = files.write_whole, list[Path]()
+    write, taken = files.write_atomically, list[Path]()
 
     def patched(file: Path, *parts: bytes | memoryview) -> None:
         if out.exists():
@@ -33,7 +33,7 @@ def snapshots(monkeypatch: pytest.MonkeyPatch, out: Path, to: Path) -> list[Path
             begun.with_name(f".{file.name}.0{files.TEMPORARY}").write_bytes(parts[0][: len(parts[0]) // 2])
         write(file, *parts)
 
-    monkeypatch.setattr(files, "write_whole", patched)
+    monkeypatch.setattr(files, "write_atomically", patched)
     return taken
 
 

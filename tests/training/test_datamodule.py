@@ -141,7 +141,7 @@ def test_a_list_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="contains no pictures"):
         SourceImages(str(tmp_path))
 
 
