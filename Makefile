@@ -8,7 +8,7 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 # a line for each test, so that one sees where they are
-PYTEST := $(RUN) -m pytest -v -n 2 --dist loadgroup
+PYTEST := $(RUN) -m pytest -v -n 2 --dist worksteal
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # The environment is complete with what the package needs; with the tools of a developer, too. Each of the two
 # files is written last, so that an environment that was left half made is made anew, from nothing; and so is

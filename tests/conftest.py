@@ -9,7 +9,6 @@ from importlib.util import find_spec
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -19,14 +18,6 @@ HOOKED = (
     *("algorithm", "attention", "data", "models", "stages"),
     *("menagerie", "testing", "optimizers", "errors"),
 )
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share their fixtures in one process of pytest-xdist, unless they name another group."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 if find_spec("beartype"):

@@ -18,7 +18,6 @@ from kvinv_pl.attention import Selection
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.stable_diffusion import Backbone
 
-pytestmark = pytest.mark.xdist_group("alone")
 ROOT = Path(__file__).parents[1]
 
 

@@ -142,7 +142,6 @@ def test_an_unknown_action_is_refused_with_the_known_ones() -> None:
             ask("flying")
 
 
-@pytest.mark.xdist_group("alone")
 def test_a_training_set_is_drawn_in_minutes() -> None:
     began = time.perf_counter()
     for number in range(50):

@@ -43,7 +43,6 @@ def edits(folder: Path) -> dict[str, dict[str, object]]:
 # ------------------------------------------------------------------------------------------ what it answers
 
 
-@pytest.mark.xdist_group("alone")
 def test_help_answers_without_the_heavy_libraries() -> None:
     script = (
         "import sys, time; began = time.perf_counter()\n"
