@@ -18,6 +18,7 @@ from kvinv_pl.menagerie.measures import (
     scene_error,
     second_recall_precision,
     size_and_place,
+    thin_colour_error,
 )
 from kvinv_pl.menagerie.regions import best_shift, grown, overlap, shifted
 from kvinv_pl.menagerie.world import Animal
@@ -28,7 +29,7 @@ AT_LEAST: Mapping[str, float] = MappingProxyType(
 )
 AT_MOST: Mapping[str, float] = MappingProxyType(
     {
-        "second_colour": 0.13, "accent": 0.15, "accent_elsewhere": 0.5, "body": 0.04, "marks_off": 0,
+        "second_colour": 0.11, "accent": 0.12, "accent_elsewhere": 0.5, "body": 0.04, "marks_off": 0,
         "size": 0.12, "place": 0.05, "sun": 0.10, "hill": 0.10, "sky": 0.10, "ground": 0.10,
     }
 )  # fmt: skip
@@ -121,14 +122,13 @@ def compare(picture: Image.Image, known: Known) -> Identity:
     recall, precision = second_recall_precision(known, second)
     marks, least, most = count_marks(known, distances)
     size, place = size_and_place(known, seen)
-    near = known.pixels(NEAR)
     return Identity(
         second_recall=recall,
         second_precision=precision,
-        second_colour=colour_error(known, aligned, known.coloured, now != BACKGROUND, near),
-        accent=colour_error(known, aligned, known.parts["accent"], now != BACKGROUND, near),
+        second_colour=thin_colour_error(known, aligned, known.coloured, now != BACKGROUND),
+        accent=thin_colour_error(known, aligned, known.parts["accent"], now != BACKGROUND),
         accent_elsewhere=accent_elsewhere(known, second),
-        body=colour_error(known, aligned, known.body, now != BACKGROUND, 0),
+        body=colour_error(known, aligned, known.body),
         marks=marks,
         marks_off=max(least - marks, marks - most, 0),
         size=size,

@@ -95,7 +95,7 @@ class Known:
 
     def scene(self, part: str) -> np.ndarray:
         """Where this part of the scene is seen in source and true picture, away from both animals."""
-        return self.parts[part] & self._source[part] & self.away
+        return core(self.parts[part] & self._source[part] & self.away, self.pixels(EDGE), 0)
 
     def distances(self, picture: np.ndarray, scenery: np.ndarray) -> np.ndarray:
         """How far pixels (h, w, 3) are from scenery, body, second colour and ink: (4, h, w)."""

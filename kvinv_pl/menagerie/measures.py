@@ -16,22 +16,37 @@ SMALL = 3 / 64  # and one of this side too few of a part of the scene
 WINDOW = 8 / 64  # over which the scene is compared
 
 
-def colour_error(
-    known: Known, rgb: np.ndarray, region: np.ndarray, animal: np.ndarray, reach: float
-) -> float:
-    """The error of a region's median colour, the least within a small shift that stays on the animal."""
+def colour_error(known: Known, rgb: np.ndarray, region: np.ndarray) -> float:
+    """The error of a region's median colour."""
+    inner = known.inner(region)
+    if not inner.any():
+        return math.nan
+    return _error(rgb[inner], np.median(known.picture[inner], 0))
+
+
+def thin_colour_error(known: Known, rgb: np.ndarray, region: np.ndarray, animal: np.ndarray) -> float:
+    """The same where a region is thin: the least within a small shift that stays on the animal.
+
+    Of its pixels the half that is nearest to the true colour counts: a decoder mixes the others with what is
+    beside them.
+    """
     inner = known.inner(region)
     if not inner.any():
         return math.nan
     true = np.median(known.picture[inner], 0)
     on_animal = known.own_animal[inner].mean() / 2
     (rows, columns), last = np.nonzero(inner), known.size - 1
-    errors = []
-    for dx, dy in shifts(round(reach)):
+    errors: list[float] = []
+    for dx, dy in shifts(round(known.pixels(NEAR))):
         there = np.clip(rows + dy, 0, last), np.clip(columns + dx, 0, last)
         if not errors or animal[there].mean() >= on_animal:  # the first is no shift
-            errors.append(float(np.abs(np.median(rgb[there], 0) - true).mean()))
+            off = np.abs(rgb[there] - true).mean(-1)
+            errors.append(_error(rgb[there][off <= np.median(off)], true))
     return min(errors)
+
+
+def _error(colours: np.ndarray, true: np.ndarray) -> float:
+    return float(np.abs(np.median(colours, 0) - true).mean())
 
 
 def _beyond_chance(part: np.ndarray, whole: np.ndarray, near: np.ndarray) -> float:
