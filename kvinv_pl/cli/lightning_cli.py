@@ -102,6 +102,8 @@ def _help(verb: str, text: str, options: Iterable[Action]) -> str:
     text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
     description, _, rest = text.partition("\n\n")
     known = {option.dest: option for option in options}
+    if "data.image" not in known:  # the help of a class, such as that of --model.attention.help
+        return text
     used = {flag: short for flag, short in SHORT.items() if flag not in IDLE.get(verb, ())}
     rows = list[str]()
     for flag, (target, metavar) in {**({"--run": RUN} if verb == "edit" else {}), **used}.items():

@@ -57,7 +57,7 @@ def test_a_terminal_is_not_redrawn_more_often_than_a_person_reads(clock: Callabl
 
 
 def test_a_line_never_wraps(clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((40, 20)))
     stream = Terminal()
     watch = Progress(stream)
     watch.begin("tuning", "a-picture-with-a-long-name.png", 50)
