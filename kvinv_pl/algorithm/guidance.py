@@ -12,6 +12,16 @@ from torch import Tensor
 Branch = Literal["negative", "source", "target"]
 
 
+def branches_at(w: float) -> int:
+    """How many branches classifier-free guidance runs: at w = 1 the conditional one alone counts."""
+    return 1 if w == 1 else 2
+
+
+def negative_at(w: float, negative: str) -> str:
+    """The negative prompt as a record has it: empty where its branch does not run."""
+    return negative if branches_at(w) == 2 else ""
+
+
 def guided(
     eps: Sequence[Tensor] | Float[Tensor, "branches rows c h w"], scales: Sequence[float]
 ) -> Float[Tensor, "rows c h w"]:
@@ -38,9 +48,10 @@ class Guidance:
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches that run, in the order of `mix`; the target is the last."""
+        negative: tuple[Branch, ...] = ("negative",) if branches_at(self.source_scale) == 2 else ()
         if self.source_scale == self.scale:
-            return ("target",) if self.scale == 1 else ("negative", "target")
-        return ("source", "target") if self.source_scale == 1 else ("negative", "source", "target")
+            return (*negative, "target")
+        return (*negative, "source", "target")
 
     def mix(self, eps: Float[Tensor, "branches rows c h w"]) -> Float[Tensor, "rows c h w"]:
         """One epsilon of those of `branches`."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.algorithm.guidance import guided
+from kvinv_pl.algorithm.guidance import branches_at, guided
 from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         """As (z, t) -> output at guidance w; contexts are unconditional, then conditional."""
 
         def eps(z: Tensor, t: Tensor) -> Tensor:
-            out = self.branches(z, t, contexts[1:] if w == 1 else contexts)
+            out = self.branches(z, t, contexts[-branches_at(w) :])
             return guided(out, (w,))
 
         return eps

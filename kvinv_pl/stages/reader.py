@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, cat
 
 from kvinv_pl.algorithm.editing import first_step
+from kvinv_pl.algorithm.guidance import branches_at
 from kvinv_pl.attention.attachment import Attachment
 from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
 from kvinv_pl.attention.unet import in_decoder
@@ -59,7 +60,7 @@ class Reader:
         self.branches = settings.guide.branches
         tuning, source = (run := store.read_run())["tuning"], run["source"]
         # of K-bar and V-bar, tuning has the source's branch last, behind the negative prompt's if it ran that
-        tuned = 1 if tuning["guidance"] == 1 else 2
+        tuned = branches_at(tuning["guidance"])
         self.reads = [0 if branch == "negative" else tuned - 1 for branch in self.branches]
         # rows of the U-Net: edit after edit, each with all of its branches
         told = [{"negative": negative, "source": source, "target": target} for target in targets]
@@ -92,7 +93,7 @@ class Reader:
         """The branches that tuning ran, under the prompts that it ran them with."""
         run = self.store.read_run()
         tuning = run["tuning"]
-        prompts = [run["source"]] if tuning["guidance"] == 1 else [tuning["negative"], run["source"]]
+        prompts = [tuning["negative"], run["source"]][-branches_at(tuning["guidance"]) :]
         self._trajectory = self.store.trajectory()
         return Source(self.denoiser.backbone.embed(prompts))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from kvinv_pl.algorithm.guidance import Guidance
+from kvinv_pl.algorithm.guidance import Guidance, negative_at
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.data.records import of_optimizer
@@ -61,7 +61,7 @@ class InversionSettings(Settings):
 
     def record(self) -> dict[str, Any]:
         """What run.json says of it, as its field "inversion"."""
-        return {"guidance": self.guidance, "negative": self.negative if self.guidance != 1 else ""}
+        return {"guidance": self.guidance, "negative": negative_at(self.guidance, self.negative)}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class TuningSettings(Settings):
         """
         return {
             "guidance": self.guidance,
-            "negative": self.negative if self.guidance != 1 else "",
+            "negative": negative_at(self.guidance, self.negative),
             "attention": of_variant(cps[0]),
             "sites": [cp.site.path for cp in cps],
             "max_grid": max_grid,

@@ -218,3 +218,15 @@ def test_two_runs_in_one_process_do_not_see_each_other(name: str, image: Path, t
     before = np.asarray(edit(module, first)[0])
     edit(second, beside)
     assert (np.asarray(edit(module, first)[0]) == before).all()
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, 1), (2.0, 2)])
+def test_an_edit_at_guidance_one_runs_one_branch(guidance: float, rows: int, tuned: Tuned) -> None:
+    module, store = tuned("full_kv")
+    unet, seen = module.denoiser.backbone.unet, list[int]()
+    hook = unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        edit(module, store, TARGET, guidance=guidance)
+    finally:
+        hook.remove()
+    assert seen == [rows] * 3
