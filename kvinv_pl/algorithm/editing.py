@@ -41,7 +41,7 @@ def edit(
         psi: What was learned; entered around the network from step round(start * T) on.
         guidance: How the branches become one epsilon.
         start: 0 (CP-attn throughout) to 1 (never).
-        watch: Told each step index, 0 ... T - 1, once its move is made.
+        watch: Called with each step index, 0 ... T - 1, once its move is made.
     """
     z, first = z_T, first_step(start, len(table))
     for i in range(len(table)):

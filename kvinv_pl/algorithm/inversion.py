@@ -26,7 +26,7 @@ def invert(
         eps: The network, guided or not; z-hat is what it is to reproduce.
         z_0: Encode(I_s).
         table: The schedule.
-        watch: Told each step index, T - 1 ... 0, once its move is made.
+        watch: Called with each step index, T - 1 ... 0, once its move is made.
     """
     z = [z_0]
     for i in reversed(range(len(table))):

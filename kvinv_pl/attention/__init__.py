@@ -1,4 +1,4 @@
-"""CP-attn. What authors of variants import is here; everybody else names the file that it is in."""
+"""CP-attn. Exports what authors of variants import; other code imports from the modules."""
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.processor import Sdpa

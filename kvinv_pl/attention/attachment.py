@@ -1,4 +1,4 @@
-"""How CP-attn comes into a U-Net's self-attentions and out again, and what they compute in between."""
+"""Attaches CP-attn to a U-Net's self-attentions and detaches it, and sets what they compute in between."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,8 +13,8 @@ from kvinv_pl.attention.processor import KV, PLAIN, CPProcessor, Mode, Project, 
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
 
-Looks = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"] | None]
-"""looks(grid): where the rows of the edits look for the subject's word, see CPAttention.attend_edit."""
+SubjectMap = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"] | None]
+"""subject_map(grid): attention maps of the edits' rows to the subject's word, see CPAttention.attend_edit."""
 
 
 class Attachment:
@@ -30,13 +30,13 @@ class Attachment:
         self._layers = layers
         self._processors = {path: CPProcessor(cp.site, layers[path].processor) for path, cp in psi.items()}
         self._attached = True
-        self._looks: Looks | None = None
+        self._subject_map: SubjectMap | None = None
         self._sharpness = 1.0
         for path, processor in self._processors.items():
             layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
 
     def check(self) -> None:
-        """Make sure that every processor is still ours; diffusers replaces processors without a word."""
+        """Check that every processor is still ours; diffusers replaces processors silently."""
         if not self._attached:
             raise UserError("CP-attn has been detached from this U-Net: attach it again")
         lost = [(path, cause) for path in self._processors if (cause := self._lost(path))]
@@ -47,7 +47,7 @@ class Attachment:
             )
 
     def _lost(self, path: str) -> str | None:
-        """What was found instead of our processor, and what is known to put it there."""
+        """What is there in place of our processor, and what may have put it there."""
         try:
             layer = self.unet.get_submodule(path)
         except AttributeError:
@@ -61,7 +61,7 @@ class Attachment:
         return f"{type(found).__name__} is there instead, as after {cause}"
 
     def detach(self) -> None:
-        """Put back the very processors that were there; one that somebody else set since is left alone."""
+        """Restore the original processors; one that was replaced since is left alone."""
         self._attached = False
         for path, processor in self._processors.items():
             processor.mode = None
@@ -78,7 +78,7 @@ class Attachment:
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, KV]]:
-        """As `blend`; the K-bar and V-bar that were used come into the dictionary, detached."""
+        """As `blend`; the dictionary gets the K-bar and V-bar used, detached."""
         kept: dict[str, KV] = {}
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
@@ -125,13 +125,13 @@ class Attachment:
         return self._in(mode)
 
     @contextmanager
-    def following(self, looks: Looks) -> Iterator[None]:
-        """Tell the variants that follow it where the edits' rows look for the subject's word."""
-        self._looks = looks
+    def following(self, subject_map: SubjectMap) -> Iterator[None]:
+        """Give the variants that follow the subject the edits' attention maps to its word."""
+        self._subject_map = subject_map
         try:
             yield
         finally:
-            self._looks = None
+            self._subject_map = None
 
     @contextmanager
     def sharpened(self, factor: float) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Attachment:
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
-        """Plain attention, psi unused; each layer's own K and V come into the dictionary, detached."""
+        """Plain attention, psi unused; the dictionary gets each layer's own K and V, detached."""
         kept: dict[str, KV] = {}
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
@@ -184,7 +184,7 @@ class Attachment:
     def _attend_edit(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
         """Eq. 2 of the edits' rows with the source's K-bar and V-bar."""
         cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
-        subject = self._looks(site.grid) if self._looks is not None and cp.follows else None
+        subject = self._subject_map(site.grid) if self._subject_map is not None and cp.follows else None
         if self._sharpness != 1:
             sdpa = partial(sdpa, sharpness=self._sharpness)
         return _cast(cp, "attend_edit", cp.attend_edit(q, k_bar, v_bar, sdpa, subject), q)
@@ -217,6 +217,6 @@ def _cast(cp: CPAttention, method: str, got: Tensor, q: Tensor) -> Tensor:
 
 
 def _name(cp: CPAttention) -> str:
-    """A variant's class, and of one around others theirs too: what it returns may be what they did."""
+    """The class name of a variant, with those of the variants it wraps."""
     inner = ", ".join(_name(child) for child in cp.children() if isinstance(child, CPAttention))
     return f"{type(cp).__name__}({inner})" if inner else type(cp).__name__

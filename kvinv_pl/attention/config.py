@@ -1,4 +1,4 @@
-"""A variant as a configuration names it, by class_path and init_args, and made from that again."""
+"""A variant as class_path and init_args, and back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kvinv_pl.errors import UserError
 
 
 def of_variant(cp: CPAttention) -> dict[str, Any]:
-    """The variant, in the form in which a configuration names it."""
-    # an option that makes a variant is one inside another
+    """The class_path and init_args of a variant."""
+    # an option that makes a variant is a wrapped variant
     options: dict[str, Any] = {}
     for name, value in cp.options.items():
         made: Any = value(cp.site) if callable(value) else None
@@ -21,9 +21,9 @@ def of_variant(cp: CPAttention) -> dict[str, Any]:
 
 
 def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
-    """What makes a variant, from its class_path and init_args, as a configuration is read.
+    """The factory of a variant, from its class_path and init_args.
 
-    Raises UserError with what jsonargparse says, in its own words.
+    Raises UserError with the message of jsonargparse.
     """
     from jsonargparse import ArgumentParser
 
@@ -33,7 +33,7 @@ def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
         read = parser.parse_object({"attention": dict(record)})
         # the second is its name before 4.49
         return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(read).attention
-    except Exception as error:  # ArgumentError, and what its parts let through
+    except Exception as error:  # ArgumentError, and what variants raise
         raise UserError(
             f"{record['class_path']} cannot be made from {record['init_args']}: {error}"
         ) from error

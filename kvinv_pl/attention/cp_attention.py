@@ -30,21 +30,21 @@ class CPAttention(nn.Module):
 
     observes: bool = False
     at_pivot: bool = False
-    """For a variant that learns nothing: K-bar and V-bar are those of the pass at the pivot z-hat_t, not at
-    z-tilde_t, and z-tilde is what rolls out reading them."""
+    """For a variant that learns nothing: whether K-bar and V-bar come from the pass at the pivot z-hat_t, in
+    place of z-tilde_t; z-tilde rolls out reading them."""
     wants_mask: bool = False
-    """Whether the variant means nothing without a mask of the subject."""
+    """Whether the variant needs a mask of the subject."""
     follows: bool = False
-    """Whether edits tell it where they look for the subject's word, by `attend_edit`."""
+    """Whether `attend_edit` is given attention maps of the edit to the subject's word."""
     exempt: Mapping[str, str] = MappingProxyType({})
     """Checks of `kvinv_pl.testing` that the variant cannot pass, by name, each with the reason."""
     options: dict[str, Any]
-    """What the variant was made with, besides the site; a run writes it down and is read back with it."""
+    """The arguments of the constructor besides the site; they are saved with a run and loaded with it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the arguments, so that no variant's author has to."""
+        """Save the arguments as `options`, so that variants need not."""
         made = super().__new__(cls)
-        if args or kwargs:  # copying and unpickling make one without
+        if args or kwargs:  # copying and unpickling pass none
             given = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
             given.apply_defaults()
             _, _, *options = given.arguments.items()  # self and site
@@ -63,7 +63,7 @@ class CPAttention(nn.Module):
         """See, after reset and only if `observes`, the source's K and V of the conditional branch."""
 
     def why_not(self, reading: str) -> str | None:
-        """Why an edit with this `reading` (frozen or blend) would mean nothing; None where it does not."""
+        """Why this `reading` (frozen or blend) makes no sense for the variant; None where it does."""
 
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
         """Take the mask of each slot, 0 to 1 and of any size, at the start of a phase or an edit."""
@@ -83,7 +83,7 @@ class CPAttention(nn.Module):
     ) -> Float[Tensor, "branches slots tokens dim"]:
         """Eq. 2 on K-bar and V-bar; `sdpa(q, k, v, mask=None)` splits the heads, attends and merges them.
 
-        A mask is bool (True: may look) or added to the scores, and broadcasts to (branches, slots, tokens,
+        A mask is bool (True: may attend) or added to the scores, and broadcasts to (branches, slots, tokens,
         keys).
         """
         return sdpa(q, k, v)
@@ -100,7 +100,7 @@ class CPAttention(nn.Module):
 
         If the variant `follows`, `subject` is the edit's own cross-attention to the subject's word on the
         site's grid, as far as it is known, each row from 0 where it is least to 1 where it is most;
-        None in the first steps, when the edit has not settled where it will have its subject.
+        None in the first steps, in which the place of the subject is not settled.
         """
         return self.attend(q, k, v, sdpa)
 

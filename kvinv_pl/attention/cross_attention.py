@@ -1,4 +1,4 @@
-"""Where a U-Net looks for words: the cross-attention to chosen tokens, read while it runs."""
+"""Attention maps: a U-Net's cross-attention to chosen tokens, recorded during its forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvinv_pl.errors import UserError
 
 
 class Maps:
-    """The attention to the watched tokens as far as it is known; rows are those of the U-Net's forward.
+    """Attention maps of the watched tokens; rows are those of the U-Net's forward.
 
     A map is the mean over the heads, in 0..1, fp32 and without gradients.
     """
@@ -68,26 +68,26 @@ def watching(
     against: Sequence[int] = (),
     paths: Sequence[str] | None = None,
 ) -> Iterator[Maps]:
-    """Note the attention to some tokens in every forward of the U-Net, whose processors stay as they are.
+    """Record attention maps of some tokens in every forward of the U-Net, without changing its processors.
 
-    What is known may be asked for inside a forward, too: in a decoder's self-attention, `now` is the mean of
-    the layers before it, and `average` that of the forwards before.
+    The maps may be read during a forward, too: in a decoder's self-attention, `now` is the mean of the layers
+    before it, and `average` that of the forwards before.
 
     Args:
         unet: the U-Net.
         positions: positions of tokens in the prompt, for each row. A row without any has maps of zeros and
-            costs nothing. They are repeated until they suffice: [[2]] serves any rows, [[], [2]] those of
+            costs nothing. They are repeated over the rows: [[2]] is for all rows, [[], [2]] those of
             guidance.
         against: positions of tokens to compare with. Without any, maps hold the probability p that is given
             to the row's tokens together; with some, whose probability is q, they hold p / (p + q). [0] is the
-            start of the prompt, which has no meaning of its own, and makes up for heads and pixels that look
-            for nothing in particular.
+            start of the prompt, which has no meaning of its own, and takes the attention of heads and pixels
+            that attend to nothing in particular.
         paths: module paths of the cross-attentions to watch, all of them by default; others cost nothing.
     """
     known = cross_attentions(unet)
     chosen = known if paths is None else list(paths)
-    if strange := sorted(set(chosen) - set(known)) or ([] if chosen else ["none"]):
-        got = strange[0]
+    if unknown := sorted(set(chosen) - set(known)) or ([] if chosen else ["none"]):
+        got = unknown[0]
         raise UserError(f"expected cross-attentions of the U-Net, got {got}: choose from {', '.join(known)}")
     if not positions:
         raise UserError("expected token positions for a row or more, got none: [[2]] is for all rows")
@@ -99,12 +99,12 @@ def watching(
     def end(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         maps.end()
 
-    def note_grid(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_grid(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
         if isinstance(x, Tensor) and x.ndim == 4:
             inputs[path] = (x.shape[2], x.shape[3])
 
-    def note_map(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_map(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = ("hidden_states", "encoder_hidden_states", "attention_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, context, bias = (given.get(name) for name in names)
@@ -116,10 +116,10 @@ def watching(
     with ExitStack() as hooks:
         hooks.enter_context(unet.register_forward_pre_hook(begin))
         hooks.enter_context(unet.register_forward_hook(end))
-        for places, note in ((around, note_grid), (chosen, note_map)):
+        for places, record in ((around, record_grid), (chosen, record_map)):
             for path in places:
                 layer = unet.get_submodule(path)
-                hooks.enter_context(layer.register_forward_pre_hook(partial(note, path), with_kwargs=True))
+                hooks.enter_context(layer.register_forward_pre_hook(partial(record, path), with_kwargs=True))
         yield maps
 
 
@@ -132,17 +132,17 @@ def _attention(
     positions: Sequence[Sequence[int]],
     against: Sequence[int],
 ) -> Float[Tensor, "rows tokens"]:
-    """What each pixel's query gives to the tokens of its row, mean over the heads; see `watching`."""
+    """The attention of each pixel's query to the tokens of its row, mean over the heads; see `watching`."""
     wanted = torch.zeros(len(x), 1, 1, context.shape[1], device=x.device)
     for row in range(len(x)):
         wanted[row, ..., list(positions[row % len(positions)])] = 1
-    asked = wanted.flatten(1).any(1)
+    watched_rows = wanted.flatten(1).any(1)
     maps = torch.zeros(x.shape[:2], device=x.device)
-    if not asked.any():
+    if not watched_rows.any():
         return maps
-    x, context, wanted = x[asked], context[asked], wanted[asked]
+    x, context, wanted = x[watched_rows], context[watched_rows], wanted[watched_rows]
     if bias is not None:  # tokens that are not to be read
-        bias = layer.prepare_attention_mask(bias[asked], context.shape[1], len(x))
+        bias = layer.prepare_attention_mask(bias[watched_rows], context.shape[1], len(x))
     if layer.norm_cross:
         context = layer.norm_encoder_hidden_states(context)
     project: Any = layer.to_k  # which a cross-attention has
@@ -154,5 +154,5 @@ def _attention(
     share = (probability * wanted).sum(3)
     if against:
         share = share / (share + probability[..., list(against)].sum(3)).clamp_min(1e-12)
-    maps[asked] = share.mean(1)
+    maps[watched_rows] = share.mean(1)
     return maps

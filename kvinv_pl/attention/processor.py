@@ -22,7 +22,7 @@ KV = tuple[Tensor, Tensor]
 Sdpa = Callable[..., Tensor]  # sdpa(q, k, v, mask=None) -> out, all (branches, slots, tokens, dim)
 Project = Callable[..., KV]  # project(branches=None) -> k and v of the first so many branches; None: of all
 Mode = Callable[[Site, Tensor, Project, Sdpa], Tensor]  # (site, q, project, sdpa) -> out
-# What computes plain attention and keeps no weights of its own, and the call that puts it there.
+# Processors of plain attention without weights of their own, and the calls that set them.
 PLAIN: dict[type, str] = {
     AttnProcessor: "set_attn_processor or set_default_attn_processor",
     AttnProcessor2_0: "set_attn_processor, load_ip_adapter, or switching slicing or xformers off",
@@ -33,7 +33,7 @@ PLAIN: dict[type, str] = {
 
 
 class CPProcessor:
-    """Self-attention whose middle part is `mode`; without a mode, the processor that was there.
+    """Self-attention whose middle part is `mode`; without a mode, the original processor.
 
     A plain object and never an nn.Module: what sits in the U-Net as a module is frozen by the next LoRA.
     """
@@ -51,7 +51,7 @@ class CPProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """All that diffusers' own processor does, in its order; the argument names are diffusers'."""
+        """As diffusers' own processor, with `mode` as its middle; the argument names are diffusers'."""
         if self.mode is None:
             more = {} if temb is None else {"temb": temb}
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
@@ -106,7 +106,7 @@ class CPProcessor:
 
 
 def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
-    """Eq. 2 for one layer: heads apart, softmax(Q K^T / sqrt(d)) V, heads together."""
+    """Eq. 2 for one layer: split the heads, softmax(Q K^T / sqrt(d)) V, merge the heads."""
     every, slots, dtype = q.shape[0], q.shape[1], q.dtype
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sharpness: float = 1.0) -> Tensor:
@@ -118,7 +118,7 @@ def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
 
         if bias is not None and branches != every:
             raise UserError(
-                "a U-Net that masks its own self-attention cannot run the source beside its edits: "
+                "a U-Net that masks its own self-attention cannot run the source along with its edits: "
                 "use kv stored in place of replayed"
             )
         scores = None if bias is None else bias.view(every * slots, attn.heads, -1, bias.shape[-1])

@@ -1,4 +1,4 @@
-"""Variants are found by their entry points; nothing registers itself."""
+"""The registry of variants, which are found by their entry points."""
 
 import inspect
 import logging
@@ -44,7 +44,7 @@ def variants() -> dict[str, Variant]:
 
 
 def load_all() -> dict[str, Variant]:
-    """As `variants`, and reports the broken ones; for the start of a command, before it is parsed."""
+    """As `variants`, and log a warning for broken ones."""
     found = variants()
     for variant in found.values():
         if variant.error:
@@ -72,7 +72,7 @@ def named(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a variant: its type as written, its default, and what its docstring says of it."""
+    """One option of a variant: its annotation, default and docstring."""
 
     name: str
     kind: Any
@@ -81,10 +81,10 @@ class Option:
 
 
 def options(cls: type[CPAttention]) -> list[Option]:
-    """What may be given to a variant besides the site, from its signature and the Args of its docstring."""
+    """The arguments of a variant besides the site, from its signature and the Args of its docstring."""
     try:
         signature = inspect.signature(cls.__init__, eval_str=True)
-    except NameError:  # types that are imported for the type checker alone
+    except NameError:  # types imported under TYPE_CHECKING
         signature = inspect.signature(cls.__init__)
     parameters = list(signature.parameters.values())[2:]  # without self and the site
     texts = _arguments(cls.__init__.__doc__) | _arguments(cls.__doc__)
@@ -108,7 +108,7 @@ def _arguments(docstring: str | None) -> dict[str, str]:
 
 
 def locate(target: str) -> type[CPAttention]:
-    """The class that a person names: a registered name, a class path, or FILE.py:CLASS."""
+    """The class for a registered name, a class path, or FILE.py:CLASS."""
     place, colon, name = target.rpartition(":")
     if not (colon and place.endswith(".py")):
         place, _, name = target.rpartition(".")
@@ -126,8 +126,8 @@ def locate(target: str) -> type[CPAttention]:
             raise UserError(f"{place} has the name of another module, {module.__file__}: rename the file")
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
-        there = [key for key, value in vars(module).items() if _is_defined_in(value, module)]
-        raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(there) or '(none)'}")
+        defined = [key for key, value in vars(module).items() if _is_defined_in(value, module)]
+        raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(defined) or '(none)'}")
     return cls
 
 
@@ -136,12 +136,12 @@ def _is_defined_in(value: object, module: ModuleType) -> bool:
 
 
 def _import(name: str, folder: Path) -> ModuleType:
-    """A module that may lie in `folder`, as one beside a YAML does."""
+    """Import a module, which may be in `folder`."""
     if os.fspath(folder) not in sys.path:
         sys.path.insert(0, os.fspath(folder))
     try:
         return import_module(name)
-    except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
+    except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{name} cannot be imported ({reason})") from error
 
@@ -149,7 +149,7 @@ def _import(name: str, folder: Path) -> ModuleType:
 def _load(point: EntryPoint) -> Variant:
     try:
         cls = point.load()
-    except (Exception, SystemExit) as error:  # whatever somebody else's module does on import
+    except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Variant(point.name, None, _owner(point), "", f"{point.value} cannot be imported ({reason})")
     if not (isinstance(cls, type) and issubclass(cls, CPAttention)):

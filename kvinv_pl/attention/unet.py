@@ -1,4 +1,4 @@
-"""What is known of the U-Nets of Stable Diffusion 1 and 2: their parts by name, and what they are told.
+"""What is known of the U-Nets of Stable Diffusion 1 and 2: the names of their parts, and their conditioning.
 
 Nothing else in the package knows these names; another kind of network gets a file like this one.
 """
@@ -26,7 +26,7 @@ def in_decoder(paths: Sequence[str]) -> list[str]:
 
 
 def refuse_other_conditions(config: Mapping[str, Any], name: str = "this U-Net") -> None:
-    """Refuse a U-Net that wants to be told more than z, t and a prompt, as SDXL's and LCMs' do."""
+    """Refuse a U-Net with more conditioning than z, t and a prompt, as SDXL's and LCMs' have."""
     if extra := [f"{key}={config[key]!r}" for key in CONDITIONS if config.get(key) is not None]:
         raise UserError(
             f"{name} needs more than a latent, a time and a prompt ({', '.join(extra)}): "

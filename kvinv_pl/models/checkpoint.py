@@ -121,18 +121,18 @@ def _folder(checkpoint: str, configs_alone: bool = False) -> Path:
         raise
     except Exception as error:
         raise UserError(
-            f"no folder {checkpoint} here, and not to be had of the hub: {_of_hub(error)}"
+            f"no folder {checkpoint} here, and not available from the hub: {_of_hub(error)}"
         ) from error
 
 
 def _of_hub(error: Exception) -> str:
-    """Why the hub did not give what it was asked for; the first line of its refusals is but a number."""
+    """Why a download from the hub failed; the first line of the hub's own errors is only a number."""
     if isinstance(error, GatedRepoError):
-        return "its owner lets in whom they choose; ask there, and log in by `hf auth login`"
+        return "it is gated; ask for access on its page, and log in by `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
-        return "nothing of that name is public there; check it, or log in by `hf auth login`"
+        return "no public model has that name; check it, or log in by `hf auth login`"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"what it has of that name lacks files; {NEEDED}"
+        return f"the model of that name lacks files; {NEEDED}"
     return first_line(error)
 
 
@@ -143,12 +143,14 @@ def _refuse_other_kinds(checkpoint: str, index: Mapping[str, Any]) -> None:
         raise UserError(f"{checkpoint} is SDXL ({kind}), which is not supported; {NEEDED}")
     if "transformer" in index or "unet" not in index:
         raise UserError(
-            f"{checkpoint} holds {kind}, a transformer model or another without a U-Net; {NEEDED}"
+            f"{checkpoint} contains {kind}, a transformer model or another without a U-Net; {NEEDED}"
         )
     for part, expected in PARTS.items():
         got = (index.get(part) or [None, None])[1]
         if got not in (expected, f"{expected}Fast"):
-            raise UserError(f"{checkpoint} holds {kind} whose {part} is {got}, expected {expected}; {NEEDED}")
+            raise UserError(
+                f"{checkpoint} contains {kind} whose {part} is {got}, expected {expected}; {NEEDED}"
+            )
 
 
 def _model(folder: Path, cls: Any, **dtype: torch.dtype) -> tuple[Any, list[Path]]:
@@ -162,8 +164,8 @@ def _model(folder: Path, cls: Any, **dtype: torch.dtype) -> tuple[Any, list[Path
                 options = {"variant": variant[1:] or None, "use_safetensors": suffix == ".safetensors"}
                 load = partial(cls.from_pretrained, folder, output_loading_info=True, **options, **dtype)
                 model, info = attempt(folder, load)
-                if lacking := sorted(info["missing_keys"]):
-                    raise UserError(f"{folder} lacks {len(lacking)} weights, {lacking[0]} for one; {AGAIN}")
+                if missing := sorted(info["missing_keys"]):
+                    raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
                 return model, files
     raise UserError(
         f"{folder} is missing or incomplete: expected config.json, {stems[0]}.safetensors; {AGAIN}"
@@ -177,9 +179,9 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint; without one, what the folder seems to be instead."""
+    """Read a JSON file of a checkpoint; if it is missing, say what the folder seems to be."""
     if (folder / name).is_file():
         return attempt(folder / name, lambda: dict(json.loads((folder / name).read_text(encoding="utf-8"))))
     lone = _json(folder, "config.json") if (folder / "config.json").is_file() else {}
     kind = lone.get("_class_name") or (lone.get("architectures") or [lone.get("model_type")])[0]
-    raise UserError(f"{folder} has no {name}{f', it holds {kind} alone' if kind else ''}; {NEEDED}")
+    raise UserError(f"{folder} has no {name}{f', it contains {kind} alone' if kind else ''}; {NEEDED}")

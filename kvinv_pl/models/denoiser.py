@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
         return [cp for cp in self.psi.values() if isinstance(cp, CPAttention)]
 
     def place(self, grid: tuple[int, int], slots: int) -> Attachment:
-        """Psi for latents of this height and width, attached; one of another shape is taken off first."""
+        """Psi for latents of this height and width, attached; one of another shape is detached first."""
         if grid not in self._found:
             self._found[grid] = select(self_attentions(self.backbone.unet, grid), self.selection)
         sites = [Site(site.path, slots, site.grid, site.dim, site.heads) for site in self._found[grid]]
@@ -64,14 +64,14 @@ class Denoiser(nn.Module):
         return self.attachment
 
     def release(self) -> None:
-        """Leave the U-Net as it was."""
+        """Detach psi from the U-Net."""
         if self.attachment is not None:
             self.attachment.detach()
             self.attachment, self.psi = None, nn.ModuleDict()
             self.cache = FeatureCache(self.backbone.unet, [])
 
     def attached(self) -> Attachment:
-        """The attachment, which must be there and whole."""
+        """The attachment, checked."""
         if self.attachment is None:
             raise RuntimeError("place() comes first: no psi is attached")
         self.attachment.check()
@@ -98,7 +98,7 @@ class Denoiser(nn.Module):
         return eps
 
     def bind(self, masks: Float[Tensor, "slots h w"] | None) -> None:
-        """Hand the masks of the slots to every site; variants that take none say so."""
+        """Hand the masks of the slots to every site; refuse variants that take none."""
         for cp in self.cps:
             if masks is not None and type(cp).bind is CPAttention.bind:
                 raise UserError(
@@ -112,7 +112,7 @@ class Denoiser(nn.Module):
         return {f"{cp.site.path}.{name}": value for cp in self.cps for name, value in cp.state_dict().items()}
 
     def why_not(self, reading: str) -> str | None:
-        """Why an edit with this reading would mean nothing with the variant, if it would."""
+        """Why this reading makes no sense with the variant; None where it does."""
         return next(
             (f"with {type(cp).__name__} {why}" for cp in self.cps if (why := cp.why_not(reading))), None
         )
@@ -138,12 +138,12 @@ class Denoiser(nn.Module):
         """Psi at the variant's own start, random in (seed, picture, site, step) alone; one of each a slot."""
         for slot, (picture, step) in enumerate(zip(pictures, steps, strict=True)):
             for cp in self.cps:
-                # one slot at a time, so that a start depends on nobody else in the batch
-                alone = self.variant(Site(cp.site.path, 1, cp.site.grid, cp.site.dim, cp.site.heads))
-                alone.reset(generator(seed, f"{picture} {cp.site.path}", step))
-                its = alone.state_dict()
-                for name, mine in cp.state_dict().items():
-                    mine[slot] = its[name][0].to(mine.device)
+                # one slot at a time, so that a start is independent of the other slots
+                single = self.variant(Site(cp.site.path, 1, cp.site.grid, cp.site.dim, cp.site.heads))
+                single.reset(generator(seed, f"{picture} {cp.site.path}", step))
+                start = single.state_dict()
+                for name, value in cp.state_dict().items():
+                    value[slot] = start[name][0].to(value.device)
 
     @torch.no_grad()
     def observe(self, z: Tensor, t: Tensor, contexts: Tensor) -> None:
@@ -157,6 +157,6 @@ class Denoiser(nn.Module):
 
 
 def generator(seed: int, picture: str, step: int) -> torch.Generator:
-    """Randomness on the CPU for one phase of one picture, whoever else is tuned and on whatever device."""
+    """A CPU generator for one phase of one picture, independent of the batch and the device."""
     digest = hashlib.blake2b(f"{seed} {picture} {step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,6 +1,6 @@
-"""The frozen front: what a forward computes before psi comes in is computed once and then given back.
+"""The frozen front of the network: what a forward computes before psi is computed once and then reused.
 
-While psi_t is tuned, z-tilde_t, t and the prompts stay what they are, and so does everything that the U-Net
+While psi_t is tuned, z-tilde_t, t and the prompts stay constant, and so does everything that the U-Net
 computes before the first upgraded layer. Nothing here knows how a U-Net is built: the order in which its
 modules finish is seen in the first forward, and the largest of those that finish before psi is met are not
 run again. What lies between modules (joining feature maps, reshaping) runs every time.
@@ -24,7 +24,7 @@ class FeatureCache:
     """The outputs of a network's modules that finish before one of `late` is first called.
 
     Args:
-        network: The network, frozen and deterministic; outside `kept` it is as it was.
+        network: The network, frozen and deterministic; outside `kept` it is unchanged.
         late: Modules whose parameters change between forwards.
     """
 
@@ -39,24 +39,23 @@ class FeatureCache:
         return [module for module, calls in self._kept.items() if any(call.whole for call in calls)]
 
     def forget(self) -> None:
-        """Drop what is kept; the next forward is watched again."""
+        """Clear the cache; the next forward fills it."""
         self._inputs, self._kept = None, {}
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Let the forwards of the network in here share their front; no gradient reaches it.
+        """Share the front between the forwards in this context; no gradient reaches it.
 
-        A forward on other inputs than the last has a front of its own, and later ones share that.
+        A forward on other inputs than the last fills the cache anew.
         """
         with _in_place_of({self._network: partial(self._enter, self._network.forward)}):
             yield
 
     def _enter(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """The network's own forward, with its front watched or given back."""
+        """The network's own forward, with its front recorded or reused."""
         if self._inputs is not None and _same(self._inputs, (args, kwargs)):
             replays = {
-                module: partial(_give_back, iter(calls), module.forward)
-                for module, calls in self._kept.items()
+                module: partial(_reuse, iter(calls), module.forward) for module, calls in self._kept.items()
             }
             with _in_place_of(replays):
                 return forward(*args, **kwargs)
@@ -86,10 +85,10 @@ class _Call:
         self.inside: list[_Call] = []
         """Calls made by this one that have come to their end, until it does itself."""
         self.whole = False
-        """Whether the output can be given back."""
+        """Whether the output can be reused."""
 
     def finish(self, output: Any) -> None:
-        """Keep what the module returned; what happened inside matters no more."""
+        """Keep what the module returned; calls inside no longer matter."""
         self.inside = []
         self.output = tree_map_only(Tensor, Tensor.detach, output)
         self.versions = _versions(self.output)
@@ -112,7 +111,7 @@ class _Watch:
         self._met = False
 
     def call(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """A module of the network is called."""
+        """Called in place of a module's forward."""
         if self._met:
             return forward(*args, **kwargs)
         call = _Call(module)
@@ -125,15 +124,15 @@ class _Watch:
         return output
 
     def meet(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """A late module is called: from here on, everything may change."""
+        """Called in place of a late module's forward: from here on, everything may change."""
         if not self._met:
             self._met = True
             self.front = [*self._outside, *(call for around in self._open for call in around.inside)]
         return forward(*args, **kwargs)
 
 
-def _give_back(calls: Iterator[_Call], forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """What the module returned when it was called in this place; the module itself, where it must run."""
+def _reuse(calls: Iterator[_Call], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The recorded output of this call, or the module's own forward where there is none."""
     call = next(calls, None)
     if call is None or not call.whole:
         return forward(*args, **kwargs)
@@ -142,7 +141,7 @@ def _give_back(calls: Iterator[_Call], forward: Forward, *args: Any, **kwargs: A
 
 @contextmanager
 def _in_place_of(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Other forwards for some modules; afterwards each has the very one that it had."""
+    """Replace the forwards of some modules, and restore them afterwards."""
     before = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -165,7 +164,7 @@ def _versions(output: Any) -> list[int] | None:
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Whether a forward is given what it was given before, to the last bit."""
+    """Whether the inputs of two forwards are equal, bit for bit."""
     (leaves, spec), (others, other_spec) = tree_flatten(before), tree_flatten(now)
     return spec == other_spec and all(map(_equal, leaves, others))
 

@@ -1,4 +1,4 @@
-"""Reading a model's files: what is wrong with them in one line, which they are, and quiet libraries."""
+"""Loading a model's files: errors in one line, digests, and silenced libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AGAIN = "download or copy it again"
 
 
 def attempt(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read` gives, or whatever a damaged file provokes in a sentence."""
+    """Call `read`; any error becomes a UserError of one line."""
     try:
         return read()
     except Exception as error:
@@ -30,13 +30,13 @@ def attempt(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def located(checkpoint: str, embedded: Callable[[], Path], needed: str, remedy: str = "") -> Path | None:
-    """The folder that a checkpoint's name means; None: it is a hub id (owner/name).
+    """The folder of a checkpoint; None: it is a hub id (owner/name).
 
     Args:
         checkpoint: "menagerie", a folder, or a hub id.
-        embedded: Where the one called menagerie is.
-        needed: What is taken, for the user who named something else.
-        remedy: What to do with a single file, if that is known.
+        embedded: Returns the folder of "menagerie".
+        needed: What is accepted, for the error message.
+        remedy: How to convert a single file, for the error message.
     """
     if checkpoint == "menagerie":
         return embedded()
@@ -51,12 +51,12 @@ def located(checkpoint: str, embedded: Callable[[], Path], needed: str, remedy: 
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, of whatever length the libraries think fit."""
+    """The first line of an error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def sha256(folder: Path, files: Iterable[Path]) -> str:
-    """One digest of the names and contents of files; threads, because hashing leaves Python alone."""
+    """One digest of the names and contents of files; in threads, because hashing releases the GIL."""
 
     def digest(path: Path) -> str:
         content = hashlib.sha256()
@@ -74,23 +74,23 @@ def sha256(folder: Path, files: Iterable[Path]) -> str:
 
 @contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Keep diffusers, transformers and the hub's library from logging, such as of each time that it tries.
+    """Silence the logs and warnings of diffusers, transformers and huggingface_hub.
 
-    Nor do they warn or, unless `bars`, draw progress bars.
+    Also their progress bars, unless `bars`.
     """
     drawing = (diffusers_logging, transformers_logging)
     before = [(library, library.get_verbosity()) for library in (*drawing, hub_logging)]
-    drew = [library for library in drawing if library.is_progress_bar_enabled() and not bars]
+    with_bars = [library for library in drawing if library.is_progress_bar_enabled() and not bars]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             for library, _ in before:
                 library.set_verbosity(logging.CRITICAL)
-            for library in drew:
+            for library in with_bars:
                 library.disable_progress_bar()
             yield
         finally:
             for library, verbosity in before:
                 library.set_verbosity(verbosity)
-            for library in drew:
+            for library in with_bars:
                 library.enable_progress_bar()

@@ -20,7 +20,7 @@ COPIES = 6
 
 
 def free_bytes(device: torch.device) -> int:
-    """What may still be taken on a device."""
+    """Memory that can still be allocated on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,27 +29,29 @@ def free_bytes(device: torch.device) -> int:
         lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # how much is taken is not said
+        return (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        )  # the system does not tell how much is in use
     return 4 * 2**30
 
 
 def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float) -> int:
-    """What tuning one picture of this latent size holds until its backward pass, and psi with its copies."""
+    """Memory for tuning one picture of this latent size: saved activations, and psi with its copies."""
     denoiser.place(grid, 1)
     backbone, device = denoiser.backbone, denoiser.device
     z = torch.zeros(1, backbone.latent_channels, *grid, device=device)
     t = denoiser.table.timesteps[:1].to(device)
     contexts = backbone.embed(["", ""])[:, None]
     with denoiser.attached().blend():
-        held = _held(
+        saved = _saved_bytes(
             lambda: denoiser.guided_prediction(contexts, w)(z, t),
             {p.data_ptr() for p in denoiser.parameters()},
         )
-    return held + COPIES * sum(p.numel() * p.element_size() for p in denoiser.psi.parameters())
+    return saved + COPIES * sum(p.numel() * p.element_size() for p in denoiser.psi.parameters())
 
 
-def _held(run: Callable[[], Tensor], known: set[int]) -> int:
-    """The bytes that autograd keeps of a forward, counted once for each piece of memory; `known` is there."""
+def _saved_bytes(run: Callable[[], Tensor], known: set[int]) -> int:
+    """The bytes that autograd saves in a forward, each storage counted once; those in `known` are not."""
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def _held(run: Callable[[], Tensor], known: set[int]) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = run()  # held on to, so that no piece of memory is used twice
+        out = run()  # kept alive, so that no storage is reused
     return sum(found.values()) + out.nbytes
 
 
@@ -74,5 +76,5 @@ def side_by_side(denoiser: Denoiser, grid: tuple[int, int], w: float, pictures: 
 
 
 def _size(count: float) -> str:
-    """Bytes as a person says them."""
+    """Bytes for display."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

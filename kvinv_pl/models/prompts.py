@@ -1,4 +1,4 @@
-"""Words among the tokens of a prompt: which of them is the subject, and where the model looks for it."""
+"""Words and their tokens in a prompt: the subject's word, and a mask from the attention to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.stable_diffusion import Backbone
 
-SHARES = (0.2, 0.4, 0.6)  # of the noise schedule, where a word is looked for
+SHARES = (0.2, 0.4, 0.6)  # of the noise schedule, at which attention maps are taken
 START = (0,)  # the prompt's first token, to compare with
 
 
@@ -27,20 +27,20 @@ def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
         ids = backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
 
-    said, sought = tokens(prompt), tokens(word)
+    prompt_tokens, word_tokens = tokens(prompt), tokens(word)
 
     def begins() -> Iterator[int]:
-        for at in range(len(said) - len(sought) + 1):
-            whole = at == 0 or said[at - 1].endswith("</w>")  # not the end of a longer word
-            if sought and whole and said[at : at + len(sought)] == sought:
+        for at in range(len(prompt_tokens) - len(word_tokens) + 1):
+            whole = at == 0 or prompt_tokens[at - 1].endswith("</w>")  # not the end of a longer word
+            if word_tokens and whole and prompt_tokens[at : at + len(word_tokens)] == word_tokens:
                 yield at
 
-    found = sorted({1 + at + n for at in begins() for n in range(len(sought))})  # after the start token
+    found = sorted({1 + at + n for at in begins() for n in range(len(word_tokens))})  # after the start token
     if not found:
         words = ", ".join(dict.fromkeys(prompt.split())) or "no words"
         raise UserError(f"{word!r} is not in the prompt {prompt!r}: expected one of {words}")
     if found[-1] > backbone.prompt_length - 2:
-        raise UserError(f"{word!r} comes after the end of what the model reads of the prompt: say it earlier")
+        raise UserError(f"{word!r} comes after the end of what the model reads of the prompt: put it earlier")
     return found
 
 
@@ -48,7 +48,7 @@ def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
 def mask_from_word(
     backbone: Backbone, pixels: Float[Tensor, "3 h w"], prompt: str, word: str
 ) -> Float[Tensor, "h w"]:
-    """Where the model looks for a word of the prompt in a picture: a mask of 0 and 1.
+    """A mask of 0 and 1 from the attention map of a word of the prompt.
 
     The decoder's cross-attention to the word, against that to the prompt's start, is averaged over noised
     versions of the picture (always the same ones) and cut midway between its least and its most.
@@ -78,7 +78,7 @@ def mask_from_word(
 STRUCTURE = frozenset(
     ["a", "an", "the", "is", "are", "was", "were", "that", "which", "of", "in", "on", "at", "and"]
 )
-"""Words that no picture is of."""
+"""Words that cannot be the subject."""
 
 
 def subject_of(source: str, target: str) -> str:
@@ -87,11 +87,13 @@ def subject_of(source: str, target: str) -> str:
     "a cat standing on grass" and "a cat running on grass" are both of a cat. Raises UserError where both
     begin with nothing in common, or do not differ.
     """
-    said, asked = ([word.strip(",.;:") for word in prompt.split()] for prompt in (source, target))
-    alike = [mine.lower() == its.lower() for mine, its in zip(asked, said, strict=False)]
-    common = asked[: [*alike, False].index(False)]
+    source_words, target_words = (
+        [word.strip(",.;:") for word in prompt.split()] for prompt in (source, target)
+    )
+    equal = [a.lower() == b.lower() for a, b in zip(target_words, source_words, strict=False)]
+    common = target_words[: [*equal, False].index(False)]
     words = [word for word in common if word.lower() not in STRUCTURE]
-    if not words or (all(alike) and len(said) == len(asked)):
+    if not words or (all(equal) and len(source_words) == len(target_words)):
         raise UserError(
             f"subject: which word of {target!r} is the subject cannot be told from {source!r}: "
             "give --model.subject"

@@ -1,4 +1,4 @@
-"""Segment Anything: a mask of the object that points or a box ask for, or of the most prominent one."""
+"""Segment Anything: a mask of the object at points or in a box, or of the most prominent one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.models.loading import AGAIN, attempt, first_line, located, quiet
 
 KINDS = {"sam": (SamModel, SamProcessor), "sam2": (Sam2Model, Sam2Processor)}
-KINDS["sam2_video"] = KINDS["sam2"]  # how SAM 2 is published; its part for single pictures is taken
+KINDS["sam2_video"] = KINDS["sam2"]  # how SAM 2 is published; only its image part is used
 NEEDED = "kvinv takes SAM or SAM 2 as transformers saves them (facebook/sam-vit-base, for one), or menagerie"
 PROMPTS = ("input_points", "input_labels", "input_boxes")
-GRID, AT_ONCE = 8, 16  # points a side that are tried where nothing is asked for, and how many at a time
+GRID, AT_ONCE = 8, 16  # points a side that are tried without a prompt, and how many at a time
 MIDDLE = 0.25  # of a picture: the standard deviation, in shares of its sides
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -40,12 +40,12 @@ class Segmenter:
         where = str(located(checkpoint, menagerie.segmenter, NEEDED) or checkpoint)
         with quiet(bars=not Path(where).is_dir()):
             model_class, processor_class = _kind(checkpoint, where)
-            model, told = attempt(
+            model, info = attempt(
                 Path(checkpoint),
                 lambda: model_class.from_pretrained(where, dtype=torch.float32, output_loading_info=True),
             )
-            if lacking := sorted(told["missing_keys"]):
-                raise UserError(f"{checkpoint} lacks {len(lacking)} weights, {lacking[0]} for one; {AGAIN}")
+            if missing := sorted(info["missing_keys"]):
+                raise UserError(f"{checkpoint} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
             processor = attempt(Path(checkpoint), lambda: processor_class.from_pretrained(where))
         return cls(model.to(device), processor)
 
@@ -63,10 +63,10 @@ class Segmenter:
         """
         _check(image.size, points, box)
         prompted = bool(points) or box is not None
-        asked = [list(points)] if prompted else [[point] for point in _grid(image.size)]
-        inputs = self._inputs(image, asked if asked[0] else None, box)
-        # to one point there are three answers, since it may mean a part or the whole
-        logits, scores = self._answers(inputs, three=box is None and len(asked[0]) == 1)
+        prompts = [list(points)] if prompted else [[point] for point in _grid(image.size)]
+        inputs = self._inputs(image, prompts if prompts[0] else None, box)
+        # for one point SAM gives three masks, since it may mean a part or the whole
+        logits, scores = self._answers(inputs, three=box is None and len(prompts[0]) == 1)
         if not prompted:
             scores = scores * prominence(self._unpadded(logits, inputs) > 0)
         best = logits[scores.argmax()]
@@ -75,13 +75,15 @@ class Segmenter:
         return Image.fromarray(mask.to(torch.uint8).mul(255).numpy())
 
     def _inputs(
-        self, image: Image.Image, asked: list[list[Point]] | None, box: Box | None
+        self, image: Image.Image, points_of_each: list[list[Point]] | None, box: Box | None
     ) -> dict[str, Tensor]:
-        """The picture and what is asked, in the model's own pixels."""
+        """The picture and the prompts, in the model's own pixels."""
         prompts: dict[str, Any] = {}
-        if asked is not None:
-            prompts["input_points"] = [[[list(map(float, point)) for point in points] for points in asked]]
-            prompts["input_labels"] = [[[1] * len(points) for points in asked]]
+        if points_of_each is not None:
+            prompts["input_points"] = [
+                [[list(map(float, point)) for point in points] for points in points_of_each]
+            ]
+            prompts["input_labels"] = [[[1] * len(points) for points in points_of_each]]
         if box is not None:
             prompts["input_boxes"] = [[list(map(float, box))]]
         made = self.processor(images=image.convert("RGB"), return_tensors="pt", **prompts)
@@ -159,12 +161,12 @@ def _kind(checkpoint: str, where: str) -> tuple[Any, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(where)
     except Exception as error:
-        found = "cannot be read" if Path(where).is_dir() else "is no folder, and not to be had of the hub"
+        found = "cannot be read" if Path(where).is_dir() else "is no folder, and not available from the hub"
         raise UserError(f"{checkpoint} {found}: {first_line(error)}; {NEEDED}") from error
     kind = config.get("model_type")
     if kind not in KINDS:
-        held = f"a model of type {kind!r}" if kind else "no config.json of a model"
-        raise UserError(f"{checkpoint} holds {held}, expected SAM; {NEEDED}")
+        found = f"a model of type {kind!r}" if kind else "no config.json of a model"
+        raise UserError(f"{checkpoint} contains {found}, expected SAM; {NEEDED}")
     if kind != "sam" and not find_spec("torchvision"):
         raise UserError(f"{checkpoint} is SAM 2, which needs torchvision: install it, or take a first SAM")
     return KINDS[kind]

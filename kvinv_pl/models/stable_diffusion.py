@@ -46,8 +46,12 @@ class Backbone(nn.Module):
         self.predicts_v = self.scheduler.config["prediction_type"] == "v_prediction"
         self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod.clone(), persistent=False)
         self.latent_channels = int(vae.config["latent_channels"])
-        told = sizes(unet.config, vae.config)
-        self.vae_factor, self.multiple, self.sample_size = told.vae_factor, told.multiple, told.sample
+        model_sizes = sizes(unet.config, vae.config)
+        self.vae_factor, self.multiple, self.sample_size = (
+            model_sizes.vae_factor,
+            model_sizes.multiple,
+            model_sizes.sample,
+        )
         """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
         self.prompt_length = min(tokenizer.model_max_length, int(text_encoder.config.max_position_embeddings))
         self._refuse_other_conditions()
@@ -100,7 +104,7 @@ class Backbone(nn.Module):
         return self.text_encoder(tokens["input_ids"], attention_mask=mask)[0]
 
     def unread(self, prompt: str) -> str:
-        """The end of a prompt that embed leaves out for want of tokens; empty for a prompt that fits."""
+        """The end of a prompt that embed truncates; empty for a prompt that fits."""
         tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return str(self.tokenizer.decode(tokens[self.prompt_length - 2 :])).strip()
 
@@ -124,7 +128,7 @@ class Backbone(nn.Module):
         return StepTable.through(timesteps, self.scheduler.alphas_cumprod, final_alpha, self.predicts_v)
 
     def _refuse_other_conditions(self) -> None:
-        """Refuse a U-Net that wants to be told more than z, t and a prompt."""
+        """Refuse a U-Net with more conditioning than z, t and a prompt."""
         config, name = self.unet.config, self.identity.get("checkpoint", "this checkpoint")
         if config["in_channels"] != self.latent_channels:
             raise UserError(

@@ -86,8 +86,8 @@ def test_a_word_needs_no_sam(models: Path, cat: Path, tmp_path: Path) -> None:
         (["--box", "9,2,3,8"], "the box 9,2,3,8 is none in the picture"),
         (["--sam", "nope"], "there is no folder nope"),
         (["--sam", "MODELS/tiny"], "tiny is a diffusion model, expected SAM"),
-        (["--sam", "MODELS/tiny/unet"], "unet holds no config.json of a model, expected SAM"),
-        (["--sam", "MODELS/tiny/text_encoder"], "holds a model of type 'clip_text_model', expected SAM"),
+        (["--sam", "MODELS/tiny/unet"], "unet contains no config.json of a model, expected SAM"),
+        (["--sam", "MODELS/tiny/text_encoder"], "contains a model of type 'clip_text_model', expected SAM"),
         (["--word", "cat"], "--word needs --source"),
         (
             ["--word", "cat", "--source", "a cat", "--point", "3,3"],

@@ -164,13 +164,13 @@ def change(name: str, **fields: Any) -> Callable[[Path], object]:
     ("damage", "says"),
     [
         (shutil.rmtree, "there is no folder"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no config.json of a model"),
+        (lambda folder: (folder / "config.json").unlink(), "contains no config.json of a model"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
-        (change("config.json", model_type="clip"), "holds a model of type 'clip', expected SAM"),
+        (change("config.json", model_type="clip"), "contains a model of type 'clip', expected SAM"),
         (lambda folder: (folder / "model_index.json").write_text("{}"), "is a diffusion model, expected SAM"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be read"),
-        (drop_a_weight, "lacks 1 weights, mask_decoder.iou_token.weight for one"),
+        (drop_a_weight, "lacks 1 weights, such as mask_decoder.iou_token.weight"),
         (lambda folder: [file.unlink() for file in folder.glob("*processor*.json")], "cannot be read"),
     ],
 )
@@ -189,7 +189,7 @@ def test_a_name_that_is_neither_a_folder_nor_an_id_of_the_hub_is_refused(tmp_pat
     for name, says in {"sam": "there is no folder sam", str(tmp_path / "sam.pt"): "is a file"}.items():
         with pytest.raises(UserError, match=says):
             Segmenter.load(name)
-    with pytest.raises(UserError, match=r"^nobody/sam is no folder, and not to be had of the hub: "):
+    with pytest.raises(UserError, match=r"^nobody/sam is no folder, and not available from the hub: "):
         Segmenter.load("nobody/sam")
 
 

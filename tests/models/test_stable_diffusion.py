@@ -345,9 +345,9 @@ def of_the_hub(error: type[Exception], status: int) -> Exception:
             LocalEntryNotFoundError("Please check your connection\nor not"),
             "hub: Please check your connection",
         ),
-        (of_the_hub(RepositoryNotFoundError, 401), "hub: nothing of that name is public there; check it"),
-        (of_the_hub(GatedRepoError, 403), "hub: its owner lets in whom they choose; ask there"),
-        (of_the_hub(EntryNotFoundError, 404), "hub: what it has of that name lacks files; kvinv needs"),
+        (of_the_hub(RepositoryNotFoundError, 401), "hub: no public model has that name; check it"),
+        (of_the_hub(GatedRepoError, 403), "hub: it is gated; ask for access on its page"),
+        (of_the_hub(EntryNotFoundError, 404), "hub: the model of that name lacks files; kvinv needs"),
     ],
 )
 def test_what_the_hub_does_not_give_is_one_line_that_says_why(
@@ -365,7 +365,7 @@ def test_what_the_hub_does_not_give_is_one_line_that_says_why(
     monkeypatch.setattr("kvinv_pl.models.checkpoint.hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     before = logger.level
-    refused("nobody/nothing", "no folder nobody/nothing here, and not to be had of the", says)
+    refused("nobody/nothing", "no folder nobody/nothing here, and not available from the", says)
     assert not heard and logger.level == before
     logger.warning("what others have to say")
     assert len(heard) == 1

@@ -470,7 +470,7 @@ def test_nobody_watches_the_u_net_after_an_edit_that_failed(damaged: tuple[KVInv
     finally:
         hook.remove()
     assert watched and all(watched)  # while it went on, somebody did
-    assert hooks(unet) == 0 and module.denoiser.attached()._looks is None
+    assert hooks(unet) == 0 and module.denoiser.attached()._subject_map is None
 
 
 # ------------------------------------------------------------------------------------------------ the subject
