@@ -33,7 +33,7 @@ class Run:
         return open_picture(self.folder / "reconstruction.png").image
 
     def edit(self, target: str, **settings: Any) -> Image.Image:
-        """The picture as `target` says; what is left out, or None, is as loaded. Nothing is tuned again.
+        """The picture edited to `target`; settings left out, or None, are as loaded. Nothing is tuned again.
 
         Args:
             target: What it should become.
@@ -41,7 +41,7 @@ class Run:
                 negative, kv and subject.
         """
         changes = {name: value for name, value in settings.items() if value is not None}
-        # again: the model in memory may be another by now, with a LoRA for example
+        # overwrite: the model in memory may have changed, with a LoRA for example
         data = SourceImages(run=str(self.folder), targets=[target], overwrite=True)
         model = self.owner.model
         self.owner.trainer().edit(model, data, replace(model.editing, **changes))
@@ -54,7 +54,7 @@ class KVInverter:
     def __init__(self, model: KVInversion, **trainer: Any) -> None:
         """Take the module, and options for the trainer such as accelerator and precision."""
         self.model, self._options = model, {"quiet": True, "logger": False, **trainer}
-        self.trainer()  # bad options are found now
+        self.trainer()  # refuses bad options now
 
     def trainer(self) -> KVTrainer:
         """A fresh trainer with the options given."""
@@ -73,7 +73,7 @@ class KVInverter:
         Args:
             image: A picture, or the path of one.
             source: What it shows; may be empty.
-            out: The run folder, gone on with if it exists; None: a temporary one, gone when the Run is.
+            out: The run folder, resumed if it exists; None: a temporary one, deleted with the Run.
             mask: A mask of the subject, for variants that take one, or the path of it.
             geometry: keep, or crop.
         """
@@ -105,7 +105,7 @@ def load(
         checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
         accelerator: cpu, gpu, mps or auto.
         precision: 32-true, bf16-mixed or (on a GPU) 16-mixed.
-        quiet: Whether to keep progress to itself.
+        quiet: Whether to hide progress.
         **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1.
     """
     model = KVInversion(str(checkpoint), **settings)
@@ -113,7 +113,7 @@ def load(
 
 
 def _file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:
-    """Where a picture lies, written to `folder` if it lies nowhere; what PNG cannot hold becomes TIFF."""
+    """The path of a picture, written to `folder` if it has none; as TIFF where PNG cannot store it."""
     if not isinstance(image, Image.Image):
         return Path(image)
     upright = ImageOps.exif_transpose(image)

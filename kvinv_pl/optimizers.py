@@ -1,4 +1,4 @@
-"""Optimisers of a phase: one for smooth least squares without noise, and what any is asked and made anew."""
+"""Optimisers of a phase: one for smooth least squares without noise, and helpers for any other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from kvinv_pl.errors import UserError
 
 Residuals = Callable[[], Float[Tensor, "slots elements"]]
-"""What is missed, z-tilde_{t-1} - z-hat_{t-1}, slot by slot; with a graph where gradients are enabled."""
+"""Residuals, z-tilde_{t-1} - z-hat_{t-1}, slot by slot; with a graph where gradients are enabled."""
 
 
 class GaussNewtonDescent(Optimizer):
@@ -69,7 +69,7 @@ def _downhill(gradient: Tensor) -> Tensor:
 
 
 def reads_residuals(optimizer: Any) -> bool:
-    """Whether the closure is to return what is missed, slot by slot, as GaussNewtonDescent wants it."""
+    """Whether the closure must return the residuals, slot by slot, as for GaussNewtonDescent."""
     return bool(getattr(getattr(optimizer, "optimizer", optimizer), "reads_residuals", False))
 
 
@@ -81,17 +81,17 @@ def needs_closure(optimizer: Any) -> bool:
 
 
 class Renewal:
-    """An optimiser as it was when new, to begin every phase with."""
+    """The initial state of an optimiser, to begin every phase with."""
 
     def __init__(self, optimizer: Any) -> None:
-        """Note its groups; `optimizer` may be a wrapper that shares them."""
+        """Save its groups; `optimizer` may be a wrapper that shares them."""
         self._groups = [
             deepcopy({key: group[key] for key in group if key != "params"})
             for group in optimizer.param_groups
         ]
 
     def renew(self, optimizer: Any) -> None:
-        """Clear what it keeps, in its groups too; in place, because a wrapper shares it."""
+        """Reset its state and groups; in place, because a wrapper shares it."""
         optimizer.state.clear()
         for group, new in zip(optimizer.param_groups, self._groups, strict=True):
             for key in group.keys() - new.keys() - {"params"}:

@@ -1,4 +1,4 @@
-"""One attempt at tuning a picture, what it is worth, and which of several attempts is kept."""
+"""Attempts at tuning a picture: their quality, and which of them is kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvinv_pl.stages.settings import TuningSettings
 def certify(
     denoiser: Denoiser, store: RunStore, settings: TuningSettings, attempt: int = 0
 ) -> dict[str, Any]:
-    """Decode what an attempt at tuning came to, and write its figures where it is the best one so far.
+    """Decode the result of an attempt at tuning, and write its figures if it is the best so far.
 
     Args:
         denoiser: the model, on its device.
@@ -31,16 +31,16 @@ def certify(
         attempt: 0 for the first one, whose phases lie in the run folder itself.
 
     Returns:
-        run.json's field "reconstruction": the figures of the attempt that is kept, and a line for each made.
+        run.json's field "reconstruction": the figures of the attempt that is kept, and of each attempt.
     """
     picture, figures = _measure(denoiser, store)
     run = store.read_run()
     before = run.get("reconstruction") if attempt else None
-    made = [*(before["attempts"][:attempt] if before else [])]
+    attempts = [*(before["attempts"][:attempt] if before else [])]
     at_most = Attempt(attempt, settings).inner_steps_at_most
-    made.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": figures["psnr_to_round_trip"]})
+    attempts.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": figures["psnr_to_round_trip"]})
     best = before if before and before["psnr_to_round_trip"] >= figures["psnr_to_round_trip"] else None
-    record = {**(best or figures), "attempts": made, "kept": best["kept"] if best else attempt}
+    record = {**(best or figures), "attempts": attempts, "kept": best["kept"] if best else attempt}
     record |= {
         "psnr_demanded": settings.required_psnr,
         "passed": record["psnr_to_round_trip"] >= settings.required_psnr,
@@ -50,22 +50,22 @@ def certify(
         store.drop_attempts()
         return record
     store.save_picture("reconstruction", picture)
-    store.write_run({**run, "reconstruction": record})  # from here on the attempt counts
+    store.write_run({**run, "reconstruction": record})  # now the attempt counts
     store.settle()
     return record
 
 
 def is_certified(store: RunStore) -> bool:
-    """Whether the figures of a tuned picture are there."""
+    """Whether the figures of a tuned picture are written."""
     return "reconstruction" in store.read_run()
 
 
 def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
-    """The number of the attempt that is due: none where the picture has passed, or all have been made."""
+    """The number of the next attempt; None if the picture has passed, or there are no more retries."""
     record = store.read_run()["reconstruction"]
-    made = len(record["attempts"])
+    count = len(record["attempts"])
     reached = record["psnr_to_round_trip"] >= settings.required_psnr
-    return None if reached or made > settings.retries else made
+    return None if reached or count > settings.retries else count
 
 
 def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
@@ -106,19 +106,19 @@ class Attempt:
         """The picture, with the phases of this attempt."""
         return replace(work, store=work.store.at_attempt(self.number))
 
-    def take_up(
+    def open(
         self, work: SourceImage, steps: int, tuning: Mapping[str, Any], editing: Mapping[str, Any]
     ) -> set[int] | None:
-        """Which phases of a picture at this attempt are done; None: there is nothing left to do.
+        """Which phases of a picture at this attempt are done; None: nothing is left to do.
 
-        Raises UserError where they were made otherwise; if phases are missing, run.json then says how they
-        are made.
+        Raises UserError if they were made with other settings; if phases are missing, writes the settings to
+        run.json.
 
         Args:
             work: The picture, with the phases of this attempt.
             steps: T.
             tuning: What psi depends on.
-            editing: What an edit takes where nothing else is said.
+            editing: The defaults of its edits.
         """
         store, finished = work.store, work.store.done()
         if not self.number:
@@ -132,7 +132,7 @@ class Attempt:
         return finished if self.is_due(work) else None
 
     def is_due(self, work: SourceImage) -> bool:
-        """Whether it is still to be made, or to be certified."""
+        """Whether the attempt is still to be made or certified."""
         if self.number:
             return next_attempt(work.store, self.settings) == self.number
         return not is_certified(work.store)

@@ -1,4 +1,4 @@
-"""Tuning as a curriculum: which timesteps a phase holds, when it has converged, and what it starts from."""
+"""Tuning as a curriculum: the phases, and which pictures and timesteps they have."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 
 Curriculum = Literal["sequential", "pivot"]
 """sequential: z-tilde rolls out, and every timestep is tuned where it has come to (the paper's). pivot: every
-timestep is tuned at its pivot z-hat_t, and then settled where z-tilde comes to in rolling out."""
+timestep is tuned at its pivot z-hat_t, and then settled at the z-tilde of the roll-out."""
 Pass = Literal["pivots", "roll-out"]
 """A part of the curriculum: all timesteps at their pivots, or z-tilde rolling out."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One epoch of the fit: which picture each slot holds, and at which step, counted from noise.
+    """One epoch of the fit: the picture in each slot, and its step, counted from noise.
 
-    An empty slot holds a copy that counts for nothing.
+    An empty slot has a copy that is ignored.
     """
 
     members: tuple[int, ...]
@@ -29,23 +29,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures tuned side by side, each in its slot. An empty slot holds a copy that counts for nothing."""
+    """Pictures tuned side by side, each in its slot. An empty slot has a copy that is ignored."""
 
     members: tuple[int, ...]
     active: tuple[bool, ...]
-    first: int  # the step at which it goes on
+    first: int  # the step at which it resumes
 
 
 def first_missing(done: Set[int], steps: int) -> int:
-    """Where a picture goes on: z-tilde of a step depends on every step before it."""
+    """The step at which a picture resumes: z-tilde of a step depends on every step before it."""
     return next((i for i in range(steps) if i not in done), steps)
 
 
 def batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Batch]:
-    """Unfinished pictures in batches of `slots`, those that go on at the same step together; None: leave it.
+    """Unfinished pictures in batches of `slots`, by the step at which they resume; None: finished.
 
     Who shares a batch, and in which slot, follows from the order alone and not from what is done, so that a
-    fit that goes on computes what it would have computed. For the same reason a picture that is one step
+    resumed fit computes the same as one that was not stopped. For the same reason a picture that is one step
     ahead, as a kill between the files of one phase leaves it, makes that step again.
     """
     found = []
@@ -76,7 +76,7 @@ def missing_at_pivots(
 ) -> list[set[int]]:
     """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out.
 
-    With `carry`, a batch that goes on needs the step before, too.
+    With `carry`, a resumed batch needs the step before, too.
     """
     missing = [set[int]() for _ in done]
     for batch in made:
@@ -91,7 +91,7 @@ def at_pivots(needed: Sequence[Set[int]], steps: int, slots: int) -> list[Phase]
 
     Timesteps at their pivots do not depend on each other, so all of them, of one picture after the other,
     fill the slots. Which of them share a phase, and in which slot, follows from the order alone and not from
-    what is needed, so that a fit that goes on computes what it would have computed.
+    what is needed, so that a resumed fit computes the same as one that was not stopped.
     """
     every = [(picture, step) for picture in range(len(needed)) for step in range(steps)]
     found = []

@@ -25,7 +25,7 @@ from kvinv_pl.stages.settings import EditSettings
 
 
 def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
-    """Refuse, rather than after the tuning, what an edit could not read with the variant that is attached."""
+    """Refuse, before tuning starts, edit settings that do not work with the attached variant."""
     reading, subject = settings.reading, settings.subject
     if why := denoiser.why_not(reading):
         other = {"frozen": "blend", "blend": "frozen"}[reading]
@@ -53,24 +53,24 @@ def edit_picture(
 ) -> list[Path]:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
 
-    What was rendered with the very same settings is not rendered again, unless `again`.
+    An edit that exists with the same settings is not rendered again, unless `again`.
     """
     store, table, began = image.store, denoiser.table, time.perf_counter()
     run = store.read_run()
     if not is_tuned(denoiser, store) or not {"tuning", "reconstruction"} <= run.keys():
-        raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
+        raise UserError(f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing")
     trajectory = store.trajectory()
     attachment = denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
-    here = {"sites": list(attachment.psi), "attention": of_variant(denoiser.cps[0])}
-    store.require({"tuning": {**run["tuning"], **here}}, ["tuning"])
+    attached = {"sites": list(attachment.psi), "attention": of_variant(denoiser.cps[0])}
+    store.require({"tuning": {**run["tuning"], **attached}}, ["tuning"])
     if settings.reading == "frozen" and settings.kv == "stored" and run["tuning"]["kv"] == "replayed":
         raise UserError(
-            f"{store.folder} holds psi alone, without K-bar and V-bar: edit it with kv replayed, "
+            f"{store.folder} has psi only, without K-bar and V-bar: edit it with kv replayed, "
             "or reading blend"
         )
     mask = mask_of(store)
     denoiser.bind(None if mask is None else mask[None])
-    asked = {
+    records = {
         target: {
             "target": target, "source": run["source"],
             **settings.record(), "tuned_at": run["tuning"]["guidance"],
@@ -80,15 +80,15 @@ def edit_picture(
         }
         for target in image.targets
     }  # fmt: skip
-    there = {} if again else {target: store.edit_like(target, record) for target, record in asked.items()}
-    paths = {target: path for target, path in there.items() if path is not None}
+    existing = (
+        {} if again else {target: store.edit_like(target, record) for target, record in records.items()}
+    )
+    paths = {target: path for target, path in existing.items() if path is not None}
     for path in paths.values():
-        watch.progress.note(
-            f"{image.name}: {path} is there with these settings; --overwrite renders it again"
-        )
-    targets = [target for target in asked if target not in paths]
+        watch.progress.note(f"{image.name}: {path} exists with these settings; --overwrite renders it again")
+    targets = [target for target in records if target not in paths]
     if not targets:
-        store.save_picture("sheet", sheet_of(store))  # a kill may have left an older one
+        store.save_picture("sheet", sheet_of(store))  # after a kill it may be outdated
         return list(paths.values())
     if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
         edited_at = settings.guide.source_scale
@@ -105,14 +105,14 @@ def edit_picture(
     edited = [to_image(pixels.cpu(), geometry) for pixels in denoiser.backbone.decode(z_0)]
     seconds = round((time.perf_counter() - began) / len(edited), 2)
     for target, picture in zip(targets, edited, strict=True):
-        paths[target] = store.save_edit(target, picture, {**asked[target], "figures": {"seconds": seconds}})
+        paths[target] = store.save_edit(target, picture, {**records[target], "figures": {"seconds": seconds}})
     store.save_picture("sheet", sheet_of(store))
     watch.progress.finish()
-    return [paths[target] for target in asked]
+    return [paths[target] for target in records]
 
 
 def sheet_of(store: RunStore) -> Image.Image:
-    """The source, the reconstruction and every edit that lies in the run folder."""
+    """The source, the reconstruction and every edit of the run folder, on one sheet."""
     run, done = store.read_run(), store.edits()
     files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
     quality = run["reconstruction"]["psnr_to_round_trip"]

@@ -19,12 +19,12 @@ from kvinv_pl.stages.settings import InversionSettings
 
 
 def opened(denoiser: Denoiser, image: SourceImage) -> Opened:
-    """The picture as this model takes it."""
+    """The picture in this model's size."""
     return image.opened(denoiser.backbone.sample_size, denoiser.backbone.multiple)
 
 
 def inversion_record(denoiser: Denoiser, image: SourceImage, settings: InversionSettings) -> dict[str, Any]:
-    """What run.json will say of the inversion."""
+    """The fields of run.json for the inversion."""
     backbone, picture = denoiser.backbone, opened(denoiser, image).record
     if lost := backbone.unread(image.source):
         notes = [*picture["notes"], f"the end of the source prompt is not read: {lost}"]
@@ -40,7 +40,7 @@ def inversion_record(denoiser: Denoiser, image: SourceImage, settings: Inversion
 
 
 def is_inverted(denoiser: Denoiser, image: SourceImage, settings: InversionSettings) -> bool:
-    """Whether the trajectory is there; a run made otherwise is refused by the field that differs."""
+    """Whether the trajectory exists; a run with other settings is refused by the field that differs."""
     store = image.store
     if not store.has_run():
         return False
@@ -49,9 +49,9 @@ def is_inverted(denoiser: Denoiser, image: SourceImage, settings: InversionSetti
     else:
         expected = {"model": denoiser.backbone.identity, "scheduler": denoiser.table.record()}
         fields = ("model", "scheduler")
-    there = store.read_run().get("model", {})
-    if there.get("sha256") == expected["model"]["sha256"]:  # the same one, wherever it lies now
-        expected["model"] = there
+    model = store.read_run().get("model", {})
+    if model.get("sha256") == expected["model"]["sha256"]:  # the same one, at whatever path
+        expected["model"] = model
     store.require(expected, fields)
     return store.has_trajectory()
 
@@ -83,13 +83,13 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
         store.save_picture("mask", shown.convert("L"))
     store.save_picture("source", to_image(pixels, geometry))
     store.save_trajectory(z[:, 0].cpu())
-    run = store.read_run() if store.has_run() else {}  # a trajectory that was lost is made again
+    run = store.read_run() if store.has_run() else {}  # a lost trajectory is made again
     store.write_run({**run, **record})  # last: with it, the picture is inverted
     watch.progress.finish()
 
 
 def mask_of(store: RunStore) -> Tensor | None:
-    """The mask of a picture as the model takes it, (h, w) in 0..1, or None if it has none."""
+    """The mask of a picture in the model's size, (h, w) in 0..1, or None if it has none."""
     picture = store.read_run()["picture"]
     if not picture["mask"]:
         return None

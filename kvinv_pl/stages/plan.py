@@ -1,4 +1,4 @@
-"""What remains to be done of a pass of the curriculum over pictures, as phases."""
+"""The phases that remain of a pass of the curriculum over pictures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvinv_pl.stages.curriculum import Pass, Phase, at_pivots, batches, missing_
 from kvinv_pl.stages.settings import TuningSettings
 
 Record = Callable[[], dict[str, Any]]
-"""A field of run.json, as it is with psi attached."""
+"""Makes a field of run.json, once psi is attached."""
 
 
 class Planner:
     """Plans for pictures of one latent size, side by side in `slots` slots.
 
-    Pictures that have failed keep their places, so that the slots of the others are what they would be.
+    Pictures that have failed keep their places, so that the others keep their slots.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Planner:
             attempt: Which one.
             which: The pass.
             tuning: What psi depends on.
-            editing: What an edit takes where nothing else is said.
+            editing: The defaults of the edits.
         """
         works, done = [attempt.at(work) for work in self.works], list[set[int] | None]()
         for work in works:
@@ -58,7 +58,7 @@ class Planner:
             with self.failures.of([work]):
                 if work not in self.failures:
                     self._place(work, self.slots)
-                    done[-1] = attempt.take_up(work, len(self.denoiser.table), tuning(), editing)
+                    done[-1] = attempt.open(work, len(self.denoiser.table), tuning(), editing)
         return works, self._phases(works, done, which)
 
     def _phases(self, works: list[SourceImage], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
@@ -67,8 +67,8 @@ class Planner:
             width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
         rolling = batches(done, steps, width)
         if which == "pivots":
-            there = [work.store.done_at_pivots() for work in works]
-            missing = missing_at_pivots(rolling, there, steps, self.settings.carry)
+            done_at_pivots = [work.store.done_at_pivots() for work in works]
+            missing = missing_at_pivots(rolling, done_at_pivots, steps, self.settings.carry)
             return at_pivots(missing, steps, self.slots)
         for work in self.failures.left(works)[:1]:
             self._place(work, width)

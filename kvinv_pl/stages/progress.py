@@ -1,4 +1,4 @@
-"""What a run tells the person who waits for it, and the loggers."""
+"""Progress on the terminal, and the figures for the loggers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from kvinv_pl.data.failures import Failures
 
 REDRAWN = 0.1  # seconds, on a terminal
-REPEATED = 30.0  # seconds, where lines stay
+REPEATED = 30.0  # seconds, elsewhere
 
 
 class Progress:
@@ -36,7 +36,7 @@ class Progress:
         self._began = self._drawn = time.monotonic()
 
     def show(self, detail: str) -> None:
-        """Say where the stage is, but not too often."""
+        """Show the progress of the stage, rate-limited."""
         now = time.monotonic()
         if self.quiet or now - self._drawn < (REDRAWN if self._interactive else REPEATED):
             return
@@ -49,7 +49,7 @@ class Progress:
             self._write(f"{line}\n")
 
     def advance(self, detail: str, steps: int = 1) -> None:
-        """So many steps are done."""
+        """Count finished steps."""
         self._done += steps
         self.show(detail)
 
@@ -59,7 +59,7 @@ class Progress:
         self.note(f"{self._task}: {self._done} steps in {took}{', ' if detail else ''}{detail}")
 
     def note(self, text: str) -> None:
-        """Something the person should know."""
+        """Print a line for the user."""
         self._write(f"\r\x1b[2K{text}\n" if self._interactive else f"{text}\n")
 
     @property
@@ -74,7 +74,7 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 3:07 min, 2:15 h."""
+    """Seconds for display: 4.2 s, 3:07 min, 2:15 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -83,7 +83,7 @@ def _clock(seconds: float) -> str:
 
 @dataclass
 class Watch:
-    """Who is told how the pictures fare: the person who waits, the list of failures, the loggers."""
+    """The observers of a run: progress display, list of failures, loggers."""
 
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
     failures: Failures = field(default_factory=Failures)
@@ -93,30 +93,30 @@ class Watch:
 
 
 def log_phase(loggers: Sequence[Any], name: str, i: int, figures: Mapping[str, float], device: Any) -> None:
-    """Write the figures of phase i (from noise), and the memory taken so far, under the picture's name."""
+    """Write the figures of phase i (from noise), and the peak memory, under the picture's name."""
     if loggers:
-        told = {f"{name}/{key}": value for key, value in figures.items()}
-        told |= {f"{name}/peak_memory_gib": peak_memory(torch.device(device)) / 2**30}
+        metrics = {f"{name}/{key}": value for key, value in figures.items()}
+        metrics |= {f"{name}/peak_memory_gib": peak_memory(torch.device(device)) / 2**30}
         for logger in loggers:
-            logger.log_metrics(told, step=i)
+            logger.log_metrics(metrics, step=i)
 
 
 def log_result(loggers: Sequence[Any], name: str, record: Mapping[str, Any]) -> None:
-    """Write what the reconstruction is worth, in dB, attempt by attempt."""
-    told = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
+    """Log the quality of the reconstruction, in dB, attempt by attempt."""
+    metrics = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
     for logger in loggers:
-        logger.log_metrics(told, step=len(record["attempts"]) - 1)
+        logger.log_metrics(metrics, step=len(record["attempts"]) - 1)
 
 
 def log_picture(loggers: Sequence[Any], name: str, i: int, pixels: Float[Tensor, "3 h w"]) -> None:
-    """Write a picture (pixels in -1 .. 1) with those loggers that take pictures."""
+    """Write a picture (pixels in -1 .. 1) to the loggers that support pictures."""
     for logger in loggers:
         if callable(show := getattr(getattr(logger, "experiment", None), "add_image", None)):
             show(name, ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), i)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most that was taken so far, in bytes: of the GPU's memory, or elsewhere of the process."""
+    """Peak memory in bytes: of the GPU, or elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -26,18 +26,18 @@ from kvinv_pl.stages.settings import EditSettings
 
 @dataclass(eq=False)
 class Source:
-    """The source's rows in a forward beside its edits: its prompts, and its latent at the step in hand."""
+    """The source's rows in a forward with its edits: its prompts, and its latent at the current step."""
 
     contexts: Float[Tensor, "branches L d"]
     z: Float[Tensor, "1 c h w"] | None = None
 
 
 UNSETTLED = 0.2
-"""The share of the steps, from noise, in which cross-attention cannot tell where the subject will be."""
+"""The share of the steps, from noise, in which attention maps do not show yet where the subject will be."""
 
 
 class Reader:
-    """The network under the target prompts, and what was tuned for it to read; the steps are read ahead."""
+    """The network under the target prompts with what was tuned; steps are prefetched."""
 
     def __init__(
         self,
@@ -63,11 +63,13 @@ class Reader:
         tuned = branches_at(tuning["guidance"])
         self.reads = [0 if branch == "negative" else tuned - 1 for branch in self.branches]
         # rows of the U-Net: edit after edit, each with all of its branches
-        told = [{"negative": negative, "source": source, "target": target} for target in targets]
-        self.contexts = denoiser.backbone.embed([texts[branch] for texts in told for branch in self.branches])
+        prompts = [{"negative": negative, "source": source, "target": target} for target in targets]
+        self.contexts = denoiser.backbone.embed(
+            [texts[branch] for texts in prompts for branch in self.branches]
+        )
         self.source = self._source() if frozen and settings.kv == "replayed" else None
-        self._coming: dict[int, Future[Step]] = {}
-        self._positions: list[list[int]] | None = None  # a row's; only the targets' are asked
+        self._prefetched: dict[int, Future[Step]] = {}
+        self._positions: list[list[int]] | None = None  # of each row; only the targets' have any
         if frozen and any(cp.follows for cp in denoiser.cps):
             found = subject_positions(denoiser.backbone, source, targets, settings.subject)
             others: list[list[int]] = [[]] * (len(self.branches) - 1)
@@ -76,21 +78,21 @@ class Reader:
         self._open = ExitStack()
 
     def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
-        """From here on, variants are told where the edits look for the subject's word."""
+        """Give the variants the edits' attention maps to the subject's word, from here on."""
         extra = 0 if self.source is None else len(self.source.contexts)
         unet = self.denoiser.backbone.unet
         known = math.ceil(UNSETTLED * len(self.denoiser.table))
 
-        def looks(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
-            return _looks(maps, extra, len(self.branches), grid) if self._at >= known else None
+        def subject_map(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
+            return _subject_map(maps, extra, len(self.branches), grid) if self._at >= known else None
 
-        # the decoder's say best where a word is, see prompts.mask_from_word
+        # the decoder's maps are the best, see prompts.mask_from_word
         watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
         maps = self._open.enter_context(watched)
-        self._open.enter_context(attachment.following(looks))
+        self._open.enter_context(attachment.following(subject_map))
 
     def _source(self) -> Source:
-        """The branches that tuning ran, under the prompts that it ran them with."""
+        """The branches of tuning, with their prompts."""
         run = self.store.read_run()
         tuning = run["tuning"]
         prompts = [tuning["negative"], run["source"]][-branches_at(tuning["guidance"]) :]
@@ -111,47 +113,47 @@ class Reader:
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
-        """One step of prefetch: the next psi_t is read while the network works."""
+        """Prefetch one step: the next psi_t is read while the network runs."""
         self._attachment = self.denoiser.attached()
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
-            self._expect(self.first)
+            self._prefetch(self.first)
             with self._open, self._attachment.sharpened(self.settings.sharpness):
                 yield
 
-    def _expect(self, i: int) -> None:
+    def _prefetch(self, i: int) -> None:
         if i < len(self.denoiser.table):
-            self._coming[i] = self._pool.submit(self.store.step, i)
+            self._prefetched[i] = self._pool.submit(self.store.step, i)
 
     @contextmanager
     def psi(self, i: int) -> Iterator[None]:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
-        step = self._coming.pop(i).result()
+        step = self._prefetched.pop(i).result()
         self._at, attachment = i, self._attachment
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)
         if self.settings.reading == "frozen" and self.source is None:
-            way = attachment.frozen(self._stored(step))
+            mode = attachment.frozen(self._stored(step))
         else:
             self.denoiser.read(step.psi, slot=0)
             source = self.source
-            way = attachment.blend() if source is None else self._beside(source, i, step, attachment)
-        # only now: making this step's tensors and reading the next one would hold each other up
-        self._expect(i + 1)
-        with way:
+            mode = attachment.blend() if source is None else self._replayed(source, i, step, attachment)
+        # only now: making this step's tensors and reading the next one would slow each other down
+        self._prefetch(i + 1)
+        with mode:
             yield
 
     def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
         kv = step.kv_on(self.denoiser.device)
         if kv is None:
             raise UserError(
-                f"{self.store.folder} holds no K-bar and V-bar: edit it with kv replayed, or reading blend"
+                f"{self.store.folder} has no K-bar and V-bar: edit it with kv replayed, or reading blend"
             )
         return {path: (k[self.reads, None], v[self.reads, None]) for path, (k, v) in kv.items()}
 
     @contextmanager
-    def _beside(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
-        """The source's own rows run along from where K-bar and V-bar of step i were taken in tuning."""
+    def _replayed(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
+        """Run the source's rows along, from the latent at which K-bar and V-bar of step i were recorded."""
         if i == 0 or self.denoiser.at_pivot:
             source.z = self._trajectory[len(self.denoiser.table) - i][None].to(self.denoiser.device)
         elif i == self.first:
@@ -161,14 +163,14 @@ class Reader:
         source.z = step.z[None].to(self.denoiser.device)  # z-tilde of the next step
 
 
-def _looks(
+def _subject_map(
     maps: Maps, extra: int, branches: int, grid: tuple[int, int]
 ) -> Float[Tensor, "branches 1 h w"] | None:
-    """Where each edit's row looks for its word: this forward so far and those before, in equal parts."""
-    known = [seen for seen in (maps.now(grid), maps.average(grid)) if seen is not None]
+    """Attention maps of each edit to its word: the mean of this forward so far and those before."""
+    known = [found for found in (maps.now(grid), maps.average(grid)) if found is not None]
     if not known:  # the very first
         return None
-    # only the rows of the targets have the word, and speak for their edits' other branches
+    # only the rows of the targets have the word; their maps serve the other branches, too
     targets = (sum(known[1:], known[0]) / len(known))[extra:][branches - 1 :: branches]
     seen = targets.repeat_interleave(branches, 0)
     least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)

@@ -1,6 +1,6 @@
-"""The settings of the three stages: each travels as one thing, and refuses what means nothing.
+"""The settings of the three stages, as validated frozen dataclasses.
 
-`KVInversion`, whose parameters they are made of, says what each is and has the defaults.
+`KVInversion`, from whose parameters they are made, documents them and has the defaults.
 """
 
 import math
@@ -36,7 +36,7 @@ class Settings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """Those among the parameters of KVInversion, by their names."""
+        """From the parameters of KVInversion, by their names."""
         return cls(**dict(cls._chosen(given)))
 
     @classmethod
@@ -56,11 +56,11 @@ class InversionSettings(Settings):
     negative: str
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing, by the name that it has as a parameter."""
+        """Validate, with the names of the parameters in errors."""
         at_least_0("inversion_guidance", self.guidance)
 
     def record(self) -> dict[str, Any]:
-        """What run.json says of it, as its field "inversion"."""
+        """The field "inversion" of run.json."""
         return {"guidance": self.guidance, "negative": negative_at(self.guidance, self.negative)}
 
 
@@ -83,7 +83,7 @@ class TuningSettings(Settings):
     retries: int
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing, by the name that it has as a parameter."""
+        """Validate, with the names of the parameters in errors."""
         at_least_0("tuning_guidance", self.guidance)
         at_least_1("inner_steps", self.inner_steps)
         at_least_1("settle_steps", self.settle_steps)
@@ -121,11 +121,11 @@ class TuningSettings(Settings):
     def record(
         self, cps: Sequence[CPAttention], max_grid: int | None, optimizer: Optimizer | None
     ) -> dict[str, Any]:
-        """What run.json says of it, as its field "tuning".
+        """The field "tuning" of run.json.
 
         Args:
             cps: The variant at every site.
-            max_grid: What kept sites out by their size.
+            max_grid: The bound on the size of sites.
             optimizer: None for a variant that learns nothing.
         """
         return {
@@ -164,7 +164,7 @@ class EditSettings(Settings):
     sharpness: float = field(metadata={"idle": 1.0})
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing, by the name that it has as a parameter."""
+        """Validate, with the names of the parameters in errors."""
         at_least_0("guidance", self.guidance)
         if self.source_guidance is not None:
             at_least_0("source_guidance", self.source_guidance)
@@ -185,11 +185,11 @@ class EditSettings(Settings):
         )
 
     def for_run(self) -> dict[str, Any]:
-        """What run.json keeps for the next edit of the run, as its field "editing"; it has kv in "tuning"."""
+        """The field "editing" of run.json, for the next edit of the run; kv is in "tuning"."""
         return {name: value for name, value in self._active().items() if name != "kv"}
 
     def record(self) -> dict[str, Any]:
-        """What the record of an edit says of it: what the edit depends on."""
+        """The settings that an edit depends on, for its record."""
         unread = {"kv"} if self.reading == "blend" else set[str]()
         return {
             name: value for name, value in self._active().items() if value is not None and name not in unread
@@ -213,7 +213,7 @@ def at_least_1(name: str, count: int) -> None:
 
 
 def one_of(name: str, value: str, choices: Any) -> None:
-    """Refuse what is not among the choices of a Literal."""
+    """Refuse a value that is not among the choices of a Literal."""
     known = get_args(choices)
     if value not in known:
         *but_last, last = known

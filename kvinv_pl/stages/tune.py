@@ -1,4 +1,4 @@
-"""Stage 2 of pictures side by side: what happens at the beginning, within and at the end of a phase."""
+"""Stage 2 of pictures side by side: the beginning, the steps and the end of a phase."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvinv_pl.stages.slots import SlotKeeper, Slots
 class Tuning:
     """One pass of the curriculum over pictures: the phases of `plan`, z-tilde and psi in their slots.
 
-    Who calls it owns the loop and the optimiser: `begin`, then `step` while not `converged`, then `end`.
+    The caller owns the loop and the optimiser: `begin`, then `step` while not `converged`, then `end`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Tuning:
             which: The pass: all timesteps at their pivots, or z-tilde rolling out.
             works: The pictures, with the phases of this attempt; phases know them by their number.
             plan: The phases that remain, in order.
-            watch: Who is told how the pictures fare.
+            watch: Progress, failures and loggers.
         """
         self.denoiser, self.attempt, self.settings = denoiser, attempt, attempt.settings
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
@@ -67,32 +67,32 @@ class Tuning:
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
-        slots.hold(self._phase)
+        slots.enter(self._phase)
         if self._phase.enters:
             self._announce()
         if not slots.active():
             self._keeper = SlotKeeper([], width, torch.ones(width, dtype=torch.bool))
             return
-        self._take_places()
+        self._load_slots()
         self._pivot = slots.levels([i + 1 for i in steps])
         idle = slots.lost | torch.tensor([not table.has_effect(i) for i in steps])
         learned = list(self.denoiser.psi.parameters())
         self._keeper = SlotKeeper(learned, width, idle | (not learned))
 
-    def _take_places(self) -> None:
-        """Z_t and psi_t of every slot, where they are not those that the phase before has left."""
+    def _load_slots(self) -> None:
+        """Load z_t and psi_t of every slot, unless they continue from the phase before."""
         slots, steps = self._slots, self._phase.steps
         if not self.rolls_out:
             slots.z = slots.levels(steps)
         elif self._phase.enters:
-            slots.go_on(steps[0])
+            slots.resume(steps[0])
         if self.rolls_out and "pivots" in self.settings.passes(self.denoiser.learns):
             self._used_at_pivots = torch.tensor(slots.settle(self.settings.carry))
         elif not self.rolls_out or steps[0] == 0 or not self.settings.carry:
             slots.start(self.attempt.seed)
 
     def _announce(self) -> None:
-        """Tell the person who waits what begins."""
+        """Show what begins."""
         number = self.attempt.number
         again = f" again, with {self.attempt.inner_steps_at_most} inner steps" if number else ""
         if self.rolls_out:
@@ -111,7 +111,7 @@ class Tuning:
         with self.denoiser.attached().blend(), self.denoiser.cache.kept():
             z = self._reconstruct()
             errors = squared_errors(self._pivot, z)
-            self._give_up_unless_finite(errors)
+            self._drop_unless_finite(errors)
             means = (errors.detach() / self._pivot[0].numel()).cpu()
             self._first_errors = means if self._first_errors is None else self._first_errors
             self._keeper.stop(self.settings.has_converged(means, self._steps))
@@ -128,7 +128,7 @@ class Tuning:
             at = [value._version for value in values]
 
             def residuals() -> Tensor:
-                # an optimiser begins where psi is, and what is missed there has been computed
+                # an optimiser begins at the present psi, whose reconstruction is computed already
                 fresh = known and at == [value._version for value in values]
                 z = known.pop() if fresh else self._reconstruct()
                 return torch.where(running[:, None], (z - self._pivot).flatten(1), 0)
@@ -146,12 +146,12 @@ class Tuning:
                 optimizer.zero_grad()
                 backward(errors[running].sum())
                 if bool(self._slots.lost.any()):
-                    self._keeper.silence(self._slots.lost)
+                    self._keeper.zero_gradients(self._slots.lost)
                 optimizer.step()
         self._keeper.restore()
 
     def _where(self) -> str:
-        """Which timesteps are tuned, as the person is told."""
+        """The current timesteps, for display."""
         first, last = (int(t) for t in self.denoiser.table.timesteps[self._steps[[0, -1]]])
         return f"timestep {first}" if first == last else f"timesteps {first} to {last}"
 
@@ -160,8 +160,8 @@ class Tuning:
         eps = self.denoiser.guided_prediction(self._slots.contexts, self.settings.guidance)
         return reconstruct(eps, self._slots.z if z is None else z, self.denoiser.table, self._steps)
 
-    def _give_up_unless_finite(self, errors: Tensor) -> None:
-        """A picture whose latents have run away is given up; those beside it go on."""
+    def _drop_unless_finite(self, errors: Tensor) -> None:
+        """Mark pictures whose latents have diverged as failed; the others continue."""
         lost = ~errors.detach().isfinite().cpu() & ~self._slots.lost
         if not bool(lost.any()):
             return
@@ -173,20 +173,20 @@ class Tuning:
                     "learning rate or guidance scale, or precision 32-true",
                 )
         self._slots.lost |= lost
-        self._keeper.give_up(lost)
+        self._keeper.stop_failed(lost)
 
     # ---- a phase ends
 
     @torch.no_grad()
-    def end(self, rehearsal: bool = False) -> None:
+    def end(self, dry_run: bool = False) -> None:
         """A phase ends: round psi_t as it is stored, make the step of Eq. 4 with it, and write both.
 
-        A rehearsal writes nothing: its phase was cut short.
+        A dry run writes nothing: its phase was cut short.
         """
         if self._slots.active():
-            self._complete(rehearsal)
+            self._complete(dry_run)
 
-    def _complete(self, rehearsal: bool) -> None:
+    def _complete(self, dry_run: bool) -> None:
         slots = self._slots
         self._keeper.restore()
         for value in self.denoiser.values().values():
@@ -195,13 +195,13 @@ class Tuning:
         kv = self._advance()
         self.denoiser.cache.forget()
         ends = (squared_errors(self._pivot, slots.z) / self._pivot[0].numel()).cpu()
-        self._give_up_unless_finite(ends)
+        self._drop_unless_finite(ends)
         lost = slots.lost.to(self.denoiser.device)
         slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
         begins = ends if self._first_errors is None else self._first_errors
         made = 1 if self.rolls_out else sum(self._phase.active)
         self.progress.advance(f"loss {float(ends[~slots.lost].mean()):.2e}", made)
-        if rehearsal:
+        if dry_run:
             return
         for slot, work in slots.active():
             figures = {
@@ -241,7 +241,7 @@ class Tuning:
         figures: dict[str, float],
         before: Tensor,
     ) -> None:
-        """What a picture's roll-out came to at this step: psi_t, z-tilde, and K-bar and V-bar if stored."""
+        """Write psi_t, z-tilde, and K-bar and V-bar if stored."""
         i, z = self._phase.steps[slot], self._slots.z[slot : slot + 1]
         if self.settings.curriculum == "pivot":
             figures = {**figures, "inner_steps_at_pivot": int(self._used_at_pivots[slot])}
@@ -254,13 +254,13 @@ class Tuning:
     def _write_at_pivot(
         self, work: SourceImage, slot: int, psi: dict[str, Tensor], figures: dict[str, float]
     ) -> None:
-        """Psi_t as tuned at its pivot, for the roll-out to start from."""
+        """Write psi_t as tuned at its pivot, for the roll-out to start from."""
         i, name = self._phase.steps[slot], f"{self.attempt.logged_as(work)}/at_pivot"
         work.store.save_pivot(i, psi, figures, self.settings.store_dtype)
         log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
 
     def _show_z_0(self, name: str, i: int, z_from: Tensor, z_to: Tensor) -> None:
-        """Every few steps, hand the loggers the picture that the process believes in (the paper's Fig. 3)."""
+        """Every few steps, log the predicted z_0 as a picture (the paper's Fig. 3)."""
         table = self.denoiser.table
         if (
             self.watch.loggers
@@ -275,22 +275,22 @@ class Tuning:
     # ---- the end of a picture's tuning
 
     def certify_rest(self) -> None:
-        """Do what a fit that was stopped after its last phase has left undone."""
+        """Certify the pictures that are tuned but not certified, after an interrupted fit."""
         for work in self.works:
             with self.failures.of([work]):
                 if work not in self.failures and self.attempt.is_due(work):
                     self._certify(work)
 
     def _certify_slots(self) -> None:
-        """The pictures in the slots are tuned: write their certificates, and say what they are worth."""
-        worth = list[float]()
+        """Write the certificates of the tuned pictures, and show their PSNR."""
+        quality = list[float]()
         for _, work in self._slots.active():
             with self.failures.of([work]):
-                worth.append(self._certify(work))
+                quality.append(self._certify(work))
         demanded = self.settings.required_psnr
-        below = sum(value < demanded for value in worth)
+        below = sum(value < demanded for value in quality)
         missed = f"; {below} below the {demanded:g} dB asked for" if below else ""
-        shown = ", ".join(f"{value:.1f}" for value in worth)
+        shown = ", ".join(f"{value:.1f}" for value in quality)
         self.progress.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
 
     def _certify(self, work: SourceImage) -> float:

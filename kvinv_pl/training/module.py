@@ -74,7 +74,7 @@ class KVInversion(LightningModule):
         kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
             and the source's pass runs beside the edits: n edits cost as n + 1).
         start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
-        negative: What the unconditional branch is told.
+        negative: The negative prompt, of the unconditional branch.
         subject: The word for the subject in the targets, for variants that follow it through an edit; left
             out, it is the last word that source and target have in common before they differ.
         sharpness: Factor of the scores of Eq. 2 in an edit with the reading frozen; above 1 an edit's query
@@ -121,7 +121,7 @@ class KVInversion(LightningModule):
         required_psnr: float = 35.0,
         retries: int = 1,
     ):
-        """Note the settings; the checkpoint is read when a stage begins, in the precision of the trainer."""
+        """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
         given = locals()
         super().__init__()
         self.automatic_optimization = False
@@ -148,7 +148,7 @@ class KVInversion(LightningModule):
         return self._network
 
     def load_backbone(self, dtype: torch.dtype) -> Backbone:
-        """Read the checkpoint, unless it is loaded; the U-Net and the text model are held in `dtype`."""
+        """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`."""
         if self._loaded != (self.checkpoint, dtype):
             backbone = Backbone.load(self.checkpoint, dtype)
             self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
@@ -159,10 +159,10 @@ class KVInversion(LightningModule):
         """Run every forward in the trainer's precision; a fit has as many epochs as phases remain."""
         self.denoiser.autocast = self.trainer.precision_plugin.forward_context
         if stage == "fit":
-            self.trainer.fit_loop.max_epochs = 1 if self._rehearsal else len(self._fit.plan)
+            self.trainer.fit_loop.max_epochs = 1 if self._dry_run else len(self._fit.plan)
 
     @property
-    def _rehearsal(self) -> bool:
+    def _dry_run(self) -> bool:
         """Whether this is the trainer's fast_dev_run: one inner step of one phase."""
         return bool(getattr(self.trainer, "fast_dev_run", False))
 
@@ -173,13 +173,13 @@ class KVInversion(LightningModule):
     # ---- stages 1 and 3
 
     def is_inverted(self, work: SourceImage) -> bool:
-        """Whether stage 1 is done; a run that was made otherwise is refused."""
+        """Whether stage 1 is done; a run with other settings is refused."""
         return is_inverted(self.denoiser, work, self.inverting)
 
     def check(
         self, work: SourceImage, stage: Stage, editing: EditSettings, anew: bool = False
     ) -> tuple[int, int, bool]:
-        """Refuse what cannot be worked on, or is not its folder's run, before anything is written.
+        """Refuse invalid pictures, and run folders of other runs, before anything is written.
 
         Args:
             work: The picture.
@@ -193,7 +193,9 @@ class KVInversion(LightningModule):
         store, fresh = work.store, anew or not work.store.has_run()
         ready = not fresh and self.is_inverted(work) and is_tuned(self.denoiser, store)
         if stage == "edit" and not ready:
-            raise UserError(f"{store.folder} is not tuned to the end: go on with `kvinv fit` before editing")
+            raise UserError(
+                f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing"
+            )
         picture = opened(self.denoiser, work).record if fresh else store.read_run()["picture"]
         (width, height), masked = picture["model_size"], picture["mask"] is not None
         factor = self.denoiser.backbone.vae_factor
@@ -226,7 +228,7 @@ class KVInversion(LightningModule):
         return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
     def choose_slots(self, grid: tuple[int, int], pictures: int, progress: Progress) -> int:
-        """How many slots there are for so many pictures of one latent size; said where it was not given."""
+        """The number of slots for so many pictures of one latent size; shown if chosen automatically."""
         if self.slots != "auto":
             return int(self.slots)
         self.denoiser.place(grid, 1)
@@ -251,11 +253,11 @@ class KVInversion(LightningModule):
         attempt: int = 0,
         which: Pass = "roll-out",
     ) -> Tuning:
-        """Make ready for a pass over pictures of one latent size; the plan of it has what remains."""
-        made = Attempt(attempt, self.tuning)
+        """Prepare a pass over pictures of one latent size; its plan has the phases that remain."""
+        current = Attempt(attempt, self.tuning)
         planner = self._planner(works, slots, watch)
-        taken, plan = planner.plan(made, which, self.tuning_record, self.editing.for_run())
-        self._fit = Tuning(self.denoiser, made, which, taken, plan, watch)
+        taken, plan = planner.plan(current, which, self.tuning_record, self.editing.for_run())
+        self._fit = Tuning(self.denoiser, current, which, taken, plan, watch)
         return self._fit
 
     def _planner(self, works: list[SourceImage], slots: int, watch: Watch) -> Planner:
@@ -290,7 +292,7 @@ class KVInversion(LightningModule):
         return self.optimizers()
 
     def on_train_start(self) -> None:
-        """Note the optimiser as it is when new, for every phase to begin with."""
+        """Save the optimiser's initial settings, for every phase to begin with."""
         self._renewal = Renewal(self._optimizer())
 
     def on_train_epoch_start(self) -> None:
@@ -298,7 +300,7 @@ class KVInversion(LightningModule):
         self._fit.begin(self.current_epoch)
         self._renewal.renew(self._optimizer())
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # loss scaling (16-mixed) knows nothing of the phase before either
+        if scaler is not None:  # loss scaling (16-mixed) starts anew, too
             self.trainer.precision_plugin.scaler = type(scaler)(self.device.type)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
@@ -310,5 +312,5 @@ class KVInversion(LightningModule):
         self._fit.step(batch_idx, self._optimizer(), self.manual_backward)
 
     def on_train_epoch_end(self) -> None:
-        """A phase ends: what it came to is written."""
-        self._fit.end(rehearsal=self._rehearsal)
+        """A phase ends: write its results."""
+        self._fit.end(dry_run=self._dry_run)

@@ -275,7 +275,7 @@ def test_what_is_rendered_is_not_rendered_again(cat: list[object], tmp_path: Pat
     before = times(run, edited)
     again = kvinv("run", *cat, "--target", "a dog")
     assert again.code == 0 and "editing" not in again.err
-    assert f"cat.png: {run / 'edits' / 'a-dog.png'} is there with these settings" in again.err
+    assert f"cat.png: {run / 'edits' / 'a-dog.png'} exists with these settings" in again.err
     assert again.err.splitlines()[-1] == f"look at {run / 'sheet.png'}"
     assert times(run, edited) == before
     (run / "sheet.png").unlink()
@@ -304,7 +304,7 @@ def test_of_a_run_that_was_killed_before_its_certificate_nothing_is_rendered(
     del run["reconstruction"]
     store.write_run(run)
     answer = kvinv("edit", "--run", tmp_path / "run", "--target", "a dog")
-    assert answer.code == 2 and "is not tuned to the end: go on with `kvinv fit`" in answer.err
+    assert answer.code == 2 and "is not tuned to the end: resume it with `kvinv fit`" in answer.err
     assert not (tmp_path / "run" / "edits").exists()
     assert kvinv("run", *cat, "--target", "a dog").code == 0
 

@@ -78,15 +78,15 @@ def test_a_damaged_run_among_many_does_not_stop_the_edits_of_the_others(folder: 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
     """From this phase on, one picture's pivot is not finite."""
-    take_up = Slots._taken_up
+    load = Slots._load
 
     def patched(self: Slots, work: SourceImage) -> Member:
-        member = take_up(self, work)
+        member = load(self, work)
         if work.name == name:
             member.pivots[len(self.denoiser.table) - at_step - 1] = float("nan")
         return member
 
-    monkeypatch.setattr(Slots, "_taken_up", patched)
+    monkeypatch.setattr(Slots, "_load", patched)
 
 
 @pytest.mark.parametrize("slots", [1, 3])

@@ -102,5 +102,5 @@ def test_an_edit_that_is_there_is_not_rendered_again(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     before = (out / f"{EDIT}.png").stat().st_mtime_ns
     done = kvinv("edit", "--run", out, *TRAINER)
-    assert done.code == 0 and "is there with these settings" in done.err, done.err
+    assert done.code == 0 and "exists with these settings" in done.err, done.err
     assert (out / f"{EDIT}.png").stat().st_mtime_ns == before

@@ -311,15 +311,15 @@ def test_a_picture_that_runs_away_at_one_timestep_is_given_up_and_the_other_come
 ) -> None:
     settings: dict[str, Any] = {**PIVOT, "slots": slots}
     whole = fit_all(two, tmp_path / "whole", **settings)
-    take_up = Slots._taken_up
+    load = Slots._load
 
     def patched(self: Slots, work: SourceImage) -> Member:
-        member = take_up(self, work)
+        member = load(self, work)
         if work.name == "a.png":
             member.pivots[1] = float("nan")  # what step 1 is to reach, and step 2 begins at
         return member
 
-    monkeypatch.setattr(Slots, "_taken_up", patched)
+    monkeypatch.setattr(Slots, "_load", patched)
     with pytest.raises(SomeFailedError, match="1 of 2 pictures") as raised:
         fit_all(two, tmp_path / "out", **settings)
     ((label, reason),) = raised.value.reasons.items()

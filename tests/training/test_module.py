@@ -495,7 +495,7 @@ def test_an_edit_with_another_variant_than_tuned_is_refused(tuned: RunStore) -> 
 def test_a_picture_that_is_not_tuned_to_the_end_is_not_edited(image: Path, tmp_path: Path) -> None:
     store = fits.fit(image, tmp_path / "run")
     (tmp_path / "run" / "steps" / "1.safetensors").unlink()
-    with pytest.raises(UserError, match="not tuned to the end: go on with `kvinv fit`"):
+    with pytest.raises(UserError, match="not tuned to the end: resume it with `kvinv fit`"):
         fits.edit(store)
 
 
