@@ -50,7 +50,7 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_pat
     answers = {1: one, 2: process(*given(folder, tmp_path / "2", 2))}
     for answer in answers.values():
         assert answer.code == 1 and "Traceback" not in answer.err, answer.err
-        assert answer.err.splitlines()[-1].startswith("kvinv: error: 1 of 6 pictures could not")
+        assert answer.err.splitlines()[-1].startswith("kvinv: error: 1 of 6 pictures failed")
         assert sum("bad.png: " in line for line in answer.err.splitlines()) == 1
     lines = answers[2].err.splitlines()
     for name in "abcde":  # whichever rank it was with
