@@ -14,17 +14,17 @@ from kvinv_pl.errors import UserError
 
 
 class Masked(CPAttention):
-    """Another variant, whose subject and background read themselves alone.
+    """Another variant, in which the subject and the background each attend to themselves alone.
 
-    The source's keys are parted by its mask, and so are the source's queries while psi is tuned: an edit is
-    to find K-bar and V-bar as they were learned. Mask-guided as in MasaCtrl (Cao et al., 2023), which is
-    this around `recorded`.
+    The mask splits the source's keys, and while psi is tuned its queries, too, so that an edit reads K-bar
+    and V-bar as they were learned. Mask-guided as in MasaCtrl (Cao et al., 2023), which is this around
+    `recorded`.
 
     Args:
         site: The self-attention to upgrade.
         inner: The variant that learns K-bar and V-bar; left out, it is the paper's own, full_kv.
         queries: Which of an edit's queries are the subject's. source: where the source has it, by the mask.
-            words: where the edit's cross-attention looks for the subject's word most, as many as the
+            words: where the edit's attention map of the subject's word is largest, as many as the
             source's mask has. union: both, because the subject moves. agreed: where both have it; where one
             of them does, a query reads all keys.
         separate: Whether the other queries read the background's keys alone, or all keys.
@@ -50,7 +50,7 @@ class Masked(CPAttention):
         self.queries, self.separate = queries, separate
         self.observes, self.at_pivot = self.inner.observes, self.inner.at_pivot
         self.follows = queries != "source" or self.inner.follows
-        moves = {"reading frozen": "an edit's subject is looked for where the source's need not be"}
+        moves = {"reading frozen": "an edit's subject may be in another place than the source's"}
         self.exempt = {**self.inner.exempt, **(moves if queries != "source" else {})}
         self._subject: Bool[Tensor, "slots tokens"] | None = None
         self._background: Bool[Tensor, "slots tokens"] | None = None
@@ -70,7 +70,7 @@ class Masked(CPAttention):
         return self.inner.why_not(reading)
 
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
-        """Take the masks on the site's grid; a subject too small for it keeps the pixels it covers most."""
+        """Resize the masks to the site's grid; a subject too small for it keeps the pixels it covers most."""
         if type(self.inner).bind is not CPAttention.bind:
             self.inner.bind(mask)
         self._subject = self._background = None
@@ -93,7 +93,7 @@ class Masked(CPAttention):
         v: Float[Tensor, "branches slots tokens dim"],
         sdpa: Sdpa,
     ) -> Float[Tensor, "branches slots tokens dim"]:
-        """Eq. 2 of the source's own pass, whose queries are parted as its keys are."""
+        """Eq. 2 of the source's own pass, whose queries are split as its keys are."""
         inner = partial(self.inner.attend, q, k, v)
         if self._subject is None:
             return inner(sdpa)
@@ -111,17 +111,21 @@ class Masked(CPAttention):
         inner = partial(self.inner.attend_edit, q, k, v, subject=subject)
         if self._subject is None:
             return inner(sdpa)
-        there = self._subject[None]
+        source_subject = self._subject[None]
         if self.queries == "source":
-            return self._apart(q, inner, sdpa, there)
-        if subject is None:  # where it will be is not known yet
+            return self._apart(q, inner, sdpa, source_subject)
+        if subject is None:  # its place is not known yet
             return inner(sdpa)
-        # it moves, and is as large as it was: cut midway, such a map has half of the picture
-        size = there.sum(2, keepdim=True)
-        looked_for = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2) < size
+        # it moves, and keeps its size: thresholded midway, such a map has half of the picture
+        size = source_subject.sum(2, keepdim=True)
+        edit_subject = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2) < size
         if self.queries == "agreed":
-            return self._apart(q, inner, sdpa, looked_for & there, undecided=looked_for ^ there)
-        return self._apart(q, inner, sdpa, looked_for if self.queries == "words" else looked_for | there)
+            return self._apart(
+                q, inner, sdpa, edit_subject & source_subject, undecided=edit_subject ^ source_subject
+            )
+        return self._apart(
+            q, inner, sdpa, edit_subject if self.queries == "words" else edit_subject | source_subject
+        )
 
     def _apart(
         self,
@@ -157,12 +161,12 @@ class Masked(CPAttention):
         v: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Eq. 2 on some of the source's keys, or all; of keys that are no tokens the mask says nothing."""
+        """Eq. 2 on some of the source's keys, or all; keys must be tokens of the grid."""
         if k.shape[2] != self.site.tokens:
             raise UserError(
                 f"inner: expected a variant whose keys are the {self.site.tokens} tokens of "
                 f"{self.site.path}, got {type(self.inner).__name__}, which attends to {k.shape[2]}: "
-                "the mask does not say whose the others are; use it without Masked"
+                "the mask does not cover the others; use it without Masked"
             )
         if keys is None:
             return sdpa(q, k, v, mask)

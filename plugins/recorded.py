@@ -10,7 +10,7 @@ from kvinv_pl.errors import UserError
 
 
 class Recorded(CPAttention):
-    """The K and V of the source's own pass, untuned: edits attend to what the source had there.
+    """The K and V of the source's own pass, untuned: edits attend to the source.
 
     Args:
         site: The self-attention to upgrade.

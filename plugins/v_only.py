@@ -1,4 +1,4 @@
-"""V alone is learned: the queries go on finding what K says is there."""
+"""V alone is learned; K stays the model's own."""
 
 from typing import Literal
 

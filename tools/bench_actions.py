@@ -3,7 +3,7 @@
     python tools/bench_actions.py --cases 64 --seed-base 1000000
 
 prints one row for each way of editing, beside those of the true picture, of another animal of the very same
-words in the asked action, and of the source as it is:
+words in the target action, and of the source as it is:
 
 * in how many pictures it is the same animal, the action is right by the nearest true picture, and right by
   the classifier;
@@ -12,7 +12,7 @@ words in the asked action, and of the source as it is:
 * PSNR to the true picture, that of the reconstruction to the VAE's round trip, and the time.
 
 Means have their 95 % bootstrap intervals, and `figures.json` in `--work` has every case. Seeds from 1,000,000
-up are for reporting; choose settings on 900,000 to 999,999, by `--model`. Interrupted, it goes on where it
+up are for reporting; choose settings on 900,000 to 999,999, by `--model`. Interrupted, it resumes where it
 was.
 """
 
@@ -75,15 +75,15 @@ class Bench:
         """The module with the bench's settings and these on top."""
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_lightning_class_args(KVInversion, "model")
-        # what is left untuned on purpose is not to be tuned again for its reconstruction
-        told = parser.parse_object({"model": {"retries": 0, **self.settings, **settings}})
-        return parser.instantiate(told)["model"]
+        # no retries: some rows are untuned on purpose
+        config = parser.parse_object({"model": {"retries": 0, **self.settings, **settings}})
+        return parser.instantiate(config)["model"]
 
     def data(self, model: KVInversion, tuning: dict[str, Any]) -> SourceImages:
         """The cases, in run folders that belong to these tuning settings."""
         ours = {key: value for key, value in self.settings.items() if key not in EDITING}
-        told = json.dumps({**ours, **tuning}, sort_keys=True)
-        name = hashlib.sha256(told.encode()).hexdigest()[:8]
+        key = json.dumps({**ours, **tuning}, sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()[:8]
         return SourceImages(str(self.list), out=str(self.work / name))
 
     def rows(self, label: str, tuning: dict[str, Any], edits: list[dict[str, Any]]) -> list[Row]:
@@ -97,12 +97,12 @@ class Bench:
         quality = [work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works]
         rows = []
         for ways in edits:
-            asked = replace(model.editing, **ways)
-            wanted = asked.record()
+            edit_settings = replace(model.editing, **ways)
+            wanted = edit_settings.record()
             missing = [work for work in data.works if not _edits(work, wanted)]
             if missing:
                 data.works, everything = missing, data.works
-                KVTrainer(logger=False, quiet=True).edit(model, data, asked)
+                KVTrainer(logger=False, quiet=True).edit(model, data, edit_settings)
                 data.works = everything
             found = [_edits(work, wanted)[-1] for work in data.works]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
@@ -116,7 +116,7 @@ class Bench:
 
     @staticmethod
     def _note_seconds(data: SourceImages, seconds: float) -> None:
-        """Keep what tuning took, for each case; what was tuned before keeps its own figure."""
+        """Save the time of tuning for each case; earlier figures are kept."""
         new = [file for work in data.works if not (file := work.store.folder / "seconds.json").exists()]
         for file in new:
             file.write_text(json.dumps(seconds / len(new)))
@@ -191,7 +191,7 @@ def bench(
     Args:
         cases: How many.
         seed_base: The first seed.
-        work: Where run folders and sheets lie; what is there is not computed again.
+        work: Where run folders and sheets lie; existing results are reused.
         starts: Starts of CP-attn in the edit, for every reading.
         readings: What edits read.
         slots: Cases tuned side by side.
@@ -237,7 +237,7 @@ def bench(
 def _share(
     seeds: range, work: Path, settings: dict[str, Any], starts: list[float], readings: list[str], plain: bool
 ) -> None:
-    """One worker's share: what it leaves on disk is what the table is made of."""
+    """One worker's share: the table is made from its files."""
     edited(Bench([Case.of_seed(seed) for seed in seeds], work, settings), starts, readings, plain)
 
 

@@ -9,7 +9,7 @@ picture with the same model, of one picture that is tuned and edited alone. Writ
 all of them.
 
 Masks are those that the embedded SAM finds from one point on the animal; `--compare masks` has the choices of
-`masked` for rows. Interrupted, it goes on where it was.
+`masked` for rows. Interrupted, it resumes where it was.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def found_masks(cases: list[Case], work: Path) -> list[Path]:
         file = work / "sources" / f"{case.animal.seed}-mask.png"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            there = np.argwhere(np.array(case.animal.mask()))
-            y, x = there[np.square(there - there.mean(0)).sum(1).argmin()]
+            pixels = np.argwhere(np.array(case.animal.mask()))
+            y, x = pixels[np.square(pixels - pixels.mean(0)).sum(1).argmin()]
             segmenter.segment(case.animal.render(), [(float(x) + 0.5, float(y) + 0.5)]).save(file)
         files.append(file)
     return files
@@ -140,7 +140,7 @@ def seconds_to_sample() -> float:
 
 
 def share(seeds: range, compare: str, work: Path, settings: dict[str, Any]) -> None:
-    """One worker's share: what it leaves on disk is what the table is made of."""
+    """One worker's share: the table is made from its files."""
     for name, attention in ROWS[compare].items():
         row_of(name, attention, [Case.of_seed(seed) for seed in seeds], work, settings)
 
@@ -161,7 +161,7 @@ def bench(
         cases: How many.
         seed_base: The first seed.
         compare: All variants, or the choices of `masked`.
-        work: Where run folders and the page lie; what is there is not computed again.
+        work: Where run folders and the page lie; existing results are reused.
         slots: Cases tuned side by side.
         model: Settings of KVInversion, as JSON.
         rounds: How often one picture is tuned and edited to be timed.

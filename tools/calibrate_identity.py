@@ -3,7 +3,7 @@
     python tools/calibrate_identity.py --cases 200
 
 prints, for every figure and for the verdict, how many pictures are within the tolerance: true pictures of the
-asked action, another animal of the very same words in this animal's scene, one in its own, and the source
+target action, another animal of the very same words in this animal's scene, one in its own, and the source
 left as it is; all through the VAE. Beside the tolerance stands what 98 % of the true pictures keep within.
 Pictures that the verdict gets wrong come to `--out`, each beside the true one.
 """
@@ -117,12 +117,12 @@ def calibrate(
 
     trained: Any = AutoencoderKL.from_pretrained(vae or checkpoint() / "vae", torch_dtype=torch.float32)
     size = trained.config.sample_size
-    asked = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
+    sampled = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
     found: dict[str, list[Identity]] = {kind: [] for kind in KINDS}
     shown: dict[str, list[Image.Image]] = {kind: [] for kind in KINDS}
     progress = Progress()
     progress.begin("measuring", f"{cases} cases of {size} pixels", cases)
-    for case in asked:
+    for case in sampled:
         known = Known(case.animal, case.target, size)
         for kind, picture in zip(KINDS, through(trained, drawn(case, size)), strict=True):
             found[kind].append(compare(picture, known))
@@ -135,7 +135,9 @@ def calibrate(
         print(f"{kind}: {share:.1f} %, bar {bar} %: {'met' if met(share, bar) else 'MISSED'}")
     out.mkdir(parents=True, exist_ok=True)
     for kind in (TRUE, OTHER):
-        wrong(kind, found[kind], shown[kind], asked, out / f"{kind.replace(', ', '_').replace(' ', '_')}.png")
+        wrong(
+            kind, found[kind], shown[kind], sampled, out / f"{kind.replace(', ', '_').replace(' ', '_')}.png"
+        )
 
 
 if __name__ == "__main__":

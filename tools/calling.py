@@ -1,4 +1,4 @@
-"""What the programs in this folder share: how they are called."""
+"""The command line of the programs in this folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def call(command: Callable[..., Any] | dict[str, Any], args: list[str] | None = 
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     typed = sys.argv[1:] if args is None else args
-    told = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in typed]
+    normalized = [
+        re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in typed
+    ]
     try:
-        auto_cli(command, args=told, as_positional=False)
+        auto_cli(command, args=normalized, as_positional=False)
     except UserError as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)

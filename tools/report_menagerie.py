@@ -1,4 +1,4 @@
-"""What the embedded model can do, beside what it must be able to do, on animals that it was not trained on.
+"""Figures of the embedded model against their bars, on animals that it was not trained on.
 
     python tools/report_menagerie.py --checkpoint kvinv_pl/menagerie/weights
 
@@ -37,7 +37,7 @@ COLUMNS = 5  # of a sheet
 
 
 class Report:
-    """Figures, each printed beside its bar when it is known."""
+    """Figures, each printed with its bar when it is known."""
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
@@ -112,8 +112,8 @@ def identified(report: Report, backbone: Any, seeds: range, size: int) -> None:
         ("told as the same animal, round trips", animals, True, SAME_BAR),
         ("told from another of the same words", others, False, OTHER_BAR),
     ):
-        asked = [animal.action for animal in animals]
-        x = torch.stack([as_pixels(one.render(a, size)) for one, a in zip(shown, asked, strict=True)])
+        actions = [animal.action for animal in animals]
+        x = torch.stack([as_pixels(one.render(a, size)) for one, a in zip(shown, actions, strict=True)])
         trips = images(bytes_of(torch.cat([backbone.decode(backbone.encode(part)) for part in x.split(50)])))
         right = [
             identity(picture, one, one.action).same_animal == same
@@ -169,7 +169,7 @@ def sampled(
     return pictures
 
 
-def asked_and_seen(
+def prompted_and_seen(
     report: Report, pictures: list[Image.Image], animals: list[Animal], judge: Judge, out: Path
 ) -> None:
     """How many samples show what their prompts ask for, by the judge; a sheet with a row for each action."""
@@ -229,7 +229,7 @@ def report(
             animals = [Animal.sample(seed) for seed in range(seed_base, seed_base + samples)]
             prompts = [animal.prompt() for animal in animals]
             pictures = sampled(folder, prompts, seed_base, guidance, steps, batch)
-            asked_and_seen(result, pictures, animals, judge, out)
+            prompted_and_seen(result, pictures, animals, judge, out)
     (out / "report.json").write_text(json.dumps(result.figures, indent=2) + "\n", encoding="utf-8")
     print(f"{len(result.missed)} bars are missed" if result.missed else "every bar is met")
     print(f"sheets and report.json are in {out}")

@@ -50,7 +50,7 @@ class Case:
         return cls(animal, others[int(np.random.default_rng(seed + 1).integers(len(others)))])
 
     def identity(self, picture: Image.Image) -> Identity:
-        """Whether the picture shows the same animal in the asked action."""
+        """Whether the picture shows the same animal in the target action."""
         size = picture.width
         if size not in self._known:
             self._known[size] = Known(self.animal, self.target, size)
@@ -100,7 +100,7 @@ class Row:
 
 
 def cell(values: np.ndarray) -> str:
-    """A mean, and of several values how sure it is."""
+    """A mean, and of several values its interval."""
     known = values[~np.isnan(values)]
     if not len(known):
         return ""

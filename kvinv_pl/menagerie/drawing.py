@@ -60,13 +60,13 @@ class Canvas:
     def __init__(self, size: int, left: float, bottom: float, side: float) -> None:
         """A black canvas of `size` pixels a side whose lower left corner is at (left, bottom)."""
         self.size = size
-        self.look(left, bottom, side)
+        self.set_view(left, bottom, side)
         self.rgb = np.zeros((size, size, 3), np.float32)
         self.covered = np.zeros((size, size), np.float32)
         self.part = np.zeros((size, size), np.uint8)  # what is seen, a number of PARTS
 
-    def look(self, left: float, bottom: float, side: float) -> None:
-        """Go on in other coordinates: the lower left corner at (left, bottom), the side `side` long."""
+    def set_view(self, left: float, bottom: float, side: float) -> None:
+        """Set the coordinates: the lower left corner at (left, bottom), the side `side` long."""
         centres = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size
         self.x = (left + side * centres)[None, :].astype(np.float32)
         self.y = (bottom + side * (1.0 - centres))[:, None].astype(np.float32)
@@ -85,7 +85,7 @@ class Canvas:
         self.name(alpha, part)
 
     def name(self, alpha: np.ndarray, part: str, least: float = 0.5) -> None:
-        """Say what is seen where alpha is at least this."""
+        """Label the pixels where alpha is at least this."""
         self.part[alpha >= least] = PARTS.index(part)
 
     def fill(self, shape: Capsule, colour: Colour, part: str = "body") -> None:

@@ -45,35 +45,35 @@ class Figure:
     def draw_on(self, canvas: Canvas, action: str) -> None:
         """Draw it with its shadow, in units of body lengths, the origin on the ground between the feet."""
         build = BUILDS[self.species]
-        held = pose(action, build)
-        self._draw_shadow(canvas, held)
-        self._draw_animal(canvas, build, held)
+        posed = pose(action, build)
+        self._draw_shadow(canvas, posed)
+        self._draw_animal(canvas, build, posed)
 
     def along(self, canvas: Canvas, action: str) -> np.ndarray:
         """How far along the trunk each of its pixels is, 0 at the hip, in body lengths; NaN outside."""
         build = BUILDS[self.species]
-        held = pose(action, build)
-        trunk = self._trunk(build, held)
-        along = trunk.along_across(canvas.x, canvas.y)[0] * math.dist(held.hip, held.shoulder)
+        posed = pose(action, build)
+        trunk = self._trunk(build, posed)
+        along = trunk.along_across(canvas.x, canvas.y)[0] * math.dist(posed.hip, posed.shoulder)
         return np.where(trunk.distance(canvas.x, canvas.y) < 0, along, np.nan)
 
-    def _draw_shadow(self, canvas: Canvas, held: Pose) -> None:
-        middle = (held.hip[0] + held.shoulder[0]) / 2
-        half = 0.35 + 0.45 * abs(held.shoulder[0] - held.hip[0])
+    def _draw_shadow(self, canvas: Canvas, posed: Pose) -> None:
+        middle = (posed.hip[0] + posed.shoulder[0]) / 2
+        half = 0.35 + 0.45 * abs(posed.shoulder[0] - posed.hip[0])
         distance = np.hypot((canvas.x - middle) / half, (canvas.y + 0.02) / 0.13) - 1.0
         shade = 0.35 * np.clip(0.5 - distance / 0.6, 0, 1)
         canvas.paint(shade, SHADE, "shadow")
         canvas.name(shade, "shadow", 0.05)
 
-    def _draw_animal(self, canvas: Canvas, build: Build, held: Pose) -> None:
+    def _draw_animal(self, canvas: Canvas, build: Build, posed: Pose) -> None:
         far, near = self.body * 0.72, self.body * 0.92
         r = build.leg_radius
-        joints = (held.hip, held.shoulder, held.hip, held.shoulder)
+        joints = (posed.hip, posed.shoulder, posed.hip, posed.shoulder)
 
         def leg(index: int, colour: np.ndarray) -> None:
-            knee, foot = held.legs[index]
+            knee, foot = posed.legs[index]
             top = joints[index]
-            thick = r * (held.thigh if index in (0, 2) else 1.25)
+            thick = r * (posed.thigh if index in (0, 2) else 1.25)
             foot = (foot[0], foot[1] + r)
             canvas.fill(Capsule(top, knee, thick * 1.25, thick), colour)
             canvas.fill(Capsule(knee, foot, thick if index in (0, 2) else r * 1.1, r), colour)
@@ -81,20 +81,20 @@ class Figure:
 
         leg(0, far)
         leg(1, far)
-        self._draw_tail(canvas, build, held)
-        self._draw_trunk(canvas, build, held)
+        self._draw_tail(canvas, build, posed)
+        self._draw_trunk(canvas, build, posed)
         leg(2, near)
         leg(3, near)
-        self._draw_head(canvas, build, held)
+        self._draw_head(canvas, build, posed)
 
-    def _draw_tail(self, canvas: Canvas, build: Build, held: Pose) -> None:
+    def _draw_tail(self, canvas: Canvas, build: Build, posed: Pose) -> None:
         def step(start: Point, angle: float, length: float) -> Point:
             return start[0] - math.cos(angle) * length, max(start[1] + math.sin(angle) * length, 0.08)
 
-        lean = math.atan2(held.shoulder[1] - held.hip[1], held.shoulder[0] - held.hip[0])
-        base = step(held.hip, -lean * 0.8, build.girth * 0.85)
-        middle = step(base, held.tail[0], build.tail * 0.45)
-        tip = step(middle, held.tail[1], build.tail * 0.45)
+        lean = math.atan2(posed.shoulder[1] - posed.hip[1], posed.shoulder[0] - posed.hip[0])
+        base = step(posed.hip, -lean * 0.8, build.girth * 0.85)
+        middle = step(base, posed.tail[0], build.tail * 0.45)
+        tip = step(middle, posed.tail[1], build.tail * 0.45)
         first, last = build.tail_radius
         half = (first + last) / 2
         canvas.fill(Capsule(base, middle, first, half), self.body * 0.86)
@@ -105,18 +105,18 @@ class Figure:
         )
 
     @staticmethod
-    def _trunk(build: Build, held: Pose) -> Capsule:
-        return Capsule(held.hip, held.shoulder, build.girth * 1.02, build.girth * 0.94, held.bend)
+    def _trunk(build: Build, posed: Pose) -> Capsule:
+        return Capsule(posed.hip, posed.shoulder, build.girth * 1.02, build.girth * 0.94, posed.bend)
 
     def _part_of(self, place: str) -> str:
         return "accent" if self.accent == place else "body"
 
-    def _draw_trunk(self, canvas: Canvas, build: Build, held: Pose) -> None:
+    def _draw_trunk(self, canvas: Canvas, build: Build, posed: Pose) -> None:
         g = build.girth
-        trunk = self._trunk(build, held)
+        trunk = self._trunk(build, posed)
         u, v = trunk.along_across(canvas.x, canvas.y)
         colour = self.body * (0.94 + 0.22 * np.clip(v / g, -1, 1))[..., None]
-        length = math.hypot(held.shoulder[0] - held.hip[0], held.shoulder[1] - held.hip[1])
+        length = math.hypot(posed.shoulder[0] - posed.hip[0], posed.shoulder[1] - posed.hip[1])
         edge = canvas.pixel
         if self.coat == "striped":
             count, phase = self.stripes
@@ -135,9 +135,9 @@ class Figure:
         canvas.paint(inside, colour, "body")
         canvas.name(inside * marks, "marks")
 
-    def _draw_head(self, canvas: Canvas, build: Build, held: Pose) -> None:
-        head = (held.shoulder[0] + held.head[0], held.shoulder[1] + held.head[1])
-        cos, sin = math.cos(held.nod), math.sin(held.nod)
+    def _draw_head(self, canvas: Canvas, build: Build, posed: Pose) -> None:
+        head = (posed.shoulder[0] + posed.head[0], posed.shoulder[1] + posed.head[1])
+        cos, sin = math.cos(posed.nod), math.sin(posed.nod)
 
         def at(x: float, y: float) -> Point:
             return head[0] + x * cos - y * sin, head[1] + x * sin + y * cos
@@ -145,10 +145,10 @@ class Figure:
         g, radius = build.girth, build.head
         ears = self.second if self.accent == "ears" else self.body * 0.80
         (base, tip), (r0, r1) = build.ear, build.ear_radius
-        canvas.fill(Capsule(held.shoulder, head, g * 0.72, radius * 0.75), self.body)
+        canvas.fill(Capsule(posed.shoulder, head, g * 0.72, radius * 0.75), self.body)
         if self.accent == "collar":
-            middle = (held.shoulder[0] * 0.42 + head[0] * 0.58, held.shoulder[1] * 0.42 + head[1] * 0.58)
-            dx, dy = head[0] - held.shoulder[0], head[1] - held.shoulder[1]
+            middle = (posed.shoulder[0] * 0.42 + head[0] * 0.58, posed.shoulder[1] * 0.42 + head[1] * 0.58)
+            dx, dy = head[0] - posed.shoulder[0], head[1] - posed.shoulder[1]
             k = radius * 0.62 / math.hypot(dx, dy)
             canvas.fill(
                 Capsule(

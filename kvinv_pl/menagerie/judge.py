@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SPECIES, Animal, checkpoint
 
-FILE = "judge.safetensors"  # beside the checkpoint's model_index.json
-SIDE = 64  # pixels a side of what the classifier looks at, whatever the picture's own
+FILE = "judge.safetensors"  # next to the checkpoint's model_index.json
+SIDE = 64  # pixels a side of the classifier's input, whatever the picture's own
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"species": SPECIES, "colour": tuple(COLOURS), "coat": COATS, "action": ACTIONS, "ground": GROUNDS}
 )

@@ -38,10 +38,10 @@ def thin_colour_error(known: Known, rgb: np.ndarray, region: np.ndarray, animal:
     (rows, columns), last = np.nonzero(inner), known.size - 1
     errors: list[float] = []
     for dx, dy in shifts(round(known.pixels(NEAR))):
-        there = np.clip(rows + dy, 0, last), np.clip(columns + dx, 0, last)
-        if not errors or animal[there].mean() >= on_animal:  # the first is no shift
-            off = np.abs(rgb[there] - true).mean(-1)
-            errors.append(_error(rgb[there][off <= np.median(off)], true))
+        shifted = np.clip(rows + dy, 0, last), np.clip(columns + dx, 0, last)
+        if not errors or animal[shifted].mean() >= on_animal:  # the first is no shift
+            off = np.abs(rgb[shifted] - true).mean(-1)
+            errors.append(_error(rgb[shifted][off <= np.median(off)], true))
     return min(errors)
 
 
@@ -74,7 +74,7 @@ def second_recall_precision(known: Known, second: np.ndarray) -> tuple[float, fl
 
 def accent_elsewhere(known: Known, second: np.ndarray) -> float:
     """How much of an accent that this animal does not have is of the second colour, at most."""
-    shares = [float(second[there].mean()) for there in known.other_accents if known.enough(there, NEAR)]
+    shares = [float(second[region].mean()) for region in known.other_accents if known.enough(region, NEAR)]
     return max(shares) if shares else math.nan
 
 
@@ -96,7 +96,7 @@ def scene_error(known: Known, rgb: np.ndarray, part: str) -> float:
     error = np.where(region, np.abs(rgb - known.scenery).mean(-1), 0)
     width = max(1, round(known.pixels(WINDOW)))
     errors, inside = (_window_sums(plane, width) for plane in (error, region.astype(float)))
-    # a window that holds little of the part is no place of its own, but for a part that is small itself
+    # a window with little of the part is no place of its own, but for a part that is small itself
     full = inside >= min(width * width / 2, inside.max())
     return float((errors[full] / inside[full]).max())
 

@@ -63,7 +63,7 @@ class Twice:
         return self.first.seed
 
     def prompt(self) -> str:
-        """What a person would say of the picture."""
+        """The prompt of the picture."""
         one, two = self.first, self.second
         return (
             f"a {one.coat} {one.colour} {one.species} {one.action} {self.relation} "
@@ -82,6 +82,6 @@ class Twice:
         far, near = sorted((self.first, self.second), key=lambda animal: -animal.place[1])
         canvas = far.canvas(size)
         for animal in (far, near):
-            canvas.look(*animal.window)
+            canvas.set_view(*animal.window)
             animal.draw_on(canvas, animal.action)
         return canvas

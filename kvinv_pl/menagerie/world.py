@@ -98,7 +98,7 @@ class Animal(Figure):
         return replace(other, scale=self.scale, place=self.place, scene=self.scene)
 
     def prompt(self, action: str | None = None) -> str:
-        """What a person would say of the picture, in this action or (None) in the animal's own."""
+        """The prompt of the picture, in this action or (None) in the animal's own."""
         return f"a {self.coat} {self.colour} {self.species} {self._known(action)} on {self.ground}"
 
     def render(self, action: str | None = None, size: int | None = None) -> Image.Image:

@@ -22,7 +22,7 @@ class Check:
     """One property of a variant.
 
     Args:
-        name: What is asked.
+        name: The property.
         why: In one sentence, what would go wrong in a run without it.
         ask: Raises NonconformingError, or whatever the variant raises, if it does not hold.
     """
@@ -33,7 +33,7 @@ class Check:
 
 
 def check(name: str, why: str) -> Callable[[Callable[[Factory], None]], Callable[[Factory], None]]:
-    """Put a function into CHECKS, with its name and, in one sentence, why it is asked."""
+    """Add a function to CHECKS, with its name and, in one sentence, its reason."""
 
     def listed(ask: Callable[[Factory], None]) -> Callable[[Factory], None]:
         CHECKS.append(Check(name, why, ask))

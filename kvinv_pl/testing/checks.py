@@ -1,4 +1,4 @@
-"""What every variant must do: one function a check, and why it matters."""
+"""The checks of the conformance kit, each with the reason for it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _learning(variant: Factory) -> None:
             raise NonconformingError(f"{name} has no gradient after the first step")
 
 
-@check("reset is deterministic", "A run can be repeated, and gone on with, only from the same start.")
+@check("reset is deterministic", "A run can be repeated or resumed only from the same start.")
 def _deterministic(variant: Factory) -> None:
     def started(noise: int) -> tuple[dict[str, Tensor], Tensor]:
         harness = Harness(variant)
@@ -124,7 +124,7 @@ def _slots(variant: Factory) -> None:
             for value in harness.values().values():
                 value[1:] += 1
             x[:, 1:] -= 1
-            same(harness.blend(x)[:, 0], out[:, 0], f"slot 0 beside other slots{how}")
+            same(harness.blend(x)[:, 0], out[:, 0], f"slot 0 with other slots{how}")
 
 
 @check("any number of branches", "Tuning has one branch or two, an edit two for each target; psi serves all.")
@@ -136,7 +136,7 @@ def _branches(variant: Factory) -> None:
             same(harness.blend(x[some]), together[some], f"the same branch among {len(x[some])} and 4{how}")
 
 
-@check("saved and loaded exactly", "An edit, and a run that goes on, know of psi what the disk holds.")
+@check("saved and loaded exactly", "Edits and resumed runs load psi from disk.")
 def _saved(variant: Factory) -> None:
     harness, x = Harness(variant).start(seed=1).shake(), features(2)
     out, fresh = harness.blend(x), Harness(variant).start(seed=2)
@@ -154,7 +154,7 @@ def _saved(variant: Factory) -> None:
         )
 
 
-@check("half precision", "The U-Net may be held in bfloat16 or float16, while psi is in float32.")
+@check("half precision", "The U-Net may be in bfloat16 or float16, while psi is in float32.")
 def _half(variant: Factory) -> None:
     single = Harness(variant).start().shake()
     wanted = single.blend(features(2))
@@ -219,10 +219,10 @@ def _documented(variant: Factory) -> None:
     if not text:
         raise NonconformingError(f"{cls.__name__} has no docstring")
     args = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
-    said = re.findall(r"^\s+(\w+)(?: \([^)]*\))?: \S", args.group(1) if args else "", re.MULTILINE)
+    documented = re.findall(r"^\s+(\w+)(?: \([^)]*\))?: \S", args.group(1) if args else "", re.MULTILINE)
     options = list(inspect.signature(cls.__init__).parameters)[2:]  # without self and site
-    if missing := [name for name in options if name not in said]:
-        raise NonconformingError(f"the docstring's Args say nothing of {', '.join(missing)}")
+    if missing := [name for name in options if name not in documented]:
+        raise NonconformingError(f"the docstring's Args lack {', '.join(missing)}")
 
 
 @check("grids that are not square", "A photograph is rarely square, and neither is its grid of tokens.")

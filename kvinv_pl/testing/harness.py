@@ -16,13 +16,13 @@ from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Site
 
 PATH = "attn1"
-# square, so that a variant that takes every grid for square fails where that is asked, and nowhere else
+# square, so that a variant that takes every grid for square fails in that check only
 SITE = Site(PATH, slots=3, grid=(4, 4), dim=16, heads=2)
 Factory = Callable[[Site], CPAttention]
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Randomness on the CPU that nobody else draws from."""
+    """A CPU generator of its own."""
     return torch.Generator().manual_seed(seed)
 
 

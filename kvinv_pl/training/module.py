@@ -60,8 +60,8 @@ class KVInversion(LightningModule):
         tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone; left
             out, source_guidance or else guidance.
         optimizer: Any torch optimiser by class_path; its state is cleared at every timestep.
-        curriculum: sequential (the paper's): timestep after timestep is tuned where z-tilde has come to in
-            rolling out. pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot
+        curriculum: sequential (the paper's): timestep after timestep is tuned as z-tilde
+            rolls out. pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot
             z-hat_t; then z-tilde rolls out, and every psi_t settles there in settle_steps at most.
         inner_steps: Optimiser steps for one timestep at most.
         settle_steps: With the curriculum pivot, optimiser steps for one timestep at most in rolling out.
@@ -72,7 +72,7 @@ class KVInversion(LightningModule):
             timestep came to at its pivot.
         reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
         kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
-            and the source's pass runs beside the edits: n edits cost as n + 1).
+            and the source's pass runs along with the edits: n edits cost as n + 1).
         start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
         negative: The negative prompt, of the unconditional branch.
         subject: The word for the subject in the targets, for variants that follow it through an edit; left

@@ -60,7 +60,7 @@ class Trained(L.LightningModule):
 
 
 class Stage:
-    """One stage of the training in the folder `work`: what it was asked for, how far it is, what it left."""
+    """One stage of the training in the folder `work`: its settings, progress and results."""
 
     def __init__(self, work: Path, name: str, settings: Mapping[str, Any], results: list[str]) -> None:
         """The settings must be those that the stage was begun with, save for `steps`, which may grow."""
@@ -85,7 +85,7 @@ class Stage:
         return True
 
     def fit(self, module: Trained, rows: Rows, batch: int) -> None:
-        """Train from the last checkpoint, or from the start, to the number of steps asked for."""
+        """Train from the last checkpoint, or from the start, to the requested number of steps."""
         self._write(0)
         steps = self.settings["steps"]
         ready = self.last if self.last.exists() else None
@@ -113,7 +113,7 @@ class Stage:
             trainer.save_checkpoint(self.last)
 
     def finish(self) -> None:
-        """Note that the results are written."""
+        """Record that the results are written."""
         self._write(self.settings["steps"])
         print(f"{self.name}: finished, {self.settings['steps']} steps, in {self.results[0]}", flush=True)
 

@@ -96,7 +96,7 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 class SAMTraining(Trained):
-    """A picture is asked twice with one point, which has three answers, and once with more, which has one."""
+    """Prompts each picture twice with one point, for three answers, and once with more, for one."""
 
     def __init__(self, sam: SamModel, lr: float, steps: int) -> None:
         super().__init__(lr, steps, 0.998, sam=sam)
@@ -123,10 +123,10 @@ class SAMTraining(Trained):
 
 
 def prompts(mask: Tensor) -> dict[str, Any]:
-    """What a batch is asked with: a box, three points or both; the third point may lie beside the animal."""
+    """The prompts of a batch: a box, three points or both; the third point may lie beside the animal."""
     given: dict[str, Any] = {}
     with_box, with_points = ((True, False), (False, True), (True, True))[int(torch.randint(3, ()))]
-    if with_box:  # from exact to as a person draws it
+    if with_box:  # from exact to drawn by hand
         off = JITTER * torch.rand(len(mask), 1, device=mask.device)
         box = boxes_of(mask)
         given["input_boxes"] = (box + off * (2 * torch.rand_like(box) - 1))[:, None]

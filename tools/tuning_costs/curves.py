@@ -59,7 +59,7 @@ class Picture:
         denoiser.place((z_0.shape[-2], z_0.shape[-1]), slots=1)
 
     def point(self, way: str, z_0: Tensor, gflops: float) -> Point:
-        """What z-tilde_0 is worth."""
+        """The PSNR of z-tilde_0."""
         decoded = self.denoiser.backbone.decode(z_0)
         ceiling = psnr(self.round_trip, self.pixels)
         below = ceiling - psnr(decoded, self.pixels)
