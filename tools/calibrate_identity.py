@@ -1,11 +1,11 @@
-"""How well the figures of identity tell an animal from others: what their tolerances are chosen with.
+"""How well the figures of identity distinguish animals, to choose their tolerances.
 
     python tools/calibrate_identity.py --cases 200
 
 prints, for every figure and for the verdict, how many pictures are within the tolerance: true pictures of the
 target action, another animal of the very same words in this animal's scene, one in its own, and the source
 left as it is; all through the VAE. Beside the tolerance stands what 98 % of the true pictures keep within.
-Pictures that the verdict gets wrong come to `--out`, each beside the true one.
+Pictures that the verdict gets wrong are written to `--out`, each with the true one.
 """
 
 from collections.abc import Sequence

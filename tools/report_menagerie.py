@@ -2,9 +2,9 @@
 
     python tools/report_menagerie.py --checkpoint kvinv_pl/menagerie/weights
 
-prints the faithfulness of the autoencoder, how well actions are told apart, the judge's own accuracy, how
+prints the faithfulness of the autoencoder, how well actions are distinguished, the judge's own accuracy, how
 well the SAM finds animals, and how often pictures sampled from noise show what their prompts ask for; the
-pictures themselves come to `--out`.
+pictures themselves are written to `--out`.
 """
 
 import json
@@ -109,8 +109,8 @@ def identified(report: Report, backbone: Any, seeds: range, size: int) -> None:
     animals = [Animal.sample(seed) for seed in seeds]
     others = [animal.another(same_scene=True) for animal in animals]
     for what, shown, same, bar in (
-        ("told as the same animal, round trips", animals, True, SAME_BAR),
-        ("told from another of the same words", others, False, OTHER_BAR),
+        ("recognised as the same animal, round trips", animals, True, SAME_BAR),
+        ("distinguished from another of the same words", others, False, OTHER_BAR),
     ):
         actions = [animal.action for animal in animals]
         x = torch.stack([as_pixels(one.render(a, size)) for one, a in zip(shown, actions, strict=True)])

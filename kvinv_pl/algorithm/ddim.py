@@ -21,7 +21,7 @@ class StepTable:
     """The T steps of a schedule, counted from noise: step i leaves alphas[i] for alphas[i + 1]."""
 
     timesteps: Int[Tensor, " T"]
-    """What the network is told at step i; descending."""
+    """The timestep that the network gets at step i; descending."""
     alphas: Float[Tensor, " T+1"]
     """alpha-bar in float64; the last one is where the last step arrives."""
     predicts_v: bool = False
@@ -82,17 +82,17 @@ class StepTable:
         return move(z, self._eps(z, out, i), self.alphas[i + 1], self.alphas[i])
 
     def _eps(self, z: Tensor, out: Tensor, i: Steps) -> Tensor:
-        """Epsilon of what the network gives where step i leaves, whose alpha it is told by the timestep."""
+        """Epsilon from the network's output at the start of step i, whose alpha belongs to its timestep."""
         return from_v(z, out, self.alphas[i]) if self.predicts_v else out
 
     def predicted_z_0(
         self, z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], i: int
     ) -> Float[Tensor, "rows c h w"]:
-        """The picture that step i believed in, from both its ends."""
+        """The predicted z_0 of step i, from both its ends."""
         return predicted_z_0(z_from, z_to, self.alphas[i], self.alphas[i + 1])
 
     def record(self) -> dict[str, Any]:
-        """What run.json says of it, step by step."""
+        """The field "scheduler" of run.json."""
         return {
             "steps": len(self),
             "prediction": "v_prediction" if self.predicts_v else "epsilon",
@@ -118,7 +118,7 @@ def move(
 def predicted_z_0(
     z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], alpha_from: Alpha, alpha_to: Alpha
 ) -> Float[Tensor, "rows c h w"]:
-    """The picture that a step towards it believed in, from both ends of the step.
+    """The predicted z_0 of a step towards the picture, from both ends of the step.
 
     Both are sqrt(alpha) z_0 + sqrt(1 - alpha) epsilon, each with its alpha and with the same z_0 and epsilon.
     """

@@ -1,4 +1,4 @@
-"""What the three stages ask of a schedule; DDIM's is in `ddim.py`, another sampler gets a file beside it."""
+"""The interface of a schedule; `ddim.py` has DDIM's, and another sampler gets its own file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Steps = int | Int[Tensor, " rows"]
 
 @runtime_checkable
 class Schedule(Protocol):
-    """T steps from noise to the picture, each of which can be gone in both directions."""
+    """T steps from noise to the picture, each of which can be made in both directions."""
 
     @property
     def timesteps(self) -> Int[Tensor, " T"]:
-        """What the network is told at each step; descending."""
+        """The timestep that the network gets at each step; descending."""
         ...
 
     def __len__(self) -> int:
@@ -25,7 +25,7 @@ class Schedule(Protocol):
         ...
 
     def has_effect(self, i: int) -> bool:
-        """Whether step i depends on what the network says."""
+        """Whether step i depends on the network's output."""
         ...
 
     def forward(
@@ -37,15 +37,15 @@ class Schedule(Protocol):
     def back(
         self, z: Float[Tensor, "rows c h w"], out: Float[Tensor, "rows c h w"], i: Steps
     ) -> Float[Tensor, "rows c h w"]:
-        """Step i gone back, from z where it arrives to where it left, by the output at z and timesteps[i]."""
+        """Step i backwards, from z where it arrives to where it left, by the output at z and timesteps[i]."""
         ...
 
     def predicted_z_0(
         self, z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], i: int
     ) -> Float[Tensor, "rows c h w"]:
-        """The picture that step i believed in, from both its ends; only where it has an effect."""
+        """The predicted z_0 of step i, from both its ends; only where the step has an effect."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """What run.json says of it, as its field "scheduler"."""
+        """The field "scheduler" of run.json."""
         ...

@@ -18,7 +18,7 @@ SubjectMap = Callable[[tuple[int, int]], Float[Tensor, "branches slots h w"] | N
 
 
 class Attachment:
-    """CP-attn in a U-Net. Outside a mode (`blend`, `frozen`, `replaying`, ...) the U-Net is as it was.
+    """CP-attn in a U-Net. Outside a mode (`blend`, `frozen`, `replaying`, ...) the U-Net is unchanged.
 
     With gradient checkpointing, call `backward` inside the same context as the forward, which it repeats.
     """

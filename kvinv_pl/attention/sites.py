@@ -124,7 +124,7 @@ def select(sites: list[Site], selection: Selection) -> list[Site]:
     regex = isinstance(targets, str) and not presets
     others = targets if regex else [word for word in words if word not in PRESETS]
     config = SimpleNamespace(
-        exclude_modules=_spelled_out(selection.exclude_modules, paths),
+        exclude_modules=_expanded(selection.exclude_modules, paths),
         layers_to_transform=selection.layers_to_transform,
         layers_pattern=selection.layers_pattern or BLOCK_LISTS,
         modules_to_save=None,
@@ -175,8 +175,8 @@ def _refuse_contradictions(selection: Selection) -> None:
         raise UserError(f"target_modules={targets!r} chooses nothing: expected e.g. decoder, or leave it out")
 
 
-def _spelled_out(words: str | list[str] | None, paths: list[str]) -> str | list[str] | None:
-    """Our presets as the paths they stand for; everything else as it is."""
+def _expanded(words: str | list[str] | None, paths: list[str]) -> str | list[str] | None:
+    """Replace presets by their paths; everything else is unchanged."""
     if words is None or (isinstance(words, str) and words not in PRESETS):
         return words
     spelled: list[str] = []

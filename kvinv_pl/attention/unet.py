@@ -21,7 +21,7 @@ CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "ti
 
 
 def in_decoder(paths: Sequence[str]) -> list[str]:
-    """Those of these module paths that lie in the decoder; all of them where none does."""
+    """The module paths in the decoder; all of them if none is."""
     return [path for path in paths if PRESETS["decoder"].match(path)] or list(paths)
 
 

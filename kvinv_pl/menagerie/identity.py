@@ -1,4 +1,4 @@
-"""Whether an edited picture shows the same animal in the asked action: measured against what was drawn."""
+"""Whether an edited picture shows the same animal in the target action: measured against what was drawn."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | None = None) -> Judge:
-        """The trained judge from beside a menagerie checkpoint (None: the embedded one)."""
+        """The trained judge next to a menagerie checkpoint (None: the embedded one)."""
         file = (checkpoint() if folder is None else Path(folder)) / FILE
         if not file.is_file():
             raise UserError(
@@ -88,7 +88,7 @@ class Judge(nn.Module):
 
 
 def accuracy(judge: Judge, pictures: Sequence[Image.Image], animals: Sequence[Animal]) -> dict[str, float]:
-    """For every head, the share of pictures of which it says what their animal is (0 to 1)."""
+    """For every head, the share of pictures that it names correctly (0 to 1)."""
     named = judge.names(pictures)
     right = {
         name: [word[name] == getattr(animal, name) for word, animal in zip(named, animals, strict=True)]

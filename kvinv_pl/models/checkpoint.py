@@ -78,7 +78,7 @@ class Sizes:
 
 
 def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
-    """The sizes (height, width) that the configurations of a U-Net and a VAE say."""
+    """The sizes (height, width) from the configurations of a U-Net and a VAE."""
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size = unet["sample_size"] or 64
     if isinstance(size, int):

@@ -98,7 +98,7 @@ class Denoiser(nn.Module):
         return eps
 
     def bind(self, masks: Float[Tensor, "slots h w"] | None) -> None:
-        """Hand the masks of the slots to every site; refuse variants that take none."""
+        """Pass the masks of the slots to every site; refuse variants that take none."""
         for cp in self.cps:
             if masks is not None and type(cp).bind is CPAttention.bind:
                 raise UserError(

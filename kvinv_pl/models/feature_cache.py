@@ -83,7 +83,7 @@ class _Call:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.inside: list[_Call] = []
-        """Calls made by this one that have come to their end, until it does itself."""
+        """Finished calls made by this one, until it is finished itself."""
         self.whole = False
         """Whether the output can be reused."""
 

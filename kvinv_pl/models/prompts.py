@@ -18,7 +18,7 @@ START = (0,)  # the prompt's first token, to compare with
 
 
 def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
-    """Where a word (or several in a row) stands among the tokens of a prompt, at every occurrence.
+    """The token positions of a word (or several in a row) in a prompt, at every occurrence.
 
     A word that is not in the prompt, or comes after the last token that the model reads, is a UserError.
     """
@@ -104,7 +104,7 @@ def subject_of(source: str, target: str) -> str:
 def subject_positions(
     backbone: Backbone, source: str, targets: Sequence[str], subject: str | None
 ) -> list[list[int]]:
-    """Where the subject's word stands among the tokens of each target; raises UserError if it does not.
+    """The token positions of the subject's word in each target; raises UserError if it is not there.
 
     Args:
         backbone: The model.

@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         return cls(**vars(load(checkpoint, dtype)))
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode, whatever a trainer asks for."""
+        """Stay in evaluation mode, whatever mode a trainer sets."""
         return super().train(False)
 
     @torch.no_grad()

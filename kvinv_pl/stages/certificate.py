@@ -28,7 +28,7 @@ def certify(
         denoiser: the model, on its device.
         store: the run folder, at that attempt.
         settings: what makes the picture pass, and how it was tuned.
-        attempt: 0 for the first one, whose phases lie in the run folder itself.
+        attempt: 0 for the first one, whose phases are in the run folder itself.
 
     Returns:
         run.json's field "reconstruction": the figures of the attempt that is kept, and of each attempt.
@@ -88,7 +88,7 @@ def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str
 
 @dataclass(frozen=True)
 class Attempt:
-    """The first attempt (0) lies in the run folder itself; each later one has twice the inner steps."""
+    """The first attempt (0) is in the run folder itself; each later one has twice the inner steps."""
 
     number: int
     settings: TuningSettings

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Curriculum = Literal["sequential", "pivot"]
-"""sequential: z-tilde rolls out, and every timestep is tuned where it has come to (the paper's). pivot: every
+"""sequential: z-tilde rolls out, and each timestep is tuned at the current z-tilde (the paper's). pivot: each
 timestep is tuned at its pivot z-hat_t, and then settled at the z-tilde of the roll-out."""
 Pass = Literal["pivots", "roll-out"]
 """A part of the curriculum: all timesteps at their pivots, or z-tilde rolling out."""

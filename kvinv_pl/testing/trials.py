@@ -20,7 +20,7 @@ class Trial:
     """One check of one variant with some options; call it, and it raises NonconformingError or returns.
 
     Args:
-        check: What is asked, and why.
+        check: The property, and the reason for it.
         variant: Makes the variant for a site.
         options: In words, what the variant is made with; empty for its defaults.
         exemption: The variant's own reason not to pass, if it gives one.
@@ -47,7 +47,7 @@ class Trial:
             self.check.ask(self.variant)
         except Exception as error:  # whatever a variant does
             found = str(error)
-            if not isinstance(error, (NonconformingError, UserError)):  # torch may go on for a page
+            if not isinstance(error, (NonconformingError, UserError)):  # torch's messages may be a page long
                 found = f"{type(error).__name__}: {found.strip().partition(chr(10))[0]}"
         if self.exemption is None:
             return found

@@ -19,7 +19,7 @@ from kvinv_pl.stages.settings import EditSettings, InversionSettings
 
 @dataclass(eq=False)
 class Job:
-    """One stage of one picture, as the trainer's predict loop hands it to the module."""
+    """One stage of one picture, as the trainer's predict loop passes it to the module."""
 
     stage: Literal["invert", "edit"]
     image: SourceImage

@@ -68,8 +68,8 @@ class KVInversion(LightningModule):
         tolerance: Mean squared error of the latent at which the noisiest timestep has converged.
         tolerance_growth: What is added to the tolerance at every later step.
         carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start. With the
-            curriculum pivot: roll out with what settling has changed so far, rather than from what each
-            timestep came to at its pivot.
+            curriculum pivot: roll out with what settling has changed so far, rather than from each timestep
+            as tuned at its pivot.
         reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
         kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
             and the source's pass runs along with the edits: n edits cost as n + 1).
@@ -185,7 +185,7 @@ class KVInversion(LightningModule):
             work: The picture.
             stage: The one that it is to reach.
             editing: How it is edited then, or later.
-            anew: Whether what lies in its folder is made anew.
+            anew: Whether the content of its folder will be replaced.
 
         Returns:
             What pictures side by side have in common: the latents' height and width, and a mask or none.

@@ -142,7 +142,7 @@ class KVTrainer(Trainer):
         Args:
             model: The module.
             datamodule: The pictures.
-            settings: How they are edited; None: as the model's settings say.
+            settings: Of the edits; None: the model's.
         """
         self._run_workload(model, datamodule, ["edit"], settings)
 
@@ -299,5 +299,5 @@ class KVTrainer(Trainer):
                 if not figures["passed"]:
                     self.watch.progress.note(
                         f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
-                        f"trip, is below the {figures['psnr_demanded']:g} dB asked for"
+                        f"trip, is below the {figures['psnr_demanded']:g} dB required"
                     )

@@ -57,7 +57,7 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit(folder: Path, tmp_pat
         folder_of = tmp_path / "2" / name
         (at,) = [n for n, line in enumerate(lines) if line.startswith(f"look at {folder_of}")]
         missed = not RunStore(folder_of).read_run()["reconstruction"]["passed"]
-        assert missed == ("below the 35 dB asked for" in lines[at + 1])
+        assert missed == ("below the 35 dB required" in lines[at + 1])
     used = set[int]()
     for name in "abcde":
         one, two = (RunStore(tmp_path / str(ranks) / name) for ranks in (1, 2))

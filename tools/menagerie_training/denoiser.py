@@ -23,7 +23,7 @@ from menagerie_training.pictures import Rows, pictures, save
 
 
 def captions(animals: list[Animal], rng: np.random.Generator) -> list[str]:
-    """What different people would say of these pictures; one in ten says nothing (for guidance)."""
+    """Varied captions of these pictures; one in ten is empty (for guidance)."""
 
     def caption(animal: Animal) -> str:
         if rng.uniform() < 0.1:
