@@ -101,7 +101,7 @@ def test_an_animal_drawn_a_little_aside_is_still_the_same() -> None:
     assert identity(moved.render(target_of(animal), 64), animal, target_of(animal)).same_animal
 
 
-RED = np.array([0.9, 0.1, 0.1], np.float32)
+RED, YELLOW = np.array([0.9, 0.1, 0.1], np.float32), np.array([0.8, 1.0, 0.4], np.float32)
 CHANGES: dict[str, tuple[dict[str, object], Callable[[Animal], Animal], set[str]]] = {
     "another body": (
         {"coat": "plain", "colour": "blue"},
@@ -127,6 +127,11 @@ CHANGES: dict[str, tuple[dict[str, object], Callable[[Animal], Animal], set[str]
         {"coat": "plain", "accent": "collar", "species": "dog"},
         lambda animal: replace(animal, accent="none"),
         {"accent"},
+    ),
+    "ears of another colour in place of a collar": (
+        {"coat": "plain", "accent": "collar", "species": "cat", "colour": "green"},
+        lambda animal: replace(animal, accent="ears", second=YELLOW),
+        {"accent", "second_colour"},
     ),
     "ears coloured in place of the tail": (
         {"coat": "plain", "accent": "tail", "colour": "yellow"},

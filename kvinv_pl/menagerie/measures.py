@@ -27,8 +27,8 @@ def colour_error(known: Known, rgb: np.ndarray, region: np.ndarray) -> float:
 def thin_colour_error(known: Known, rgb: np.ndarray, region: np.ndarray, animal: np.ndarray) -> float:
     """The same where a region is thin: the least within a small shift that stays on the animal.
 
-    Of its pixels the half that is nearest to the true colour counts: a decoder mixes the others with what is
-    beside them.
+    Of its pixels on the animal the half that is nearest to the true colour counts: a decoder mixes the others
+    with what is beside them.
     """
     inner = known.inner(region)
     if not inner.any():
@@ -40,8 +40,10 @@ def thin_colour_error(known: Known, rgb: np.ndarray, region: np.ndarray, animal:
     for dx, dy in shifts(round(known.pixels(NEAR))):
         shifted = np.clip(rows + dy, 0, last), np.clip(columns + dx, 0, last)
         if not errors or animal[shifted].mean() >= on_animal:  # the first is no shift
-            off = np.abs(rgb[shifted] - true).mean(-1)
-            errors.append(_error(rgb[shifted][off <= np.median(off)], true))
+            inside = known.silhouette[shifted]  # what is seen of a pale collar may look like snow
+            shown = rgb[shifted][inside] if inside.any() else rgb[shifted]
+            off = np.abs(shown - true).mean(-1)
+            errors.append(_error(shown[off <= np.median(off)], true))
     return min(errors)
 
 
