@@ -127,7 +127,7 @@ def _slots(variant: Factory) -> None:
             same(harness.blend(x)[:, 0], out[:, 0], f"slot 0 with other slots{how}")
 
 
-@check("any number of branches", "Tuning has one branch or two, an edit one to three a target; psi serves all.")
+@check("any number of branches", "Tuning has one or two, an edit one to three a target; psi serves all.")
 def _branches(variant: Factory) -> None:
     for how, harness in _harnesses(variant):
         x = features(4)
