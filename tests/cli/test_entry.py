@@ -282,14 +282,14 @@ def test_what_is_rendered_is_not_rendered_again(cat: list[object], tmp_path: Pat
     assert kvinv("edit", "--run", run).code == 0  # its own target
     assert times(run, edited) == before and (run / "sheet.png").exists()
     more = kvinv("edit", "--run", run, "--target", "a fox", "--target", "a dog")
-    assert more.code == 0 and "editing cat.png" in more.err and "a-dog.png is there" in more.err
+    assert more.code == 0 and "editing cat.png" in more.err and "a-dog.png exists with" in more.err
     assert before.items() <= times(run, edited).items() and set(edits(run)) == {"a dog", "a fox"}
     assert kvinv("edit", "--run", run, "--trainer.precision", "bf16-mixed").code == 0
     assert kvinv("edit", "--run", run, "--target", "a dog", "--reading", "blend").code == 0
     assert before.items() <= times(run, edited).items()
     assert sum(edit["target"] == "a dog" for edit, _ in RunStore(run).edits()) == 3
     anew = kvinv("edit", "--run", run, "--overwrite")
-    assert anew.code == 0 and "is there" not in anew.err
+    assert anew.code == 0 and "exists with" not in anew.err
     after = times(run, edited)
     assert after.keys() == times(run, edited).keys() and len(RunStore(run).edits()) == 4
     assert {name for name, at in before.items() if after[name] != at} == set(before)
