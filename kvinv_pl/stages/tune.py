@@ -289,7 +289,7 @@ class Tuning:
                 quality.append(self._certify(work))
         demanded = self.settings.required_psnr
         below = sum(value < demanded for value in quality)
-        missed = f"; {below} below the {demanded:g} dB required" if below else ""
+        missed = f"; {below} of {len(quality)} below the {demanded:g} dB required" if below else ""
         shown = ", ".join(f"{value:.1f}" for value in quality)
         self.progress.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
 
