@@ -37,7 +37,7 @@ class SourceImages(LightningDataModule):
             source, targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row
             leaves out is taken from the other options, and rows of one picture and source share its run.
         source: What the picture shows, in a few words; may be empty.
-        targets: What it should become, one edit for each; with run, left out, the targets that the run was made with.
+        targets: What it should become, one edit for each; with run, left out, those of the run.
         mask: A picture of the same size, white on the subject; for attention variants that use one.
         out: The run folder: of the picture, or for a folder or list, with a run folder in it for each.
         geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
