@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -117,9 +118,10 @@ def sheet_of(store: RunStore) -> Image.Image:
     files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
     quality = run["reconstruction"]["psnr_to_round_trip"]
     captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
+    later = [setting.name for setting in fields(EditSettings) if "idle" in setting.metadata]
     for record, _ in done:
         how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
-        if record.get("source_guidance") is not None:
-            how += f" from the source at {record['source_guidance']:g}"
+        for name in later:
+            how += f", {name.replace('_', ' ')} {record[name]:g}" if name in record else ""
         captions.append(f"{record['target']}\n{how}")
     return sheet([open_picture(file).image for file in files], captions)

@@ -58,16 +58,17 @@ class Reader:
         self.first = first_step(settings.start, len(denoiser.table))
         frozen, negative = settings.reading == "frozen", settings.negative
         self.branches = settings.guide.branches
-        tuning, source = (run := store.read_run())["tuning"], run["source"]
+        run = store.read_run()
+        tuning, source = run["tuning"], run["source"]
         # of K-bar and V-bar, tuning has the source's branch last, behind the negative prompt's if it ran that
-        tuned = branches_at(tuning["guidance"])
-        self.reads = [0 if branch == "negative" else tuned - 1 for branch in self.branches]
+        tuned = [tuning["negative"], source][-branches_at(tuning["guidance"]) :]
+        self.reads = [0 if branch == "negative" else len(tuned) - 1 for branch in self.branches]
         # rows of the U-Net: edit after edit, each with all of its branches
         prompts = [{"negative": negative, "source": source, "target": target} for target in targets]
         self.contexts = denoiser.backbone.embed(
             [texts[branch] for texts in prompts for branch in self.branches]
         )
-        self.source = self._source() if frozen and settings.kv == "replayed" else None
+        self.source = self._source(tuned) if frozen and settings.kv == "replayed" else None
         self._prefetched: dict[int, Future[Step]] = {}
         self._positions: list[list[int]] | None = None  # of each row; only the targets' have any
         if frozen and any(cp.follows for cp in denoiser.cps):
@@ -91,16 +92,13 @@ class Reader:
         maps = self._open.enter_context(watched)
         self._open.enter_context(attachment.following(subject_map))
 
-    def _source(self) -> Source:
+    def _source(self, prompts: list[str]) -> Source:
         """The branches of tuning, with their prompts."""
-        run = self.store.read_run()
-        tuning = run["tuning"]
-        prompts = [tuning["negative"], run["source"]][-branches_at(tuning["guidance"]) :]
         self._trajectory = self.store.trajectory()
         return Source(self.denoiser.backbone.embed(prompts))
 
     def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "branches edits c h w"]:
-        """Epsilon of every branch of every edit."""
+        """The output of every branch of every edit."""
         count, extra = len(self.branches), 0
         rows, times, contexts = z.repeat_interleave(count, 0), t.repeat_interleave(count), self.contexts
         if self.source is not None and self.source.z is not None:
