@@ -50,11 +50,12 @@ def explaining_os_errors(verb: str, path: Path) -> Iterator[None]:
         raise kind(f"cannot {verb} {path}: {error.strerror or error}; {advice}") from error
 
 
-def write_atomically(file: Path, *parts: bytes | memoryview) -> None:
+def write_atomically(file: Path, *parts: bytes | memoryview, make_folder: bool = True) -> None:
     """Replace the file by these bytes, one part after the other, atomically."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}{TEMPORARY}")
     with explaining_os_errors("write", file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as handle:
                 handle.writelines(parts)

@@ -17,6 +17,7 @@ from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.ranks import Ranks
 from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.work_queue import Shares
 from kvinv_pl.training.workload import Workload
@@ -109,10 +110,10 @@ class KVTrainer(Trainer):
         self.watch = Watch(Progress(quiet=quiet), x_0_every=x_0_every)
 
     @property
-    def ranks(self) -> ImageParallelStrategy:
-        """The strategy: the ranks and their shares of the pictures."""
+    def ranks(self) -> Ranks:
+        """The ranks and their shares of the pictures."""
         assert isinstance(self.strategy, ImageParallelStrategy)
-        return self.strategy
+        return self.strategy.ranks
 
     def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 1: find the trajectory of every picture by DDIM inversion."""
@@ -173,15 +174,15 @@ class KVTrainer(Trainer):
         """Check everything first; then take share after share through the stages."""
         if not self.ranks.is_called():  # a rank skips the calls it was not started for
             return
-        self.watch.progress.quiet = self._quiet or not self.ranks.is_global_zero
+        self.watch.progress.quiet = self._quiet or not self.ranks.is_main
         workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
         failures = self.watch.failures = workload.failures
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
-        with without_advice(), self.ranks.ranks():
+        with without_advice(), self.ranks.running():
             shares = self._begin(workload)
             # all ranks find these failures
-            known_failures = {} if self.ranks.is_global_zero else dict(failures.reasons)
+            known_failures = {} if self.ranks.is_main else dict(failures.reasons)
             with reporting_write_errors(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     works = workload.of_share(shares[n])
@@ -213,9 +214,7 @@ class KVTrainer(Trainer):
         model.load_backbone(dtype)
         # independent ranks must compute the same shares, so free memory must not matter to them
         shares = workload.shares(
-            None if ranks.is_one_of_many else len(ranks.parallel_devices),
-            ranks.root_device,
-            self.watch.progress,
+            None if ranks.is_one_of_many else ranks.world.local_size, ranks.device, self.watch.progress
         )
         ranks.publish_shares(shares)
         return shares
@@ -283,7 +282,7 @@ class KVTrainer(Trainer):
     @property
     def _version(self) -> str:
         """A folder of logs for each rank, where there are several."""
-        return f"rank{self.ranks.global_rank}" if self.ranks.world_size > 1 else ""
+        return f"rank{self.ranks.world.rank}" if self.ranks.world.size > 1 else ""
 
     def _show_results(self, works: Sequence[SourceImage]) -> None:
         for work in works:
@@ -294,7 +293,7 @@ class KVTrainer(Trainer):
             ]
             if found or work.store.folder.exists():  # others may be on another machine
                 self.watch.progress.note(f"look at {found[0] if found else work.store.folder}")
-            if self.ranks.world_size > 1 and work.store.has_run():  # other ranks' messages are not shown
+            if self.ranks.world.size > 1 and work.store.has_run():  # other ranks' messages are not shown
                 figures = work.store.read_run().get("reconstruction", {"passed": True})
                 if not figures["passed"]:
                     self.watch.progress.note(

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvinv_pl.data.files import write_atomically
+
 Shares = list[tuple[int, list[int]]]
 """Slots, and the numbers of the pictures that are tuned side by side in them."""
 
@@ -69,10 +71,8 @@ class WorkQueue:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Write a file atomically: others read it as soon as it exists."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(unfinished, file)
+    """Write a file that others read as soon as it exists; a folder that is gone is not made again."""
+    write_atomically(file, json.dumps(content).encode(), make_folder=False)
 
 
 def _read(file: Path) -> Any:

@@ -19,7 +19,8 @@ from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
 from kvinv_pl.stages.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.strategy import ImageParallelStrategy, RankFailedError
+from kvinv_pl.training.ranks import RankFailedError
+from kvinv_pl.training.strategy import ImageParallelStrategy
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.strategy import ImageParallelStrategy
+from kvinv_pl.training.ranks import Ranks
 from kvinv_pl.training.workload import Workload
 
 PIVOT: dict[str, Any] = {"curriculum": "pivot"}
@@ -159,7 +159,7 @@ def test_one_picture_fills_the_slots_where_nobody_has_said_how_many(
 def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_into_memory(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImageParallelStrategy, "is_one_of_many", True)
+    monkeypatch.setattr(Ranks, "is_one_of_many", True)
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
     workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], dry_run=False)
     assert fits.trainer()._begin(workload) == [(3, [0]), (3, [1])]

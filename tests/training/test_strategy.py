@@ -21,7 +21,8 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.launcher import PATIENCE
-from kvinv_pl.training.strategy import CALL, QUEUE, STARTER, ImageParallelStrategy
+from kvinv_pl.training.ranks import CALL, QUEUE, STARTER, Ranks
+from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.trainer import KVTrainer
 from kvinv_pl.training.work_queue import WorkQueue
 
@@ -166,8 +167,8 @@ def test_shares_are_each_one_ranks_alone_under_torchrun(environment: dict[str, s
             "GROUP_RANK": str(rank // 2), "LOCAL_WORLD_SIZE": "2",
         }  # fmt: skip
         ranks = trainer(2, num_nodes=2).ranks
-        assert (ranks.global_rank, ranks.local_rank, ranks.world_size) == (rank, rank % 2, 4)
-        assert ranks.is_one_of_many and ranks.is_global_zero == (rank == 0)
+        assert (ranks.world.rank, ranks.world.local_rank, ranks.world.size) == (rank, rank % 2, 4)
+        assert ranks.is_one_of_many and ranks.is_main == (rank == 0)
         taken += ranks.mine(7)
     assert sorted(taken) == [*range(7)]
 
@@ -178,7 +179,7 @@ def test_ranks_are_those_of_slurm_in_a_job_of_slurm(environment: dict[str, str])
         "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NODELIST": "a,b",
     }  # fmt: skip
     ranks = trainer(2, num_nodes=2).ranks
-    assert (ranks.global_rank, ranks.local_rank, ranks.world_size) == (3, 1, 4)
+    assert (ranks.world.rank, ranks.world.local_rank, ranks.world.size) == (3, 1, 4)
     assert [*ranks.mine(9)] == [3, 7]
 
 
@@ -213,9 +214,9 @@ class Rank:
 
 def test_ranks_without_a_share_are_stopped(environment: dict[str, str], tmp_path: Path) -> None:
     ranks, started = trainer(4).ranks, [Rank(), Rank(), Rank()]
-    ranks._queue, ranks._ranks = WorkQueue(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
+    ranks._queue, ranks._started = WorkQueue(tmp_path), list(started)  # pyright: ignore[reportAttributeAccessIssue]
     ranks.publish_shares([(1, [0]), (1, [1])])
-    assert ranks._ranks == started[:1]
+    assert ranks._started == started[:1]
     assert [rank.ended for rank in started] == [None, -signal.SIGTERM, -signal.SIGTERM]
     ranks.check_ranks()  # that they were stopped is no failure
 
@@ -228,7 +229,7 @@ def test_a_rank_that_has_not_said_that_it_is_done_has_failed(
 ) -> None:
     """Lightning ends a process by exit code 0 where it was asked to end in the middle of a fit."""
     ranks, other = trainer(2).ranks, Rank()
-    ranks._queue, ranks._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    ranks._queue, ranks._started = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
     ranks.check_ranks()
     if reported:
         ranks._queue.report(1, {})
@@ -241,9 +242,9 @@ def test_what_is_wrong_with_a_rank_is_said_by_the_one_that_started_it(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     starter, other = trainer(2).ranks, Rank()
-    starter._queue, starter._ranks = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
+    starter._queue, starter._started = WorkQueue(tmp_path), [other]  # pyright: ignore[reportAttributeAccessIssue]
     environment |= {STARTER: str(os.getppid()), QUEUE: str(tmp_path), "LOCAL_RANK": "1"}
-    with pytest.raises(SystemExit) as stop, trainer(2).ranks.ranks():
+    with pytest.raises(SystemExit) as stop, trainer(2).ranks.running():
         raise UserError("no room in out: make some")
     other.ended = 2
     del environment[STARTER]
@@ -259,7 +260,7 @@ def test_a_rank_serves_the_call_that_it_was_started_for(
     queue = WorkQueue(tmp_path / "queue")
     queue.folder.mkdir()
     queue.publish([])
-    monkeypatch.setattr(ImageParallelStrategy, "calls", 0)
+    monkeypatch.setattr(Ranks, "calls", 0)
     environment |= {STARTER: str(os.getppid()), QUEUE: str(queue.folder), "LOCAL_RANK": "1", CALL: "2"}
     data, module = SourceImages(str(folder / "a.png"), SOURCE, out=str(tmp_path / "run")), fits.model()
     fits.trainer(devices=2).invert(module, data)

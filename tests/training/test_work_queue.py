@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kvinv_pl.errors import UserError
 from kvinv_pl.training.work_queue import WorkQueue
 
 
@@ -27,3 +28,10 @@ def test_what_failed_is_known_by_all_reports(queue: WorkQueue) -> None:
     queue.report(1, {"a.png": "no picture"})
     queue.report(2, {"b.png": "too small"})
     assert queue.failures() == {"a.png": "no picture", "b.png": "too small"}
+
+
+def test_a_removed_queue_is_not_made_again_by_a_rank_that_reports_to_it(queue: WorkQueue) -> None:
+    queue.remove()
+    with pytest.raises(UserError):
+        queue.report(1, {})
+    assert not queue.folder.exists()
