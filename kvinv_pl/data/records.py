@@ -49,3 +49,18 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The libraries whose behaviour a run may depend on."""
     return {name: version(name) for name in LIBRARIES}
+
+
+def difference(field: str, found: Any, expected: Any) -> tuple[str, str, str] | None:
+    """The first leaf in which two JSON values differ: its field and both values, cut to a readable length."""
+    if found == expected:
+        return None
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    if isinstance(found, dict) and isinstance(expected, dict):
+        missing = "nothing"
+        for key in [*found, *(key for key in expected if key not in found)]:
+            if leaf := difference(f"{field}.{key}", found.get(key, missing), expected.get(key, missing)):
+                return leaf
+    shown = [text if len(text) <= 120 else f"{text[:117]}..." for text in map(repr, (found, expected))]
+    return field, shown[0], shown[1]

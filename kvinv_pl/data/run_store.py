@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import shutil
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,6 +18,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.files import (
     TEMPORARY,
     explaining_os_errors,
@@ -32,6 +31,7 @@ from kvinv_pl.data.files import (
     write_png,
     write_tensors,
 )
+from kvinv_pl.data.records import difference
 from kvinv_pl.data.tensors import Bars, Step, of_step, pack, unpack
 from kvinv_pl.errors import UserError
 
@@ -161,8 +161,8 @@ class RunStore:
         """Raise UserError at the first field of `keys` whose value in run.json is not the expected one."""
         run = self.read_run()
         for key in keys:
-            if difference := _difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
-                mismatch = "{} was made with {} = {}, not {}".format(self.folder, *difference)
+            if found := difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
+                mismatch = "{} was made with {} = {}, not {}".format(self.folder, *found)
                 raise UserError(
                     f"{mismatch}: give what it was made with, or another folder, or make it anew by "
                     "`kvinv run` or `kvinv fit` with --overwrite"
@@ -250,9 +250,7 @@ class RunStore:
 
     def edits(self) -> list[tuple[dict[str, Any], Path]]:
         """Every edit's record and picture, oldest first."""
-        written = (self.folder / "edits").glob("*.json")
-        records = sorted(written, key=lambda file: (file.stat().st_mtime_ns, file.name))
-        return [(read_json(file), file.with_suffix(".png")) for file in records]
+        return Edits(self.folder).all()
 
     def _step(self, i: int) -> Path:
         return self._steps / f"{i}.safetensors"
@@ -261,64 +259,8 @@ class RunStore:
         """Write <name>.png."""
         return write_png(self.folder / f"{name}.png", picture)
 
-    def save_edit(self, slug: str, picture: Image.Image, record: Mapping[str, Any]) -> Path:
-        """Write edits/<slug>.png and .json; the slug gets a number where an edit with other settings has it.
-
-        Args:
-            slug: the target prompt, or a name for the edit; made fit for a file name here.
-            picture: the edited picture.
-            record: the target and all settings; its field "figures" (measured) is no setting.
-        """
-        file = self._edit_file(slug, record)
-        write_png(file.with_suffix(".png"), picture)
-        write_json(file, record)  # last: an edit exists if its record does
-        return file.with_suffix(".png")
-
-    def edit_like(self, slug: str, record: Mapping[str, Any]) -> Path | None:
-        """The picture of an edit that was made with these very settings, if it exists and is complete."""
-        file = self._edit_file(slug, record)
-        if not file.exists():
-            return None
-        try:
-            with Image.open(file.with_suffix(".png")) as picture:
-                picture.verify()
-        except (OSError, SyntaxError):  # Pillow's error for a broken PNG
-            return None
-        return file.with_suffix(".png")
-
-    def _edit_file(self, slug: str, record: Mapping[str, Any]) -> Path:
-        """The path of the record of an edit with these settings, whether it exists or not."""
-        words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", slug).lower())[:48].strip("-") or "edit"
-        names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
-        possible = (self.folder / "edits" / f"{name}.json" for name in names)
-        return next(file for file in possible if not file.exists() or _is_same_edit(file, record))
-
 
 def _whole(folder: Path, kind: str) -> set[int]:
     """The numbers of the complete files of this kind."""
     numbered = [file for file in folder.glob("*.safetensors") if re.fullmatch(r"0|[1-9][0-9]*", file.stem)]
     return {int(file.stem) for file in numbered if is_whole(file, f"{kind} {file.stem}")}
-
-
-def _is_same_edit(file: Path, record: Mapping[str, Any]) -> bool:
-    try:
-        found = read_json(file)
-    except UserError:
-        return False
-    expected = json.loads(json.dumps(dict(record)))
-    return {**found, "figures": None} == {**expected, "figures": None}
-
-
-def _difference(field: str, found: Any, expected: Any) -> tuple[str, str, str] | None:
-    """The first leaf in which two JSON values differ: its field and both values, cut to a readable length."""
-    if found == expected:
-        return None
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        found, expected = dict(enumerate(found)), dict(enumerate(expected))
-    if isinstance(found, dict) and isinstance(expected, dict):
-        missing = "nothing"
-        for key in [*found, *(key for key in expected if key not in found)]:
-            if leaf := _difference(f"{field}.{key}", found.get(key, missing), expected.get(key, missing)):
-                return leaf
-    shown = [text if len(text) <= 120 else f"{text[:117]}..." for text in map(repr, (found, expected))]
-    return field, shown[0], shown[1]

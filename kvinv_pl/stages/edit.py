@@ -11,6 +11,7 @@ from PIL import Image
 
 from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.attention.config import of_variant
+from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.pictures import open_picture, to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
@@ -57,6 +58,7 @@ def edit_picture(
     An edit that exists with the same settings is not rendered again, unless `again`.
     """
     store, table, began = image.store, denoiser.table, time.perf_counter()
+    edits = Edits(store.folder)
     run = store.read_run()
     if not is_tuned(denoiser, store) or not {"tuning", "reconstruction"} <= run.keys():
         raise UserError(f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing")
@@ -81,9 +83,7 @@ def edit_picture(
         }
         for target in image.targets
     }  # fmt: skip
-    existing = (
-        {} if again else {target: store.edit_like(target, record) for target, record in records.items()}
-    )
+    existing = {} if again else {target: edits.find(target, record) for target, record in records.items()}
     paths = {target: path for target, path in existing.items() if path is not None}
     for path in paths.values():
         watch.progress.note(f"{image.name}: {path} exists with these settings; --overwrite renders it again")
@@ -106,7 +106,7 @@ def edit_picture(
     edited = [to_image(pixels.cpu(), geometry) for pixels in denoiser.backbone.decode(z_0)]
     seconds = round((time.perf_counter() - began) / len(edited), 2)
     for target, picture in zip(targets, edited, strict=True):
-        paths[target] = store.save_edit(target, picture, {**records[target], "figures": {"seconds": seconds}})
+        paths[target] = edits.save(target, picture, {**records[target], "figures": {"seconds": seconds}})
     store.save_picture("sheet", sheet_of(store))
     watch.progress.finish()
     return [paths[target] for target in records]

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.files import DTYPES, FORMAT, DamagedError, read_packed, write_tensors
 from kvinv_pl.data.run_store import InUseError, RunStore
 from kvinv_pl.errors import UserError
@@ -272,40 +273,40 @@ def test_pictures_lie_beside_the_run(tmp_path: Path) -> None:
 
 
 def test_edits_with_other_settings_do_not_replace_each_other(tmp_path: Path) -> None:
-    store = RunStore(tmp_path)
+    edits = Edits(tmp_path)
     picture = Image.new("RGB", (4, 4))
     asked = {"target": "A cat, running!", "start": 0.1, "grid": (1, 2)}
-    first = store.save_edit("A cat, running!", picture, asked | {"figures": {"psnr": 20.0}})
-    again = store.save_edit("A cat, running!", picture, asked | {"figures": {"psnr": 21.0}})
-    other = store.save_edit("A cat, running!", picture, asked | {"start": 0.4})
+    first = edits.save("A cat, running!", picture, asked | {"figures": {"psnr": 20.0}})
+    again = edits.save("A cat, running!", picture, asked | {"figures": {"psnr": 21.0}})
+    other = edits.save("A cat, running!", picture, asked | {"start": 0.4})
     assert first == again == tmp_path / "edits" / "a-cat-running.png"
     assert other == tmp_path / "edits" / "a-cat-running-2.png"
     first.with_suffix(".json").write_text("{")  # damaged: never taken for the same
-    assert store.save_edit("A cat, running!", picture, asked).name == "a-cat-running-3.png"
+    assert edits.save("A cat, running!", picture, asked).name == "a-cat-running-3.png"
     assert {f.name for f in first.parent.iterdir()} == {
         f"a-cat-running{n}.{kind}" for n in ("", "-2", "-3") for kind in ("png", "json")
     }
 
 
 def test_an_edit_is_found_by_its_settings_as_long_as_its_picture_is_whole(tmp_path: Path) -> None:
-    store, picture = RunStore(tmp_path), Image.effect_noise((32, 32), 50)
+    edits, picture = Edits(tmp_path), Image.effect_noise((32, 32), 50)
     asked = {"target": "a cat", "grid": (1, 2)}
-    assert store.edit_like("a cat", asked) is None
-    store.save_edit("a cat", picture, asked | {"start": 0.4})
-    path = store.save_edit("a cat", picture, asked | {"figures": {"seconds": 1.0}})
-    assert store.edit_like("a cat", asked) == path == tmp_path / "edits" / "a-cat-2.png"
-    assert store.edit_like("a cat", asked | {"start": 0.5}) is None
+    assert edits.find("a cat", asked) is None
+    edits.save("a cat", picture, asked | {"start": 0.4})
+    path = edits.save("a cat", picture, asked | {"figures": {"seconds": 1.0}})
+    assert edits.find("a cat", asked) == path == tmp_path / "edits" / "a-cat-2.png"
+    assert edits.find("a cat", asked | {"start": 0.5}) is None
     path.write_bytes(path.read_bytes()[:-200])
-    assert store.edit_like("a cat", asked) is None
+    assert edits.find("a cat", asked) is None
     path.unlink()
-    assert store.edit_like("a cat", asked) is None
+    assert edits.find("a cat", asked) is None
 
 
 @pytest.mark.parametrize(
     "prompt", ["../../etc/passwd", "狗在跑" * 100, "", "...", "a/b\\c\0d\n\udcff", "Ünï cödé"]
 )
 def test_any_prompt_makes_a_file_name(tmp_path: Path, prompt: str) -> None:
-    path = RunStore(tmp_path).save_edit(prompt, Image.new("RGB", (2, 2)), {"target": prompt})
+    path = Edits(tmp_path).save(prompt, Image.new("RGB", (2, 2)), {"target": prompt})
     assert path.parent == tmp_path / "edits" and path.is_file()
     assert json.loads(path.with_suffix(".json").read_bytes())["target"] == prompt
 
