@@ -103,10 +103,16 @@ class Backbone(nn.Module):
         mask = tokens["attention_mask"] if masked else None
         return self.text_encoder(tokens["input_ids"], attention_mask=mask)[0]
 
+    def read(self, prompt: str) -> list[int]:
+        """The tokens of a prompt that embed reads, without those that it adds."""
+        return self._tokens(prompt)[: self.prompt_length - 2]
+
     def unread(self, prompt: str) -> str:
         """The end of a prompt that embed truncates; empty for a prompt that fits."""
-        tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return str(self.tokenizer.decode(tokens[self.prompt_length - 2 :])).strip()
+        return str(self.tokenizer.decode(self._tokens(prompt)[self.prompt_length - 2 :])).strip()
+
+    def _tokens(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
 
     def predict(
         self, z: Float[Tensor, "rows c i j"], t: Int[Tensor, " rows"], prompt: Float[Tensor, "rows L d"]

@@ -18,6 +18,7 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.cut_prompts import refuse_alike
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import subject_positions
 from kvinv_pl.stages.invert import is_tuned, mask_of
@@ -27,8 +28,9 @@ from kvinv_pl.stages.settings import EditSettings
 
 
 def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
-    """Refuse, before tuning starts, edit settings that do not work with the attached variant."""
+    """Refuse, before tuning starts, edits that do not work with the model or the attached variant."""
     reading, subject = settings.reading, settings.subject
+    refuse_alike(denoiser.backbone, image.source, image.targets)
     if why := denoiser.why_not(reading):
         other = {"frozen": "blend", "blend": "frozen"}[reading]
         raise UserError(f"reading: expected {other}, got {reading}: {why}")

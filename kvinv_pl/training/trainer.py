@@ -1,5 +1,6 @@
 """The trainer: fit(), invert() and edit(), and run() for all three, over the data's run folders."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.work_queue import Shares
 from kvinv_pl.training.workload import Workload
 
+log = logging.getLogger(__name__)
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -217,6 +219,8 @@ class KVTrainer(Trainer):
             None if ranks.is_one_of_many else ranks.world.local_size, ranks.device, self.watch.progress
         )
         ranks.publish_shares(shares)
+        for line in workload.cut_prompts() if ranks.is_global_zero else ():
+            log.warning("%s", line)  # quiet or not
         return shares
 
     # ---- the stages of pictures side by side

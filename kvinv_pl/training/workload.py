@@ -11,6 +11,7 @@ import torch
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.cut_prompts import cuts
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
@@ -78,6 +79,15 @@ class Workload:
                 (slots, members[begin : begin + share_size]) for begin in range(0, len(members), share_size)
             ]
         return shares
+
+    def cut_prompts(self) -> Iterator[str]:
+        """A line for each prompt that the model does not read to its end."""
+        prompts = [
+            ("negative prompt", text) for text in (self.model.inverting.negative, self.editing.negative)
+        ]
+        for work in self.failures.left(self.data.works):
+            prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
+        return cuts(self.model.denoiser.backbone, prompts)
 
     def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
         """The pictures of a share."""

@@ -1,0 +1,33 @@
+"""Prompts that are longer than the text model reads: which words are lost, and which prompts read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.stable_diffusion import Backbone
+
+
+def cuts(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """A line for each prompt that is cut, once, with the words that are lost.
+
+    Args:
+        backbone: The model.
+        prompts: What each is (source, target, negative prompt), and its text.
+    """
+    for what, prompt in dict.fromkeys(prompts):
+        if lost := backbone.unread(prompt):
+            yield f"the {what} is longer than the model reads, and these words are lost: {lost}"
+
+
+def refuse_alike(backbone: Backbone, source: str, targets: Sequence[str]) -> None:
+    """Refuse targets that differ from the source, or from each other, only where the model does not read."""
+    read = {tuple(backbone.read(source)): source}
+    for target in targets:
+        other = read.setdefault(tuple(backbone.read(target)), target)
+        if other != target and (backbone.unread(other) or backbone.unread(target)):
+            name = "the source prompt" if other == source else f"the target {other!r}"
+            raise UserError(
+                f"the target {target!r} differs from {name} only after what the model reads of a prompt "
+                f"({backbone.prompt_length - 2} tokens): put what changes nearer to its beginning"
+            )
