@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
+from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
@@ -77,9 +78,7 @@ class KVInverter:
             mask: A mask of the subject, for variants that take one, or the path of it.
             geometry: keep, or crop.
         """
-        if isinstance(image, (str, Path)) and (
-            Path(image).is_dir() or Path(image).suffix in (".csv", ".jsonl")
-        ):
+        if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
             raise UserError(f"tune takes one picture, got {image}; a folder or list is for `kvinv fit`")
         folder = Path(tempfile.mkdtemp(prefix="kvinv-") if out is None else out)
         run = Run(self, folder, temporary=out is None)

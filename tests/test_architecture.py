@@ -35,6 +35,7 @@ DOORS = {
     "filelock": {"data"},
     "jsonargparse": {"attention", "cli"},  # attention: a variant is made from its record as from a YAML file
     "numpy": {"data", "menagerie", "models"},
+    "pillow_heif": {"data"},
     "PIL": {"api", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
@@ -160,7 +161,8 @@ def test_one_function_of_peft_is_all_that_is_used():
 def test_what_is_imported_is_declared():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {line.split("[")[0].split(">")[0].replace("-", "_") for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["heic"]]
+    declared = {line.split("[")[0].split(">")[0].replace("-", "_") for line in lines}
     used = {
         module.partition(".")[0].replace("PIL", "pillow")
         for path in [*PACKAGE, *PLUGINS]

@@ -1,4 +1,4 @@
-"""The rows of the input: one picture, a folder, or a CSV or JSONL list."""
+"""The rows of the input: one picture, a folder, or a list as CSV, TSV or JSONL."""
 
 import csv
 import json
@@ -8,10 +8,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from kvinv_pl.data.pictures import is_picture
 from kvinv_pl.errors import UserError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-LISTS = (".csv", ".jsonl")
+SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"),
+    *(".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"),
+}
+"""Of files that are taken for pictures without a look into them, so that a damaged one is reported."""
+LISTS = (".csv", ".tsv", ".jsonl")
+SEPARATORS = ",;\t"
 COLUMNS = ("image", "source", "targets", "mask")
 
 
@@ -25,11 +31,21 @@ class Row:
     mask: Path | None
 
 
-def rows_of(path: Path, source: str, targets: list[str], mask: Path | None) -> list[Row]:
-    """The rows of a picture, a folder or a list; options fill what a row leaves out."""
+def rows_of(
+    path: Path, source: str, targets: list[str], mask: Path | None, notes: list[str] | None = None
+) -> list[Row]:
+    """The rows of a picture, a folder or a list; options fill what a row leaves out.
+
+    Args:
+        path: Of the picture, folder or list.
+        source: The source prompt of rows without one.
+        targets: Those of rows without any.
+        mask: The mask of rows without one.
+        notes: Gets a line about files of a folder that are no pictures.
+    """
     return _merged(
         Row(row["image"], row.get("source", source), list(row.get("targets", targets)), row.get("mask", mask))
-        for row in _rows(path)
+        for row in _rows(path, [] if notes is None else notes)
     )
 
 
@@ -43,21 +59,12 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
     return list(merged.values())
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Rows with at least `image`, a Path."""
     if path.is_dir():
-        try:
-            files = sorted(path.iterdir())
-        except OSError as error:
-            raise UserError(f"cannot read the folder {path}: {error.strerror or error}") from error
-        found = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-        if not found:
-            raise UserError(
-                f"{path} contains no pictures ({', '.join(sorted(SUFFIXES))}): name a folder that does"
-            )
-        yield from ({"image": file} for file in found)
+        yield from ({"image": file} for file in _pictures_in(path, notes))
     elif path.suffix.lower() in LISTS:
-        read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
+        read = _json_rows if path.suffix.lower() == ".jsonl" else _csv_rows
         try:
             with path.open(encoding="utf-8-sig", newline="") as lines:
                 rows = list(read(path, lines))
@@ -76,15 +83,41 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield {"image": path}
 
 
+def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
+    """The pictures in a folder, by suffix or else by content; what is skipped goes into a line of `notes`."""
+    try:
+        files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+
+    def is_taken(file: Path) -> bool:
+        named = file.suffix.lower() in SUFFIXES and not file.is_dir()
+        return named or (file.is_file() and is_picture(file))
+
+    found = [file for file in files if is_taken(file)]
+    skipped = [f"{file.name}{'/' if file.is_dir() else ''}" for file in files if file not in found]
+    named = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+    if not found:
+        got = f"got {named}" if skipped else "it is empty"
+        raise UserError(f"{folder} contains no pictures ({got}): name a folder that does")
+    if skipped:
+        notes.append(f"skipped in {folder}, being no pictures: {named}")
+    return found
+
+
 def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(lines, restkey="", restval="", strict=True)
+    header = lines.readline()
+    lines.seek(0)
+    separator = _separator(header)
+    reader = csv.DictReader(lines, restkey="", restval="", strict=True, delimiter=separator)
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         _check_columns(path, reader.fieldnames)
         for row in reader:
             if row.get(""):
+                name = {",": "commas", ";": "semicolons", "\t": "tabs"}[separator]
                 raise UserError(
-                    f"line {reader.line_num} of {path} has more fields than there are columns: quote commas"
+                    f"line {reader.line_num} of {path} has more fields than there are columns: quote {name}"
                 )
             known = {key: row[key].strip() for key in COLUMNS if row.get(key, "").strip()}
             yield (
@@ -93,6 +126,15 @@ def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             )
     except csv.Error as error:
         raise UserError(f"line {reader.line_num + 1} of {path} is not CSV: {error}") from error
+
+
+def _separator(header: str) -> str:
+    """The separator that makes `image` a column; a comma where none does."""
+
+    def names_image(separator: str) -> bool:
+        return "image" in (name.strip().strip('"').strip().lower() for name in header.split(separator))
+
+    return next(filter(names_image, SEPARATORS), ",")
 
 
 def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from kvinv_pl.data.pictures import Geometry, Picture, read_picture, to_mask
@@ -15,29 +15,42 @@ from kvinv_pl.errors import UserError
 TINT = (230, 30, 60)
 
 
-def open_mask(path: str | os.PathLike[str]) -> Picture:
+def open_mask(path: str | os.PathLike[str], invert: bool = False) -> Picture:
     """Read a mask as 8-bit grey, white on the subject, from any format of pictures; raises UserError.
 
-    Where the file has transparency, the subject is what is opaque, otherwise what is bright. Files that hold
-    0 and 1, or floats from 0 to 1, are read as black and white.
+    Where the file has transparency, the subject is what is opaque, otherwise what is bright. Of two values,
+    whatever they are, the brighter one is the subject: annotation tools write labels, and colours for them.
+
+    Args:
+        path: The file.
+        invert: Whether the subject is what is dark or transparent instead.
     """
-    return read_picture(path, lambda image, notes: _grey(image))
+
+    def to_grey(image: Image.Image, notes: list[str]) -> Image.Image:
+        grey = _grey(image)
+        return ImageOps.invert(grey) if invert else grey
+
+    return read_picture(path, to_grey)
 
 
 def _grey(image: Image.Image) -> Image.Image:
     """A mask of any mode in 8 bits."""
+    deep = image.mode.startswith(("I", "F"))
+    alpha = None
     if image.has_transparency_data and not image.mode.startswith("I"):
         alpha = image.convert("RGBA").getchannel("A")
-        if np.asarray(alpha).min() < 255:
-            return alpha
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        brightest = next((end for end in (1, 255, 65535) if values.max() <= end), 0)
-        if values.min() < 0 or not brightest:
+    values = np.asarray(image, dtype=np.float64) if deep else np.asarray(image.convert("L"))
+    if alpha is not None and np.asarray(alpha).min() < 255:
+        values = np.asarray(alpha)
+    lowest, highest = values.min(), values.max()
+    if lowest < highest and ((values == lowest) | (values == highest)).all():
+        return Image.fromarray((values == highest).astype(np.uint8) * 255)
+    if deep:
+        brightest = next((end for end in (1, 255, 65535) if highest <= end), 0)
+        if lowest < 0 or not brightest:
             raise ValueError("its values are neither 0 to 1 nor of 8 or 16 bit")
-        return Image.fromarray(np.round(values / brightest * 255).astype(np.uint8))
-    grey = image.convert("L")
-    return grey.point(lambda value: value * 255) if grey.getextrema()[1] == 1 else grey
+        values = np.round(values / brightest * 255)
+    return Image.fromarray((values * (255 if highest == 1 and not deep else 1)).astype(np.uint8))
 
 
 def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h w"]:
@@ -53,10 +66,13 @@ def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h
         raise UserError(f"{name} is {got}, its picture is {expected} pixels: make both of one size")
     pixels = to_mask(mask, geometry)
     subject, crop = pixels > 0.5, "" if geometry.box is None else ", in the part of the picture that is used"
+    darkest, brightest = (round(float(value) * 255) for value in (pixels.min(), pixels.max()))
     if not subject.any():
-        raise UserError(f"{name} is empty: expected white on the subject{crop}, got black everywhere")
+        got = "black everywhere" if brightest == 0 else f"values up to {brightest} of 255 alone"
+        raise UserError(f"{name} is empty: expected white on the subject{crop}, got {got}")
     if subject.all():
-        raise UserError(f"{name} is full: expected black around the subject{crop}, got white everywhere")
+        got = "white everywhere" if darkest == 255 else f"values from {darkest} of 255 up alone"
+        raise UserError(f"{name} is full: expected black around the subject{crop}, got {got}")
     return pixels
 
 

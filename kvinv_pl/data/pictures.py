@@ -32,6 +32,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+"""What the files of iPhones say after "ftyp"."""
+_NO_PICTURES = {"MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
+"""Formats of which pillow reads the first bytes alone."""
 _MODES = {"1": "black and white", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette"}
 
 
@@ -84,7 +88,7 @@ def read_picture(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's remarks on odd files, and on sizes, which are checked here
         try:
-            with Image.open(path) as opened:
+            with _open(path) as opened:
                 width, height = opened.size
                 if width * height > MOST_PIXELS:
                     raise too_large
@@ -104,6 +108,46 @@ def read_picture(
     pixels = np.ascontiguousarray(np.asarray(image))
     digest = sha256(f"{image.width}x{image.height}".encode() + pixels.tobytes()).hexdigest()
     return Picture(Image.fromarray(pixels), notes, digest)  # made anew: no profile or EXIF goes along
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the beginning of a file is a picture's, of a format that pillow or pillow-heif reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path) as opened:
+                return opened.format not in _NO_PICTURES
+        except Image.DecompressionBombError:
+            return True
+        except Exception:  # as below
+            return _is_heif(path)
+
+
+def _is_heif(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            begin = file.read(12)
+    except OSError:
+        return False
+    return begin[4:8] == b"ftyp" and begin[8:] in _HEIF
+
+
+def _open(path: Path) -> Image.Image:
+    """As Image.open, and HEIC by pillow-heif."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if not _is_heif(path):
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise UserError(
+            f"{path} is a HEIC picture, which takes pillow-heif: pip install 'kvinv-pl[heic]', "
+            "or save the picture as JPEG"
+        ) from None
+    register_heif_opener()
+    return Image.open(path)
 
 
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -50,6 +50,7 @@ class SourceImage:
     targets: list[str]
     mask: Path | None = None
     geometry: Literal["keep", "crop"] = "keep"
+    invert_mask: bool = False
     _opened: tuple[tuple[tuple[int, int], int], Opened] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -73,7 +74,7 @@ class SourceImage:
             raise UserError(f"{self.store.folder} is not inverted, and no picture was given: give --image")
         picture = open_picture(self.path)
         geometry = fit_geometry(picture.image.size, sample_size, multiple, self.geometry)
-        mask = open_mask(self.mask) if self.mask else None
+        mask = open_mask(self.mask, self.invert_mask) if self.mask else None
         return Opened(
             of_picture(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
             to_size(picture.image, geometry),

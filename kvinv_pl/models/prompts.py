@@ -28,10 +28,12 @@ def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
         return [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
 
     prompt_tokens, word_tokens = tokens(prompt), tokens(word)
+    added = backbone.tokenizer.get_added_vocab()  # such as a textual inversion's, which say no end of a word
 
     def begins() -> Iterator[int]:
         for at in range(len(prompt_tokens) - len(word_tokens) + 1):
-            whole = at == 0 or prompt_tokens[at - 1].endswith("</w>")  # not the end of a longer word
+            before = prompt_tokens[at - 1] if at else "</w>"
+            whole = before.endswith("</w>") or before in added  # not the end of a longer word
             if word_tokens and whole and prompt_tokens[at : at + len(word_tokens)] == word_tokens:
                 yield at
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: one, a folder, or a CSV or JSONL list, each with its prompts and its run folder."""
+"""The pictures of a run: one, a folder, or a list, each with its prompts and its run folder."""
 
 import itertools
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class SourceImages(LightningDataModule):
     """Pictures with their prompts, targets and run folders.
 
     Args:
-        image: A picture, a folder of pictures, or a .csv or .jsonl list. A list has the columns image,
+        image: A picture, a folder of pictures, or a .csv, .tsv or .jsonl list. A list has the columns image,
             source, targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row
             leaves out is taken from the other options, and rows of one picture and source share its run.
         source: What the picture shows, in a few words; may be empty.
@@ -43,6 +43,7 @@ class SourceImages(LightningDataModule):
         geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
         overwrite: Replace runs that were made with other settings, and render existing edits again.
         run: A run folder (or a folder of them) to resume or edit, in place of image, source and out.
+        invert_mask: Take masks the other way round, black (or transparent) on the subject.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SourceImages(LightningDataModule):
         geometry: Literal["keep", "crop"] = "keep",
         overwrite: bool = False,
         run: str | None = None,
+        invert_mask: bool = False,
     ):
         """Read the list, if it is one; the pictures themselves are opened later, one at a time."""
         super().__init__()
@@ -70,23 +72,34 @@ class SourceImages(LightningDataModule):
         self.overwrite = overwrite
         self.works: list[SourceImage]
         self.failed: dict[str, str] = {}
+        self.notes: list[str] = []
+        """Lines for the user about what was found."""
         if run is not None:
             self.out = Path(run).expanduser()
             self.works = list(works_in(self.out, targets, self.failed))
         elif image is not None:
             self.out, path = Path(out).expanduser(), Path(image).expanduser()
             given = Path(mask).expanduser() if mask else None
-            rows = rows_of(path, source, targets, given)
+            rows = rows_of(path, source, targets, given, self.notes)
             alone = path.suffix.lower() not in LISTS and not path.is_dir()
             folders = [self.out] if alone else _folders(self.out, [row.image for row in rows])
             self.works = [
                 SourceImage(
-                    row.image.name, RunStore(folder), row.image, row.source, row.targets, row.mask, geometry
+                    row.image.name,
+                    RunStore(folder),
+                    row.image,
+                    row.source,
+                    row.targets,
+                    row.mask,
+                    geometry,
+                    invert_mask,
                 )
                 for row, folder in zip(rows, folders, strict=True)
             ]
         for work in self.works:
             _check_targets(work)
+        if invert_mask and (run is not None or not any(work.mask for work in self.works)):
+            raise UserError("invert_mask: expected a mask with it: give --mask, or leave it out")
         self.inner_steps = 1
 
     def train_dataloader(self) -> DataLoader[int]:

@@ -80,14 +80,14 @@ class Workload:
             ]
         return shares
 
-    def cut_prompts(self) -> Iterator[str]:
-        """A line for each prompt that the model does not read to its end."""
+    def notes(self) -> list[str]:
+        """Lines for the user: what was skipped, and which prompts the model does not read to their end."""
         prompts = [
             ("negative prompt", text) for text in (self.model.inverting.negative, self.editing.negative)
         ]
         for work in self.failures.left(self.data.works):
             prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
-        return cuts(self.model.denoiser.backbone, prompts)
+        return [*self.data.notes, *cuts(self.model.denoiser.backbone, prompts)]
 
     def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
         """The pictures of a share."""

@@ -52,6 +52,21 @@ def palette_with_a_transparent_entry(inside: np.ndarray) -> Image.Image:
     return image
 
 
+def labels(inside: np.ndarray, label: int) -> Image.Image:
+    return Image.fromarray(inside.astype(np.uint8) * np.uint8(label))
+
+
+def palette_of_labels(inside: np.ndarray) -> Image.Image:
+    """As annotation tools write it: label 1 is dark red."""
+    image = Image.fromarray(inside.astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    return image
+
+
+def two_colours(inside: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.where(inside[..., None], [0, 0, 255], [40, 0, 0]).astype(np.uint8))
+
+
 # ------------------------------------------------------------------------------------------------ from a file
 
 
@@ -71,10 +86,15 @@ def palette_with_a_transparent_entry(inside: np.ndarray) -> Image.Image:
         (lambda inside: Image.fromarray(inside.astype(np.uint16) * 65535), "png"),
         (lambda inside: Image.fromarray(inside.astype(np.float32)), "tif"),
         (lambda inside: Image.fromarray(inside.astype(np.int32)), "tif"),
+        (lambda inside: labels(inside, 3), "png"),
+        (lambda inside: Image.fromarray(inside.astype(np.uint16) * 1000), "png"),
+        (palette_of_labels, "png"),
+        (two_colours, "png"),
     ],
     ids=[
         *("grey", "1 bit", "RGB", "palette", "RGBA", "alpha", "LA", "transparent palette", "0 and 1"),
-        *("0 and 1 in 16 bit", "16 bit", "float", "integers"),
+        *("0 and 1 in 16 bit", "16 bit", "float", "integers", "label 3", "label 1000", "palette of labels"),
+        "two colours",
     ],
 )
 def test_every_kind_of_file_gives_the_same_mask(
@@ -104,6 +124,24 @@ def test_a_file_that_is_no_mask_is_refused(tmp_path: Path) -> None:
         open_mask(tmp_path / "nope.png")
 
 
+@pytest.mark.parametrize("make", [grey, cut_out, palette_of_labels, lambda inside: labels(inside, 3)])
+def test_a_mask_may_be_taken_the_other_way_round(
+    tmp_path: Path, make: Callable[[np.ndarray], Image.Image]
+) -> None:
+    make(~subject()).save(tmp_path / "mask.png")
+    mask = open_mask(tmp_path / "mask.png", invert=True)
+    np.testing.assert_array_equal(np.array(mask.image), subject() * np.uint8(255))
+    assert mask.sha256 != open_mask(tmp_path / "mask.png").sha256
+
+
+def test_of_several_labels_the_brightest_is_said(tmp_path: Path) -> None:
+    values = np.zeros(SIZE[::-1], dtype=np.uint8)
+    values[:4], values[4:8] = 1, 3
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="got values up to 3 of 255 alone"):
+        fitted(open_mask(tmp_path / "mask.png").image, WHOLE, "it")
+
+
 def test_a_mask_is_upright_like_its_picture(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # turn it right
@@ -124,7 +162,8 @@ def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
     [
         (Image.new("L", (12, 20), 255), "it is 12x20, its picture is 20x12 pixels"),
         (Image.new("L", SIZE, 0), "it is empty: expected white on the subject, got black everywhere"),
-        (Image.new("L", SIZE, 120), "it is empty"),
+        (Image.new("L", SIZE, 120), "it is empty: expected white .*, got values up to 120 of 255 alone"),
+        (Image.new("L", SIZE, 140), "it is full: expected black .*, got values from 140 of 255 up alone"),
         (Image.new("L", SIZE, 255), "it is full: expected black around the subject, got white everywhere"),
     ],
 )
@@ -168,6 +207,15 @@ def test_a_word_stands_at_its_tokens(backbone: Backbone, prompt: str, word: str,
     ids = backbone.tokenizer(prompt)["input_ids"]
     said = backbone.tokenizer.decode([ids[at] for at in expected])
     assert word.lower() in said
+
+
+@pytest.mark.parametrize("token", ["<sks>", "sks"])
+def test_a_word_stands_after_a_token_that_was_added(tmp_path: Path, token: str) -> None:
+    own = Backbone.load(str(checkpoints.make("tiny", tmp_path)))
+    own.tokenizer.add_tokens([token])
+    assert word_positions(own, f"a {token} dog running", "dog") == [3]
+    assert word_positions(own, f"a {token} dog running", token) == [2]
+    assert word_positions(own, f"a {token} dog running", f"{token} dog") == [2, 3]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from kvinv_pl.data.pictures import Geometry, fit_geometry, open_picture, to_image, to_mask, to_pixels
+from kvinv_pl.data.pictures import (
+    Geometry,
+    fit_geometry,
+    is_picture,
+    open_picture,
+    to_image,
+    to_mask,
+    to_pixels,
+)
 from kvinv_pl.errors import UserError
 
 WIDTH, HEIGHT = 24, 16
@@ -222,6 +230,23 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
     picture = open_picture(path)
     assert picture.image.tobytes() == drawn().tobytes()
     assert picture.notes == ["only the first frame was taken"]
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.jp2", "a.tga", "a.ppm", "a.avif", "a.png", "a.bmp", "a.tiff"])
+def test_every_format_that_pillow_writes_is_read_and_known_by_its_content(tmp_path: Path, name: str) -> None:
+    file = saved(tmp_path, drawn(), name, quality=100)
+    assert is_picture(file)
+    assert file.rename(tmp_path / "without suffix") and is_picture(tmp_path / "without suffix")
+    picture = open_picture(tmp_path / "without suffix").image
+    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(drawn(), dtype=int)).mean() < 6
+
+
+def test_other_files_are_not_taken_for_pictures(tmp_path: Path) -> None:
+    contents = {"a.txt": b"a cat", "a.json": b"{}", "a.mpg": b"\0\0\1\xb3" + bytes(99), "empty": b""}
+    contents |= {"a.mp4": b"\0\0\0\x18ftypisom" + bytes(99), "a.zip": b"PK\3\4" + bytes(99)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert not is_picture(tmp_path / name), name
 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:

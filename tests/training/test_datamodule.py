@@ -40,16 +40,31 @@ def test_one_picture_has_the_out_folder_to_itself(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_gives_its_pictures_in_order_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG"):
+def test_a_folder_gives_its_pictures_in_order_and_names_what_it_skips(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "c.jfif", "d", "e.dat"):
         photograph(tmp_path / name, format="PNG")
-    for name in ("notes.txt", ".hidden.png"):
+    for name in ("notes.txt", ".hidden.png", "list.csv"):
         (tmp_path / name).write_text("")
+    (tmp_path / "more").mkdir()
     data = SourceImages(str(tmp_path), out="out")
-    assert [(work.name, work.store.folder) for work in data.works] == [
-        ("a.JPG", Path("out/a")),
-        ("b.png", Path("out/b")),
-    ]
+    assert [work.name for work in data.works] == ["a.JPG", "b.png", "c.jfif", "d", "e.dat"]
+    assert data.works[0].store.folder == Path("out/a")
+    assert data.notes == [f"skipped in {tmp_path}, being no pictures: list.csv, more/, notes.txt"]
+
+
+def test_many_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
+    photograph(tmp_path / "z.png")
+    for n in range(8):
+        (tmp_path / f"{n}.txt").write_text("")
+    (note,) = SourceImages(str(tmp_path)).notes
+    assert note.endswith("no pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more")
+
+
+def test_a_damaged_picture_of_a_folder_is_not_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("I am a picture")
+    (tmp_path / "b.jpg").symlink_to("nowhere")
+    data = SourceImages(str(tmp_path))
+    assert [work.name for work in data.works] == ["a.png", "b.jpg"] and data.notes == []
 
 
 def test_what_a_row_leaves_out_is_taken_from_the_options(tmp_path: Path) -> None:
@@ -64,6 +79,32 @@ def test_a_csv_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
     file = tmp_path / "list.csv"
     file.write_bytes('\ufeffImage, Targets ,id\r\n"a, b.png",x,7\r\n\r\n'.encode())
     assert told(SourceImages(str(file))) == [("a, b.png", "", ["x"], "a, b")]
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("tsv", "\t"), ("csv", ";"), ("CSV", "\t"), ("tsv", ",")])
+def test_a_list_may_have_other_separators(tmp_path: Path, suffix: str, separator: str) -> None:
+    file = tmp_path / f"list.{suffix}"
+    rows = [
+        ["id", "Image", "source", "targets"],
+        ["1", "a.png", "a cat. standing", "one|two"],
+        ["2", "b.png", "", ""],
+    ]
+    file.write_text("".join(separator.join(row) + "\n" for row in rows))
+    data = SourceImages(str(file), "an animal", ["three"])
+    assert told(data) == [
+        ("a.png", "a cat. standing", ["one", "two"], "a"),
+        ("b.png", "an animal", ["three"], "b"),
+    ]
+    file.write_text(separator.join(["image", "source"]) + "\n" + separator.join(["a.png", "a", "b"]))
+    names = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    with pytest.raises(UserError, match=f"line 2 of .* quote {names[separator]}"):
+        SourceImages(str(file))
+
+
+def test_a_mask_the_other_way_round_needs_a_mask(tmp_path: Path) -> None:
+    assert SourceImages("cat.png", mask="mask.png", invert_mask=True).works[0].invert_mask
+    with pytest.raises(UserError, match="invert_mask: expected a mask with it"):
+        SourceImages("cat.png", invert_mask=True)
 
 
 def test_jsonl_says_the_same_as_csv(tmp_path: Path) -> None:
@@ -141,7 +182,10 @@ def test_a_list_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="contains no pictures"):
+    with pytest.raises(UserError, match=r"contains no pictures \(it is empty\)"):
+        SourceImages(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"contains no pictures \(got notes.txt\)"):
         SourceImages(str(tmp_path))
 
 
