@@ -219,7 +219,7 @@ class KVTrainer(Trainer):
             None if ranks.is_one_of_many else ranks.world.local_size, ranks.device, self.watch.progress
         )
         ranks.publish_shares(shares)
-        for line in workload.notes() if ranks.is_global_zero else ():
+        for line in workload.notes() if ranks.is_main else ():
             log.warning("%s", line)  # quiet or not
         return shares
 
