@@ -158,12 +158,21 @@ class Packed:
 
 
 def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, with `kind`, `info` and a digest of everything in the header."""
+    """Write tensors as safetensors, with `kind`, `info` and a digest of everything in the header.
+
+    Raises UserError, and writes nothing, if a number is not finite.
+    """
     # cloned, because safetensors refuses tensors that share memory, as chunks and views do
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+    for name, tensor in plain.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{kind} was not written to {file}: {name} is not finite; use a lower learning rate or "
+                "guidance scale, or precision 32-true"
+            )
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
     data = save(plain, metadata)
     del plain  # as large as all of `data`
@@ -212,6 +221,12 @@ def shapes_in(file: Path, kind: str) -> dict[str, tuple[int, ...]]:
     read_header(file, kind)
     with explaining_os_errors("read", file), safe_open(file, "pt") as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def last_row(file: Path, name: str) -> Tensor:
+    """The last row of one tensor of a whole file; nothing else is read, and no digest is checked."""
+    with explaining_os_errors("read", file), safe_open(file, "pt") as opened:
+        return opened.get_slice(name)[-1:]
 
 
 def is_whole(file: Path, kind: str) -> bool:

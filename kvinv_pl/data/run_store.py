@@ -23,6 +23,7 @@ from kvinv_pl.data.files import (
     TEMPORARY,
     explaining_os_errors,
     is_whole,
+    last_row,
     read_header,
     read_json,
     read_packed,
@@ -169,8 +170,12 @@ class RunStore:
                 )
 
     def has_trajectory(self) -> bool:
-        """Whether a complete trajectory exists, by its header."""
-        return is_whole(self.folder / "trajectory.safetensors", "trajectory")
+        """Whether a complete and finite trajectory exists, by its header and its noisiest level.
+
+        What is not finite stays so at every later level.
+        """
+        file = self.folder / "trajectory.safetensors"
+        return is_whole(file, "trajectory") and bool(last_row(file, "z").isfinite().all())
 
     def save_trajectory(self, z: Float[Tensor, "levels c h w"]) -> None:
         """Write z-hat_0 ... z-hat_T in fp32."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvinv_pl.attention.cross_attention import cross_attentions, watching
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.stable_diffusion import Backbone
 
 SHARES = (0.2, 0.4, 0.6)  # of the noise schedule, at which attention maps are taken
@@ -73,7 +74,7 @@ def mask_from_word(
     seen = maps.now((pixels.shape[1], pixels.shape[2]))
     if seen is None:
         raise UserError("this checkpoint has no cross-attention to read a mask from: give a mask or use SAM")
-    mean = seen.mean(0).cpu()
+    mean = require_finite(seen.mean(0).cpu(), "the model's attention to the word", backbone.unet.dtype)
     return (mean > (mean.min() + mean.max()) / 2).float()
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, Sam2Model, Sam2Processor, SamModel, S
 
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.loading import AGAIN, attempt, first_line, located, quiet
 
 KINDS = {"sam": (SamModel, SamProcessor), "sam2": (Sam2Model, Sam2Processor)}
@@ -102,7 +103,7 @@ class Segmenter:
             out = self.model(image_embeddings=embeddings, multimask_output=three, **given)
             logits.append(out.pred_masks.flatten(0, 2).float())
             scores.append(out.iou_scores.flatten().float())
-        return torch.cat(logits), torch.cat(scores)
+        return require_finite(torch.cat(logits), "what SAM makes of the picture"), torch.cat(scores)
 
     def _unpadded(
         self, logits: Float[Tensor, "answers h w"], inputs: Mapping[str, Tensor]

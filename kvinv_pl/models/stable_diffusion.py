@@ -19,6 +19,7 @@ from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import NEEDED, load, sizes
+from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.loading import attempt
 
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
@@ -76,7 +77,7 @@ class Backbone(nn.Module):
         with torch.autocast(pixels.device.type, enabled=False):
             rows = pixels.float().split(max(1, PIXELS_AT_ONCE // (h * w)))
             means = torch.cat([self.vae.encode(x, return_dict=False)[0].mean for x in rows])
-        return (means - shift) * scale
+        return require_finite((means - shift) * scale, "what the VAE makes of the picture")
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "n c i j"]) -> Float[Tensor, "n 3 h w"]:
@@ -101,7 +102,8 @@ class Backbone(nn.Module):
         ).to(self.text_encoder.device)
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens["attention_mask"] if masked else None
-        return self.text_encoder(tokens["input_ids"], attention_mask=mask)[0]
+        read = self.text_encoder(tokens["input_ids"], attention_mask=mask)[0]
+        return require_finite(read, "what the text model makes of a prompt", read.dtype)
 
     def read(self, prompt: str) -> list[int]:
         """The tokens of a prompt that embed reads, without those that it adds."""

@@ -104,13 +104,19 @@ def edit_picture(
             reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
             lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
         )  # fmt: skip
+    finite = z_0.isfinite().flatten(1).all(1).tolist()
     geometry = geometry_of(run["picture"])
-    edited = [to_image(pixels.cpu(), geometry) for pixels in denoiser.backbone.decode(z_0)]
-    seconds = round((time.perf_counter() - began) / len(edited), 2)
-    for target, picture in zip(targets, edited, strict=True):
+    decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
+    edited = [to_image(pixels.cpu(), geometry) for pixels in decoded]
+    seconds = round((time.perf_counter() - began) / len(targets), 2)
+    rendered = [target for target, is_finite in zip(targets, finite, strict=True) if is_finite]
+    for target, picture in zip(rendered, edited, strict=True):
         paths[target] = edits.save(target, picture, {**records[target], "figures": {"seconds": seconds}})
     store.save_picture("sheet", sheet_of(store))
     watch.progress.finish()
+    if lost := [target for target in targets if target not in rendered]:
+        advice = "use a lower guidance scale, or precision 32-true"
+        raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
     return [paths[target] for target in records]
 
 

@@ -13,6 +13,7 @@ from kvinv_pl.data.records import INVERTED, geometry_of, versions
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import Opened, SourceImage
 from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.finite import require_finite
 from kvinv_pl.stages.curriculum import first_missing
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import InversionSettings
@@ -72,9 +73,16 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
     contexts = denoiser.backbone.embed([record["inversion"]["negative"], image.source])[:, None]
     if not image.source:
         watch.progress.note(f"{image.name}: the source prompt is empty; --source says what the picture shows")
+    predict = denoiser.guided_prediction(contexts, settings.guidance)
+    also = "" if settings.guidance == 1 else "use a lower inversion_guidance, or "
+
+    def finite(z: Tensor, t: Tensor) -> Tensor:
+        what = f"what the model makes of {image.name} at timestep {int(t[0])} of the inversion"
+        return require_finite(predict(z, t), what, denoiser.backbone.unet.dtype, also)
+
     watch.progress.begin("inverting", image.name, len(table))
     z = invert(
-        denoiser.guided_prediction(contexts, settings.guidance), z_0, table,
+        finite, z_0, table,
         lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
     )  # fmt: skip
     geometry = geometry_of(record["picture"])

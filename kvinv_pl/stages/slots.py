@@ -111,7 +111,7 @@ class Slots:
                 before: Step = work.store.step(first - 1)
                 self.z[slot] = before.z.to(self.denoiser.device)
                 self.denoiser.read(before.psi, slot)
-        self._drop_failed()
+        self.drop_failed()
 
     def settle(self, carry: bool) -> list[int]:
         """Load psi of every slot as tuned at its pivot; return the inner steps it took there.
@@ -131,10 +131,11 @@ class Slots:
                     psi = {**psi, **{name: current[name][slot].cpu() + moved[name] for name in learned}}
                 self.denoiser.read(psi, slot)
                 used[slot] = info["inner_steps"]
-        self._drop_failed()
+        self.drop_failed()
         return used
 
-    def _drop_failed(self) -> None:
+    def drop_failed(self) -> None:
+        """Mark the slots of pictures that have failed since."""
         filled = [slot for slot, _ in self.active()]
         self.lost |= torch.tensor([slot not in filled for slot in range(len(self.members))])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import rounded
+from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
@@ -189,8 +190,9 @@ class Tuning:
     def _complete(self, dry_run: bool) -> None:
         slots = self._slots
         self._keeper.restore()
-        for value in self.denoiser.values().values():
-            value.copy_(rounded(value, self.settings.store_dtype))
+        self._round()
+        if not slots.active():
+            return
         before = slots.z
         kv = self._advance()
         self.denoiser.cache.forget()
@@ -218,6 +220,19 @@ class Tuning:
                     self._write_at_pivot(work, slot, psi, figures)
         if self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
             self._certify_slots()
+
+    def _round(self) -> None:
+        """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
+        values, dtype = list(self.denoiser.values().values()), self.settings.store_dtype
+        try:
+            for value in values:
+                value.copy_(rounded(value, dtype))
+        except UserError:
+            for slot, work in self._slots.active():
+                with self.failures.of([work]):
+                    for value in values:
+                        value[slot] = rounded(value[slot], dtype)
+            self._slots.drop_failed()
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""
