@@ -61,9 +61,12 @@ def dequantized(stored: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _short(scale: Tensor) -> Tensor:
-    """The scale with 16 binary digits, upward: multiples of it up to 127 are then exact in fp32."""
-    mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
+    """The scale with 16 binary digits, upward: multiples of it up to 127 are then exact in fp32.
+
+    By the bits, because Apple's GPUs have no frexp: 8 of the 24 digits of a positive number are dropped.
+    """
+    upward = ((scale.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
+    return torch.where(scale.isfinite(), upward, scale)
 
 
 Bars = tuple[Tensor, Tensor]

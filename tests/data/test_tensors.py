@@ -44,6 +44,30 @@ def test_int8_takes_a_byte_a_value_and_a_scale_a_channel():
     assert int(parts["k"].abs().max()) == 127
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_int8_needs_no_frexp_and_its_scales_have_the_bits_that_it_would_give(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Apple's GPUs lack it; runs that were made with it go on."""
+    x = values(seed)
+    mantissa, exponent = torch.frexp(x.abs().amax(-2, keepdim=True) / 127)
+    scale = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
+
+    def missing(*args: object) -> None:
+        raise NotImplementedError("aten::frexp.Tensor is not implemented for the MPS device")
+
+    monkeypatch.setattr(torch, "frexp", missing)
+    assert torch.equal(quantized("k", x, "int8")["k#scale"], scale)
+
+
+def test_a_scale_that_is_no_number_stays_none_whatever_its_bits():
+    for bits in (0x7FC00000, 0x7FFFFFFF, 0x7F800000):  # NaN on a CPU and on a GPU, and infinity
+        bad = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        x = torch.zeros(1, 4, 3)
+        x[0, 2, 1] = bad[0]
+        assert not quantized("k", x, "int8")["k#scale"][0, 0, 1].isfinite()
+
+
 def test_slots_are_rounded_apart():
     x = values(0)
     both = rounded(x, "int8")

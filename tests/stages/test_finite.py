@@ -118,7 +118,8 @@ class Huge(FullKV):
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         super().reset(generator)
-        self.size.zero_()
+        for buffer in self.buffers():  # none yet in the base's __init__
+            buffer.zero_()
 
     def observe(self, k: Tensor, v: Tensor) -> None:
         self.size[k.square().sum((1, 2)).argmax()] = 1e6
@@ -128,9 +129,7 @@ def test_psi_that_the_store_cannot_hold_fails_its_own_picture_alone(tmp_path: Pa
     for seed in range(2):
         fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
-    model = fits.model(
-        attention=Huge, slots=2, store_dtype="float16", carry=False, target_modules="middle"
-    )
+    model = fits.model(attention=Huge, slots=2, store_dtype="float16", carry=False, target_modules="middle")
     with pytest.raises(SomeFailedError) as raised:
         fits.trainer().fit(model, datamodule=data)
     (reason,) = raised.value.reasons.values()
@@ -149,8 +148,7 @@ def test_an_edit_that_is_not_finite_is_named_and_those_beside_it_are_written(
         return z_0
 
     monkeypatch.setattr(edit, "edit", of_which_the_first_runs_away)
-    for targets, written in (([TARGET, "a dog"], ["a dog"]), ([TARGET], [])):
+    for targets in ([TARGET, "a dog"], [TARGET]):
         with pytest.raises(UserError, match=f"the edit to '{TARGET}' is not finite: use a lower guidance"):
             fits.edit(store, *targets)
-        assert [record["target"] for record, _ in store.edits()][:1] == written or store.edits()
     assert [record["target"] for record, _ in store.edits()] == ["a dog"]
