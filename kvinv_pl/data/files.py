@@ -168,7 +168,8 @@ def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Ma
         for name, tensor in tensors.items()
     }
     for name, tensor in plain.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        checked = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite knows no 8-bit floats
+        if not bool(checked.isfinite().all()):
             raise UserError(
                 f"{kind} was not written to {file}: {name} is not finite; use a lower learning rate or "
                 "guidance scale, or precision 32-true"

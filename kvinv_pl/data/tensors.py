@@ -21,9 +21,11 @@ SCALE = "#scale"
 """The suffix of the name of an int8 tensor's scales."""
 
 
-def rounded(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> Float[Tensor, "*rows tokens dim"]:
+def rounded(
+    x: Float[Tensor, "*rows tokens dim"], dtype: str, name: str = "x"
+) -> Float[Tensor, "*rows tokens dim"]:
     """X as it is read back after being stored; rounding twice changes nothing."""
-    return dequantized(quantized("x", x, dtype), "x").to(x.dtype)
+    return dequantized(quantized(name, x, dtype), name).to(x.dtype)
 
 
 def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> dict[str, Tensor]:

@@ -223,15 +223,15 @@ class Tuning:
 
     def _round(self) -> None:
         """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
-        values, dtype = list(self.denoiser.values().values()), self.settings.store_dtype
+        values, dtype = self.denoiser.values(), self.settings.store_dtype
         try:
-            for value in values:
-                value.copy_(rounded(value, dtype))
+            for name, value in values.items():
+                value.copy_(rounded(value, dtype, name))
         except UserError:
             for slot, work in self._slots.active():
                 with self.failures.of([work]):
-                    for value in values:
-                        value[slot] = rounded(value[slot], dtype)
+                    for name, value in values.items():
+                        value[slot] = rounded(value[slot], dtype, name)
             self._slots.drop_failed()
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
