@@ -8,13 +8,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 PATIENCE = 10.0
 """Seconds that a rank has to exit after SIGTERM, before it is killed."""
 TERMINATED = 128 + signal.SIGTERM
 """The exit code after SIGTERM, by the convention of shells."""
+STOPPING = "stopping after this step; again to stop at once"
+"""What is said to a first signal that waits."""
 
 
 def stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -52,7 +54,12 @@ class StopRequest:
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
         first, self._signal = self._signal is None, signum
-        if not (self.deferred and first):
+        if self.deferred and first:
+            cleared = "\r\x1b[2K" if os.isatty(2) else ""  # the line of progress
+            # sys.stderr may be in the middle of a write, which it would refuse to have interrupted by its own
+            with suppress(OSError):
+                os.write(2, f"{cleared}{STOPPING}\n".encode())
+        else:
             self.check()
 
     @contextmanager

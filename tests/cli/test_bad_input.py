@@ -463,6 +463,7 @@ def test_an_interrupted_command_goes_on_where_it_was(
         child.send_signal(sent)
         _, err = child.communicate(timeout=60)
     assert child.returncode == code, err
+    assert "stopping after this step; again to stop at once" in err.splitlines()
     assert "Traceback" not in err and err.splitlines()[-1].startswith(
         "kvinv: stopped; run the same command to resume"
     )

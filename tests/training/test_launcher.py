@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from kvinv_pl.training.launcher import STOPPING
+
 BEGIN = """
 import os, signal, subprocess, sys
 from kvinv_pl.training import launcher
@@ -13,11 +15,12 @@ def said(*words):
 
 
 def said_by(program: str) -> list[str]:
-    """The lines that a program of its own prints."""
+    """The lines that a program of its own prints, on either stream."""
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN + program], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stderr
+        [sys.executable, "-c", BEGIN + program],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()
 
 
@@ -56,7 +59,7 @@ said(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 """) == ["143", "143", "True"]
 
 
-def test_a_first_signal_can_wait_and_a_second_one_does_not() -> None:
+def test_a_first_signal_can_wait_which_is_said_and_a_second_one_does_not() -> None:
     assert said_by("""
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,4 +73,29 @@ for number in (signal.SIGINT, signal.SIGTERM):
             except BaseException as stop:
                 said(type(stop).__name__)
 said(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
-""") == ["KeyboardInterrupt"] * 2 + ["SystemExit"] * 2 + ["True"]
+""") == [STOPPING, "KeyboardInterrupt"] * 2 + [STOPPING, "SystemExit"] * 2 + ["True"]
+
+
+def test_a_signal_that_is_heeded_at_once_needs_no_words() -> None:
+    assert said_by("""
+request = launcher.StopRequest()
+with request.handling():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit as stop:
+        said(stop.code)
+""") == ["143"]
+
+
+def test_where_standard_error_is_closed_a_first_signal_waits_without_words() -> None:
+    assert said_by("""
+request = launcher.StopRequest()
+with request.handling():
+    request.deferred = True
+    os.close(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        request.check()
+    except SystemExit as stop:
+        said(stop.code)
+""") == ["143"]
