@@ -73,15 +73,17 @@ class StepTable:
         self, z: Float[Tensor, "rows c h w"], out: Float[Tensor, "rows c h w"], i: Steps
     ) -> Float[Tensor, "rows c h w"]:
         """Step i of Eq. 4, towards the picture."""
-        return move(z, self._eps(z, out, i), self.alphas[i], self.alphas[i + 1])
+        return move(z, self.epsilon(z, out, i), self.alphas[i], self.alphas[i + 1])
 
     def back(
         self, z: Float[Tensor, "rows c h w"], out: Float[Tensor, "rows c h w"], i: Steps
     ) -> Float[Tensor, "rows c h w"]:
         """Step i of Eq. 4, towards noise."""
-        return move(z, self._eps(z, out, i), self.alphas[i + 1], self.alphas[i])
+        return move(z, self.epsilon(z, out, i), self.alphas[i + 1], self.alphas[i])
 
-    def _eps(self, z: Tensor, out: Tensor, i: Steps) -> Tensor:
+    def epsilon(
+        self, z: Float[Tensor, "rows c h w"], out: Float[Tensor, "rows c h w"], i: Steps
+    ) -> Float[Tensor, "rows c h w"]:
         """Epsilon from the network's output at the start of step i, whose alpha belongs to its timestep."""
         return from_v(z, out, self.alphas[i]) if self.predicts_v else out
 

@@ -52,44 +52,33 @@ class CPProcessor:
         temb: Tensor | None = None,
     ) -> Tensor:
         """As diffusers' own processor, with `mode` as its middle; the argument names are diffusers'."""
-        if self.mode is None:
+        if (mode := self.mode) is None:
             more = {} if temb is None else {"temb": temb}
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
         if encoder_hidden_states is not None:
             raise UserError(f"{self.site.path} is no self-attention: leave it out of the selection")
-        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
-        shape = x.shape
-        if x.ndim == 4:
-            x = x.flatten(2).transpose(1, 2)
-        rows, tokens, _ = x.shape
-        self._check(rows, tokens)
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        def middle(x: Tensor) -> Tensor:
+            rows, tokens, _ = x.shape
+            self._check(rows, tokens)
 
-        def project(x: Tensor, layer: nn.Module | None, norm: nn.Module | None = None) -> Tensor:
-            if layer is None:
-                raise UserError(f"{self.site.path} has no K and V of its own: leave it out of the selection")
-            y = layer(x)
-            if norm is not None:  # one head at a time
-                y = norm(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
-            return y.unflatten(0, (-1, self.site.slots))
+            def project(x: Tensor, layer: nn.Module | None, norm: nn.Module | None = None) -> Tensor:
+                if layer is None:
+                    raise UserError(
+                        f"{self.site.path} has no K and V of its own: leave it out of the selection"
+                    )
+                return projected(attn, x, layer, norm).unflatten(0, (-1, self.site.slots))
 
-        def keys_values(branches: int | None = None) -> KV:
-            own = x if branches is None else x[: branches * self.site.slots]
-            return project(own, attn.to_k, attn.norm_k), project(own, attn.to_v)
+            def keys_values(branches: int | None = None) -> KV:
+                own = x if branches is None else x[: branches * self.site.slots]
+                return project(own, attn.to_k, attn.norm_k), project(own, attn.to_v)
 
-        q = project(x, attn.to_q, attn.norm_q)
-        bias = attention_mask
-        if bias is not None:
-            bias = attn.prepare_attention_mask(bias, tokens, rows)
-        y = self.mode(self.site, q, keys_values, _sdpa(attn, q, bias)).flatten(0, 1)
-        for layer in attn.to_out or ():  # the projection, then dropout
-            y = layer(y)
-        if len(shape) == 4:
-            y = y.transpose(1, 2).reshape(shape)
-        if attn.residual_connection:
-            y = y + hidden_states
-        return y / attn.rescale_output_factor
+            q = project(x, attn.to_q, attn.norm_q)
+            bias = attention_mask
+            if bias is not None:
+                bias = attn.prepare_attention_mask(bias, tokens, rows)
+            return mode(self.site, q, keys_values, sdpa_of(attn, q, bias)).flatten(0, 1)
+
+        return around(attn, hidden_states, temb, middle)
 
     def _check(self, rows: int, tokens: int) -> None:
         site = self.site
@@ -105,7 +94,35 @@ class CPProcessor:
             )
 
 
-def _sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
+def around(
+    attn: Attention, hidden_states: Tensor, temb: Tensor | None, middle: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """diffusers' attention around its middle, which makes (rows, tokens, dim) of (rows, tokens, channels)."""
+    x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+    shape = x.shape
+    if x.ndim == 4:
+        x = x.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    y = middle(x)
+    for layer in attn.to_out or ():  # the projection, then dropout
+        y = layer(y)
+    if len(shape) == 4:
+        y = y.transpose(1, 2).reshape(shape)
+    if attn.residual_connection:
+        y = y + hidden_states
+    return y / attn.rescale_output_factor
+
+
+def projected(attn: Attention, x: Tensor, layer: nn.Module, norm: nn.Module | None) -> Tensor:
+    """Q, K or V of a sequence, normalised one head at a time where the layer does that."""
+    y = layer(x)
+    if norm is not None:
+        y = norm(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    return y
+
+
+def sdpa_of(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
     """Eq. 2 for one layer: split the heads, softmax(Q K^T / sqrt(d)) V, merge the heads."""
     every, slots, dtype = q.shape[0], q.shape[1], q.dtype
 

@@ -87,11 +87,11 @@ def options(cls: type[CPAttention]) -> list[Option]:
     except NameError:  # types imported under TYPE_CHECKING
         signature = inspect.signature(cls.__init__)
     parameters = list(signature.parameters.values())[2:]  # without self and the site
-    texts = _arguments(cls.__init__.__doc__) | _arguments(cls.__doc__)
+    texts = arguments(cls.__init__.__doc__) | arguments(cls.__doc__)
     return [Option(p.name, p.annotation, p.default, texts.get(p.name, "")) for p in parameters]
 
 
-def _arguments(docstring: str | None) -> dict[str, str]:
+def arguments(docstring: str | None) -> dict[str, str]:
     """The Args section of a Google-style docstring, by name."""
     _, _, section = inspect.cleandoc(docstring or "").partition("Args:\n")
     texts: dict[str, str] = {}

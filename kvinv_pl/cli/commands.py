@@ -16,10 +16,11 @@ FILES = {
     "new-variant": "kvinv_pl.cli.new_variant",
     "variants": "kvinv_pl.cli.variants",
     "sites": "kvinv_pl.cli.variants",
+    "methods": "kvinv_pl.cli.methods",
     "check": "kvinv_pl.cli.variants",
 }
 """The module of each command, which is a function of that name; only the module in use is imported."""
-FIRST = {"mask": "image", "variants": "name", "check": "target", "new-variant": "name"}
+FIRST = {"mask": "image", "variants": "name", "methods": "name", "check": "target", "new-variant": "name"}
 """The option that a command's first positional argument stands for."""
 
 

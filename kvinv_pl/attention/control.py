@@ -1,0 +1,124 @@
+"""Attention taken over at chosen layers, self and cross, while an editing method controls a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kvinv_pl.attention.processor import PLAIN, around, projected, sdpa_of
+from kvinv_pl.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """One attention layer in one forward, whose rows are source and target in every branch."""
+
+    path: str
+    cross: bool
+    """Whether the keys are a prompt's tokens."""
+    grid: tuple[int, int]
+    """Height and width of the map whose pixels are the queries."""
+    q: Float[Tensor, "branches 2 tokens dim"]
+    k: Float[Tensor, "branches 2 keys dim"]
+    v: Float[Tensor, "branches 2 keys dim"]
+    attend: Callable[..., Tensor]
+    """attend(q, k, v, mask=None): softmax(Q K^T / sqrt(d)) V; a mask is True where a query may attend."""
+    heads: int
+    scale: float
+
+    def probabilities(self, q: Tensor, k: Tensor) -> Float[Tensor, "branches 2 heads tokens keys"]:
+        """softmax(Q K^T / sqrt(d)), in fp32."""
+        queries, keys = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k))
+        return (self.scale * queries.float() @ keys.float().transpose(-2, -1)).softmax(-1)
+
+    def read(self, probabilities: Tensor, v: Tensor) -> Float[Tensor, "branches 2 tokens dim"]:
+        """What is read of V with these probabilities, the heads merged."""
+        values = v.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        return (probabilities.to(v.dtype) @ values).transpose(-3, -2).flatten(-2)
+
+
+@contextmanager
+def controlling(
+    unet: nn.Module,
+    paths: Sequence[str],
+    grids: Mapping[int, tuple[int, int]],
+    middle: Callable[[Attending], Tensor],
+) -> Iterator[None]:
+    """Have `middle` compute these layers' attention; afterwards each has its own processor again.
+
+    Args:
+        unet: The U-Net.
+        paths: Module paths of attentions.
+        grids: Height and width of a map, by the number of its pixels.
+        middle: From an `Attending` to (branches, 2, tokens, dim).
+    """
+    before = {path: _plain(unet, path) for path in paths}
+    processors = {path: layer.processor for path, layer in before.items()}
+    try:
+        for path, layer in before.items():
+            made: Any = partial(_controlled, path, grids, middle)
+            layer.processor = made  # set_processor would register a module's hooks, and print
+        yield
+    finally:
+        for path, layer in before.items():
+            layer.processor = processors[path]
+
+
+def _plain(unet: nn.Module, path: str) -> Attention:
+    """The attention at a path, if its processor may be stood in for."""
+    try:
+        layer = unet.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, Attention):
+        raise UserError(f"{path!r} is no attention layer of this U-Net; `kvinv sites` shows those there are")
+    if type(layer.processor) not in PLAIN:
+        raise UserError(
+            f"{path} has a {type(layer.processor).__name__}, whose effect a method would silently drop: "
+            "undo what put it there"
+        )
+    return layer
+
+
+def _controlled(
+    path: str,
+    grids: Mapping[int, tuple[int, int]],
+    middle: Callable[[Attending], Tensor],
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    temb: Tensor | None = None,
+) -> Tensor:
+    """As diffusers' own processor, with `middle` as its middle; the argument names are diffusers'."""
+
+    def attention(x: Tensor) -> Tensor:
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        to_k: Any = attn.to_k
+        q, k, v = (
+            projected(attn, of, layer, norm).unflatten(0, (-1, 2))
+            for of, layer, norm in (
+                (x, attn.to_q, attn.norm_q),
+                (context, to_k, attn.norm_k),
+                (context, attn.to_v, None),
+            )
+        )
+        bias = attention_mask
+        if bias is not None:
+            bias = attn.prepare_attention_mask(bias, context.shape[1], len(x))
+        at = Attending(
+            path, encoder_hidden_states is not None, grids[x.shape[1]], q, k, v, sdpa_of(attn, q, bias),
+            attn.heads, attn.scale if attn.scale_qk else 1.0,
+        )  # fmt: skip
+        return middle(at).to(q.dtype).flatten(0, 1)
+
+    return around(attn, hidden_states, temb, attention)

@@ -1,0 +1,1 @@
+"""Methods to compare with, and how a picture goes through them."""

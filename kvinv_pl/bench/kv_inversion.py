@@ -1,0 +1,34 @@
+"""KV Inversion itself, among the methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from kvinv_pl.api import KVInverter
+from kvinv_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class KVInversionEdit:
+    """KV Inversion (Huang et al., 2023, Algorithm 1) by this package's three stages.
+
+    Its variant, its layers and all settings of tuning are those that the model was loaded with.
+    """
+
+    def render(
+        self,
+        model: KVInverter,
+        picture: Image.Image,
+        source: str,
+        target: str,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mask: Image.Image | None = None,
+        seed: int = 0,
+    ) -> Image.Image:
+        """Tune the picture and edit it."""
+        if steps not in (None, model.model.steps):
+            raise UserError(f"steps: expected {model.model.steps}, with which the model was loaded, got {steps}")
+        return model.tune(picture, source, mask=mask).edit(target, guidance=guidance)

@@ -1,0 +1,86 @@
+"""The registry of methods, which are found by their entry points."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from kvinv_pl.errors import UserError, near
+
+GROUP = "kvinv_pl.methods"
+Kind = Literal["inversion", "edit", "whole"]
+KINDS: dict[str, Kind] = {"invert": "inversion", "control": "edit", "render": "whole"}
+"""What a method is, by the name of the protocol's own function."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method: its class, or why it could not be imported."""
+
+    name: str
+    cls: type[Any] | None
+    distribution: str
+    error: str | None = None
+
+    @property
+    def kind(self) -> Kind | None:
+        """Whether it is an inversion, an edit or a whole, to be used alone."""
+        return next((kind for has, kind in KINDS.items() if hasattr(self.cls, has)), None)
+
+    @property
+    def text(self) -> str:
+        """The docstring before its Args."""
+        return inspect.cleandoc(self.cls.__doc__ or "").partition("\nArgs:")[0].strip() if self.cls else ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it can be made with, and the defaults, which are the published ones."""
+        return dict(_options(self.cls))
+
+
+def _options(cls: type[Any] | None) -> Iterator[tuple[str, Any]]:
+    if cls is not None and is_dataclass(cls):
+        yield from ((option.name, option.default) for option in fields(cls))
+
+
+def methods() -> dict[str, Method]:
+    """Every method in the entry-point group `kvinv_pl.methods`, by name; two of one name are an error."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other is not point:
+            raise UserError(
+                f"two methods are named {point.name!r}: {other.value} and {point.value}; "
+                "uninstall one of them, or have it renamed"
+            )
+    return {name: _load(found[name]) for name in sorted(found)}
+
+
+def make(name: str, *kinds: Kind, **options: Any) -> Any:
+    """The method of this name, if it is one of these kinds, with its published defaults but for `options`."""
+    known = {key: method for key, method in methods().items() if method.kind in (*kinds, None)}
+    if name not in known:
+        listed = ", ".join(key for key, method in known.items() if method.kind)
+        raise UserError(f"no {' or '.join(kinds)} {name!r}{near(name, list(known))}: expected one of {listed}")
+    method = known[name]
+    if method.cls is None or method.kind is None:
+        raise UserError(f"the method {name!r} of {method.distribution} is broken: {method.error}")
+    if unknown := sorted(options.keys() - method.options.keys()):
+        expected = ", ".join(method.options) or "none"
+        raise UserError(f"{name} has no option {unknown[0]!r}: expected {expected}")
+    return method.cls(**options)
+
+
+def _load(point: EntryPoint) -> Method:
+    owner = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+    try:
+        cls = point.load()
+    except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Method(point.name, None, owner, f"{point.value} cannot be imported ({reason})")
+    if not (isinstance(cls, type) and any(hasattr(cls, has) for has in KINDS)):
+        return Method(point.name, None, owner, f"{point.value} has neither of {', '.join(KINDS)}")
+    return Method(point.name, cls, owner)

@@ -1,0 +1,39 @@
+"""`kvinv methods`. The docstring is the help."""
+
+import inspect
+import textwrap
+from dataclasses import MISSING
+
+from kvinv_pl.attention.registry import arguments
+from kvinv_pl.bench import methods as registry
+from kvinv_pl.errors import UserError, near
+
+
+def methods(name: str | None = None) -> None:
+    """List the methods to compare with: inversions, edits, and wholes, which are both; or show one of them.
+
+    Args:
+        name: Which one to show, with its options; `kvinv methods NAME` does as well.
+    """
+    found = registry.methods()
+    if name is not None and name not in found:
+        raise UserError(f"no method {name!r}{near(name, list(found))}: expected one of {', '.join(found)}")
+    shown = list(found.values()) if name is None else [found[name]]
+    order = [*registry.KINDS.values(), None]
+    for method in sorted(shown, key=lambda method: order.index(method.kind)):
+        where = f"{method.cls.__module__}.{method.cls.__qualname__}" if method.cls else "broken"
+        print(f"{method.name:<18}{method.kind or '-':<11}{where}  ({method.distribution})")
+        print(f"{'':<18}{method.error or method.text.partition(chr(10))[0]}")
+        if method.cls is not None and name is not None:
+            print("\n".join(_details(method)))
+
+
+def _details(method: registry.Method) -> list[str]:
+    """The rest of a method's docstring, and its options."""
+    rest = method.text.partition("\n")[2].strip()
+    lines = [*textwrap.indent(rest, " " * 18).splitlines(), ""]
+    texts = arguments(inspect.getdoc(method.cls))
+    for name, default in method.options.items():
+        lines.append(f"  {name} ({'must be given' if default is MISSING else f'default: {default}'})")
+        lines += textwrap.wrap(texts.get(name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines

@@ -1,0 +1,1 @@
+"""Edits to compare with: one file each, from its paper."""

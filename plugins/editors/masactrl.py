@@ -1,0 +1,118 @@
+"""MasaCtrl (Cao et al., 2023): mutual self-attention, plain and guided by masks."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene
+from kvinv_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class MasaCtrl:
+    """Mutual self-attention (Cao et al., 2023, Eq. 3): the target's queries read the source's K and V.
+
+    With words, it is guided by masks (Eqs. 4 and 5): cross-attention maps of the words, of the source and of
+    the target, are cut at a threshold; the target's foreground reads the source's foreground alone, and its
+    background the rest.
+
+    Args:
+        start: The share of the steps, from noise, after which it begins; published: 4 of 50.
+        layer: The self-attention from which on, in the order of the forward; left out, 10 of Stable
+            Diffusion's 16, and the same share of another U-Net's.
+        word: Of both prompts, whose attention is the mask; left out, there are no masks.
+        threshold: Of a mask, in a map from 0 to 1.
+        empty_source: Whether the source is inverted and sampled without a prompt, as published for
+            photographs; without masks only.
+    """
+
+    start: float = 0.08
+    layer: int | None = None
+    word: str | None = None
+    threshold: float = 0.1
+    empty_source: bool = True
+    guidance: float | None = 7.5
+    properties = ("keeps equal prompts",)
+
+    def __post_init__(self) -> None:
+        """Refuse masks by the words of an empty prompt."""
+        if self.word is not None and self.empty_source:
+            raise UserError("empty_source: expected false with a word, which is looked for in the source prompt")
+
+    def control(self, scene: Scene, inverted: Inverted) -> Control:
+        """Take over the later self-attentions."""
+        every = scene.model.self_attentions
+        layer = round(len(every) * 10 / 16) if self.layer is None else self.layer
+        if not 0 <= layer < len(every):
+            raise UserError(f"layer: expected 0 to {len(every) - 1}, got {layer}")
+        first = int(self.start * len(scene.table) + 0.5)
+        if self.word is None:
+            return Mutual(every[layer:], first)
+        positions = [scene.model.positions(prompt, self.word) for prompt in (scene.source, scene.target)]
+        return Masked(every[layer:], first, scene.model.cross_attentions, positions, self.threshold)
+
+
+class Mutual(Control):
+    """Eq. 3 from one step and one layer on."""
+
+    def __init__(self, layers: tuple[str, ...] | list[str], first: int) -> None:
+        """Take over `layers` from step `first` on."""
+        self.attentions = self.layers = tuple(layers)
+        self.first = first
+
+    def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
+        """The target's queries with the K and V of the source's same branch."""
+        if i < self.first:
+            return at.attend(at.q, at.k, at.v)
+        return at.attend(at.q, at.k[:, :1].expand_as(at.k), at.v[:, :1].expand_as(at.v))
+
+
+class Masked(Mutual):
+    """Eqs. 4 and 5: masks from the attention maps of the step before."""
+
+    def __init__(
+        self,
+        layers: tuple[str, ...] | list[str],
+        first: int,
+        cross: tuple[str, ...] | list[str],
+        positions: list[list[int]],
+        threshold: float,
+    ) -> None:
+        """Watch the cross-attentions beside."""
+        super().__init__(layers, first)
+        self.attentions = (*self.layers, *cross)
+        self.positions, self.threshold = positions, threshold
+        self._maps: list[Tensor] = []
+        self._masks: Tensor | None = None
+
+    def before(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
+        """Cut the maps that were seen in the step before, those of the coarse layers that name things best."""
+        coarse = [maps for maps in self._maps if maps.shape[-1] * 4 <= z.shape[-1]] or self._maps
+        size = min(((maps.shape[-2], maps.shape[-1]) for maps in coarse), default=None, key=lambda s: -s[0])
+        if size is not None:
+            mean = torch.stack([F.interpolate(m[None], size, mode="bilinear")[0] for m in coarse]).mean(0)
+            least, most = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
+            self._masks = (mean - least) / (most - least).clamp_min(1e-12) > self.threshold
+        self._maps = []
+        return z
+
+    def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
+        """Keep a map of the words, or attend within foreground and background."""
+        if at.cross:
+            seen = at.probabilities(at.q, at.k)[-1].mean(1)
+            maps = [seen[row][:, places].mean(-1).view(at.grid) for row, places in enumerate(self.positions)]
+            self._maps.append(torch.stack(maps))
+            return at.attend(at.q, at.k, at.v)
+        if i < self.first or self._masks is None:
+            return super().attend(i, at)
+        fitted = F.interpolate(self._masks[None].float(), at.grid, mode="nearest")[0].flatten(1) > 0.5
+        source, target = fitted[0], fitted[1]
+        # a query and a key on one side; a side that the source lacks is read as a whole
+        alike = target[:, None] == source[None]
+        alike = alike | ~alike.any(1, keepdim=True)
+        own = torch.ones_like(alike)
+        mask = torch.stack([own, alike])[None]
+        return at.attend(at.q, at.k[:, :1].expand_as(at.k), at.v[:, :1].expand_as(at.v), mask)

@@ -1,0 +1,1 @@
+"""Inversions to compare with: one file each, from its paper."""
