@@ -1,7 +1,7 @@
 """The seam for methods to compare with: what an inversion leaves, what an edit controls, and their sampling.
 
 Source and target are sampled side by side. Tensors of a forward are (branches, 2, ...): the branches are the
-unconditional one, where guidance runs, and the conditional one; of the two rows, 0 is the source, 1 the target.
+unconditional one, where guidance runs, and the conditional one; of the rows, 0 is the source, 1 the target.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class CPProcessor:
 def around(
     attn: Attention, hidden_states: Tensor, temb: Tensor | None, middle: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """diffusers' attention around its middle, which makes (rows, tokens, dim) of (rows, tokens, channels)."""
+    """The attention of diffusers around its middle, which makes (rows, tokens, dim) of (rows, tokens, channels)."""
     x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
     shape = x.shape
     if x.ndim == 4:

@@ -30,5 +30,7 @@ class KVInversionEdit:
     ) -> Image.Image:
         """Tune the picture and edit it."""
         if steps not in (None, model.model.steps):
-            raise UserError(f"steps: expected {model.model.steps}, with which the model was loaded, got {steps}")
+            raise UserError(
+                f"steps: expected {model.model.steps}, with which the model was loaded, got {steps}"
+            )
         return model.tune(picture, source, mask=mask).edit(target, guidance=guidance)

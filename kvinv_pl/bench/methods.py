@@ -64,7 +64,9 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
     known = {key: method for key, method in methods().items() if method.kind in (*kinds, None)}
     if name not in known:
         listed = ", ".join(key for key, method in known.items() if method.kind)
-        raise UserError(f"no {' or '.join(kinds)} {name!r}{near(name, list(known))}: expected one of {listed}")
+        raise UserError(
+            f"no {' or '.join(kinds)} {name!r}{near(name, list(known))}: expected one of {listed}"
+        )
     method = known[name]
     if method.cls is None or method.kind is None:
         raise UserError(f"the method {name!r} of {method.distribution} is broken: {method.error}")

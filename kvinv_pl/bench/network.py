@@ -68,7 +68,9 @@ class Network:
 
     def _module(self, path: str) -> nn.Module:
         if path not in self.modules:
-            raise UserError(f"{path!r} is no module of this U-Net: expected a path such as {self.modules[-1]}")
+            raise UserError(
+                f"{path!r} is no module of this U-Net: expected a path such as {self.modules[-1]}"
+            )
         return self.unet.get_submodule(path)
 
 

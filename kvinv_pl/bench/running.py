@@ -54,7 +54,9 @@ def run_method(
     image = picture if isinstance(picture, Image.Image) else open_picture(picture).image
     if isinstance(chosen, Renderer):
         if inversion != "ddim":
-            raise UserError(f"inversion: expected ddim with {editor}, which inverts by itself, got {inversion}")
+            raise UserError(
+                f"inversion: expected ddim with {editor}, which inverts by itself, got {inversion}"
+            )
         given = {"steps": steps, "guidance": guidance, "mask": mask, "seed": seed}
         return chosen.render(
             model, image, source, target, **{k: v for k, v in given.items() if v is not None}

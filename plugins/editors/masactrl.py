@@ -40,7 +40,9 @@ class MasaCtrl:
     def __post_init__(self) -> None:
         """Refuse masks by the words of an empty prompt."""
         if self.word is not None and self.empty_source:
-            raise UserError("empty_source: expected false with a word, which is looked for in the source prompt")
+            raise UserError(
+                "empty_source: expected false with a word, which is looked for in the source prompt"
+            )
 
     def control(self, scene: Scene, inverted: Inverted) -> Control:
         """Take over the later self-attentions."""
@@ -89,7 +91,7 @@ class Masked(Mutual):
         self._masks: Tensor | None = None
 
     def before(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
-        """Cut the maps that were seen in the step before, those of the coarse layers that name things best."""
+        """Cut the maps that were seen in the step before, of the layers that name things best."""
         coarse = [maps for maps in self._maps if maps.shape[-1] * 4 <= z.shape[-1]] or self._maps
         size = min(((maps.shape[-2], maps.shape[-1]) for maps in coarse), default=None, key=lambda s: -s[0])
         if size is not None:

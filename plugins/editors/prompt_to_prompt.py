@@ -158,7 +158,7 @@ def replacement(source: Sequence[str], target: Sequence[str], length: int) -> tu
 
 
 def refinement(source: Sequence[str], target: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """By the alignment A of the tokens: the source's map of A(j) where there is one, else the target's own."""
+    """By the alignment A of the tokens: the source's map of A(j) where there is one, or the target's."""
     mapping, own = torch.zeros(length, length), torch.ones(length)
     pairs = [(0, 0), *((a + 1, b + 1) for a, b in aligned(source, target))]
     pairs += zip(range(len(source) + 1, length), range(len(target) + 1, length), strict=False)

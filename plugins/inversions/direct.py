@@ -26,10 +26,10 @@ class Corrected(Inverted):
 
 @dataclass(frozen=True)
 class Direct:
-    """Direct inversion (Ju et al., 2024, Algorithm 1): the source's branch is corrected, the target's is not.
+    """Direct inversion (Ju et al., 2024, Algorithm 1): the source's branch alone is corrected.
 
-    DDIM inversion at guidance 1 gives z*_t. In sampling, o_{t-1} = z*_{t-1} - DDIM(z_t) is added to the source
-    alone, which is therefore exactly z*_{t-1} after every step, at any guidance.
+    DDIM inversion at guidance 1 gives z*_t. In sampling, o_{t-1} = z*_{t-1} - DDIM(z_t) is added to
+    the source alone, which is therefore exactly z*_{t-1} after every step, at any guidance.
     """
 
     guidance: float = 7.5

@@ -1,0 +1,212 @@
+"""Each paper's own property, on a tiny checkpoint; a method is one of the registered ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fits
+import pytest
+import torch
+from fits import SOURCE, TARGET
+from PIL import Image
+from torch import Tensor
+
+import kvinv_pl
+from kvinv_pl.algorithm.method import Control, Scene, sample
+from kvinv_pl.attention.registry import resolve
+from kvinv_pl.bench.methods import make, methods
+from kvinv_pl.bench.running import Canvas, edited, run_method
+from kvinv_pl.errors import UserError
+
+FOUND = methods()
+INVERSIONS = [name for name, method in FOUND.items() if method.kind == "inversion"]
+EDITS = [name for name, method in FOUND.items() if method.kind == "edit"]
+
+
+def loaded(**settings: Any) -> Any:
+    return kvinv_pl.load(str(fits.checkpoint()), accelerator="cpu", **{**fits.QUICK, **settings})
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
+    return fits.opened(fits.picture(tmp_path_factory.mktemp("picture") / "picture.png"))
+
+
+@pytest.fixture(scope="module")
+def canvas(picture: Image.Image) -> Canvas:
+    return Canvas.of(loaded(), picture)
+
+
+def states(name: str, what: str) -> bool:
+    return what in getattr(FOUND[name].cls, "properties", ())
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    return float((got - wanted).abs().max()) < 1e-5 * (1 + float(wanted.abs().max()))
+
+
+def test_every_method_is_one_and_says_what_it_is() -> None:
+    for method in FOUND.values():
+        assert method.error is None and method.kind and len(method.text) > 60
+        assert all(option in (method.cls.__doc__ or "") for option in method.options if option not in SHARED)
+
+
+SHARED = {"guidance", "empty_source"}
+"""Of the protocols, which document them."""
+
+
+@pytest.mark.parametrize("inversion", INVERSIONS)
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_pair_of_inversion_and_edit_runs_and_leaves_the_network_as_it_was(
+    canvas: Canvas, inversion: str, edit: str
+) -> None:
+    unet = canvas.backbone.unet
+    before = dict(unet.attn_processors)
+    scene = canvas.scene(SOURCE, TARGET, 5.0)
+    first, again = (edited(scene, make(inversion, "inversion"), make(edit, "edit")) for _ in range(2))
+    assert first.isfinite().all() and torch.equal(first, again)
+    assert all(unet.attn_processors[path] is processor for path, processor in before.items())
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("inversion", [name for name in INVERSIONS if states(name, "reconstructs")])
+def test_an_inversion_that_says_so_reconstructs_to_float_precision(
+    canvas: Canvas, inversion: str, edit: str
+) -> None:
+    scene = canvas.scene(SOURCE, TARGET, 7.5)
+    assert close(edited(scene, make(inversion, "inversion"), make(edit, "edit"))[:1], scene.z_0)
+
+
+@pytest.mark.parametrize("edit", [name for name in EDITS if states(name, "keeps equal prompts")])
+def test_an_edit_that_says_so_changes_nothing_with_equal_prompts(canvas: Canvas, edit: str) -> None:
+    source, target = edited(canvas.scene(SOURCE, SOURCE, 4.0), make("ddim", "inversion"), _given(edit))
+    assert close(target, source)
+
+
+def _given(edit: str) -> Any:
+    """The edit with the source's prompt in the source's branch."""
+    return make(edit, "edit", **({"empty_source": False} if "empty_source" in FOUND[edit].options else {}))
+
+
+def test_an_exception_in_a_control_leaves_the_network_as_it_was(canvas: Canvas) -> None:
+    class Breaks(Control):
+        def attend(self, i: int, at: Any) -> Tensor:
+            raise ZeroDivisionError
+
+    scene = canvas.scene(SOURCE, TARGET, 3.0)
+    control, before = Breaks(), dict(canvas.backbone.unet.attn_processors)
+    control.attentions = scene.model.self_attentions
+    with pytest.raises(ZeroDivisionError):
+        sample(scene, make("ddim", "inversion").invert(scene), control)
+    assert all(canvas.backbone.unet.attn_processors[path] is one for path, one in before.items())
+
+
+def test_attention_that_is_taken_over_and_left_alone_is_the_networks_own(canvas: Canvas) -> None:
+    scene = canvas.scene(SOURCE, TARGET, 3.0)
+    control, inverted = Control(), make("ddim", "inversion").invert(scene)
+    control.attentions = (*scene.model.self_attentions, *scene.model.cross_attentions)
+    assert close(sample(scene, inverted, control), sample(scene, inverted, Control()))
+
+
+def test_masactrl_is_the_variant_recorded_read_at_its_layers_and_from_its_step(picture: Image.Image) -> None:
+    canvas = Canvas.of(loaded(), picture)
+    layers = canvas.scene("", TARGET, 2.0).model.self_attentions[4:]
+    recorded = loaded(
+        attention=resolve("recorded"),
+        target_modules=list(layers),
+        kv="replayed",
+        start=1 / 3,
+        store_dtype="float32",
+    )
+    theirs = recorded.tune(picture, "").edit(TARGET)
+    masactrl = make("masactrl", "edit", start=1 / 3, layer=4)
+    ours = run_method(recorded, picture, SOURCE, TARGET, editor=masactrl, guidance=2.0)
+    plain = run_method(recorded, picture, SOURCE, TARGET, guidance=2.0)
+    assert fits.levels(ours, theirs) <= 1 < fits.levels(ours, plain)
+
+
+def test_masactrl_with_masks_of_everything_is_masactrl_without(canvas: Canvas) -> None:
+    scene, ddim = canvas.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
+    plain = edited(scene, ddim, make("masactrl", "edit", empty_source=False))
+    whole = make("masactrl", "edit", empty_source=False, word="cat", threshold=-1.0)
+    parts = make("masactrl", "edit", empty_source=False, word="cat", threshold=0.5)
+    assert close(edited(scene, ddim, whole), plain)
+    assert not close(edited(scene, ddim, parts), plain)
+
+
+def test_prompt_to_prompt_that_replaces_nothing_is_plain(canvas: Canvas) -> None:
+    scene, ddim = canvas.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
+    idle = make("prompt_to_prompt", "edit", cross=0.0, self_attention=0.0)
+    plain = edited(scene, ddim, make("plain", "edit"))
+    assert close(edited(scene, ddim, idle), plain)
+    assert not close(edited(scene, ddim, make("prompt_to_prompt", "edit")), plain)
+
+
+def test_prompt_to_prompt_scales_the_map_of_a_word(canvas: Canvas) -> None:
+    scene, ddim = canvas.scene(SOURCE, SOURCE, 2.0), make("ddim", "inversion")
+    options: dict[str, Any] = {"words": ("cat", "cat"), "threshold": -1.0}
+    source, target = edited(scene, ddim, make("prompt_to_prompt", "edit", weight=3.0, **options))
+    assert not close(target, source)
+
+
+def test_local_blend_keeps_the_source_outside_the_words(canvas: Canvas) -> None:
+    scene, direct = canvas.scene(SOURCE, TARGET, 3.0), make("direct", "inversion")
+    nowhere = make("prompt_to_prompt", "edit", words=("standing", "running"), threshold=2.0, blend_start=0.0)
+    source, target = edited(scene, direct, nowhere)
+    assert close(target, source)
+
+
+def test_words_of_a_prompt_are_replaced_one_by_one_and_refined_by_alignment() -> None:
+    from kvinv_plugins.editors.prompt_to_prompt import (  # pyright: ignore[reportMissingImports]
+        aligned,
+        refinement,
+        replacement,
+    )
+
+    mapping, own = replacement(["a</w>", "c", "at</w>"], ["a</w>", "dog</w>"], 7)
+    assert torch.equal(mapping[:, 2], torch.tensor([0.0, 0, 1, 1, 0, 0, 0])) and not own.any()
+    assert mapping[4, 3] == 1  # the ends
+    split, _ = replacement(["dog</w>"], ["c", "at</w>"], 5)
+    assert torch.equal(split[1], torch.tensor([0, 0.5, 0.5, 0, 0]))
+    assert aligned(["a", "cat", "sits"], ["a", "red", "cat", "sits"]) == [(0, 0), (1, 2), (2, 3)]
+    mapping, own = refinement(["a", "cat"], ["a", "red", "cat"], 6)
+    assert own.tolist() == [0, 0, 1, 0, 0, 0] and mapping[2, 3] == 1 and not mapping[:, 2].any()
+    with pytest.raises(UserError, match="expected refine"):
+        replacement(["a</w>"], ["a</w>", "dog</w>"], 5)
+
+
+def test_kv_inversion_is_among_the_methods(picture: Image.Image) -> None:
+    model = loaded(attention=resolve("recorded"))
+    ours = run_method(model, picture, SOURCE, TARGET, editor="kv_inversion", guidance=2.0)
+    assert fits.levels(ours, model.tune(picture, SOURCE).edit(TARGET, guidance=2.0)) == 0
+    with pytest.raises(UserError, match="inverts by itself"):
+        run_method(model, picture, SOURCE, TARGET, editor="kv_inversion", inversion="direct")
+    with pytest.raises(UserError, match="expected 3"):
+        run_method(model, picture, SOURCE, TARGET, editor="kv_inversion", steps=4)
+
+
+def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, canvas: Canvas) -> None:
+    with pytest.raises(UserError, match="did you mean direct"):
+        run_method(loaded(), picture, SOURCE, TARGET, inversion="dirrect")
+    with pytest.raises(UserError, match="no option 'layers'"):
+        make("masactrl", "edit", layers=3)
+    with pytest.raises(UserError, match="expected 0 to 6, got 7"):
+        make("masactrl", "edit", layer=7).control(canvas.scene(SOURCE, TARGET, 2.0), None)
+
+
+def test_a_method_of_anybody_serves(picture: Image.Image) -> None:
+    class Frozen:
+        guidance, empty_source = 1.0, False
+
+        def control(self, scene: Scene, inverted: Any) -> Control:
+            return Control()
+
+    model = loaded()
+    assert (
+        fits.levels(
+            run_method(model, picture, SOURCE, TARGET, editor=Frozen()),
+            run_method(model, picture, SOURCE, TARGET, guidance=1.0),
+        )
+        == 0
+    )
