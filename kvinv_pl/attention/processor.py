@@ -57,6 +57,7 @@ class CPProcessor:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
         if encoder_hidden_states is not None:
             raise UserError(f"{self.site.path} is no self-attention: leave it out of the selection")
+
         def middle(x: Tensor) -> Tensor:
             rows, tokens, _ = x.shape
             self._check(rows, tokens)
@@ -97,7 +98,7 @@ class CPProcessor:
 def around(
     attn: Attention, hidden_states: Tensor, temb: Tensor | None, middle: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The attention of diffusers around its middle, which makes (rows, tokens, dim) of (rows, tokens, channels)."""
+    """The attention of diffusers around its middle: (rows, tokens, channels) to (rows, tokens, dim)."""
     x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
     shape = x.shape
     if x.ndim == 4:
