@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 # without cli and training: jsonargparse reads the signatures there, which stay as they are written
 HOOKED = (
-    *("algorithm", "attention", "data", "models", "stages"),
+    *("algorithm", "attention", "data", "models", "stages", "bench"),
     *("menagerie", "testing", "optimizers", "errors"),
 )
 

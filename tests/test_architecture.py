@@ -18,11 +18,10 @@ FLOORS = [
     {"errors"},
     {"algorithm", "attention", "menagerie", "optimizers"},
     {"data", "models"},
-    {"stages"},
+    {"stages", "testing"},
     {"training"},
     {"api"},
     {"bench"},
-    {"testing"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from kvinv_pl.algorithm.guidance import branches_at
 from kvinv_pl.algorithm.inversion import Eps, invert
 
 
+@runtime_checkable
 class Attending(Protocol):
     """One attention layer in one forward."""
 
@@ -67,13 +68,13 @@ class Attending(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Protocol):
     """The frozen network, as methods see it; paths are module paths of its U-Net."""
 
     self_attentions: Sequence[str]
     """In the order of the forward."""
     cross_attentions: Sequence[str]
-    modules: Collection[str]
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the network reads them."""
@@ -94,7 +95,7 @@ class Model(Protocol):
         ...
 
     def controlled(self, i: int, control: Control) -> AbstractContextManager[None]:
-        """The context in which attentions and features go through the control, at step i."""
+        """The context in which attentions go through the control, at step i."""
         ...
 
 
@@ -109,9 +110,6 @@ class Scene:
     target: str
     guidance: float
     """Of the target."""
-    mask: Float[Tensor, "1 1 h w"] | None = None
-    """1 where the picture may change, in the latent's size."""
-    seed: int = 0
 
     @cached_property
     def contexts(self) -> Float[Tensor, "3 L d"]:
@@ -140,12 +138,8 @@ class Inverted:
     scene: Scene
     start: Float[Tensor, "1 c h w"]
     """Of both source and target."""
-    first: int = 0
-    """The step that begins there, counted from noise."""
     source_guidance: float | None = None
     """Of the source's row; None: as the target's."""
-    empty: Float[Tensor, "steps L d"] | None = field(default=None, repr=False)
-    """What the unconditional branch reads at each step, or (1, L, d) at all; None: the empty prompt."""
 
     @cached_property
     def scales(self) -> tuple[float, float]:
@@ -156,13 +150,8 @@ class Inverted:
     def contexts(self, i: int) -> Float[Tensor, "branches 2 L d"]:
         """What source and target read at step i, in every branch."""
         given = self.scene.contexts
-        empty = given[0] if self.empty is None else self.empty[min(i, len(self.empty) - 1)]
-        both = torch.stack([torch.stack([empty, empty]), given[1:]])
+        both = torch.stack([given[:1].expand(2, -1, -1), given[1:]])
         return both[-max(branches_at(w) for w in self.scales) :]
-
-    def points(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
-        """Where the network is called at step i."""
-        return z
 
     def guided(self, i: int, out: Float[Tensor, "branches 2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """The branches as one output."""
@@ -173,7 +162,7 @@ class Inverted:
     def step(
         self, i: int, z: Float[Tensor, "2 c h w"], out: Float[Tensor, "2 c h w"]
     ) -> Float[Tensor, "2 c h w"]:
-        """Step i of source and target, by the output at `points`."""
+        """Step i of source and target, by the guided output."""
         return self.scene.table.forward(z, out, i)
 
 
@@ -182,16 +171,10 @@ class Control:
 
     attentions: Collection[str] = ()
     """The paths of the attentions that `attend` takes over."""
-    features: Collection[str] = ()
-    """The paths of the modules whose output goes through `feature`."""
 
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
         """The output of one attention at step i."""
         return at.attend(at.q, at.k, at.v)
-
-    def feature(self, i: int, path: str, out: Float[Tensor, "branches 2 c h w"]) -> Tensor:
-        """The output of one module at step i."""
-        return out
 
     def before(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """The latents before step i."""
@@ -215,15 +198,6 @@ class Inversion(Protocol):
 
 
 @runtime_checkable
-class Learner(Protocol):
-    """A method that is trained on the one picture, after its inversion."""
-
-    def learn(self, scene: Scene, inverted: Inverted) -> Inverted:
-        """What sampling is to begin with then."""
-        ...
-
-
-@runtime_checkable
 class Editor(Protocol):
     """From source to target, in sampling."""
 
@@ -241,8 +215,10 @@ class Editor(Protocol):
 class Renderer(Protocol):
     """A method that is no pair of inversion and edit: it has a picture rendered by means of its own."""
 
-    def render(self, model: Any, picture: Any, source: str, target: str, **settings: Any) -> Any:
-        """The edited picture."""
+    def render(
+        self, model: Any, picture: Any, source: str, target: str, steps: int | None, guidance: float | None
+    ) -> Any:
+        """The edited picture; steps and guidance that are None are the method's own."""
         ...
 
 
@@ -250,10 +226,10 @@ class Renderer(Protocol):
 def sample(scene: Scene, inverted: Inverted, control: Control) -> Float[Tensor, "2 c h w"]:
     """Source and target from where the inversion arrived, each step under the control."""
     z = inverted.start.expand(2, -1, -1, -1)
-    for i in range(inverted.first, len(scene.table)):
+    for i in range(len(scene.table)):
         z = control.before(i, z)
         with scene.model.controlled(i, control):
             t = scene.table.timesteps[i : i + 1].to(z.device)
-            out = scene.model.predict(inverted.points(i, z), t, inverted.contexts(i))
+            out = scene.model.predict(z, t, inverted.contexts(i))
         z = control.after(i, inverted.step(i, z, inverted.guided(i, out)))
     return z

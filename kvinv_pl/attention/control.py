@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -119,6 +120,7 @@ def _controlled(
             path, encoder_hidden_states is not None, grids[x.shape[1]], q, k, v, sdpa_of(attn, q, bias),
             attn.heads, attn.scale if attn.scale_qk else 1.0,
         )  # fmt: skip
-        return middle(at).to(q.dtype).flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # a map in fp32 stays so
+            return middle(at).to(q.dtype).flatten(0, 1)
 
     return around(attn, hidden_states, temb, attention)

@@ -25,12 +25,10 @@ class KVInversionEdit:
         target: str,
         steps: int | None = None,
         guidance: float | None = None,
-        mask: Image.Image | None = None,
-        seed: int = 0,
     ) -> Image.Image:
         """Tune the picture and edit it."""
         if steps not in (None, model.model.steps):
             raise UserError(
                 f"steps: expected {model.model.steps}, with which the model was loaded, got {steps}"
             )
-        return model.tune(picture, source, mask=mask).edit(target, guidance=guidance)
+        return model.tune(picture, source).edit(target, guidance=guidance)

@@ -27,6 +27,7 @@ class MasaCtrl:
         threshold: Of a mask, in a map from 0 to 1.
         empty_source: Whether the source is inverted and sampled without a prompt, as published for
             photographs; without masks only.
+        guidance: Of the target, unless another is asked for; as published.
     """
 
     start: float = 0.08

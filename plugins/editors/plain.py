@@ -7,7 +7,12 @@ from kvinv_pl.algorithm.method import Control, Inverted, Scene
 
 @dataclass(frozen=True)
 class Plain:
-    """DDIM (Song et al., 2021) towards the target prompt from where the inversion arrived, uncontrolled."""
+    """DDIM (Song et al., 2021) towards the target prompt from where the inversion arrived, uncontrolled.
+
+    Args:
+        guidance: Of the target; left out, the inversion's.
+        empty_source: Whether the source is inverted without its prompt.
+    """
 
     guidance: float | None = None
     empty_source: bool = False

@@ -31,6 +31,8 @@ class PromptToPrompt:
         weight: c, of the target's word.
         threshold: Of local blend, in maps whose maximum is 1.
         blend_start: The share of the steps after which local blend begins.
+        guidance: Of the target, unless another is asked for; as published.
+        empty_source: Whether the source is inverted and sampled without its prompt.
     """
 
     kind: Literal["auto", "replace", "refine"] = "auto"
@@ -84,7 +86,7 @@ class Maps(Control):
         self.steps, self.chosen, self.side = len(scene.table), chosen, scene.z_0.shape[-1]
         self.tokens, self.own = mixing
         self.weights, self.positions = weights, positions
-        self._seen: Tensor | None = None
+        self._seen: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
         """Cross-attention: M_t mapped, or M*_t, times c; self-attention: the source's Q and K."""
@@ -104,17 +106,19 @@ class Maps(Control):
             target = source @ self.tokens + target * self.own
         seen = seen.clone()
         seen[-1, 1] = target * self.weights
-        if self.positions is not None and at.grid[1] * 4 == self.side:
+        if self.positions is not None:
             maps = [seen[-1, row].mean(0)[:, places].sum(-1) for row, places in enumerate(self.positions)]
             found = torch.stack(maps).view(2, *at.grid)
-            self._seen = found if self._seen is None else self._seen + found
+            self._seen[at.grid] = found + self._seen.get(at.grid, 0)
         return at.read(seen, at.v)
 
     def after(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """Local blend: outside the words of both, z-bar is the source's."""
-        if self._seen is None or i < self.chosen.blend_start * self.steps:
+        if not self._seen or i < self.chosen.blend_start * self.steps:
             return z
-        spread = F.max_pool2d(self._seen[:, None], 3, 1, 1)
+        # the maps of a quarter of the latent's side, as published, or those that come next to it
+        grid = min(self._seen, key=lambda grid: abs(grid[1] * 4 - self.side))
+        spread = F.max_pool2d(self._seen[grid][:, None], 3, 1, 1)
         fitted = F.interpolate(spread, z.shape[-2:], mode="nearest")
         either = (fitted / fitted.amax((2, 3), keepdim=True) > self.chosen.threshold).any(0)
         return torch.cat([z[:1], torch.where(either, z[1:], z[:1])])

@@ -30,6 +30,9 @@ class Direct:
 
     DDIM inversion at guidance 1 gives z*_t. In sampling, o_{t-1} = z*_{t-1} - DDIM(z_t) is added to
     the source alone, which is therefore exactly z*_{t-1} after every step, at any guidance.
+
+    Args:
+        guidance: Of the target, where the edit has none of its own; as published.
     """
 
     guidance: float = 7.5

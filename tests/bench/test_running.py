@@ -48,11 +48,7 @@ def close(got: Tensor, wanted: Tensor) -> bool:
 def test_every_method_is_one_and_says_what_it_is() -> None:
     for method in FOUND.values():
         assert method.error is None and method.kind and len(method.text) > 60
-        assert all(option in (method.cls.__doc__ or "") for option in method.options if option not in SHARED)
-
-
-SHARED = {"guidance", "empty_source"}
-"""Of the protocols, which document them."""
+        assert all(option in (method.cls.__doc__ or "") for option in method.options)
 
 
 @pytest.mark.parametrize("inversion", INVERSIONS)
@@ -60,13 +56,12 @@ SHARED = {"guidance", "empty_source"}
 def test_every_pair_of_inversion_and_edit_runs_and_leaves_the_network_as_it_was(
     canvas: Canvas, inversion: str, edit: str
 ) -> None:
-    unet = canvas.backbone.unet
+    unet = canvas.denoiser.backbone.unet
     before = dict(unet.attn_processors)
     scene = canvas.scene(SOURCE, TARGET, 5.0)
     first, again = (edited(scene, make(inversion, "inversion"), make(edit, "edit")) for _ in range(2))
     assert first.isfinite().all() and torch.equal(first, again)
     assert all(unet.attn_processors[path] is processor for path, processor in before.items())
-    assert not any(module._forward_hooks for module in unet.modules())
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -95,11 +90,11 @@ def test_an_exception_in_a_control_leaves_the_network_as_it_was(canvas: Canvas) 
             raise ZeroDivisionError
 
     scene = canvas.scene(SOURCE, TARGET, 3.0)
-    control, before = Breaks(), dict(canvas.backbone.unet.attn_processors)
+    control, before = Breaks(), dict(canvas.denoiser.backbone.unet.attn_processors)
     control.attentions = scene.model.self_attentions
     with pytest.raises(ZeroDivisionError):
         sample(scene, make("ddim", "inversion").invert(scene), control)
-    assert all(canvas.backbone.unet.attn_processors[path] is one for path, one in before.items())
+    assert all(canvas.denoiser.backbone.unet.attn_processors[path] is one for path, one in before.items())
 
 
 def test_attention_that_is_taken_over_and_left_alone_is_the_networks_own(canvas: Canvas) -> None:
@@ -180,10 +175,18 @@ def test_kv_inversion_is_among_the_methods(picture: Image.Image) -> None:
     model = loaded(attention=resolve("recorded"))
     ours = run_method(model, picture, SOURCE, TARGET, editor="kv_inversion", guidance=2.0)
     assert fits.levels(ours, model.tune(picture, SOURCE).edit(TARGET, guidance=2.0)) == 0
-    with pytest.raises(UserError, match="inverts by itself"):
+    with pytest.raises(UserError, match="expected none with kv_inversion, which inverts by itself"):
         run_method(model, picture, SOURCE, TARGET, editor="kv_inversion", inversion="direct")
     with pytest.raises(UserError, match="expected 3"):
         run_method(model, picture, SOURCE, TARGET, editor="kv_inversion", steps=4)
+
+
+def test_a_method_runs_in_the_precision_that_the_model_was_loaded_with(picture: Image.Image) -> None:
+    model = loaded(precision="bf16-mixed")
+    half = run_method(model, picture, SOURCE, TARGET, editor="prompt_to_prompt", guidance=2.0)
+    whole = run_method(loaded(), picture, SOURCE, TARGET, editor="prompt_to_prompt", guidance=2.0)
+    assert model.model.denoiser.backbone.unet.dtype == torch.bfloat16
+    assert 0 < fits.levels(half, whole)
 
 
 def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, canvas: Canvas) -> None:
