@@ -83,8 +83,8 @@ class KVInverter:
         folder = Path(tempfile.mkdtemp(prefix="kvinv-") if out is None else out)
         run = Run(self, folder, temporary=out is None)
         with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
-            path = _file(image, Path(scratch), "picture")
-            mask_path = None if mask is None else str(_file(mask, Path(scratch), "mask"))
+            path = as_file(image, Path(scratch), "picture")
+            mask_path = None if mask is None else str(as_file(mask, Path(scratch), "mask"))
             data = SourceImages(str(path), source, [], mask_path, str(folder), geometry)
             self.trainer().fit(self.model, datamodule=data)
         return run
@@ -111,7 +111,7 @@ def load(
     return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
 
 
-def _file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:
+def as_file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:
     """The path of a picture, written to `folder` if it has none; as TIFF where PNG cannot store it."""
     if not isinstance(image, Image.Image):
         return Path(image)

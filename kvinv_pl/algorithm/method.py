@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,9 +72,15 @@ class Attending(Protocol):
 class Model(Protocol):
     """The frozen network, as methods see it; paths are module paths of its U-Net."""
 
-    self_attentions: Sequence[str]
-    """In the order of the forward."""
-    cross_attentions: Sequence[str]
+    @property
+    def self_attentions(self) -> Sequence[str]:
+        """Their paths, in the order of the forward."""
+        ...
+
+    @property
+    def cross_attentions(self) -> Sequence[str]:
+        """The same of cross-attentions."""
+        ...
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the network reads them."""
@@ -140,6 +146,8 @@ class Inverted:
     """Of both source and target."""
     source_guidance: float | None = None
     """Of the source's row; None: as the target's."""
+    negative: Float[Tensor, "1 L d"] | None = field(default=None, repr=False)
+    """What the unconditional branch reads; None: the empty prompt."""
 
     @cached_property
     def scales(self) -> tuple[float, float]:
@@ -150,7 +158,8 @@ class Inverted:
     def contexts(self, i: int) -> Float[Tensor, "branches 2 L d"]:
         """What source and target read at step i, in every branch."""
         given = self.scene.contexts
-        both = torch.stack([given[:1].expand(2, -1, -1), given[1:]])
+        negative = given[:1] if self.negative is None else self.negative
+        both = torch.stack([negative.expand(2, -1, -1), given[1:]])
         return both[-max(branches_at(w) for w in self.scales) :]
 
     def guided(self, i: int, out: Float[Tensor, "branches 2 c h w"]) -> Float[Tensor, "2 c h w"]:
@@ -189,8 +198,10 @@ class Control:
 class Inversion(Protocol):
     """From a picture to where sampling begins."""
 
-    guidance: float
-    """The published scale of the target, where the edit has none of its own."""
+    @property
+    def guidance(self) -> float:
+        """The published scale of the target, where the edit has none of its own."""
+        ...
 
     def invert(self, scene: Scene) -> Inverted:
         """Invert the source."""
@@ -201,10 +212,15 @@ class Inversion(Protocol):
 class Editor(Protocol):
     """From source to target, in sampling."""
 
-    guidance: float | None
-    """The published scale of the target; None: the inversion's."""
-    empty_source: bool
-    """Whether the source prompt is left empty, in the inversion too."""
+    @property
+    def guidance(self) -> float | None:
+        """The published scale of the target; None: the inversion's."""
+        ...
+
+    @property
+    def empty_source(self) -> bool:
+        """Whether the source prompt is left empty, in the inversion too."""
+        ...
 
     def control(self, scene: Scene, inverted: Inverted) -> Control:
         """What happens in sampling."""

@@ -104,15 +104,10 @@ def _controlled(
         context = x if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        to_k: Any = attn.to_k
-        q, k, v = (
-            projected(attn, of, layer, norm).unflatten(0, (-1, 2))
-            for of, layer, norm in (
-                (x, attn.to_q, attn.norm_q),
-                (context, to_k, attn.norm_k),
-                (context, attn.to_v, None),
-            )
-        )
+        layers: Any = attn  # diffusers types to_k and to_v as None, too, which no plain processor has
+        q = projected(attn, x, layers.to_q, layers.norm_q).unflatten(0, (-1, 2))
+        k = projected(attn, context, layers.to_k, layers.norm_k).unflatten(0, (-1, 2))
+        v = projected(attn, context, layers.to_v, None).unflatten(0, (-1, 2))
         bias = attention_mask
         if bias is not None:
             bias = attn.prepare_attention_mask(bias, context.shape[1], len(x))

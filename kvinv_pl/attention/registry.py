@@ -32,15 +32,20 @@ class Variant:
 
 def variants() -> dict[str, Variant]:
     """Every variant in the entry-point group `kvinv_pl.attention`, by name; two of one name are an error."""
+    return {point.name: _load(point) for point in installed(GROUP, "attention variants")}
+
+
+def installed(group: str, what: str) -> list[EntryPoint]:
+    """The entry points of a group in the order of their names; two of one name are an error."""
     points: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=group):
         other = points.setdefault(point.name, point)
         if other is not point:
             raise UserError(
-                f"two attention variants are named {point.name!r}: {other.value} of {_owner(other)} and "
-                f"{point.value} of {_owner(point)}; uninstall one of them, or have it renamed"
+                f"two {what} are named {point.name!r}: {other.value} of {owner(other)} and "
+                f"{point.value} of {owner(point)}; uninstall one of them, or have it renamed"
             )
-    return {name: _load(points[name]) for name in sorted(points)}
+    return [points[name] for name in sorted(points)]
 
 
 def load_all() -> dict[str, Variant]:
@@ -147,14 +152,21 @@ def _import(name: str, folder: Path) -> ModuleType:
 
 
 def _load(point: EntryPoint) -> Variant:
+    cls, error = imported(point)
+    if error is not None:
+        return Variant(point.name, None, owner(point), "", error)
+    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
+        return Variant(point.name, None, owner(point), "", f"{point.value} is not a subclass of CPAttention")
+    return Variant(point.name, cls, owner(point), summary(cls))
+
+
+def imported(point: EntryPoint) -> tuple[Any, str | None]:
+    """What an entry point names, or why it cannot be imported."""
     try:
-        cls = point.load()
+        return point.load(), None
     except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Variant(point.name, None, _owner(point), "", f"{point.value} cannot be imported ({reason})")
-    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
-        return Variant(point.name, None, _owner(point), "", f"{point.value} is not a subclass of CPAttention")
-    return Variant(point.name, cls, _owner(point), summary(cls))
+        return None, f"{point.value} cannot be imported ({reason})"
 
 
 def summary(cls: type[CPAttention]) -> str:
@@ -162,5 +174,6 @@ def summary(cls: type[CPAttention]) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
-def _owner(point: EntryPoint) -> str:
+def owner(point: EntryPoint) -> str:
+    """The distribution that an entry point comes from."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

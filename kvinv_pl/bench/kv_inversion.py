@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -20,7 +21,7 @@ class KVInversionEdit:
     def render(
         self,
         model: KVInverter,
-        picture: Image.Image,
+        picture: Image.Image | str | Path,
         source: str,
         target: str,
         steps: int | None = None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Literal
 
+from kvinv_pl.attention.registry import imported, installed, owner
 from kvinv_pl.errors import UserError, near
 
 GROUP = "kvinv_pl.methods"
@@ -48,15 +49,7 @@ def _options(cls: type[Any] | None) -> Iterator[tuple[str, Any]]:
 
 def methods() -> dict[str, Method]:
     """Every method in the entry-point group `kvinv_pl.methods`, by name; two of one name are an error."""
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        other = found.setdefault(point.name, point)
-        if other is not point:
-            raise UserError(
-                f"two methods are named {point.name!r}: {other.value} and {point.value}; "
-                "uninstall one of them, or have it renamed"
-            )
-    return {name: _load(found[name]) for name in sorted(found)}
+    return {point.name: _load(point) for point in installed(GROUP, "methods")}
 
 
 def make(name: str, *kinds: Kind, **options: Any) -> Any:
@@ -65,7 +58,7 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
     if name not in known:
         listed = ", ".join(key for key, method in known.items() if method.kind)
         raise UserError(
-            f"no {' or '.join(kinds)} {name!r}{near(name, list(known))}: expected one of {listed}"
+            f"no {' or '.join(kinds)} {name!r}: expected one of {listed}{near(name, list(known))}"
         )
     method = known[name]
     if method.cls is None or method.kind is None:
@@ -77,12 +70,7 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
 
 
 def _load(point: EntryPoint) -> Method:
-    owner = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
-    try:
-        cls = point.load()
-    except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Method(point.name, None, owner, f"{point.value} cannot be imported ({reason})")
-    if not (isinstance(cls, type) and any(hasattr(cls, has) for has in KINDS)):
-        return Method(point.name, None, owner, f"{point.value} has neither of {', '.join(KINDS)}")
-    return Method(point.name, cls, owner)
+    cls, error = imported(point)
+    if error is None and not (isinstance(cls, type) and any(hasattr(cls, has) for has in KINDS)):
+        cls, error = None, f"{point.value} has neither of {', '.join(KINDS)}"
+    return Method(point.name, cls, owner(point), error)

@@ -34,9 +34,7 @@ class Network:
 
     def tokens(self, prompt: str) -> list[str]:
         """The prompt's tokens, without those of its start and its end, as far as they are read."""
-        tokenizer = self.backbone.tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return [str(t) for t in tokenizer.convert_ids_to_tokens(ids)][: self.backbone.prompt_length - 2]
+        return [str(t) for t in self.backbone.tokenizer.convert_ids_to_tokens(self.backbone.read(prompt))]
 
     def positions(self, prompt: str, word: str) -> list[int]:
         """The places of a word's tokens in a prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.algorithm.method import Editor, Inversion, Renderer, Scene, sample
-from kvinv_pl.api import KVInverter
+from kvinv_pl.api import KVInverter, as_file
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.network import Network
 from kvinv_pl.data.pictures import Geometry, fit_geometry, open_picture, to_image, to_pixels
@@ -46,17 +47,16 @@ def run_method(
         guidance: The scale of the target; left out, the published one of the edit or else of the inversion.
     """
     chosen = make(editor, "edit", "whole") if isinstance(editor, str) else editor
-    image = picture if isinstance(picture, Image.Image) else open_picture(picture).image
     if isinstance(chosen, Renderer):
         if inversion is not None:
             raise UserError(
                 f"inversion: expected none with {editor}, which inverts by itself, got {inversion}"
             )
-        return chosen.render(model, image, source, target, steps, guidance)
+        return chosen.render(model, picture, source, target, steps, guidance)
     inverting = inversion or "ddim"
     if isinstance(inverting, str):
         inverting = make(inverting, "inversion")
-    canvas = Canvas.of(model, image)
+    canvas = Canvas.of(model, picture)
     w = next(w for w in (guidance, chosen.guidance, inverting.guidance) if w is not None)
     scene = canvas.scene("" if chosen.empty_source else source, target, w, steps)
     return canvas.show(edited(scene, inverting, chosen)[1:])
@@ -79,8 +79,10 @@ class Canvas:
     z_0: Float[Tensor, "1 c h w"]
 
     @classmethod
-    def of(cls, model: KVInverter, image: Image.Image) -> Canvas:
+    def of(cls, model: KVInverter, picture: Image.Image | str | Path) -> Canvas:
         """Encode a picture; what CP-attn has in the U-Net is taken out first."""
+        with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
+            image = open_picture(as_file(picture, Path(scratch), "picture")).image
         trainer = model.trainer()
         backbone = model.model.load_backbone(COMPUTE_DTYPES[str(trainer.precision)])
         denoiser = model.model.denoiser

@@ -17,7 +17,7 @@ def methods(name: str | None = None) -> None:
     """
     found = registry.methods()
     if name is not None and name not in found:
-        raise UserError(f"no method {name!r}{near(name, list(found))}: expected one of {', '.join(found)}")
+        raise UserError(f"no method {name!r}: expected one of {', '.join(found)}{near(name, list(found))}")
     shown = list(found.values()) if name is None else [found[name]]
     order = [*registry.KINDS.values(), None]
     for method in sorted(shown, key=lambda method: order.index(method.kind)):

@@ -1,5 +1,6 @@
 """MasaCtrl (Cao et al., 2023): mutual self-attention, plain and guided by masks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class MasaCtrl:
 class Mutual(Control):
     """Eq. 3 from one step and one layer on."""
 
-    def __init__(self, layers: tuple[str, ...] | list[str], first: int) -> None:
+    def __init__(self, layers: Sequence[str], first: int) -> None:
         """Take over `layers` from step `first` on."""
         self.attentions = self.layers = tuple(layers)
         self.first = first
@@ -78,9 +79,9 @@ class Masked(Mutual):
 
     def __init__(
         self,
-        layers: tuple[str, ...] | list[str],
+        layers: Sequence[str],
         first: int,
-        cross: tuple[str, ...] | list[str],
+        cross: Sequence[str],
         positions: list[list[int]],
         threshold: float,
     ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import fits
@@ -121,6 +123,14 @@ def test_masactrl_is_the_variant_recorded_read_at_its_layers_and_from_its_step(p
     assert fits.levels(ours, theirs) <= 1 < fits.levels(ours, plain)
 
 
+def test_negative_prompt_inversion_reconstructs_at_any_guidance_as_ddim_does_at_1(canvas: Canvas) -> None:
+    plain = make("plain", "edit")
+    at_1 = edited(canvas.scene(SOURCE, SOURCE, 1.0), make("ddim", "inversion"), plain)
+    at_9 = canvas.scene(SOURCE, SOURCE, 9.0)
+    assert close(edited(at_9, make("negative_prompt", "inversion"), plain), at_1)
+    assert not close(edited(at_9, make("ddim", "inversion"), plain), at_1)
+
+
 def test_masactrl_with_masks_of_everything_is_masactrl_without(canvas: Canvas) -> None:
     scene, ddim = canvas.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
     plain = edited(scene, ddim, make("masactrl", "edit", empty_source=False))
@@ -186,7 +196,24 @@ def test_a_method_runs_in_the_precision_that_the_model_was_loaded_with(picture: 
     half = run_method(model, picture, SOURCE, TARGET, editor="prompt_to_prompt", guidance=2.0)
     whole = run_method(loaded(), picture, SOURCE, TARGET, editor="prompt_to_prompt", guidance=2.0)
     assert model.model.denoiser.backbone.unet.dtype == torch.bfloat16
-    assert 0 < fits.levels(half, whole)
+    assert fits.levels(half, whole) > 0
+
+
+def test_a_picture_with_an_alpha_channel_is_read_as_it_is_for_tuning(picture: Image.Image) -> None:
+    clear = picture.copy()
+    clear.putalpha(0)
+    white = Image.new("RGB", picture.size, "white")
+    assert fits.levels(*(run_method(loaded(), image, SOURCE, TARGET) for image in (clear, white))) == 0
+
+
+def test_the_page_on_methods_shows_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    fits.picture(tmp_path / "cat.png")
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(code.replace('"menagerie"', f'{str(fits.checkpoint())!r}, accelerator="cpu", steps=3'), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "masactrl.png", "words.png"}
+    assert all(f"`{name}`" in page for name in FOUND)
 
 
 def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, canvas: Canvas) -> None:
