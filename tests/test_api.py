@@ -140,7 +140,7 @@ def test_a_picture_in_memory_is_the_same_as_one_on_disk(kv: KVInverter, run: Run
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_a_picture_in_memory_may_be_of_any_mode_that_a_file_may_have(mode: str, tmp_path: Path) -> None:
-    from kvinv_pl.api import _file
+    from kvinv_pl.api import as_file
     from kvinv_pl.data.pictures import open_picture
 
     rgb = fits.opened(fits.picture(tmp_path / "cat.png", (24, 16)))
@@ -149,7 +149,7 @@ def test_a_picture_in_memory_may_be_of_any_mode_that_a_file_may_have(mode: str, 
         assert image.mode == "I;16"
     else:
         image = rgb.convert(mode)
-    opened = open_picture(_file(image, tmp_path, "picture")).image
+    opened = open_picture(as_file(image, tmp_path, "picture")).image
     expected = rgb.convert("L") if mode in ("L", "LA", "I;16") else image.convert("RGB")
     assert opened.size == (24, 16)
     assert fits.levels(opened, expected.convert("RGB")) <= (1 if mode != "CMYK" else 60)
@@ -161,13 +161,13 @@ def test_a_picture_in_memory_that_no_file_can_hold_is_refused(kv: KVInverter) ->
 
 
 def test_a_picture_in_memory_is_turned_as_its_camera_says(tmp_path: Path) -> None:
-    from kvinv_pl.api import _file
+    from kvinv_pl.api import as_file
 
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     fits.opened(fits.picture(tmp_path / "cat.png", (24, 16))).save(tmp_path / "cat.jpg", exif=exif)
     with Image.open(tmp_path / "cat.jpg") as image:
-        turned = fits.opened(_file(image, tmp_path, "picture"))
+        turned = fits.opened(as_file(image, tmp_path, "picture"))
     assert turned.size == (16, 24)
 
 
