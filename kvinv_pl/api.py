@@ -101,7 +101,8 @@ def load(
     """A Stable Diffusion checkpoint, ready to tune and edit.
 
     Args:
-        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
+        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
+            a hub id.
         accelerator: cpu, gpu, mps or auto.
         precision: 32-true, bf16-mixed or (on a GPU) 16-mixed.
         quiet: Whether to hide progress.

@@ -27,6 +27,15 @@ def in_decoder(paths: Sequence[str]) -> list[str]:
 
 def refuse_other_conditions(config: Mapping[str, Any], name: str = "this U-Net") -> None:
     """Refuse a U-Net with more conditioning than z, t and a prompt, as SDXL's and LCMs' have."""
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise UserError(
+            f"{name} has an IP-Adapter, which reads a second picture: save it after unload_ip_adapter()"
+        )
+    if config.get("attention_type", "default") != "default":
+        raise UserError(
+            f"{name} has attention_type {config['attention_type']!r}, as GLIGEN, which reads boxes: expected "
+            "a model of text to image"
+        )
     if extra := [f"{key}={config[key]!r}" for key in CONDITIONS if config.get(key) is not None]:
         raise UserError(
             f"{name} needs more than a latent, a time and a prompt ({', '.join(extra)}): "

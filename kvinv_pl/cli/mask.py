@@ -33,7 +33,7 @@ def mask(
         sam: A SAM folder as transformers saves it, a hub id, or menagerie, which is also the default.
         word: Without SAM: a word of --source; the mask comes from the model's own cross-attention to it.
         source: With --word: what the picture shows.
-        checkpoint: With --word: a Stable Diffusion folder, a hub id, or menagerie, which is also the default.
+        checkpoint: With --word: a Stable Diffusion folder or file, a hub id, or menagerie, also the default.
     """
     file, prompted = Path(out).expanduser(), {"--point": point, "--box": box, "--sam": sam}
     if word is not None and (conflicting := [flag for flag, value in prompted.items() if value]):

@@ -97,7 +97,8 @@ def sites(
     """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
 
     Args:
-        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
+        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
+            a hub id.
         attention: The CP-attn variant, as for --model.attention; left out, it is full_kv.
         target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
         exclude_modules: What to leave out of them, in the same words.

@@ -1,71 +1,88 @@
-"""A checkpoint's folder: where it is, whether it is of the right kind, and its parts, loaded."""
+"""Which checkpoint, a folder or one file, and what is chosen with it; its parts, or its outline alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl import menagerie
+from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import AGAIN, attempt, first_line, located, quiet, sha256
+from kvinv_pl.models.conversion import converted, of_file
+from kvinv_pl.models.families import configurations, vae_configuration
+from kvinv_pl.models.folder import PARTS, Parts, model, of_folder, read_json, refuse_other_kinds
+from kvinv_pl.models.hub import place_of
+from kvinv_pl.models.loading import attempt, combined, digest, located, quiet, sha256
+from kvinv_pl.models.single_file import VAE, read_contents, weights
 
-PARTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
-NEEDED = "kvinv needs a Stable Diffusion 1 or 2 checkpoint as diffusers saves it"
-FROM_FILE = (
-    "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder) of diffusers makes one of it"
-)
+Prediction = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a Stable Diffusion checkpoint is made of, and which one it is (checkpoint, class, sha256)."""
+class Choices:
+    """What a checkpoint is loaded with, besides its own files; `KVInversion` documents it."""
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler_config: Mapping[str, Any]
-    identity: Mapping[str, str]
+    prediction_type: Prediction | None = None
+    vae: str | None = None
+    allow_pickle: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Choices:
+        """From the parameters of KVInversion, by their names."""
+        return cls(**{name: given[name] for name in asdict(cls())})
+
+    def record(self) -> dict[str, Any]:
+        """What was chosen, for run.json; whether a pickle may be opened is asked for every time."""
+        idle = asdict(Choices())
+        chosen = {name: value for name, value in asdict(self).items() if value != idle[name]}
+        return {name: value for name, value in chosen.items() if name != "allow_pickle"}
 
 
-def load(checkpoint: str, dtype: torch.dtype) -> Parts:
-    """A folder as diffusers saves it, a hub id (owner/name), or "menagerie"; `dtype` is not for the VAE."""
-    folder = _folder(checkpoint)
-    index = _json(folder, "model_index.json")
-    _refuse_other_kinds(checkpoint, index)
+NO_CHOICES = Choices()
+
+
+def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
+    """A folder, a file, a hub id (owner/name), or "menagerie"; `dtype` is not for the VAE."""
+    place = place_of(checkpoint)
     with quiet():
-        unet, unet_files = _model(folder / "unet", UNet2DConditionModel, torch_dtype=dtype)
-        vae, vae_files = _model(folder / "vae", AutoencoderKL, torch_dtype=torch.float32)
-        text_encoder, text_files = _model(folder / "text_encoder", CLIPTextModel, dtype=dtype)
-        tokenizer = _tokenizer(folder / "tokenizer")
-        scheduler_config = _json(folder, "scheduler/scheduler_config.json")
-    files = {*unet_files, *vae_files, *text_files}
-    files.update(path for part in (*PARTS, "scheduler") for path in (folder / part).glob("*.json"))
-    files.update((folder / "tokenizer").glob("*.txt"))
-    identity = {"checkpoint": str(checkpoint), "class": str(index.get("_class_name"))}
-    identity["sha256"] = sha256(folder, files)
-    return Parts(unet, vae, text_encoder, tokenizer, scheduler_config, identity)
+        vae, digests = _other_vae(choices.vae)
+        if place.is_file():
+            found = of_file(place, dtype, choices.prediction_type, choices.allow_pickle, vae)
+        else:
+            found = of_folder(place, checkpoint, dtype, vae)
+    scheduler = dict(found.scheduler_config)
+    if choices.prediction_type is not None:
+        scheduler["prediction_type"] = choices.prediction_type
+    identity = {"checkpoint": str(checkpoint), **found.identity, **choices.record()}
+    identity["sha256"] = combined(found.identity["sha256"], digests)
+    return replace(found, scheduler_config=scheduler, identity=identity)
+
+
+def _other_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]]:
+    """The VAE that takes the place of the checkpoint's own, and its digest."""
+    if chosen is None:
+        return None, {}
+    needed = "expected a VAE: a .safetensors file or a folder as diffusers saves it"
+    place = located(chosen, menagerie.checkpoint, needed, files=True)
+    if place is None:
+        raise UserError(f"there is no file or folder {chosen}; {needed}")
+    if place.is_file():
+        contents = read_contents(place, allow_pickle=False)
+        if not any(contents.has(start) for start in (VAE, "encoder.down.")):
+            contents.refuse_others("a VAE")
+        configs = {"vae": attempt(place, lambda: vae_configuration(contents))}
+        tensors = weights(place)
+        return converted(place, tensors, AutoencoderKL, configs, "vae", torch.float32), {"vae": digest(place)}
+    folder = place if (place / "config.json").is_file() else place / "vae"
+    if (kind := read_json(folder, "config.json").get("_class_name")) != PARTS["vae"]:
+        raise UserError(f"{folder} contains {kind}; {needed}")
+    vae, files = model(folder, AutoencoderKL, torch_dtype=torch.float32)
+    return vae, {"vae": sha256(folder, {*files, folder / "config.json"})}
 
 
 @dataclass(frozen=True)
@@ -92,96 +109,14 @@ def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
 
 def outline(checkpoint: str) -> tuple[UNet2DConditionModel, Sizes]:
     """The U-Net without weights (meta device), and the sizes; only configurations are read or fetched."""
-    folder = _folder(checkpoint, configs_alone=True)
-    _refuse_other_kinds(checkpoint, _json(folder, "model_index.json"))
-    unet, vae = (_json(folder, f"{part}/config.json") for part in ("unet", "vae"))
+    place = place_of(checkpoint, configs_alone=True)
+    if place.is_file():  # what it predicts makes no difference here
+        configs = configurations(read_contents(place, allow_pickle=False), "epsilon", needs_vae=False)
+        unet, vae = configs["unet"], configs["vae"]
+    else:
+        refuse_other_kinds(checkpoint, read_json(place, "model_index.json"))
+        unet, vae = (read_json(place, f"{part}/config.json") for part in ("unet", "vae"))
+        refuse_other_conditions(unet, f"the U-Net of {checkpoint}")
     with torch.device("meta"), quiet():
-        shadow = attempt(folder / "unet", lambda: UNet2DConditionModel.from_config(unet))
-    return shadow, attempt(folder / "unet", lambda: sizes(shadow.config, vae))
-
-
-def _folder(checkpoint: str, configs_alone: bool = False) -> Path:
-    """Where the files of a checkpoint are, fetched from the hub if need be."""
-    needed = f"{NEEDED}, or a hub id (owner/name), or menagerie"
-    if (folder := located(checkpoint, menagerie.checkpoint, needed, FROM_FILE)) is not None:
-        return folder
-    try:
-        with quiet(bars=True):
-            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-            path = Path(hf_hub_download(checkpoint, "model_index.json"))
-            _refuse_other_kinds(checkpoint, _json(path.parent, path.name))
-            if configs_alone:
-                for part in ("unet", "vae"):
-                    hf_hub_download(checkpoint, f"{part}/config.json")
-                return path.parent
-            unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-            return Path(DiffusionPipeline.download(checkpoint, **unused))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"no folder {checkpoint} here, and not available from the hub: {_of_hub(error)}"
-        ) from error
-
-
-def _of_hub(error: Exception) -> str:
-    """Why a download from the hub failed; the first line of the hub's own errors is only a number."""
-    if isinstance(error, GatedRepoError):
-        return "it is gated; ask for access on its page, and log in by `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no public model has that name; check it, or log in by `hf auth login`"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"the model of that name lacks files; {NEEDED}"
-    return first_line(error)
-
-
-def _refuse_other_kinds(checkpoint: str, index: Mapping[str, Any]) -> None:
-    """Refuse a pipeline that is not made of the parts of Stable Diffusion 1 and 2."""
-    kind = str(index.get("_class_name"))
-    if "StableDiffusionXL" in kind or ("text_encoder_2" in index and "unet" in index):
-        raise UserError(f"{checkpoint} is SDXL ({kind}), which is not supported; {NEEDED}")
-    if "transformer" in index or "unet" not in index:
-        raise UserError(
-            f"{checkpoint} contains {kind}, a transformer model or another without a U-Net; {NEEDED}"
-        )
-    for part, expected in PARTS.items():
-        got = (index.get(part) or [None, None])[1]
-        if got not in (expected, f"{expected}Fast"):
-            raise UserError(
-                f"{checkpoint} contains {kind} whose {part} is {got}, expected {expected}; {NEEDED}"
-            )
-
-
-def _model(folder: Path, cls: Any, **dtype: torch.dtype) -> tuple[Any, list[Path]]:
-    """One model of a checkpoint, complete, and the files that its weights came from."""
-    stems = ("model", "pytorch_model") if folder.name == "text_encoder" else ("diffusion_pytorch_model",) * 2
-    for variant in ("", ".fp16"):
-        for stem, suffix in zip(stems, (".safetensors", ".bin"), strict=True):
-            name = f"{stem}{variant}"
-            files = [*folder.glob(f"{name}{suffix}"), *folder.glob(f"{name}-*-of-*{suffix}")]
-            if files and (folder / "config.json").is_file():
-                options = {"variant": variant[1:] or None, "use_safetensors": suffix == ".safetensors"}
-                load = partial(cls.from_pretrained, folder, output_loading_info=True, **options, **dtype)
-                model, info = attempt(folder, load)
-                if missing := sorted(info["missing_keys"]):
-                    raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
-                return model, files
-    raise UserError(
-        f"{folder} is missing or incomplete: expected config.json, {stems[0]}.safetensors; {AGAIN}"
-    )
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{folder} is missing or incomplete: expected vocab.json and merges.txt; {AGAIN}")
-    return attempt(folder, lambda: CLIPTokenizer.from_pretrained(folder))
-
-
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file of a checkpoint; if it is missing, say what the folder seems to be."""
-    if (folder / name).is_file():
-        return attempt(folder / name, lambda: dict(json.loads((folder / name).read_text(encoding="utf-8"))))
-    lone = _json(folder, "config.json") if (folder / "config.json").is_file() else {}
-    kind = lone.get("_class_name") or (lone.get("architectures") or [lone.get("model_type")])[0]
-    raise UserError(f"{folder} has no {name}{f', it contains {kind} alone' if kind else ''}; {NEEDED}")
+        shadow = attempt(place / "unet", lambda: UNet2DConditionModel.from_config(unet))
+    return shadow, attempt(place / "unet", lambda: sizes(shadow.config, vae))

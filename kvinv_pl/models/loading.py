@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,22 +29,24 @@ def attempt(path: Path, read: Callable[[], Any]) -> Any:
         raise UserError(f"{path} cannot be read: {first_line(error)}; {AGAIN}") from error
 
 
-def located(checkpoint: str, embedded: Callable[[], Path], needed: str, remedy: str = "") -> Path | None:
-    """The folder of a checkpoint; None: it is a hub id (owner/name).
+def located(checkpoint: str, embedded: Callable[[], Path], needed: str, files: bool = False) -> Path | None:
+    """The folder or file of a checkpoint; None: it is a hub id (owner/name).
 
     Args:
-        checkpoint: "menagerie", a folder, or a hub id.
+        checkpoint: "menagerie", a folder, a file, or a hub id.
         embedded: Returns the folder of "menagerie".
         needed: What is accepted, for the error message.
-        remedy: How to convert a single file, for the error message.
+        files: Whether it may be a file other than a folder's model_index.json.
     """
     if checkpoint == "menagerie":
         return embedded()
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise UserError(f"{checkpoint} is a file, expected a folder; {remedy or needed}")
+    place = Path(checkpoint).expanduser()
+    if place.is_file() and place.name == "model_index.json":
+        return place.parent
+    if place.is_dir() or (files and place.is_file()):
+        return place
+    if place.is_file():
+        raise UserError(f"{checkpoint} is a file, expected a folder; {needed}")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint):
         raise UserError(f"there is no folder {checkpoint}; {needed}")
     return None
@@ -55,21 +57,35 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def sha256(folder: Path, files: Iterable[Path]) -> str:
-    """One digest of the names and contents of files; in threads, because hashing releases the GIL."""
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, as model sites show it."""
+    content = hashlib.sha256()
 
-    def digest(path: Path) -> str:
-        content = hashlib.sha256()
+    def read() -> str:
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 content.update(chunk)
-        return f"{path.relative_to(folder).as_posix()} {content.hexdigest()}\n"
+        return content.hexdigest()
 
-    def attempted(path: Path) -> str:
-        return attempt(path, lambda: digest(path))
+    return attempt(path, read)
+
+
+def sha256(folder: Path, files: Iterable[Path]) -> str:
+    """One digest of the names and contents of files; in threads, because hashing releases the GIL."""
+
+    def line(path: Path) -> str:
+        return f"{path.relative_to(folder).as_posix()} {digest(path)}\n"
 
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256("".join(pool.map(attempted, sorted(files))).encode()).hexdigest()
+        return hashlib.sha256("".join(pool.map(line, sorted(files))).encode()).hexdigest()
+
+
+def combined(own: str, others: Mapping[str, str]) -> str:
+    """The digest of a checkpoint with what is added to it; its own, where nothing is."""
+    if not others:
+        return own
+    lines = [own, *(f"{name} {value}" for name, value in others.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -18,10 +19,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import NEEDED, load, sizes
+from kvinv_pl.models.checkpoint import NO_CHOICES, Choices, load, sizes
 from kvinv_pl.models.finite import require_finite
+from kvinv_pl.models.folder import NEEDED
 from kvinv_pl.models.loading import attempt
 
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
 
 
@@ -59,9 +62,11 @@ class Backbone(nn.Module):
         self.requires_grad_(False).train(False)
 
     @classmethod
-    def load(cls, checkpoint: str, dtype: torch.dtype = torch.float32) -> Backbone:
-        """Load a folder as diffusers saves it, a hub id (owner/name), or "menagerie", the embedded model."""
-        return cls(**vars(load(checkpoint, dtype)))
+    def load(
+        cls, checkpoint: str, dtype: torch.dtype = torch.float32, choices: Choices = NO_CHOICES
+    ) -> Backbone:
+        """Load a folder as diffusers saves it, a file, a hub id (owner/name), or "menagerie"."""
+        return cls(**vars(load(checkpoint, dtype, choices)))
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever mode a trainer sets."""
@@ -159,5 +164,10 @@ def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
         raise UserError(
             f"the scheduler says prediction_type {prediction!r}, expected epsilon or v_prediction"
         )
-    make = partial(DDIMScheduler.from_config, dict(config), clip_sample=False, thresholding=False)
-    return attempt(Path("scheduler"), make)
+    own = dict[str, Any](clip_sample=False, thresholding=False)
+    if (betas := config.get("beta_schedule", "linear")) == "sigmoid":  # of DDPM's, which DDIM lacks
+        theirs: Any = DDPMScheduler.from_config(dict(config))
+        own["trained_betas"] = theirs.betas.tolist()
+    elif betas not in BETAS:
+        raise UserError(f"the scheduler says beta_schedule {betas!r}, expected {', '.join(BETAS)} or sigmoid")
+    return attempt(Path("scheduler"), partial(DDIMScheduler.from_config, dict(config), **own))

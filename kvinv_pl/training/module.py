@@ -16,6 +16,7 @@ from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoint import Choices
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.stable_diffusion import Backbone
@@ -42,7 +43,11 @@ class KVInversion(LightningModule):
     """KV Inversion (arXiv 2309.16608) of pictures by a frozen Stable Diffusion model.
 
     Args:
-        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, or a hub id.
+        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
+            a hub id.
+        vae: Another VAE for the checkpoint, as a .safetensors file or a folder.
+        prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
+        allow_pickle: Read tensors from a checkpoint that is pickled (.ckpt) rather than refuse it.
         attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
             left out, it is the paper's own, full_kv.
         target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
@@ -91,6 +96,9 @@ class KVInversion(LightningModule):
     def __init__(
         self,
         checkpoint: str = "menagerie",
+        vae: str | None = None,
+        prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+        allow_pickle: bool = False,
         attention: Callable[[Site], CPAttention] | None = None,
         target_modules: str | list[str] = "decoder",
         exclude_modules: str | list[str] | None = None,
@@ -131,12 +139,13 @@ class KVInversion(LightningModule):
         )
         self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
         self.tuning = TuningSettings.of(given)
+        self.choices = Choices.of(given)
         self.steps, self.slots = steps, slots
         at_least_1("steps", steps)
         at_least_1("slots", 1 if slots == "auto" else slots)
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None
-        self._loaded: tuple[str, torch.dtype] | None = None
+        self._loaded: tuple[str, Choices, torch.dtype] | None = None
 
     # ---- the frozen model, once
 
@@ -149,10 +158,10 @@ class KVInversion(LightningModule):
 
     def load_backbone(self, dtype: torch.dtype) -> Backbone:
         """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`."""
-        if self._loaded != (self.checkpoint, dtype):
-            backbone = Backbone.load(self.checkpoint, dtype)
+        if self._loaded != (self.checkpoint, self.choices, dtype):
+            backbone = Backbone.load(self.checkpoint, dtype, self.choices)
             self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
-            self._loaded = (self.checkpoint, dtype)
+            self._loaded = (self.checkpoint, self.choices, dtype)
         return self.denoiser.backbone
 
     def setup(self, stage: str) -> None:

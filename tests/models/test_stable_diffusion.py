@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from checkpoints import KINDS, Kind, change_json, make
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,11 +25,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoint import outline
 from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.stable_diffusion import Backbone
 
@@ -328,9 +332,18 @@ def test_a_place_without_a_checkpoint_is_refused(
     refused("nowhere", "no folder nowhere", "menagerie")
     refused("./nowhere/at_all", "no folder ./nowhere/at_all")
     refused("somebody/some-model", "no folder somebody/some-model", "hub")
-    refused(copy / "model_index.json", "is a file, expected a folder")
+    refused(copy / "model_index.json.txt", "no folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "has no model_index.json", "Stable Diffusion 1 or 2")
+    (tmp_path / "empty" / "pytorch_lora_weights.safetensors").touch()
+    refused(tmp_path / "empty", "if pytorch_lora_weights.safetensors is the checkpoint, give that file")
+
+
+def test_model_index_json_stands_for_its_folder(copy: Path) -> None:
+    assert (
+        Backbone.load(str(copy / "model_index.json")).identity["sha256"]
+        == (Backbone.load(str(copy)).identity["sha256"])
+    )
 
 
 def of_the_hub(error: type[Exception], status: int) -> Exception:
@@ -362,7 +375,7 @@ def test_what_the_hub_does_not_give_is_one_line_that_says_why(
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", heard.append)
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr("kvinv_pl.models.checkpoint.hf_hub_download", download)
+    monkeypatch.setattr("kvinv_pl.models.hub.hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     before = logger.level
     refused("nobody/nothing", "no folder nobody/nothing here, and not available from the", says)
@@ -421,6 +434,37 @@ def test_a_unet_that_wants_more_than_a_prompt_is_refused(copy: Path) -> None:
         refused(copy, *words)
 
 
+def test_a_unet_that_reads_pictures_or_boxes_is_told_what_it_is(copy: Path) -> None:
+    for change, words in [
+        ({"encoder_hid_dim_type": "ip_image_proj"}, ("has an IP-Adapter", "unload_ip_adapter()")),
+        ({"attention_type": "gated"}, ("attention_type 'gated'", "GLIGEN")),
+    ]:
+        before = (copy / "unet" / "config.json").read_text()
+        change_json(copy / "unet" / "config.json", **change)
+        refused(copy, *words)
+        with pytest.raises(UserError, match=re.escape(words[0])):
+            outline(str(copy))
+        (copy / "unet" / "config.json").write_text(before)
+
+
+def test_a_lora_that_is_not_merged_is_told_and_a_merged_one_is_taken(copy: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(copy / "unet")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    unet.save_pretrained(copy / "unet")
+    refused(copy, "unet", "a LoRA that is not merged", "fuse_lora()")
+    unet.fuse_lora()
+    unet.unload_lora()
+    unet.save_pretrained(copy / "unet")
+    Backbone.load(str(copy))
+
+
+def test_weights_before_the_average_are_taken_where_there_are_no_others(copy: Path, load: Load) -> None:
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    ours, expected = Backbone.load(str(copy)).unet.state_dict(), load("tiny").unet.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -460,7 +504,15 @@ def test_a_schedule_that_ddim_cannot_run_is_refused(copy: Path) -> None:
     path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
     refused(copy, "FlowMatchEulerDiscreteScheduler", "no betas")
     path.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_start": 0.1, "beta_schedule": "new"}))
-    refused(copy, "scheduler", "new")
+    refused(copy, "beta_schedule 'new'", "squaredcos_cap_v2 or sigmoid")
+
+
+def test_a_sigmoid_schedule_is_ddpms_own(copy: Path) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    change_json(path, beta_schedule="sigmoid")
+    ours = Backbone.load(str(copy)).scheduler.alphas_cumprod
+    theirs = cast(DDPMScheduler, DDPMScheduler.from_config(json.loads(path.read_text())))
+    assert torch.equal(ours, theirs.alphas_cumprod)
 
 
 def test_an_index_that_is_no_index_is_refused(copy: Path) -> None:

@@ -1,0 +1,116 @@
+"""A checkpoint in a folder, as diffusers saves it: whether it is of the right kind, and its parts, loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from kvinv_pl.attention.unet import refuse_other_conditions
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.loading import AGAIN, attempt, sha256
+
+PARTS = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+}
+NEEDED = "kvinv needs a Stable Diffusion 1 or 2 checkpoint as diffusers saves it"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a Stable Diffusion checkpoint is made of, and which one it is (checkpoint, class, sha256)."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: Mapping[str, Any]
+    identity: Mapping[str, str]
+
+
+def of_folder(folder: Path, name: str, dtype: torch.dtype, other_vae: AutoencoderKL | None) -> Parts:
+    """The parts of a folder as diffusers saves it, of which a VAE that was chosen takes the place of one."""
+    index = read_json(folder, "model_index.json")
+    refuse_other_kinds(name, index)
+    refuse_other_conditions(read_json(folder, "unet/config.json"), f"the U-Net of {name}")
+    unet, unet_files = model(folder / "unet", UNet2DConditionModel, torch_dtype=dtype)
+    vae, vae_files = other_vae, list[Path]()
+    if vae is None:
+        vae, vae_files = model(folder / "vae", AutoencoderKL, torch_dtype=torch.float32)
+    text_encoder, text_files = model(folder / "text_encoder", CLIPTextModel, dtype=dtype)
+    tokens = _tokenizer(folder / "tokenizer")
+    scheduler_config = read_json(folder, "scheduler/scheduler_config.json")
+    files = {*unet_files, *vae_files, *text_files}
+    files.update(path for part in (*PARTS, "scheduler") for path in (folder / part).glob("*.json"))
+    files.update((folder / "tokenizer").glob("*.txt"))
+    identity = {"class": str(index.get("_class_name")), "sha256": sha256(folder, files)}
+    return Parts(unet, vae, text_encoder, tokens, scheduler_config, identity)
+
+
+def refuse_other_kinds(checkpoint: str, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that is not made of the parts of Stable Diffusion 1 and 2."""
+    kind = str(index.get("_class_name"))
+    if "StableDiffusionXL" in kind or ("text_encoder_2" in index and "unet" in index):
+        raise UserError(f"{checkpoint} is SDXL ({kind}), which is not supported; {NEEDED}")
+    if "transformer" in index or "unet" not in index:
+        raise UserError(
+            f"{checkpoint} contains {kind}, a transformer model or another without a U-Net; {NEEDED}"
+        )
+    for part, expected in PARTS.items():
+        got = (index.get(part) or [None, None])[1]
+        if got not in (expected, f"{expected}Fast"):
+            raise UserError(
+                f"{checkpoint} contains {kind} whose {part} is {got}, expected {expected}; {NEEDED}"
+            )
+
+
+def model(folder: Path, cls: Any, **dtype: torch.dtype) -> tuple[Any, list[Path]]:
+    """One model of a checkpoint, complete, and the files that its weights came from."""
+    stems = ("model", "pytorch_model") if folder.name == "text_encoder" else ("diffusion_pytorch_model",) * 2
+    for variant in ("", ".fp16", ".non_ema"):
+        for stem, suffix in zip(stems, (".safetensors", ".bin"), strict=True):
+            name = f"{stem}{variant}"
+            files = [*folder.glob(f"{name}{suffix}"), *folder.glob(f"{name}-*-of-*{suffix}")]
+            if files and (folder / "config.json").is_file():
+                options = {"variant": variant[1:] or None, "use_safetensors": suffix == ".safetensors"}
+                read = partial(cls.from_pretrained, folder, output_loading_info=True, **options, **dtype)
+                loaded, info = attempt(folder, read)
+                if any(".base_layer." in key for key in info["unexpected_keys"]):
+                    raise UserError(
+                        f"{folder} was saved with a LoRA that is not merged, whose scale no file says: "
+                        "save it again after fuse_lora() and unload_lora_weights() of its pipeline"
+                    )
+                if missing := sorted(info["missing_keys"]):
+                    raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
+                return loaded, files
+    raise UserError(
+        f"{folder} is missing or incomplete: expected config.json, {stems[0]}.safetensors; {AGAIN}"
+    )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder} is missing or incomplete: expected vocab.json and merges.txt; {AGAIN}")
+    return attempt(folder, lambda: CLIPTokenizer.from_pretrained(folder))
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint; if it is missing, say what the folder seems to be."""
+    if (folder / name).is_file():
+        return attempt(folder / name, lambda: dict(json.loads((folder / name).read_text(encoding="utf-8"))))
+    lone = read_json(folder, "config.json") if (folder / "config.json").is_file() else {}
+    kind = lone.get("_class_name") or (lone.get("architectures") or [lone.get("model_type")])[0]
+    if not kind and (files := sorted(folder.glob("*.safetensors"))):
+        raise UserError(f"{folder} has no {name}: if {files[0].name} is the checkpoint, give that file")
+    raise UserError(f"{folder} has no {name}{f', it contains {kind} alone' if kind else ''}; {NEEDED}")
