@@ -150,8 +150,8 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
     tuning = run["tuning"]
     return {
-        # the checkpoint, and what was chosen with it
-        **{name: value for name, value in run["model"].items() if name not in ("class", "sha256")},
+        "checkpoint": run["model"]["checkpoint"],
+        **{name: run["model"].get(name) for name in ("vae", "prediction_type")},
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],
         "max_grid": tuning["max_grid"],
