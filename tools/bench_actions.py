@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ from PIL import Image
 from scoring import Case, Row, table
 
 from kvinv_pl.data.sheet import sheet
+from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 
-EDITING = ("slots", "reading", "start")  # what tuning does not depend on
+GUIDING = {"guidance", "source_guidance"}  # tuning has them from the edit where it has none of its own
+EDITING = {"slots", *(setting.name for setting in fields(EditSettings))} - GUIDING  # nothing to tuning
+Ways = list[dict[str, Any]]
 
 
 class Bench:
@@ -157,20 +160,17 @@ def _edits(work: Any, wanted: dict[str, Any]) -> list[tuple[dict[str, Any], Path
     return [
         (record, file)
         for record, file in work.store.edits()
-        if all(record.get(key) == value for key, value in wanted.items())
+        if all(record.get(setting.name) == wanted.get(setting.name) for setting in fields(EditSettings))
     ]
 
 
-def edited(run: Bench, starts: list[float], readings: list[str], untuned: bool) -> list[Row]:
+def edited(run: Bench, ways: Ways, untuned: bool) -> list[Row]:
     """The rows of every way of editing."""
-    ways = [{"reading": reading, "start": start} for reading in readings for start in starts]
     never = {"tolerance": float("inf")}  # every phase has converged before it begins: psi stays the identity
     rows: list[Row] = []
     if untuned:
         rows += run.rows("plain DDIM edit", never, [{"reading": "blend", "start": 1.0}])
-        recorded = [way for way in ways if way["reading"] == "frozen"]
-        rows += run.rows("nothing learned", never, recorded)
-        rows += run.rows("nothing learned at guidance 1", {**never, "tuning_guidance": 1.0}, recorded)
+        rows += run.rows("nothing learned", never, [{}])
     return rows + run.rows("KV Inversion", {}, ways)
 
 
@@ -178,8 +178,7 @@ def bench(
     cases: int = 64,
     seed_base: int = 1_000_000,
     work: Path = Path("work_bench"),
-    starts: list[float] = [0.0, 0.1, 0.2, 0.4],  # noqa: B006
-    readings: list[str] = ["frozen", "blend"],  # noqa: B006
+    edits: str = "[{}]",
     slots: int = 16,
     model: str = "{}",
     untuned: bool = True,
@@ -192,24 +191,23 @@ def bench(
         cases: How many.
         seed_base: The first seed.
         work: Where run folders and sheets lie; existing results are reused.
-        starts: Starts of CP-attn in the edit, for every reading.
-        readings: What edits read.
+        edits: Ways to edit what was tuned, a JSON list of settings of an edit each; {} are those of --model.
         slots: Cases tuned side by side.
         model: Settings of KVInversion, as JSON.
-        untuned: Also edit with what nothing was learned from.
+        untuned: Also edit by plain DDIM, and with what nothing was learned from.
         sheets: How many cases to show.
         workers: Processes of one thread each that share the cases; times are then those of one thread.
     """
-    settings = {"slots": slots, **json.loads(model)}
+    settings, ways = {"slots": slots, **json.loads(model)}, json.loads(edits)
     if workers > 1:
-        in_processes(workers, seed_base, cases, _share, work, settings, starts, readings, untuned)
+        in_processes(workers, seed_base, cases, _share, work, settings, ways, untuned)
     drawn = [Case.of_seed(seed) for seed in range(seed_base, seed_base + cases)]
     run = Bench(drawn, work, settings)
     rows = [
         run.through_vae(lambda case: case.animal.render(case.target), "truth through the VAE"),
         run.through_vae(lambda case: case.animal.another(True).render(case.target), "another animal"),
         run.through_vae(lambda case: case.animal.render(), "the source"),
-        *edited(run, starts, readings, untuned),
+        *edited(run, ways, untuned),
     ]
     figures = {row.name: row.figures(drawn) for row in rows}
     print(table(figures))
@@ -234,11 +232,9 @@ def bench(
     print(f"sheets in {folder}")
 
 
-def _share(
-    seeds: range, work: Path, settings: dict[str, Any], starts: list[float], readings: list[str], plain: bool
-) -> None:
+def _share(seeds: range, work: Path, settings: dict[str, Any], ways: Ways, untuned: bool) -> None:
     """One worker's share: the table is made from its files."""
-    edited(Bench([Case.of_seed(seed) for seed in seeds], work, settings), starts, readings, plain)
+    edited(Bench([Case.of_seed(seed) for seed in seeds], work, settings), ways, untuned)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from kvinv_pl.algorithm.schedule import Schedule
 
 Branches = Callable[[Tensor, Tensor], Tensor]
 """eps(z, t): every branch's output, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
+Keep = Callable[[int, Tensor], Tensor]
+"""keep(i, z): the latents after step i, in which some of the source's may be put back."""
 Psi = Callable[[int], AbstractContextManager[None]]
 """psi(i): the context in which the network attends with what was learned for step i."""
 
@@ -30,6 +32,7 @@ def edit(
     psi: Psi,
     guidance: Guidance,
     start: float,
+    keep: Keep = lambda i, z: z,
     watch: Callable[[int], None] = lambda i: None,
 ) -> Float[Tensor, "edits c h w"]:
     """Algorithm 1, editing: z-bar_0, from z-bar_T = z-hat_T.
@@ -41,6 +44,7 @@ def edit(
         psi: What was learned; entered around the network from step round(start * T) on.
         guidance: How the branches become one epsilon.
         start: 0 (CP-attn throughout) to 1 (never).
+        keep: Called after each move, with its step index and what it came to.
         watch: Called with each step index, 0 ... T - 1, once its move is made.
     """
     z, first = z_T, first_step(start, len(table))
@@ -48,6 +52,6 @@ def edit(
         t = table.timesteps[i].to(z.device).expand(len(z))
         with psi(i) if i >= first else nullcontext():
             branches = eps(z, t)
-        z = table.forward(z, guidance.mix(branches), i)
+        z = keep(i, table.forward(z, guidance.mix(branches), i))
         watch(i)
     return z

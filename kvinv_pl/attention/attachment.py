@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.mixing import Mixing, aligned, with_own
 from kvinv_pl.attention.processor import KV, PLAIN, CPProcessor, Mode, Project, Sdpa, for_edits, layer_at
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
@@ -32,6 +33,7 @@ class Attachment:
         self._attached = True
         self._subject_map: SubjectMap | None = None
         self._sharpness = 1.0
+        self._mixing: tuple[Mixing, float] = "replace", 0.0
         for path, processor in self._processors.items():
             layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
 
@@ -101,7 +103,7 @@ class Attachment:
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = kv[site.path]
-            return self._attend_edit(site, q, (k_bar, v_bar), sdpa)
+            return self._attend_edit(site, q, (k_bar, v_bar), project, sdpa)
 
         with self._in(mode):
             yield
@@ -118,9 +120,8 @@ class Attachment:
             own, edits = q[:sources], q[sources:]
             bars = self._bars(site, own, *project(sources))
             read = bars[0][chosen], bars[1][chosen]
-            return torch.cat(
-                [self._attend(site, own, bars, sdpa), self._attend_edit(site, edits, read, sdpa)]
-            )
+            out = self._attend_edit(site, edits, read, lambda: _rows(project(), sources), sdpa)
+            return torch.cat([self._attend(site, own, bars, sdpa), out])
 
         return self._in(mode)
 
@@ -141,6 +142,15 @@ class Attachment:
             yield
         finally:
             self._sharpness = 1.0
+
+    @contextmanager
+    def mixed(self, mixing: Mixing, share: float) -> Iterator[None]:
+        """Have the edits read their own keys and values, too; see `kvinv_pl.attention.mixing`."""
+        self._mixing = mixing, share
+        try:
+            yield
+        finally:
+            self._mixing = "replace", 0.0
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
@@ -181,9 +191,14 @@ class Attachment:
         cp = self.psi[site.path]
         return _cast(cp, "attend", cp.attend(q, *bars, sdpa), q)
 
-    def _attend_edit(self, site: Site, q: Tensor, bars: KV, sdpa: Sdpa) -> Tensor:
-        """Eq. 2 of the edits' rows with the source's K-bar and V-bar."""
+    def _attend_edit(self, site: Site, q: Tensor, bars: KV, own: Callable[[], KV], sdpa: Sdpa) -> Tensor:
+        """Eq. 2 of the edits' rows with the source's K-bar and V-bar; `own` projects the edits' own."""
         cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
+        mixing, share = self._mixing
+        if mixing == "concat":
+            sdpa = with_own(own(), sdpa)
+        elif mixing == "aligned":
+            k_bar, v_bar = aligned(own(), (k_bar, v_bar), share)
         subject = self._subject_map(site.grid) if self._subject_map is not None and cp.follows else None
         if self._sharpness != 1:
             sdpa = partial(sdpa, sharpness=self._sharpness)
@@ -198,6 +213,11 @@ def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:
     if len(slots) > 1:
         raise UserError(f"expected one number of slots at all sites, got {sorted(slots)}: slots are rows")
     return Attachment(unet, psi)
+
+
+def _rows(kv: KV, first: int) -> KV:
+    """The rows from `first` on."""
+    return kv[0][first:], kv[1][first:]
 
 
 def _cast(cp: CPAttention, method: str, got: Tensor, q: Tensor) -> Tensor:

@@ -62,20 +62,29 @@ def mask_from_word(
         prompt: what it shows.
         word: which word of the prompt; it may be several in a row.
     """
+    z_0 = backbone.encode(pixels[None].to(backbone.alphas_cumprod.device))
+    seen = attention_to_word(backbone, z_0, prompt, word, (pixels.shape[1], pixels.shape[2])).cpu()
+    return (seen > (seen.min() + seen.max()) / 2).float()
+
+
+@torch.no_grad()
+def attention_to_word(
+    backbone: Backbone, z_0: Float[Tensor, "1 c h w"], prompt: str, word: str, grid: tuple[int, int]
+) -> Float[Tensor, "i j"]:
+    """The mean cross-attention, on a grid, to a word of the prompt in noised versions of a latent."""
     positions = word_positions(backbone, prompt, word)
-    device, alphas = backbone.alphas_cumprod.device, backbone.alphas_cumprod
-    t = torch.tensor([int(share * len(alphas)) for share in SHARES], device=device)
-    z_0, alpha = backbone.encode(pixels[None].to(device)), alphas[t].view(-1, 1, 1, 1)
-    noise = torch.randn(len(t), *z_0.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+    alphas = backbone.alphas_cumprod
+    t = torch.tensor([int(share * len(alphas)) for share in SHARES], device=alphas.device)
+    alpha = alphas[t].view(-1, 1, 1, 1)
+    noise = torch.randn(len(t), *z_0.shape[1:], generator=torch.Generator().manual_seed(0)).to(z_0.device)
     z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
     paths = in_decoder(cross_attentions(backbone.unet))
     with watching(backbone.unet, [positions], START, paths) as maps:
         backbone.predict(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
-    seen = maps.now((pixels.shape[1], pixels.shape[2]))
+    seen = maps.now(grid)
     if seen is None:
         raise UserError("this checkpoint has no cross-attention to read a mask from: give a mask or use SAM")
-    mean = require_finite(seen.mean(0).cpu(), "the model's attention to the word", backbone.unet.dtype)
-    return (mean > (mean.min() + mean.max()) / 2).float()
+    return require_finite(seen.mean(0), "the model's attention to the word", backbone.unet.dtype)
 
 
 STRUCTURE = frozenset(

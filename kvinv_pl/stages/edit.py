@@ -39,11 +39,17 @@ def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSett
         raise UserError(
             f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
         )
-    if subject and not variant.follows:
+    follows = variant.follows or settings.background == "kept"
+    if subject and not follows:
         raise UserError(
             f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
         )
-    if variant.follows:
+    if settings.mixing == "aligned" and variant.wants_mask:
+        raise UserError(
+            f"mixing: expected replace or concat, got aligned, which brings keys to other places than those "
+            f"that the mask of {type(variant).__name__} is about"
+        )
+    if follows:
         subject_positions(denoiser.backbone, image.source, image.targets, subject)
 
 
@@ -101,7 +107,7 @@ def edit_picture(
     z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
-            reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
+            reader.eps, z_T, table, reader.psi, settings.guide, settings.start, reader.keep,
             lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
         )  # fmt: skip
     finite = z_0.isfinite().flatten(1).all(1).tolist()
@@ -130,6 +136,8 @@ def sheet_of(store: RunStore) -> Image.Image:
     for record, _ in done:
         how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
         for name in later:
-            how += f", {name.replace('_', ' ')} {record[name]:g}" if name in record else ""
+            value = record.get(name)
+            shown = f"{value:g}" if isinstance(value, float) else value
+            how += f", {name.replace('_', ' ')} {shown}" if name in record else ""
         captions.append(f"{record['target']}\n{how}")
     return sheet([open_picture(file).image for file in files], captions)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, cat
 
 from kvinv_pl.algorithm.editing import first_step
@@ -20,7 +20,8 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import Step
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.models.prompts import START, subject_positions
+from kvinv_pl.models.prompts import START, subject_of, subject_positions
+from kvinv_pl.stages.background import kept, subject_of_source
 from kvinv_pl.stages.settings import EditSettings
 
 
@@ -71,7 +72,13 @@ class Reader:
         self.source = self._source(tuned) if frozen and settings.kv == "replayed" else None
         self._prefetched: dict[int, Future[Step]] = {}
         self._positions: list[list[int]] | None = None  # of each row; only the targets' have any
-        if frozen and any(cp.follows for cp in denoiser.cps):
+        follows, keeps = frozen and any(cp.follows for cp in denoiser.cps), settings.background == "kept"
+        self._in_source: Bool[Tensor, "1 1 h w"] | None = None
+        self._source_z: Float[Tensor, "1 c h w"] | None = None
+        if keeps:
+            words = [settings.subject or subject_of(source, target) for target in targets]
+            self._in_source = subject_of_source(denoiser, store, source, words[0])
+        if follows or keeps:
             found = subject_positions(denoiser.backbone, source, targets, settings.subject)
             others: list[list[int]] = [[]] * (len(self.branches) - 1)
             self._positions = [positions for each in found for positions in (*others, each)]
@@ -82,15 +89,29 @@ class Reader:
         """Give the variants the edits' attention maps to the subject's word, from here on."""
         extra = 0 if self.source is None else len(self.source.contexts)
         unet = self.denoiser.backbone.unet
-        known = math.ceil(UNSETTLED * len(self.denoiser.table))
 
         def subject_map(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
-            return _subject_map(maps, extra, len(self.branches), grid) if self._at >= known else None
+            return _subject_map(maps, extra, len(self.branches), grid) if self._settled else None
 
         # the decoder's maps are the best, see prompts.mask_from_word
         watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
         maps = self._open.enter_context(watched)
+        self._map = subject_map
         self._open.enter_context(attachment.following(subject_map))
+
+    @property
+    def _settled(self) -> bool:
+        return self._at >= math.ceil(UNSETTLED * len(self.denoiser.table))
+
+    def keep(self, i: int, z: Float[Tensor, "edits c h w"]) -> Float[Tensor, "edits c h w"]:
+        """The latents after step i, with the source's background where the settings ask for it."""
+        if self._in_source is None or i < self.first or self._source_z is None:
+            return z
+        in_edit = self._map((z.shape[-2], z.shape[-1]))
+        if in_edit is None:
+            return z
+        each = in_edit[len(self.branches) - 1 :: len(self.branches)]
+        return kept(z, self._source_z, self._in_source, each)
 
     def _source(self, prompts: list[str]) -> Source:
         """The branches of tuning, with their prompts."""
@@ -116,8 +137,16 @@ class Reader:
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
             self._prefetch(self.first)
-            with self._open, self._attachment.sharpened(self.settings.sharpness):
+            with self._open, self._options():
                 yield
+
+    @contextmanager
+    def _options(self) -> Iterator[None]:
+        """What changes Eq. 2 in the edits' rows."""
+        settings, attachment = self.settings, self._attachment
+        mixed = attachment.mixed(settings.mixing, settings.own_share)
+        with attachment.sharpened(settings.sharpness), mixed:
+            yield
 
     def _prefetch(self, i: int) -> None:
         if i < len(self.denoiser.table):
@@ -128,6 +157,7 @@ class Reader:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
         step = self._prefetched.pop(i).result()
         self._at, attachment = i, self._attachment
+        self._source_z = step.z[None].to(self.denoiser.device)
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)
         if self.settings.reading == "frozen" and self.source is None:

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from kvinv_pl.algorithm.guidance import Guidance, negative_at
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.mixing import Mixing
 from kvinv_pl.data.records import of_optimizer
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
@@ -23,6 +24,7 @@ from kvinv_pl.stages.curriculum import Curriculum, Pass
 
 Reading = Literal["frozen", "blend"]
 KeyValues = Literal["stored", "replayed"]
+Background = Literal["free", "kept"]
 
 
 def options_of(setting: Field[Any]) -> tuple[str, ...]:
@@ -162,6 +164,9 @@ class EditSettings(Settings):
     subject: str | None
     source_guidance: float | None = field(metadata={"idle": None})
     sharpness: float = field(metadata={"idle": 1.0})
+    mixing: Mixing = field(metadata={"idle": "replace"})
+    own_share: float = field(metadata={"idle": 0.0})
+    background: Background = field(metadata={"idle": "free"})
 
     def __post_init__(self) -> None:
         """Validate, with the names of the parameters in errors."""
@@ -176,6 +181,14 @@ class EditSettings(Settings):
             raise UserError(f"sharpness: expected a finite number above 0, got {self.sharpness}")
         if self.sharpness != 1 and self.reading != "frozen":
             raise UserError(f"sharpness: expected 1 with reading {self.reading}, got {self.sharpness}")
+        one_of("mixing", self.mixing, Mixing)
+        if self.mixing != "replace" and self.reading != "frozen":
+            raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
+        if not 0 <= self.own_share <= 1:
+            raise UserError(f"own_share: expected a share of 0 to 1, got {self.own_share}")
+        if self.own_share and self.mixing != "aligned":
+            raise UserError(f"own_share: expected 0 with mixing {self.mixing}, got {self.own_share}")
+        one_of("background", self.background, Background)
 
     @property
     def guide(self) -> Guidance:

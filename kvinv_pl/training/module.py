@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.mixing import Mixing
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.source_image import SourceImage, Stage
@@ -28,6 +29,7 @@ from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
 from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import (
+    Background,
     EditSettings,
     InversionSettings,
     KeyValues,
@@ -84,6 +86,12 @@ class KVInversion(LightningModule):
             out, it is the last word that source and target have in common before they differ.
         sharpness: Factor of the scores of Eq. 2 in an edit with the reading frozen; above 1 an edit's query
             keeps to the keys of K-bar that are most like it.
+        mixing: What an edit reads beside K-bar and V-bar, with the reading frozen: replace (nothing else),
+            concat (its own keys and values, side by side with them) or aligned (K-bar and V-bar brought to
+            where the edit has what they show, and mixed with its own).
+        own_share: How much of the edit's own there is in mixing aligned, 0 to 1.
+        background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
+            neither in the source nor in the edit are the source's, from a fifth of the steps on).
         seed: Of random starts of psi.
         slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
             what fits into memory, 8 at most.
@@ -123,6 +131,9 @@ class KVInversion(LightningModule):
         negative: str = "",
         subject: str | None = None,
         sharpness: float = 1.0,
+        mixing: Mixing = "replace",
+        own_share: float = 0.0,
+        background: Background = "free",
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
         store_dtype: StoreDtype = "int8",

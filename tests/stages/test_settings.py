@@ -62,9 +62,14 @@ def test_settings_are_changed_by_making_others(kind: Any) -> None:
         ({"sharpness": 0.0}, "sharpness: expected a finite number above 0, got 0.0"),
         ({"sharpness": float("nan")}, "sharpness: expected a finite number above 0, got nan"),
         ({"sharpness": 2.0, "reading": "blend"}, "sharpness: expected 1 with reading blend, got 2.0"),
+        ({"mixing": "both"}, "mixing: expected replace, concat, aligned, got 'both'"),
+        ({"mixing": "concat", "reading": "blend"}, "mixing: expected replace with reading blend, got concat"),
+        ({"mixing": "aligned", "own_share": 1.5}, "own_share: expected a share of 0 to 1, got 1.5"),
+        ({"own_share": 0.5}, "own_share: expected 0 with mixing replace, got 0.5"),
+        ({"background": "mine"}, "background: expected free or kept, got 'mine'"),
     ],
 )
-def test_a_sharpness_that_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:
+def test_an_option_of_an_edit_that_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=f"^{says}"):
         KVInversion(**changes)
     with pytest.raises(UserError, match=f"^{says}"):
@@ -78,6 +83,34 @@ def test_a_sharper_edit_is_another_edit_that_its_record_tells_of(tuned: RunStore
     (sharp,), (replayed,) = (fits.edit(tuned, sharpness=4.0, kv=kv) for kv in ("stored", "replayed"))
     assert [record.get("sharpness") for record in records(tuned)] == [None, 4.0, 4.0]
     assert fits.levels(sharp, replayed) <= 1 < fits.levels(sharp, plain)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mixing": "concat"}, {"mixing": "aligned"}, {"mixing": "aligned", "own_share": 0.5}],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_a_mixed_edit_is_another_edit_and_the_same_whether_stored_or_replayed(
+    tuned: RunStore, changes: dict[str, Any]
+) -> None:
+    (plain,) = fits.edit(tuned)
+    (stored,), (replayed,) = (fits.edit(tuned, kv=kv, **changes) for kv in ("stored", "replayed"))
+    assert {name: records(tuned)[-1].get(name) for name in changes} == changes
+    assert fits.levels(stored, replayed) <= 1 < fits.levels(stored, plain)
+
+
+def test_an_edit_that_is_all_its_own_is_that_in_which_cp_attn_never_begins(tuned: RunStore) -> None:
+    (own,) = fits.edit(tuned, mixing="aligned", own_share=1.0)
+    (never,) = fits.edit(tuned, start=1.0)
+    assert fits.levels(own, never) <= 1
+
+
+def test_keeping_the_background_changes_an_edit_and_needs_to_know_the_subject(tuned: RunStore) -> None:
+    """The tiny picture has four tokens, of which a subject's margin leaves none or some."""
+    (kept,) = fits.edit(tuned, background="kept", subject="cat")
+    assert records(tuned)[-1]["background"] == "kept" and kept.size == fits.edit(tuned)[0].size
+    with pytest.raises(UserError, match="'dog' is not in the prompt"):
+        fits.edit(tuned, background="kept", subject="dog")
 
 
 def test_a_run_remembers_the_sharpness_for_its_next_edit(tmp_path: Path) -> None:

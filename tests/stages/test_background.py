@@ -1,0 +1,37 @@
+"""An edit that keeps the source's background."""
+
+import torch
+from torch import Tensor
+
+from kvinv_pl.stages.background import kept
+
+
+def latents() -> tuple[Tensor, Tensor]:
+    z, source = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return z, source[:1]
+
+
+def test_away_from_both_subjects_the_latents_are_the_sources_and_on_them_the_edits() -> None:
+    z, source = latents()
+    in_source = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    in_source[..., 1, 1] = True
+    in_edit = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    in_edit[:, :, 6, 6] = 2.0
+    out = kept(z, source, in_source, in_edit)
+    edits = torch.zeros(8, 8, dtype=torch.bool)
+    edits[0:3, 0:3] = edits[5:8, 5:8] = True  # a token's margin around each
+    assert torch.equal(out[..., edits], z[..., edits])
+    assert torch.equal(out[..., ~edits], source.expand_as(z)[..., ~edits])
+
+
+def test_each_edit_has_its_subject_where_its_own_map_says() -> None:
+    z, source = latents()
+    in_source = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    in_source[..., 0, 0] = True
+    in_edit = torch.zeros(3, 1, 8, 8)
+    for n in range(3):
+        in_edit[n, 0, 2 * n + 2, 6] = 1.0
+    out = kept(z, source, in_source, in_edit)
+    for n in range(3):
+        assert torch.equal(out[n, :, 2 * n + 2, 6], z[n, :, 2 * n + 2, 6])
+    assert torch.equal(out[0, :, 6, 6], source[0, :, 6, 6])
