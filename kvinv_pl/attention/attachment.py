@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
-from kvinv_pl.attention.mixing import Mixing, aligned, with_own
+from kvinv_pl.attention.mixing import Mixing, with_own
 from kvinv_pl.attention.processor import KV, PLAIN, CPProcessor, Mode, Project, Sdpa, for_edits, layer_at
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
@@ -33,7 +33,7 @@ class Attachment:
         self._attached = True
         self._subject_map: SubjectMap | None = None
         self._sharpness = 1.0
-        self._mixing: tuple[Mixing, float] = "replace", 0.0
+        self._mixing: Mixing = "replace"
         for path, processor in self._processors.items():
             layers[path].set_processor(processor)  # pyright: ignore[reportArgumentType]
 
@@ -144,13 +144,13 @@ class Attachment:
             self._sharpness = 1.0
 
     @contextmanager
-    def mixed(self, mixing: Mixing, share: float) -> Iterator[None]:
+    def mixed(self, mixing: Mixing) -> Iterator[None]:
         """Have the edits read their own keys and values, too; see `kvinv_pl.attention.mixing`."""
-        self._mixing = mixing, share
+        self._mixing = mixing
         try:
             yield
         finally:
-            self._mixing = "replace", 0.0
+            self._mixing = "replace"
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
@@ -194,11 +194,8 @@ class Attachment:
     def _attend_edit(self, site: Site, q: Tensor, bars: KV, own: Callable[[], KV], sdpa: Sdpa) -> Tensor:
         """Eq. 2 of the edits' rows with the source's K-bar and V-bar; `own` projects the edits' own."""
         cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
-        mixing, share = self._mixing
-        if mixing == "concat":
+        if self._mixing == "concat":
             sdpa = with_own(own(), sdpa)
-        elif mixing == "aligned":
-            k_bar, v_bar = aligned(own(), (k_bar, v_bar), share)
         subject = self._subject_map(site.grid) if self._subject_map is not None and cp.follows else None
         if self._sharpness != 1:
             sdpa = partial(sdpa, sharpness=self._sharpness)

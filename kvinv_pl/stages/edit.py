@@ -44,11 +44,6 @@ def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSett
         raise UserError(
             f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
         )
-    if settings.mixing == "aligned" and variant.wants_mask:
-        raise UserError(
-            f"mixing: expected replace or concat, got aligned, which brings keys to other places than those "
-            f"that the mask of {type(variant).__name__} is about"
-        )
     if follows:
         subject_positions(denoiser.backbone, image.source, image.targets, subject)
 

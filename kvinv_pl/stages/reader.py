@@ -144,7 +144,7 @@ class Reader:
     def _options(self) -> Iterator[None]:
         """What changes Eq. 2 in the edits' rows."""
         settings, attachment = self.settings, self._attachment
-        mixed = attachment.mixed(settings.mixing, settings.own_share)
+        mixed = attachment.mixed(settings.mixing)
         with attachment.sharpened(settings.sharpness), mixed:
             yield
 

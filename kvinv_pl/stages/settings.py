@@ -165,7 +165,6 @@ class EditSettings(Settings):
     source_guidance: float | None = field(metadata={"idle": None})
     sharpness: float = field(metadata={"idle": 1.0})
     mixing: Mixing = field(metadata={"idle": "replace"})
-    own_share: float = field(metadata={"idle": 0.0})
     background: Background = field(metadata={"idle": "free"})
 
     def __post_init__(self) -> None:
@@ -184,10 +183,6 @@ class EditSettings(Settings):
         one_of("mixing", self.mixing, Mixing)
         if self.mixing != "replace" and self.reading != "frozen":
             raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
-        if not 0 <= self.own_share <= 1:
-            raise UserError(f"own_share: expected a share of 0 to 1, got {self.own_share}")
-        if self.own_share and self.mixing != "aligned":
-            raise UserError(f"own_share: expected 0 with mixing {self.mixing}, got {self.own_share}")
         one_of("background", self.background, Background)
 
     @property

@@ -86,10 +86,8 @@ class KVInversion(LightningModule):
             out, it is the last word that source and target have in common before they differ.
         sharpness: Factor of the scores of Eq. 2 in an edit with the reading frozen; above 1 an edit's query
             keeps to the keys of K-bar that are most like it.
-        mixing: What an edit reads beside K-bar and V-bar, with the reading frozen: replace (nothing else),
-            concat (its own keys and values, side by side with them) or aligned (K-bar and V-bar brought to
-            where the edit has what they show, and mixed with its own).
-        own_share: How much of the edit's own there is in mixing aligned, 0 to 1.
+        mixing: What an edit reads, with the reading frozen: replace (K-bar and V-bar alone) or concat (its
+            own keys and values side by side with them).
         background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
         seed: Of random starts of psi.
@@ -132,7 +130,6 @@ class KVInversion(LightningModule):
         subject: str | None = None,
         sharpness: float = 1.0,
         mixing: Mixing = "replace",
-        own_share: float = 0.0,
         background: Background = "free",
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
