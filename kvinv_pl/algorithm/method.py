@@ -144,6 +144,8 @@ class Inverted:
     scene: Scene
     start: Float[Tensor, "1 c h w"]
     """Of both source and target."""
+    first: int = 0
+    """The step that begins there, counted from noise."""
     source_guidance: float | None = None
     """Of the source's row; None: as the target's."""
     negative: Float[Tensor, "1 L d"] | None = field(default=None, repr=False)
@@ -242,7 +244,7 @@ class Renderer(Protocol):
 def sample(scene: Scene, inverted: Inverted, control: Control) -> Float[Tensor, "2 c h w"]:
     """Source and target from where the inversion arrived, each step under the control."""
     z = inverted.start.expand(2, -1, -1, -1)
-    for i in range(len(scene.table)):
+    for i in range(inverted.first, len(scene.table)):
         z = control.before(i, z)
         with scene.model.controlled(i, control):
             t = scene.table.timesteps[i : i + 1].to(z.device)

@@ -9,9 +9,9 @@ from kvinv_pl.algorithm.method import Inverted, Scene
 class NegativePrompt:
     """Negative-prompt inversion (Miyake et al., 2023): the source prompt in the place of the empty one.
 
-    Null-text inversion's optimum is close to the source prompt's own embedding (their Eqs. 8 to 10), which
-    needs no training: eps = eps(source) + w (eps(prompt) - eps(source)). With the source prompt itself, both
-    terms are equal at any w, and the reconstruction is DDIM's at guidance 1, which the inversion ran at.
+    Null-text inversion's optimum is close to the source prompt's own embedding, which needs no training:
+    eps = eps(source) + w (eps(prompt) - eps(source)). With the source prompt itself, both terms are equal at
+    any w, and the reconstruction is DDIM's at guidance 1, at which the inversion ran.
 
     Args:
         guidance: Of the target, where the edit has none of its own; as published.

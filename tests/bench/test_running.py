@@ -106,6 +106,16 @@ def test_attention_that_is_taken_over_and_left_alone_is_the_networks_own(canvas:
     assert close(sample(scene, inverted, control), sample(scene, inverted, Control()))
 
 
+def test_edit_friendly_noise_keeps_the_picture_where_the_prompt_does_and_belongs_to_its_seed(
+    canvas: Canvas,
+) -> None:
+    scene, plain = canvas.scene(SOURCE, SOURCE, 3.5), make("plain", "edit")
+    assert close(edited(scene, make("edit_friendly", "inversion"), plain)[1:], scene.z_0)
+    scene = canvas.scene(SOURCE, TARGET, 3.5)
+    one, other = (edited(scene, make("edit_friendly", "inversion", seed=seed), plain)[1:] for seed in (0, 1))
+    assert not close(one, scene.z_0) and not close(one, other)
+
+
 def test_masactrl_is_the_variant_recorded_read_at_its_layers_and_from_its_step(picture: Image.Image) -> None:
     canvas = Canvas.of(loaded(), picture)
     layers = canvas.scene("", TARGET, 2.0).model.self_attentions[4:]
@@ -221,6 +231,8 @@ def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, can
         run_method(loaded(), picture, SOURCE, TARGET, inversion="dirrect")
     with pytest.raises(UserError, match="no option 'layers'"):
         make("masactrl", "edit", layers=3)
+    with pytest.raises(UserError, match="skip: expected 0 to less than 1, got 1"):
+        make("edit_friendly", "inversion", skip=1)
     with pytest.raises(UserError, match="expected 0 to 6, got 7"):
         make("masactrl", "edit", layer=7).control(canvas.scene(SOURCE, TARGET, 2.0), None)
 
