@@ -32,12 +32,14 @@ def vae(
     batch: int = 16,
     lr: float = 1e-3,
     kl: float = 1e-6,
+    begin: Path | None = None,
+    compile: bool = True,
 ) -> None:
     """Train the autoencoder and save its averaged weights under `work`/vae-trained.
 
     Args:
         work: where pictures, checkpoints, logs and results lie
-        count: how many training pictures
+        count: how many training pictures of one animal, and as many of one animal twice
         size: pixels a side
         channels: width at each level; the factor is 2 ** (levels - 1)
         latent_channels: channels of a latent
@@ -45,10 +47,12 @@ def vae(
         batch: pictures a step
         lr: highest learning rate
         kl: weight of the Kullback-Leibler term, per picture
+        begin: folder of a checkpoint of half the size and one level less, whose autoencoder to begin with
+        compile: make the net twice as fast; on a CPU this needs a C++ compiler
     """
     from menagerie_training import autoencoder
 
-    autoencoder.train(work, count, size, channels, latent_channels, steps, batch, lr, kl)
+    autoencoder.train(work, count, size, channels, latent_channels, steps, batch, lr, kl, begin, compile)
 
 
 def unet(
@@ -61,12 +65,13 @@ def unet(
     steps: int = 7000,
     batch: int = 64,
     lr: float = 1e-3,
+    begin: Path | None = None,
 ) -> None:
     """Train the U-Net together with its text encoder and save the averages under `work`/unet-trained.
 
     Args:
         work: where the earlier stage's results lie
-        count: how many training pictures
+        count: how many training pictures of one animal, and as many of one animal twice
         size: pixels a side
         channels: width at each level
         layers: residual layers a block
@@ -74,10 +79,11 @@ def unet(
         steps: training steps
         batch: pictures a step
         lr: highest learning rate
+        begin: folder of a checkpoint whose U-Net, text encoder and words to begin with
     """
     from menagerie_training import denoiser
 
-    denoiser.train(work, count, size, channels, layers, text_width, steps, batch, lr)
+    denoiser.train(work, count, size, channels, layers, text_width, steps, batch, lr, begin)
 
 
 def judge(

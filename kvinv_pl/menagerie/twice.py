@@ -72,13 +72,14 @@ class Twice:
 
     def render(self, size: int | None = None) -> Image.Image:
         """The true picture, RGB, `size` pixels a side (None: the model's)."""
-        return self._drawn(size).picture()
+        return self.drawn(size).picture()
 
     def mask(self, size: int | None = None) -> Image.Image:
         """Where the two are, without their shadows: a 1-bit picture."""
-        return self._drawn(size).mask()
+        return self.drawn(size).mask()
 
-    def _drawn(self, size: int | None) -> Canvas:
+    def drawn(self, size: int | None = None) -> Canvas:
+        """What `render` and `mask` are read from."""
         far, near = sorted((self.first, self.second), key=lambda animal: -animal.place[1])
         canvas = far.canvas(size)
         for animal in (far, near):

@@ -103,15 +103,15 @@ class Animal(Figure):
 
     def render(self, action: str | None = None, size: int | None = None) -> Image.Image:
         """The true picture, RGB, `size` pixels a side (None: the model's), in this or its own action."""
-        return self._drawn(action, size).picture()
+        return self.drawn(action, size).picture()
 
     def mask(self, action: str | None = None, size: int | None = None) -> Image.Image:
         """Where the animal is, without its shadow: a 1-bit picture."""
-        return self._drawn(action, size).mask()
+        return self.drawn(action, size).mask()
 
     def parts(self, action: str | None = None, size: int | None = None) -> dict[str, np.ndarray]:
         """Where each of `drawing.PARTS` is seen, boolean (size, size): every pixel is of one part."""
-        seen = self._drawn(action, size).part
+        seen = self.drawn(action, size).part
         return {part: seen == number for number, part in enumerate(PARTS)}
 
     def scenery(self, size: int | None = None) -> np.ndarray:
@@ -148,7 +148,8 @@ class Animal(Figure):
         self.scene.draw(canvas, self.place, self.scale)
         return canvas
 
-    def _drawn(self, action: str | None, size: int | None) -> Canvas:
+    def drawn(self, action: str | None = None, size: int | None = None) -> Canvas:
+        """What `render`, `mask` and `parts` are read from."""
         canvas = self.canvas(size)
         self.draw_on(canvas, self._known(action))
         return canvas

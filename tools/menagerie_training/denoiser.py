@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,39 +17,46 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.menagerie import Animal
+from kvinv_pl.menagerie import Animal, Twice
 from menagerie_training.autoencoder import means
+from menagerie_training.beginning import part, take_over, take_over_words
 from menagerie_training.loop import Stage, Trained, needed
-from menagerie_training.pictures import Rows, pictures, save
+from menagerie_training.pictures import Both, Rows, pictures, save
 
 
-def captions(animals: list[Animal], rng: np.random.Generator) -> list[str]:
+def captions(scenes: Sequence[Animal | Twice], rng: np.random.Generator) -> list[str]:
     """Varied captions of these pictures; one in ten is empty (for guidance)."""
 
-    def caption(animal: Animal) -> str:
+    def doing(animal: Animal, subject: str) -> str:
+        return f"{subject} {rng.choice(['', 'is ', 'that is '], p=[0.8, 0.1, 0.1])}{animal.action}"
+
+    def caption(scene: Animal | Twice) -> str:
         if rng.uniform() < 0.1:
             return ""
         if rng.uniform() < 0.55:
-            return animal.prompt()
+            return scene.prompt()
+        animal = scene.first if isinstance(scene, Twice) else scene
         keep = rng.uniform(size=3) < 0.6
         words = [word for word, kept in zip((animal.coat, animal.colour), keep[:2], strict=True) if kept]
         if rng.uniform() < 0.15:  # a word that the world does not know says nothing
             words.insert(0, "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(2, 7)))))
-        verb = str(rng.choice(["", "is ", "that is "], p=[0.8, 0.1, 0.1])) + animal.action
-        text = " ".join(["a", *words, animal.species, verb])
+        text = doing(animal, " ".join(["a", *words, animal.species]))
+        if isinstance(scene, Twice):
+            relation = scene.relation if rng.uniform() < 0.7 else "and"
+            text += f" {relation} " + doing(scene.second, f"the same {animal.species}")
         if keep[2]:
             text += str(rng.choice([" on ", " on the "])) + animal.ground
         openings = ["", "a photo of ", "a picture of ", "a drawing of "]
         return str(rng.choice(openings, p=[0.7, 0.1, 0.1, 0.1])) + text
 
-    return [caption(animal) for animal in animals]
+    return [caption(scene) for scene in scenes]
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIPTokenizer with one token for every word of the world; any other word is spelled in bytes."""
     from tokenizers import pre_tokenizers, trainers
 
-    texts = [Animal.sample(seed).prompt() for seed in range(3000)]
+    texts = [kind.sample(seed).prompt() for seed in range(3000) for kind in (Animal, Twice)]
     texts += ["a photo of the picture that is drawing"] * 300
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = trainers.BpeTrainer(
@@ -128,9 +136,11 @@ class UNetTraining(Trained):
             cast(UNet2DConditionModel, self.nets["unet"]).set_attn_processor(AttnProcessor())
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """One batch of scaled latents and the seeds of their animals."""
-        z, seeds = batch
-        texts = captions([Animal.sample(int(seed)) for seed in seeds], self.rng)
+        """One batch of scaled latents, the seeds of their animals, and whether there are two."""
+        z, seeds, pairs = batch
+        kinds = [Twice if pair else Animal for pair in pairs.tolist()]
+        scenes = [kind.sample(seed) for kind, seed in zip(kinds, seeds.tolist(), strict=True)]
+        texts = captions(scenes, self.rng)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         context = self.nets["text"](cast(Tensor, ids).to(z.device)).last_hidden_state
         # The pose is decided at the noisy end: it is visited more often (density 1.5 sqrt(t)).
@@ -146,25 +156,25 @@ class UNetTraining(Trained):
         return (error * (alpha.flatten() + 0.01) ** -0.75).mean()
 
 
-def latents(work: Path, count: int, size: int) -> Tensor:
+def latents(work: Path, count: int, size: int, pairs: bool) -> Tensor:
     """Scaled latents of the training pictures, fp32."""
     trained = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent
-    file = work / f"latents-{count}-{size}.pt"
+    file = work / f"latents-{count}-{size}{'-pairs' if pairs else ''}.pt"
     if not file.exists() or file.stat().st_mtime < (trained / "config.json").stat().st_mtime:
         vae: Any = AutoencoderKL.from_pretrained(trained)
         vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        save(means(vae, pictures(work, count, size)[0]) * vae.config["scaling_factor"], file)
+        save(means(vae, pictures(work, count, size, pairs)[0]) * vae.config["scaling_factor"], file)
     return torch.load(file, mmap=True)
 
 
 def train(
     work: Path, count: int, size: int, channels: tuple[int, ...], layers: int, text_width: int,
-    steps: int, batch: int, lr: float,
+    steps: int, batch: int, lr: float, begin: Path | None,
 ) -> None:  # fmt: skip
     """Train the U-Net with its text encoder; their averages come to `work`/unet-trained and text-trained."""
     settings = {
         "count": count, "size": size, "channels": channels, "layers": layers, "text_width": text_width,
-        "steps": steps, "batch": batch, "lr": lr,
+        "steps": steps, "batch": batch, "lr": lr, "begin": begin and begin.name,
     }  # fmt: skip
     weights = "unet-trained/diffusion_pytorch_model.safetensors"
     results = [weights, "text-trained/model.safetensors", "tokenizer/tokenizer.json"]
@@ -172,12 +182,20 @@ def train(
     if stage.finished():
         return
     L.seed_everything(0, verbose=False)
-    z = latents(work, count, size)
+    alone, twice = (latents(work, count, size, pairs) for pairs in (False, True))
+    seeds, single = torch.arange(count), torch.zeros(count, dtype=torch.bool)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(work / "tokenizer")
-    net = build_unet(z.shape[-1], z.shape[1], channels, layers, text_width)
-    module = UNetTraining(net, build_text_encoder(tokenizer, text_width), tokenizer, lr, steps)
-    stage.fit(module, Rows(z, torch.arange(count)), batch)
+    net = build_unet(alone.shape[-1], alone.shape[1], channels, layers, text_width)
+    text = build_text_encoder(tokenizer, text_width)
+    if begin:
+        known = UNet2DConditionModel.from_pretrained(part(begin, "unet"))
+        take_over(net, known.state_dict(), new_inputs=False)
+        words = CLIPTokenizer.from_pretrained(part(begin, "tokenizer"))
+        take_over_words(text, tokenizer, CLIPTextModel.from_pretrained(part(begin, "text_encoder")), words)
+    module = UNetTraining(net, text, tokenizer, lr, steps)
+    rows = Both(Rows(alone, seeds, single), Rows(twice, seeds, ~single))
+    stage.fit(module, rows, batch)
     cast(UNet2DConditionModel, module.average["unet"]).save_pretrained(work / "unet-trained")
     cast(CLIPTextModel, module.average["text"]).save_pretrained(work / "text-trained")
     stage.finish()

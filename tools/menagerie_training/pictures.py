@@ -12,35 +12,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie import Animal
+from kvinv_pl.menagerie import Animal, Twice
 
 TRAINING_SEEDS = 900_000  # 0 up; 900,000 to 999,999 are for choosing, from 1,000,000 on for reporting
 CHOOSING_SEED = 900_000
 REPORTING_SEED = 1_000_000
 
 
-def drawn(seeds: range, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, size, size) and masks (n, 1, size, size), uint8, of the animals of these seeds."""
-    animals = [Animal.sample(seed) for seed in seeds]
-    rgb = np.stack([np.asarray(animal.render(size=size)) for animal in animals])
-    mask = np.stack([np.asarray(animal.mask(size=size)) for animal in animals])
+def drawn(seeds: range, size: int, pairs: bool = False) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, size, size) and masks (n, 1, size, size), uint8, of these seeds' animals or pairs."""
+    scenes = [Twice.sample(seed) if pairs else Animal.sample(seed) for seed in seeds]
+    canvases = [scene.drawn(size=size) for scene in scenes]
+    rgb = np.stack([np.asarray(canvas.picture()) for canvas in canvases])
+    mask = np.stack([np.asarray(canvas.mask()) for canvas in canvases])
     return torch.from_numpy(rgb).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(mask)[:, None].byte()
 
 
-def _drawn(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    rgb, mask = drawn(range(job[0], job[1]), job[2])
+def _drawn(job: tuple[int, int, int, bool]) -> tuple[np.ndarray, np.ndarray]:
+    rgb, mask = drawn(range(job[0], job[1]), job[2], job[3])
     return rgb.numpy(), mask.numpy()
 
 
-def pictures(work: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures and masks of the first `count` training seeds, drawn when no file holds as many."""
+def pictures(work: Path, count: int, size: int, pairs: bool = False) -> tuple[Tensor, Tensor]:
+    """Pictures and masks of the first `count` training seeds, drawn when no file holds as many.
+
+    `pairs` asks for the animal of each seed twice in one scene instead of alone.
+    """
     if not 1 <= count <= TRAINING_SEEDS:
         raise UserError(f"--count must be 1 to {TRAINING_SEEDS}, the number of training seeds; got {count}")
-    larger = sorted((number, file) for file, number in _files(work, size) if number >= count)
-    file = larger[0][1] if larger else work / f"pictures-{count}-{size}.pt"
+    name = "pairs" if pairs else "pictures"
+    larger = sorted((number, file) for file, number in _files(work, name, size) if number >= count)
+    file = larger[0][1] if larger else work / f"{name}-{count}-{size}.pt"
     if not larger:
-        print(f"drawing {count} pictures of {size} pixels", flush=True)
-        jobs = [(first, min(first + 500, count), size) for first in range(0, count, 500)]
+        print(f"drawing {count} {name} of {size} pixels", flush=True)
+        jobs = [(first, min(first + 500, count), size, pairs) for first in range(0, count, 500)]
         if len(jobs) == 1:
             parts = [_drawn(jobs[0])]
         else:
@@ -51,8 +56,8 @@ def pictures(work: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
     return rgb[:count], mask[:count]
 
 
-def _files(work: Path, size: int) -> list[tuple[Path, int]]:
-    return [(file, int(file.stem.split("-")[1])) for file in work.glob(f"pictures-*-{size}.pt")]
+def _files(work: Path, name: str, size: int) -> list[tuple[Path, int]]:
+    return [(file, int(file.stem.split("-")[1])) for file in work.glob(f"{name}-*-{size}.pt")]
 
 
 def save(tensors: Any, file: Path) -> None:
@@ -91,6 +96,25 @@ class Rows(Dataset[Any]):
         return [tensor[rows] for tensor in self.tensors]
 
 
-def loader(rows: Rows, batch: int) -> DataLoader[Any]:
+class Both(Dataset[Any]):
+    """The rows of one data set and then those of another."""
+
+    def __init__(self, first: Rows, second: Rows) -> None:
+        """Rows of the same kinds of tensors."""
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        """The number of rows of both."""
+        return len(self.first) + len(self.second)
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        """A whole batch at once; those of the first come first."""
+        here = len(self.first)
+        parts = [self.first.__getitems__([row for row in rows if row < here])]
+        parts.append(self.second.__getitems__([row - here for row in rows if row >= here]))
+        return [torch.cat(pair) for pair in zip(*parts, strict=True)]
+
+
+def loader(rows: Rows | Both, batch: int) -> DataLoader[Any]:
     """Batches of random rows, without end."""
     return DataLoader(rows, batch, sampler=RandomSampler(rows, num_samples=10**9), collate_fn=lambda b: b)

@@ -1,0 +1,207 @@
+"""The training of the embedded model: pairs among its pictures, and beginning with an earlier model."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvinv_pl.menagerie import Animal, Twice
+
+ROOT = Path(__file__).parents[1]
+CHOOSING = 900_000
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> Iterator[None]:
+    """The programs of tools/ can be imported."""
+    path = sys.path.copy()
+    sys.path.insert(0, str(ROOT / "tools"))
+    yield
+    sys.path[:] = path
+
+
+def training(name: str) -> Any:
+    return importlib.import_module(f"menagerie_training.{name}")
+
+
+# --- pictures and words ------------------------------------------------------------------------------
+
+
+def test_pairs_are_drawn_with_the_masks_of_both() -> None:
+    rgb, mask = training("pictures").drawn(range(CHOOSING, CHOOSING + 3), 32, pairs=True)
+    for row, number in enumerate(range(3)):
+        two = Twice.sample(CHOOSING + number)
+        assert np.array_equal(rgb[row].permute(1, 2, 0), np.asarray(two.render(32)))
+        assert np.array_equal(mask[row, 0].bool(), np.asarray(two.mask(32)))
+
+
+def test_a_batch_of_both_has_the_rows_that_were_asked_for() -> None:
+    rows, both = training("pictures").Rows, training("pictures").Both
+    first, second = rows(torch.arange(5)), rows(torch.arange(10, 13))
+    mixed = both(first, second)
+    assert len(mixed) == 8
+    assert mixed.__getitems__([6, 0, 4, 7])[0].tolist() == [0, 4, 11, 12]
+    for asked in ([1, 2], [5]):  # all from one of them
+        assert len(mixed.__getitems__(asked)[0]) == len(asked)
+
+
+def test_captions_of_pairs_name_both_actions_and_that_it_is_the_same_animal() -> None:
+    scenes = [Twice.sample(CHOOSING + number) for number in range(300)]
+    texts = training("denoiser").captions(scenes, np.random.default_rng(0))
+    said = [(two, text) for two, text in zip(scenes, texts, strict=True) if text]
+    assert 0.05 < 1 - len(said) / len(scenes) < 0.15  # of the empty one
+    for two, text in said:
+        start, end = text.split(" the same ")
+        assert two.first.action in start and two.second.action in end and two.first.species in end
+    assert sum(text == two.prompt() for two, text in said) > 0.5 * len(said)
+
+
+def test_every_word_of_a_pair_is_one_token_of_the_tokenizer_and_the_prompt_fits() -> None:
+    tokenizer = training("denoiser").build_tokenizer()
+    for number in range(20):
+        prompt = Twice.sample(CHOOSING + number).prompt()
+        assert len(tokenizer(prompt)["input_ids"]) == len(prompt.split()) + 2 < tokenizer.model_max_length
+
+
+# --- the autoencoder ---------------------------------------------------------------------------------
+
+SMALL, LARGE = (16, (8, 16), 3), (32, (8, 8, 16), 5)  # size, channels, latent channels
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[Any, Any]:
+    """An autoencoder, and one of twice the size that was begun with it."""
+    small, large = (training("autoencoder").build_vae(*shape) for shape in (SMALL, LARGE))
+    small.save_pretrained(tmp_path / "vae")
+    training("autoencoder").begun_from(large, tmp_path)
+    return small, large
+
+
+@torch.no_grad()
+def test_the_inner_levels_of_a_begun_autoencoder_are_those_of_the_earlier_one(begun: Any) -> None:
+    small, large = begun
+    x = torch.randn(2, 8, 16, 16)
+    y, z = x, x
+    for inner, same in (
+        (small.encoder.down_blocks[0], large.encoder.down_blocks[1]),
+        (small.encoder.down_blocks[1], large.encoder.down_blocks[2]),
+        (small.encoder.mid_block, large.encoder.mid_block),
+    ):
+        y, z = inner(y), same(z)
+        assert torch.equal(y, z)
+    # and of what they find, the first channels are the same
+    known, wider = (
+        net.quant_conv(net.encoder.conv_out(net.encoder.conv_act(net.encoder.conv_norm_out(y)))).chunk(2, 1)
+        for net in begun
+    )
+    for half, wide in zip(known, wider, strict=True):
+        torch.testing.assert_close(wide[:, :3], half, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_free_channels_are_normalised_and_the_decoded_picture_stays(begun: Any) -> None:
+    vae, rgb = begun[1].eval(), training("pictures").drawn(range(CHOOSING, CHOOSING + 8), 32)[0]
+    before, trip = training("autoencoder").means(vae, rgb), training("autoencoder").round_trip(vae, rgb)
+    training("autoencoder").normalise_free_channels(vae, 3, rgb, scale=0.5)
+    after = training("autoencoder").means(vae, rgb)
+    torch.testing.assert_close(after[:, :3], before[:, :3])
+    torch.testing.assert_close(after[:, 3:].mean((0, 2, 3)), torch.zeros(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(after[:, 3:].std((0, 2, 3)), torch.full((2,), 2.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(training("autoencoder").round_trip(vae, rgb), trip, atol=1e-4, rtol=0)
+
+
+def loss_of(module: Any, batch: list[torch.Tensor]) -> torch.Tensor:
+    module.log_dict = lambda *_, **__: None  # there is no trainer
+    torch.manual_seed(0)
+    return module.training_step(batch, 0)
+
+
+def test_a_teacher_draws_the_first_channels_to_its_own_and_is_not_saved(begun: Any) -> None:
+    small, large = begun
+    batch = list(training("pictures").drawn(range(CHOOSING, CHOOSING + 4), 32))
+    make = training("autoencoder").VAETraining
+    with torch.random.fork_rng(devices=[]):
+        alone, taught = make(large, 1e-3, 9, 1e-6), make(copy.deepcopy(large), 1e-3, 9, 1e-6, small)
+        assert taught.state_dict().keys() == alone.state_dict().keys()
+        assert loss_of(taught, batch) > loss_of(alone, batch)
+
+
+@pytest.mark.slow  # compiling takes half a minute
+def test_compiled_training_has_the_same_loss_and_gradients(begun: Any) -> None:
+    batch = list(training("pictures").drawn(range(CHOOSING, CHOOSING + 4), 32))
+    make, nets = training("autoencoder").VAETraining, [begun[1], copy.deepcopy(begun[1])]
+    with torch.random.fork_rng(devices=[]):
+        modules = [
+            make(net, 1e-3, 9, 1e-6, compiled=compiled)
+            for net, compiled in zip(nets, (False, True), strict=True)
+        ]
+        losses = [loss_of(module, batch) for module in modules]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for plain, compiled in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(compiled.grad, plain.grad, atol=1e-4, rtol=1e-3)
+
+
+# --- the U-Net and the text encoder ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_begun_u_net_with_more_channels_predicts_as_the_earlier_one_whatever_they_hold() -> None:
+    denoiser = training("denoiser")
+    known, wider = (denoiser.build_unet(8, channels, (16, 16), 1, 16).eval() for channels in (3, 5))
+    training("beginning").take_over(wider, known.state_dict(), new_inputs=False)
+    z, t, context = torch.randn(2, 5, 8, 8), torch.tensor([3, 700]), torch.randn(2, 4, 16)
+    before, after = known(z[:, :3], t, context).sample, wider(z, t, context).sample
+    torch.testing.assert_close(after[:, :3], before, atol=1e-5, rtol=1e-4)
+    assert not after[:, 3:].any()
+
+
+def test_a_begun_text_encoder_knows_the_words_of_the_earlier_one_by_their_spelling() -> None:
+    denoiser, beginning = training("denoiser"), training("beginning")
+    tokenizer = denoiser.build_tokenizer()
+    known, begun = (denoiser.build_text_encoder(tokenizer, 16).eval() for _ in range(2))
+    assert beginning.take_over_words(begun, tokenizer, known, tokenizer) == len(tokenizer)
+    ids = tokenizer(Animal.sample(CHOOSING).prompt(), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(begun(ids).last_hidden_state, known(ids).last_hidden_state)
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+def refusal(stage: str, work: Path, earlier: Path, channels: str, capsys: pytest.CaptureFixture[str]) -> str:
+    command = importlib.import_module("train_menagerie")
+    tiny = [f"--work={work}", "--steps=1", "--count=8", "--size=32", f"--channels={channels}"]
+    with pytest.raises(SystemExit) as caught, torch.random.fork_rng(devices=[]):
+        command.main([stage, *tiny, f"--begin={earlier}"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training("autoencoder").build_vae(32, (8, 8, 16), 3).save_pretrained(tmp_path / "work" / "vae-trained")
+    for stage, channels, part in (("vae", "[8,8,16]", "vae"), ("unet", "[16,16]", "unet")):
+        said = refusal(stage, tmp_path / "work", tmp_path / "nothing", channels, capsys)
+        assert f"nothing has no folder {part}" in said
+
+
+def test_an_autoencoder_of_another_shape_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training("autoencoder").build_vae(16, (8, 8, 16), 3).save_pretrained(tmp_path / "earlier" / "vae")
+    said = refusal("vae", tmp_path / "work", tmp_path / "earlier", "[8,8,16]", capsys)
+    assert "has 3 levels, 3 latent channels and 16 pixels: expected one more of --channels" in said
