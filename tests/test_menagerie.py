@@ -208,7 +208,7 @@ def test_a_judge_that_is_missing_or_damaged_is_said_in_one_line(tmp_path: Path) 
 # --- the training ------------------------------------------------------------------------------------
 
 TINY: dict[str, list[str]] = {
-    "vae": ["--count=24", "--size=32", "--channels=[8,8,8]", "--batch=4", "--compile=false"],
+    "vae": ["--count=24", "--size=32", "--channels=[8,8,8]", "--batch=4"],
     "unet": ["--count=24", "--size=32", "--channels=[16,16]", "--text_width=16", "--batch=4"],
     "judge": ["--count=24", "--size=32", "--batch=4", "--cases=4"],
     "sam": ["--count=24", "--size=32", "--width=16", "--layers=2", "--batch=4", "--cases=2"],

@@ -17,7 +17,6 @@ from kvinv_pl.menagerie import Animal, Twice
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = 900_000
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,23 +132,6 @@ def test_a_teacher_draws_the_first_channels_to_its_own_and_is_not_saved(begun: A
         alone, taught = make(large, 1e-3, 9, 1e-6), make(copy.deepcopy(large), 1e-3, 9, 1e-6, small)
         assert taught.state_dict().keys() == alone.state_dict().keys()
         assert loss_of(taught, batch) > loss_of(alone, batch)
-
-
-@pytest.mark.slow  # compiling takes half a minute
-def test_compiled_training_has_the_same_loss_and_gradients(begun: Any) -> None:
-    batch = list(training("pictures").drawn(range(CHOOSING, CHOOSING + 4), 32))
-    make, nets = training("autoencoder").VAETraining, [begun[1], copy.deepcopy(begun[1])]
-    with torch.random.fork_rng(devices=[]):
-        modules = [
-            make(net, 1e-3, 9, 1e-6, compiled=compiled)
-            for net, compiled in zip(nets, (False, True), strict=True)
-        ]
-        losses = [loss_of(module, batch) for module in modules]
-    torch.testing.assert_close(*losses)
-    for loss in losses:
-        loss.backward()
-    for plain, compiled in zip(*(net.parameters() for net in nets), strict=True):
-        torch.testing.assert_close(compiled.grad, plain.grad, atol=1e-4, rtol=1e-3)
 
 
 # --- the U-Net and the text encoder ------------------------------------------------------------------

@@ -33,7 +33,6 @@ def vae(
     lr: float = 1e-3,
     kl: float = 1e-6,
     begin: Path | None = None,
-    compile: bool = True,
 ) -> None:
     """Train the autoencoder and save its averaged weights under `work`/vae-trained.
 
@@ -48,11 +47,10 @@ def vae(
         lr: highest learning rate
         kl: weight of the Kullback-Leibler term, per picture
         begin: folder of a checkpoint of half the size and one level less, whose autoencoder to begin with
-        compile: make the net twice as fast; on a CPU this needs a C++ compiler
     """
     from menagerie_training import autoencoder
 
-    autoencoder.train(work, count, size, channels, latent_channels, steps, batch, lr, kl, begin, compile)
+    autoencoder.train(work, count, size, channels, latent_channels, steps, batch, lr, kl, begin)
 
 
 def unet(

@@ -53,15 +53,13 @@ class VAETraining(Trained):
         steps: int,
         kl: float,
         teacher: AutoencoderKL | None = None,
-        compiled: bool = False,
     ) -> None:
-        """`kl` weighs the Kullback-Leibler term, per picture; `compiled` is twice as fast on a CPU."""
+        """`kl` weighs the Kullback-Leibler term, per picture."""
         super().__init__(lr, steps, 0.998, vae=vae)
         self.kl = kl
         # in a list: no part of what is trained and saved
         self.teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
-        forwards = _moments_and_picture(vae.to(memory_format=torch.channels_last))
-        self.forwards: Any = torch.compile(forwards) if compiled else forwards
+        vae.to(memory_format=torch.channels_last)
 
     def on_train_start(self) -> None:
         """Bring the teacher to the device."""
@@ -73,9 +71,12 @@ class VAETraining(Trained):
         """One batch of pictures and masks, uint8."""
         rgb, mask = batch
         x = unit(rgb).contiguous(memory_format=torch.channels_last)
-        # drawn out here: drawn inside, a compiled backward pass would not see the same noise
-        noise = torch.randn(len(x), *latent_shape(self.nets["vae"], x.shape[-1]), device=x.device)
-        mean, logvar, y = self.forwards(x, noise)
+        # not compiled: in bf16, torch 2.13's inductor gives a CPU's encoder no gradient from the picture
+        vae = cast(Any, self.nets["vae"])
+        mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        y = vae.decoder(vae.post_quant_conv(z)).float()
         error = (y - x) * (1.0 + mask.float())  # the animal is a fifth of the frame and what edits are about
         loss = error.square().mean() * 4 + error.abs().mean() + gradient_loss(y, x)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum((1, 2, 3)).mean()
@@ -89,23 +90,6 @@ class VAETraining(Trained):
             loss = loss + self.TIE * tie
         self.log_dict(figures, prog_bar=True)
         return loss
-
-
-def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
-    """Channels, height and width of the latent of a square picture."""
-    side = size // 2 ** (len(vae.config["block_out_channels"]) - 1)
-    return vae.config["latent_channels"], side, side
-
-
-def _moments_and_picture(vae: Any) -> Any:
-    def forwards(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        moments = vae.quant_conv(vae.encoder(x)).float()
-        mean, logvar = moments.chunk(2, 1)
-        logvar = logvar.clamp(-30, 20)
-        z = mean + (0.5 * logvar).exp() * noise
-        return mean, logvar, vae.decoder(vae.post_quant_conv(z)).float()
-
-    return forwards
 
 
 @torch.no_grad()
@@ -158,7 +142,7 @@ def normalise_free_channels(vae: AutoencoderKL, tied: int, rgb: Tensor, scale: f
 
 def train(
     work: Path, count: int, size: int, channels: tuple[int, ...], latent_channels: int,
-    steps: int, batch: int, lr: float, kl: float, begin: Path | None, compiled: bool,
+    steps: int, batch: int, lr: float, kl: float, begin: Path | None,
 ) -> None:  # fmt: skip
     """Train the autoencoder; its averaged weights come to `work`/vae-trained."""
     settings = {
@@ -172,7 +156,7 @@ def train(
     alone, twice = pictures(work, count, size), pictures(work, count, size, pairs=True)
     vae = build_vae(size, channels, latent_channels)
     teacher = begun_from(vae, begin) if begin else None
-    module = VAETraining(vae, lr, steps, kl, teacher, compiled)
+    module = VAETraining(vae, lr, steps, kl, teacher)
     stage.fit(module, Both(Rows(*alone), Rows(*twice)), batch)
     trained = cast(AutoencoderKL, module.average["vae"].eval())
     some = torch.cat([alone[0][:500], twice[0][:500]])
