@@ -59,13 +59,13 @@ class VAETraining(Trained):
         self.kl = kl
         # in a list: no part of what is trained and saved
         self.teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
-        vae.to(memory_format=torch.channels_last)
+        cast(Any, vae).to(memory_format=torch.channels_last)
 
     def on_train_start(self) -> None:
         """Bring the teacher to the device."""
         super().on_train_start()
         for teacher in self.teacher:
-            teacher.to(self.device)
+            cast(Any, teacher).to(self.device)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """One batch of pictures and masks, uint8."""
