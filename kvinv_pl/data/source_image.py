@@ -152,6 +152,7 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "checkpoint": run["model"]["checkpoint"],
         **{name: run["model"].get(name) for name in ("vae", "prediction_type")},
+        "clip_skip": run["model"].get("clip_skip", 1),
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],
         "max_grid": tuning["max_grid"],

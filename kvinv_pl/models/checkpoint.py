@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from kvinv_pl import menagerie
 from kvinv_pl.attention.unet import refuse_other_conditions
@@ -29,6 +30,7 @@ class Choices:
 
     prediction_type: Prediction | None = None
     vae: str | None = None
+    clip_skip: int = 1
     allow_pickle: bool = False
 
     @classmethod
@@ -58,9 +60,23 @@ def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> 
     scheduler = dict(found.scheduler_config)
     if choices.prediction_type is not None:
         scheduler["prediction_type"] = choices.prediction_type
+    if choices.clip_skip != 1:
+        _skip(found.text_encoder, choices.clip_skip)
+        digests["clip_skip"] = str(choices.clip_skip)
     identity = {"checkpoint": str(checkpoint), **found.identity, **choices.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
     return replace(found, scheduler_config=scheduler, identity=identity)
+
+
+def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:
+    """Leave out the last layers: clip_skip 2 ends at the last but one."""
+    layers = getattr(text_encoder, "text_model", text_encoder).encoder.layers
+    if not 1 <= clip_skip <= len(layers):
+        raise UserError(
+            f"--model.clip_skip: expected 1 to {len(layers)}, the text model's layers, got {clip_skip}"
+        )
+    del layers[len(layers) + 1 - clip_skip :]
+    text_encoder.config.num_hidden_layers = len(layers)
 
 
 def _other_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]]:

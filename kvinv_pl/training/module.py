@@ -49,6 +49,8 @@ class KVInversion(LightningModule):
             a hub id.
         vae: Another VAE for the checkpoint, as a .safetensors file or a folder.
         prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
+        clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
+            the last, 2 the last but one.
         allow_pickle: Read tensors from a checkpoint that is pickled (.ckpt) rather than refuse it.
         attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
             left out, it is the paper's own, full_kv.
@@ -104,6 +106,7 @@ class KVInversion(LightningModule):
         checkpoint: str = "menagerie",
         vae: str | None = None,
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+        clip_skip: int = 1,
         allow_pickle: bool = False,
         attention: Callable[[Site], CPAttention] | None = None,
         target_modules: str | list[str] = "decoder",

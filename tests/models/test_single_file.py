@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_files import FAMILIES, Family, folder, tensors, unet_name
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import NO_CHOICES, Choices, outline
@@ -45,11 +46,11 @@ def file(place: Path, family: Family, *, without: str = "-", **metadata: str) ->
     return place
 
 
-def refused(path: Path, *words: str, choices: Choices = NO_CHOICES) -> None:
+def refused(path: Path, *words: str, choices: Choices = NO_CHOICES, named: bool = True) -> None:
     with pytest.raises(UserError) as caught:
         Backbone.load(str(path), torch.float32, choices)
     assert "\n" not in str(caught.value)
-    for word in (str(path), *words):
+    for word in (*[str(path)] * named, *words):
         assert word in str(caught.value)
 
 
@@ -160,6 +161,21 @@ def test_another_vae_takes_the_place_of_the_checkpoints_own(alone: bool, tmp_pat
     assert len({Backbone.load(str(whole("sd1")[0])).identity["sha256"], with_folder.identity["sha256"]}) == 2
 
 
+def test_clip_skip_is_diffusers_own_counted_from_one() -> None:
+    place = whole("sd1")[0]
+    text = CLIPTextModel.from_pretrained(place / "text_encoder")
+    tokens = tokenizer("<|endoftext|>")(PROMPTS, padding="max_length", return_tensors="pt")["input_ids"]
+    # as encode_prompt of its pipeline does, which expects an older transformers
+    expected = text.final_layer_norm(text(tokens, output_hidden_states=True).hidden_states[-2])
+    skipped = Backbone.load(str(place), torch.float32, Choices(clip_skip=2))
+    plain = Backbone.load(str(place))
+    assert torch.equal(skipped.embed(PROMPTS), expected)
+    assert not torch.equal(plain.embed(PROMPTS), expected)
+    assert skipped.identity["sha256"] != plain.identity["sha256"]
+    refused(place, "--model.clip_skip: expected 1 to 2", "got 3", choices=Choices(clip_skip=3), named=False)
+    refused(place, "--model.clip_skip: expected 1 to 2", "got 0", choices=Choices(clip_skip=0), named=False)
+
+
 def test_what_is_no_vae_is_refused_as_one(tmp_path: Path) -> None:
     unet = whole("sd1")[0] / "unet"
     other = tmp_path / "other.safetensors"
@@ -206,23 +222,27 @@ def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         refused(file(tmp_path / "x.safetensors", "sd1", without=name))
 
 
-def test_an_edit_takes_the_vae_and_the_prediction_of_its_run(tmp_path: Path) -> None:
+def test_an_edit_takes_what_was_chosen_with_the_checkpoint_of_its_run(tmp_path: Path) -> None:
     checkpoint, out, picture = make("tiny", tmp_path), tmp_path / "out", tmp_path / "picture.png"
+    text = CLIPTextConfig.from_pretrained(checkpoint / "text_encoder", num_hidden_layers=2)
+    CLIPTextModel(text).save_pretrained(checkpoint / "text_encoder")
     vae = shutil.copytree(checkpoint / "vae", tmp_path / "vae")
     weights = vae / "diffusion_pytorch_model.safetensors"
     changed = {name: value * 1.1 for name, value in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
     Image.new("RGB", (32, 32), "teal").save(picture)
-    chosen = ("--model.vae", vae, "--model.prediction_type", "v_prediction")
+    chosen = ("--model.vae", vae, "--model.prediction_type", "v_prediction", "--model.clip_skip", 2)
     fit = ("fit", "--checkpoint", checkpoint, "--image", picture, "--source", "a cat", "--out", out)
     fitted = kvinv(*fit, *chosen, *QUICK, "--model.required_psnr", 0)
     assert fitted.code == 0, fitted.err
     model = json.loads((out / "run.json").read_text())["model"]
     assert model["prediction_type"] == "v_prediction" and model["vae"] == str(vae)
+    assert model["clip_skip"] == 2
     edited = kvinv("edit", "--run", out, "--target", "a dog")
     assert edited.code == 0, edited.err
-    other = kvinv("edit", "--run", out, "--target", "a dog", "--model.vae", checkpoint)
-    assert other.code == 2 and "model" in other.err, other
+    for other in (("--model.vae", checkpoint), ("--model.clip_skip", 1)):
+        answer = kvinv("edit", "--run", out, "--target", "a dog", *other)
+        assert answer.code == 2 and "model" in answer.err, answer
 
 
 def test_the_self_attentions_of_a_file_are_shown_without_its_weights(tmp_path: Path) -> None:
