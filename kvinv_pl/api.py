@@ -1,21 +1,27 @@
 """From Python: load a model, tune a picture, edit it; inside are the command line's module and trainer."""
 
+import inspect
 import shutil
 import tempfile
 import weakref
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from PIL import Image, ImageOps
 
+from kvinv_pl.attention.registry import resolve
 from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.errors import UserError
+from kvinv_pl.errors import UserError, near
+from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 
+Picture = Image.Image | Image.SupportsArrayInterface | str | Path
+"""A picture of pillow, an array of 8 bits (height, width, 3), or a path."""
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
@@ -38,9 +44,10 @@ class Run:
 
         Args:
             target: What it should become.
-            **settings: Of this edit, as KVInversion has them: guidance, source_guidance, reading, start,
-                negative, kv and subject.
+            **settings: Of this edit, as KVInversion has them: guidance, reading, start, background and so on.
         """
+        _require_text("target", target)
+        _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
         changes = {name: value for name, value in settings.items() if value is not None}
         # overwrite: the model in memory may have changed, with a LoRA for example
         data = SourceImages(run=str(self.folder), targets=[target], overwrite=True)
@@ -63,21 +70,22 @@ class KVInverter:
 
     def tune(
         self,
-        image: Image.Image | str | Path,
+        image: Picture,
         source: str = "",
         out: str | Path | None = None,
-        mask: Image.Image | str | Path | None = None,
+        mask: Picture | None = None,
         geometry: Literal["keep", "crop"] = "keep",
     ) -> Run:
         """Invert and tune one picture.
 
         Args:
-            image: A picture, or the path of one.
+            image: A picture, of pillow or as an array of 8 bits (height, width, 3), or the path of one.
             source: What it shows; may be empty.
             out: The run folder, resumed if it exists; None: a temporary one, deleted with the Run.
-            mask: A mask of the subject, for variants that take one, or the path of it.
+            mask: A mask of the subject, for variants that take one, in the same kinds.
             geometry: keep, or crop.
         """
+        _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
             raise UserError(f"tune takes one picture, got {image}; a folder or list is for `kvinv fit`")
         folder = Path(tempfile.mkdtemp(prefix="kvinv-") if out is None else out)
@@ -106,16 +114,34 @@ def load(
         accelerator: cpu, gpu, mps or auto.
         precision: 32-true, bf16-mixed or (on a GPU) 16-mixed.
         quiet: Whether to hide progress.
-        **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1.
+        **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1; attention may be the
+            name of a variant.
     """
+    _require_known("load", settings, list(inspect.signature(KVInversion).parameters))
+    if isinstance(settings.get("attention"), str):
+        settings["attention"] = resolve(settings["attention"])
     model = KVInversion(str(checkpoint), **settings)
     return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
 
 
-def as_file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:
+def as_file(image: Picture, folder: Path, name: str) -> Path:
     """The path of a picture, written to `folder` if it has none; as TIFF where PNG cannot store it."""
-    if not isinstance(image, Image.Image):
+    if isinstance(image, (str, Path)):
         return Path(image)
+    array: Any = getattr(image, "__array_interface__", None)
+    if not isinstance(image, Image.Image) and array is not None and array["typestr"] == "|u1":
+        try:
+            image = Image.fromarray(cast(Any, image))
+        except (TypeError, ValueError) as error:
+            got = tuple(array["shape"])
+            raise UserError(f"{name}: expected (height, width, 3), got {got}: transpose it") from error
+    if not isinstance(image, Image.Image):
+        shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+        got = type(image).__name__ if shape is None else f"{dtype} of {tuple(shape)}"
+        raise UserError(
+            f"{name}: expected a path, a picture of pillow or an array of 8 bits (height, width, 3), "
+            f"got {got}; PIL.Image.open and PIL.Image.fromarray make pictures"
+        )
     upright = ImageOps.exif_transpose(image)
     path = folder / f"{name}.{'png' if upright.mode in PNG_MODES else 'tif'}"
     try:
@@ -123,3 +149,16 @@ def as_file(image: Image.Image | str | Path, folder: Path, name: str) -> Path:
     except OSError as error:
         raise UserError(f"{name}: expected a picture, got one of mode {image.mode}: {error}") from error
     return path
+
+
+def _require_text(name: str, text: object) -> None:
+    """Refuse what is no prompt."""
+    if not isinstance(text, str):
+        several = "; call it once for each" if isinstance(text, (list, tuple)) else ""
+        raise UserError(f"{name}: expected a prompt, got {text!r}{several}")
+
+
+def _require_known(call: str, settings: Collection[str], known: list[str]) -> None:
+    """Refuse settings that there are not."""
+    if unknown := [name for name in settings if name not in known]:
+        raise UserError(f"{call} has no setting {unknown[0]}{near(unknown[0], known)}")

@@ -1,10 +1,11 @@
 import gc
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import fits
 import numpy as np
 import pytest
+import torch
 from fits import SOURCE, TARGET
 from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 from PIL import Image
@@ -59,7 +60,7 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
     assert len({plain, *(other.tobytes() for other in others)}) == 5
     with pytest.raises(UserError, match="start: expected a share"):
         run.edit(TARGET, guidance=5.0, start=2.0)
-    with pytest.raises(TypeError, match="guidence"):
+    with pytest.raises(UserError, match=r"^edit has no setting guidence: did you mean guidance$"):
         run.edit(TARGET, guidence=5.0)
     assert kv.model.editing is loaded
     assert run.edit(TARGET).tobytes() == plain
@@ -192,10 +193,66 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(kv: KVInverter, tmp_path
     with pytest.raises(UserError, match=r"nowhere\.png"):
         kv.tune(tmp_path / "nowhere.png", SOURCE, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(TypeError, match="guidence"):
+    with pytest.raises(UserError, match=r"^load has no setting guidence: did you mean guidance$"):
         kvinv_pl.load(fits.checkpoint(), guidence=4.0)
     with pytest.raises(UserError, match="steps: expected 1 or more"):
         kvinv_pl.load(fits.checkpoint(), steps=0)
     precision: Literal["16-mixed"] = "16-mixed"
     with pytest.raises(UserError, match="16-mixed needs a GPU"):
         kvinv_pl.load(fits.checkpoint(), accelerator="cpu", precision=precision)
+
+
+def test_a_variant_may_be_given_by_its_name() -> None:
+    kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", attention="v_only", **SETTINGS)
+    assert kv.model.variant is kvinv_pl.load(attention="VOnly").model.variant
+    with pytest.raises(UserError, match=r"no attention variant 'v_onli': .*did you mean v_only"):
+        kvinv_pl.load(attention="v_onli")
+
+
+def test_an_array_of_8_bits_is_a_picture(kv: KVInverter, image: Path, run: Run, tmp_path: Path) -> None:
+    with Image.open(image) as opened:
+        array = np.asarray(opened.convert("RGB"))
+    tuned = kv.tune(array, SOURCE, out=tmp_path / "run")
+    assert fits.tensors(RunStore(tuned.folder)) == fits.tensors(RunStore(run.folder))
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros((16, 16, 3)), r"got float64 of \(16, 16, 3\)"),
+        (np.zeros((3, 16, 16), np.uint8), r"\(height, width, 3\), got \(3, 16, 16\)"),
+        (torch.zeros(3, 16, 16), r"got torch.float32 of \(3, 16, 16\)"),
+        (None, "got NoneType"),
+        ([], "got list"),
+    ],
+)
+def test_what_is_no_picture_is_told_in_one_line(kv: KVInverter, image: Any, says: str) -> None:
+    with pytest.raises(UserError, match=rf"^picture: expected .*{says}") as caught:
+        kv.tune(image, SOURCE)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_open_file_is_told_how_it_becomes_a_picture(kv: KVInverter, image: Path) -> None:
+    not_a_picture: Any = image.open("rb")
+    with not_a_picture, pytest.raises(UserError, match=r"got BufferedReader; PIL.Image.open"):
+        kv.tune(not_a_picture, SOURCE)
+
+
+def test_what_is_no_prompt_is_told_in_one_line(kv: KVInverter, image: Path, run: Run) -> None:
+    several, nothing = cast(Any, [TARGET, SOURCE]), cast(Any, None)
+    with pytest.raises(UserError, match=r"^target: expected a prompt, got .*; call it once for each$"):
+        run.edit(several)
+    with pytest.raises(UserError, match=r"^target: expected a prompt, got None$"):
+        run.edit(nothing)
+    with pytest.raises(UserError, match=r"^source: expected a prompt, got None$"):
+        kv.tune(image, nothing)
+
+
+def test_tasks_of_slurm_that_are_not_those_of_a_node_are_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "tune")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    with pytest.raises(UserError, match=r"^SLURM: expected --ntasks-per-node, got --ntasks=4"):
+        kvinv_pl.load(fits.checkpoint(), accelerator="cpu")

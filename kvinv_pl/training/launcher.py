@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from kvinv_pl.errors import UserError
+
 PATIENCE = 10.0
 """Seconds that a rank has to exit after SIGTERM, before it is killed."""
 TERMINATED = 128 + signal.SIGTERM
@@ -92,3 +94,18 @@ def exiting_on_sigterm() -> Iterator[None]:
 
 def _exit_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(TERMINATED)
+
+
+@contextmanager
+def slurm_in_one_line() -> Iterator[None]:
+    """Lightning's refusal of SLURM's --ntasks, as a user's mistake."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "--ntasks" not in str(error):
+            raise
+        tasks = os.environ.get("SLURM_NTASKS")
+        raise UserError(
+            f"SLURM: expected --ntasks-per-node, got --ntasks={tasks}, which leaves open how many run on a "
+            "node: give --ntasks-per-node=N, and --trainer.devices N"
+        ) from error

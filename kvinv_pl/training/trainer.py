@@ -16,6 +16,7 @@ from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.launcher import slurm_in_one_line
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.ranks import Ranks
@@ -97,7 +98,7 @@ class KVTrainer(Trainer):
             )
         if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
             raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
-        with without_advice():
+        with without_advice(), slurm_in_one_line():
             super().__init__(
                 accelerator=accelerator, devices=devices, precision=precision,  # pyright: ignore[reportArgumentType]
                 logger=False if isinstance(logger, bool) else logger,
