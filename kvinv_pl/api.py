@@ -102,7 +102,7 @@ def load(
     checkpoint: str | Path = "menagerie",
     *,
     accelerator: str = "auto",
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     quiet: bool = True,
     **settings: Any,
 ) -> KVInverter:
@@ -112,7 +112,7 @@ def load(
         checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
             a hub id.
         accelerator: cpu, gpu, mps or auto.
-        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed.
+        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: by checkpoint and device.
         quiet: Whether to hide progress.
         **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1; attention may be the
             name of a variant.

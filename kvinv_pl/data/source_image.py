@@ -173,6 +173,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
             errors.append(error)
     if not settings:
         raise errors[0]
-    if any(other != settings[0] for other in settings):
+    precisions = {each.pop("precision", None) for each in settings} - {None}  # older runs do not have it
+    if any(other != settings[0] for other in settings) or len(precisions) > 1:
         raise UserError(f"the runs in {folder} were made with different settings: edit them one by one")
-    return {"model": settings[0], "data": {"run": str(folder)}}
+    trainer = {"trainer": {"precision": precisions.pop()}} if precisions else {}
+    return {"model": settings[0], "data": {"run": str(folder)}, **trainer}

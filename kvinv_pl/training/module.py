@@ -39,6 +39,12 @@ from kvinv_pl.stages.settings import (
 )
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
+from kvinv_pl.training.precision import precision_of
+
+
+def guidance_for(checkpoint: str) -> float:
+    """Guidance, left out: as measured for the embedded model, or as usual with Stable Diffusion."""
+    return 9.0 if checkpoint == "menagerie" else 7.5
 
 
 class KVInversion(LightningModule):
@@ -60,7 +66,8 @@ class KVInversion(LightningModule):
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
         steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
-        guidance: Guidance scale w of the edit, and of tuning unless another is given.
+        guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 9 for the
+            embedded model and 7.5 for any other.
         source_guidance: Guidance scale w_s of what the source prompt says, in the edit and in tuning; w then
             guides the change of words alone: eps = eps(negative) + w_s (eps(source) - eps(negative)) +
             w (eps(target) - eps(source)). Left out, w_s = w, which is classifier-free guidance; at 1 the
@@ -115,7 +122,7 @@ class KVInversion(LightningModule):
         layers_pattern: str | list[str] | None = None,
         max_grid: int | None = None,
         steps: int = 50,
-        guidance: float = 9.0,
+        guidance: float | None = None,
         source_guidance: float | None = None,
         inversion_guidance: float = 1.0,
         tuning_guidance: float | None = None,
@@ -141,8 +148,9 @@ class KVInversion(LightningModule):
         retries: int = 1,
     ):
         """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
-        given = locals()
+        given = {**locals(), "guidance": guidance_for(checkpoint) if guidance is None else guidance}
         super().__init__()
+        self.chooses_guidance = guidance is None
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(
@@ -276,7 +284,9 @@ class KVInversion(LightningModule):
         """Prepare a pass over pictures of one latent size; its plan has the phases that remain."""
         current = Attempt(attempt, self.tuning)
         planner = self._planner(works, slots, watch)
-        taken, plan = planner.plan(current, which, self.tuning_record, self.editing.for_run())
+        precision = precision_of(self.denoiser.backbone.unet.dtype)
+        editing = {**self.editing.for_run(), "precision": precision}
+        taken, plan = planner.plan(current, which, self.tuning_record, editing)
         self._fit = Tuning(self.denoiser, current, which, taken, plan, watch)
         return self._fit
 

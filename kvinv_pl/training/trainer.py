@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -19,13 +18,13 @@ from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.launcher import slurm_in_one_line
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.precision import AUTO, COMPUTE_DTYPES, check_precision, plugin_for, precision_for
 from kvinv_pl.training.ranks import Ranks
 from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.work_queue import Shares
 from kvinv_pl.training.workload import Workload
 
 log = logging.getLogger(__name__)
-COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class KVTrainer(Trainer):
@@ -39,7 +38,7 @@ class KVTrainer(Trainer):
         devices: int = 1,
         num_nodes: int = 1,
         strategy: str = "auto",
-        precision: str = "32-true",
+        precision: str = AUTO,
         logger: Logger | bool = True,
         callbacks: list[Callback] | Callback | None = None,
         fast_dev_run: bool = False,
@@ -60,6 +59,8 @@ class KVTrainer(Trainer):
             num_nodes: How many machines, each with as many devices.
             strategy: auto, which is image_parallel: a process for each device, and nothing is averaged.
             precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
+                auto: bf16-mixed on a GPU of NVIDIA or AMD that has it, unless the model is the embedded one;
+                32-true elsewhere.
             logger: True: TensorBoard under the run folder's logs.
             callbacks: Lightning callbacks.
             fast_dev_run: A dry run: one inner step of one phase of the first picture, and nothing is written.
@@ -92,15 +93,12 @@ class KVTrainer(Trainer):
             raise UserError(f"devices and num_nodes: expected 1 or more, got {devices} and {num_nodes}")
         if x_0_every < 0:
             raise UserError(f"x_0_every: expected 0 or more, got {x_0_every}")
-        if precision not in COMPUTE_DTYPES:
-            raise UserError(
-                f"precision: expected {', '.join(COMPUTE_DTYPES)}, got {precision}: psi is tuned in fp32"
-            )
-        if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
-            raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
+        check_precision(precision, accelerator)
+        self._chooses_precision = precision == AUTO  # once the checkpoint is known
+        settled: Any = "32-true" if self._chooses_precision else precision
         with without_advice(), slurm_in_one_line():
             super().__init__(
-                accelerator=accelerator, devices=devices, precision=precision,  # pyright: ignore[reportArgumentType]
+                accelerator=accelerator, devices=devices, precision=settled,
                 logger=False if isinstance(logger, bool) else logger,
                 callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
                 profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
@@ -180,6 +178,9 @@ class KVTrainer(Trainer):
         self.watch.progress.quiet = self._quiet or not self.ranks.is_main
         workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
         failures = self.watch.failures = workload.failures
+        if self._chooses_precision:
+            device = self.strategy.root_device
+            self.strategy.precision_plugin = plugin_for(precision_for(model.checkpoint, device), device)
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             model.refuse_loss_scaling()
         with without_advice(), self.ranks.running():
@@ -222,7 +223,18 @@ class KVTrainer(Trainer):
         ranks.publish_shares(shares)
         for line in workload.notes() if ranks.is_main else ():
             log.warning("%s", line)  # quiet or not
+        self._show_choices(workload)
         return shares
+
+    def _show_choices(self, workload: Workload) -> None:
+        """Show what follows from the checkpoint and the device, because nothing else was asked for."""
+        chosen = list[str]()
+        if workload.model.chooses_guidance and workload.editing is workload.model.editing:
+            chosen += [f"guidance {workload.editing.guidance:g}"] if workload.stages != ["invert"] else []
+        if self._chooses_precision:
+            chosen.append(f"precision {self.precision}")
+        if chosen:
+            self.watch.progress.note(f"chosen by checkpoint and device: {', '.join(chosen)}")
 
     # ---- the stages of pictures side by side
 

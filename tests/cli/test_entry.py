@@ -199,18 +199,18 @@ def test_run_leaves_all_that_the_design_lists(cat: list[object], model: Path, tm
     assert tuning["attention"]["class_path"] == "kvinv_plugins.full_kv.FullKV"
     assert set(tuning["attention"]["init_args"]) == {"start", "noise_std", "scale"}
     assert tuning["sites"] and all(site.startswith("up_blocks.") for site in tuning["sites"])
-    assert (tuning["guidance"], tuning["negative"], tuning["seed"]) == (9.0, "red", 5)
+    assert (tuning["guidance"], tuning["negative"], tuning["seed"]) == (7.5, "red", 5)
     assert {"kvinv-pl", "torch", "lightning", "diffusers", "transformers", "peft"} <= set(run["versions"])
     assert run["reconstruction"]["psnr_to_round_trip"] > 0
     (dog,) = (record for target, record in edits(tmp_path / "run").items() if target == "a dog")
-    assert (dog["source"], dog["guidance"], dog["reading"], dog["start"]) == ("a cat", 9.0, "frozen", 0.0)
+    assert (dog["source"], dog["guidance"], dog["reading"], dog["start"]) == ("a cat", 7.5, "frozen", 0.0)
 
 
 def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], tmp_path: Path) -> None:
     first = kvinv("run", *cat, "--target", "a dog")
     assert first.code == 0 and "inverting" in first.err and "tuning" in first.err
     before = times(tmp_path / "run")
-    second = kvinv("run", *cat, "--target", "a fox", "--guidance", "9", "--start", 0.5)
+    second = kvinv("run", *cat, "--target", "a fox", "--guidance", "7.5", "--start", 0.5)
     assert second.code == 0 and "editing" in second.err
     assert "inverting" not in second.err and "tuning" not in second.err
     assert times(tmp_path / "run") == before
@@ -379,8 +379,8 @@ def test_a_list_gives_every_picture_its_own_prompts(model: Path, tmp_path: Path,
         name: {(edit["target"], edit["guidance"]) for edit, _ in RunStore(tmp_path / "out" / name).edits()}
         for name in "ab"
     }
-    assert asked["a"] == {("a mouse", 9.0), *((t, w) for t in ("a dog", "a fox") for w in (9.0, 3.0, 4.0))}
-    assert asked["b"] == {("a mouse", 9.0), *(("a cat running", w) for w in (9.0, 3.0, 4.0))}
+    assert asked["a"] == {("a mouse", 7.5), *((t, w) for t in ("a dog", "a fox") for w in (7.5, 3.0, 4.0))}
+    assert asked["b"] == {("a mouse", 7.5), *(("a cat running", w) for w in (7.5, 3.0, 4.0))}
 
 
 # ---------------------------------------------------------------------------------------------- the options
