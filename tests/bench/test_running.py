@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,21 @@ def test_negative_prompt_inversion_reconstructs_at_any_guidance_as_ddim_does_at_
     assert not close(edited(at_9, make("ddim", "inversion"), plain), at_1)
 
 
+def test_fixed_points_are_approached_by_every_round_and_reconstruct_better_than_ddim(canvas: Canvas) -> None:
+    scene, plain = canvas.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
+    solved = make("fixed_point", "inversion", rounds=8).invert(scene)
+    for moves in solved.residuals:
+        assert all(after < before or after < 1e-6 for before, after in pairwise(moves))
+
+    def missed(inversion: Any, scene: Scene = scene) -> float:
+        return float((edited(scene, inversion, plain)[:1] - scene.z_0).square().mean())
+
+    ddim_at_1 = missed(make("ddim", "inversion"), canvas.scene(SOURCE, TARGET, 1.0))
+    errors = [missed(make("fixed_point", "inversion", rounds=rounds)) for rounds in (0, 1, 3, 8)]
+    assert errors[0] == pytest.approx(ddim_at_1, rel=1e-4)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < ddim_at_1 / 4
+
+
 def test_masactrl_with_masks_of_everything_is_masactrl_without(canvas: Canvas) -> None:
     scene, ddim = canvas.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
     plain = edited(scene, ddim, make("masactrl", "edit", empty_source=False))
@@ -233,6 +249,8 @@ def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, can
         make("masactrl", "edit", layers=3)
     with pytest.raises(UserError, match="skip: expected 0 to less than 1, got 1"):
         make("edit_friendly", "inversion", skip=1)
+    with pytest.raises(UserError, match="rounds: expected 0 or more, got -1"):
+        make("fixed_point", "inversion", rounds=-1)
     with pytest.raises(UserError, match="expected 0 to 6, got 7"):
         make("masactrl", "edit", layer=7).control(canvas.scene(SOURCE, TARGET, 2.0), None)
 
