@@ -26,6 +26,8 @@ from kvinv_pl.models.loading import attempt
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
+FAINTEST = 2.0**-24
+"""alpha-bar at the last timestep of zero terminal SNR, in place of 0, as diffusers' Euler has it."""
 
 
 class Backbone(nn.Module):
@@ -138,7 +140,10 @@ class Backbone(nn.Module):
         # trailing spacing may come with one timestep too many, below zero
         timesteps = self.scheduler.timesteps[:steps]
         final_alpha = float(self.scheduler.final_alpha_cumprod)
-        return StepTable.through(timesteps, self.scheduler.alphas_cumprod, final_alpha, self.predicts_v)
+        alphas = self.scheduler.alphas_cumprod
+        if self.predicts_v:  # which tells of the picture even there; epsilon does not
+            alphas = torch.where(alphas == 0, FAINTEST, alphas)
+        return StepTable.through(timesteps, alphas, final_alpha, self.predicts_v)
 
     def _refuse_other_conditions(self) -> None:
         """Refuse a U-Net with more conditioning than z, t and a prompt."""

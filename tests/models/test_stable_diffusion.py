@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import fits
 import huggingface_hub.constants
 import pytest
 import torch
@@ -189,11 +190,37 @@ def test_steps_that_an_offset_pushes_past_the_schedule_are_refused(load: Load) -
         load("tiny").step_table(1000)
 
 
-def test_a_schedule_of_zero_terminal_snr_is_refused(copy: Path) -> None:
-    change = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    change_json(copy / "scheduler" / "scheduler_config.json", **change)
-    with pytest.raises(UserError, match="zero terminal SNR"):
+ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def test_epsilon_at_zero_terminal_snr_is_refused_and_taken_with_leading_spacing(copy: Path) -> None:
+    config = copy / "scheduler" / "scheduler_config.json"
+    change_json(config, **ZERO_SNR)
+    with pytest.raises(UserError, match=r"zero terminal SNR.*set timestep_spacing to leading"):
         Backbone.load(str(copy)).step_table(50)
+    change_json(config, timestep_spacing="leading")
+    assert Backbone.load(str(copy)).step_table(50).alphas[0] > 0
+
+
+def test_v_at_zero_terminal_snr_begins_at_the_faintest_signal_and_steps_as_diffusers_does(copy: Path) -> None:
+    change_json(copy / "scheduler" / "scheduler_config.json", **ZERO_SNR, prediction_type="v_prediction")
+    backbone = Backbone.load(str(copy))
+    table, scheduler = backbone.step_table(10), backbone.scheduler
+    assert table.timesteps[0] == 999 and table.alphas[0] == 2.0**-24
+    assert torch.equal(table.alphas[1:-1], scheduler.alphas_cumprod.double()[table.timesteps[1:]])
+    z, v = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
+    for i, t in enumerate(table.timesteps[:-1]):
+        theirs = scheduler.step(v, int(t), z, return_dict=False)[0]
+        torch.testing.assert_close(table.forward(z, v, i), theirs, atol=1e-3, rtol=0)
+
+
+def test_a_checkpoint_of_zero_terminal_snr_is_inverted_tuned_and_edited(copy: Path, tmp_path: Path) -> None:
+    change_json(copy / "scheduler" / "scheduler_config.json", **ZERO_SNR, prediction_type="v_prediction")
+    store = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "run", checkpoint=str(copy))
+    assert store.read_run()["scheduler"]["alphas"][0] == 2.0**-24
+    infos = [store.step_info(i) for i in range(3)]
+    assert all(info["loss_end"] < info["loss_start"] for info in infos)
+    assert fits.edit(store, checkpoint=str(copy))
 
 
 def test_sizes_are_told_in_pixels(load: Load, copy: Path) -> None:
