@@ -9,14 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fits
 import pytest
 import torch
-
-from kvinv_pl.algorithm.inversion import invert
-from kvinv_pl.attention import Selection
-from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.models.stable_diffusion import Backbone
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,29 +46,6 @@ def test_alternatives_take_turns_and_their_ratio_is_of_the_same_rounds(tool: Any
     assert len(times["a"].seconds) == 2
     halves = measuring.ratio(measuring.Times([1.0, 10.0, 3.0]), measuring.Times([2.0, 20.0, 6.0]))
     assert halves == pytest.approx(0.5)
-
-
-def test_null_text_inversion_comes_closer_with_every_step_and_stops_by_its_own_rule(tool: Any):
-    null_text = tool("tuning_costs.null_text")
-    backbone = Backbone.load(str(fits.checkpoint()))
-    denoiser = Denoiser(backbone, lambda site: pytest.fail(f"no psi is needed at {site}"), Selection(), 4)
-    contexts = backbone.embed(["", fits.SOURCE])[:, None]
-    z_0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        trajectory = invert(denoiser.guided_prediction(contexts, 1.0), z_0, denoiser.table)
-        sampled = [trajectory[-1]]
-        for i in range(4):
-            eps = denoiser.guided_prediction(contexts, 4.0)(sampled[0], denoiser.table.timesteps[i : i + 1])
-            sampled.insert(0, denoiser.table.forward(sampled[0], eps, i))
-
-    def missed(inner_steps: int) -> float:
-        found, used = null_text.reconstruct(denoiser, trajectory, contexts, 4.0, inner_steps)
-        assert len(used) == 4 and all(1 <= n <= max(inner_steps, 1) for n in used)
-        return float((found - z_0).square().mean())
-
-    assert missed(10) < missed(1) < float((sampled[0] - z_0).square().mean())
-    _, used = null_text.reconstruct(denoiser, torch.stack(sampled), contexts, 4.0)
-    assert used[0] == 1  # where the model goes there by itself, the first look is enough
 
 
 @pytest.mark.slow

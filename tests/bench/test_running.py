@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import kvinv_pl
-from kvinv_pl.algorithm.method import Control, Scene, sample
+from kvinv_pl.algorithm.method import Control, Inverted, Scene, sample
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.bench.methods import make, methods
 from kvinv_pl.bench.running import Canvas, edited, run_method
@@ -157,6 +157,35 @@ def test_fixed_points_are_approached_by_every_round_and_reconstruct_better_than_
     assert errors == sorted(errors, reverse=True) and errors[-1] < ddim_at_1 / 4
 
 
+def test_null_text_learns_until_its_tolerance_and_reconstructs_better_than_ddim_at_a_guidance(
+    canvas: Canvas,
+) -> None:
+    scene, plain = canvas.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
+
+    def missed(inversion: Any) -> float:
+        return float((edited(scene, inversion, plain)[:1] - scene.z_0).square().mean())
+
+    null_text = make("null_text", "inversion")
+    learned = null_text.invert(scene)
+    assert all(losses[-1] < losses[0] for losses in learned.losses)
+    assert close(sample(scene, learned, Control())[:1], learned.end)
+    assert missed(null_text) < missed(make("ddim", "inversion")) * 0.8
+
+    class Keeps(Control):
+        def after(self, i: int, z: Tensor) -> Tensor:
+            pivots.append(z[:1])
+            return z
+
+    # pivots that an embedding reaches
+    drawn = torch.randn(scene.contexts[:1].shape, generator=torch.Generator().manual_seed(0))
+    hidden = Inverted(scene, learned.start, negative=scene.contexts[:1] + 0.1 * drawn)
+    pivots = [hidden.start]
+    sample(scene, hidden, Keeps())
+    found = make("null_text", "inversion", inner_steps=100).learn(scene, torch.stack(pivots))
+    assert len(found.losses[0]) > 1
+    assert all(losses[-1] < 1e-5 + 2e-5 * i for i, losses in enumerate(found.losses))
+
+
 def test_masactrl_with_masks_of_everything_is_masactrl_without(canvas: Canvas) -> None:
     scene, ddim = canvas.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
     plain = edited(scene, ddim, make("masactrl", "edit", empty_source=False))
@@ -249,6 +278,8 @@ def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, can
         make("masactrl", "edit", layers=3)
     with pytest.raises(UserError, match="skip: expected 0 to less than 1, got 1"):
         make("edit_friendly", "inversion", skip=1)
+    with pytest.raises(UserError, match="inner_steps: expected 1 or more, got 0"):
+        make("null_text", "inversion", inner_steps=0)
     with pytest.raises(UserError, match="rounds: expected 0 or more, got -1"):
         make("fixed_point", "inversion", rounds=-1)
     with pytest.raises(UserError, match="expected 0 to 6, got 7"):

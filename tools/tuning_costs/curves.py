@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.inversions.null_text import NullText  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
+from kvinv_pl.algorithm.method import Scene
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.attention import Selection
+from kvinv_pl.bench.network import Network
 from kvinv_pl.data.pictures import Geometry, psnr, to_pixels
 from kvinv_pl.menagerie import Animal
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import GaussNewtonDescent
-from tuning_costs import measuring, null_text
+from tuning_costs import measuring
 
 Optimizer = Callable[[list[Tensor]], Any]
 WAYS: dict[str, tuple[Optimizer, tuple[int, ...]]] = {
@@ -51,9 +54,12 @@ class Picture:
         drawn = animal.render()
         self.pixels = to_pixels(drawn, Geometry(drawn.size, drawn.size))[None]
         backbone = denoiser.backbone
-        self.contexts = backbone.embed(["", animal.prompt()])[:, None]
         with torch.no_grad():
             z_0 = backbone.encode(self.pixels)
+            network = Network(denoiser, (z_0.shape[-2], z_0.shape[-1]))
+            table, prompt = backbone.step_table(len(denoiser.table)), animal.prompt()
+            self.scene = Scene(network, table, z_0, prompt, prompt, w)
+            self.contexts = self.scene.contexts[:2, None]
             self.trajectory = invert(denoiser.guided_prediction(self.contexts, 1.0), z_0, denoiser.table)
         self.round_trip = backbone.decode(z_0)
         denoiser.place((z_0.shape[-2], z_0.shape[-1]), slots=1)
@@ -104,12 +110,10 @@ class Picture:
         held: list[Any] = []
 
         def work() -> None:
-            held.append(
-                null_text.reconstruct(self.denoiser, self.trajectory, self.contexts, self.w, inner_steps)
-            )
+            held.append(NullText(inner_steps).learn(self.scene, self.trajectory.flip(0)).end)
 
         total = measuring.flops(work)
-        return self.point(f"null-text, {inner_steps} steps", held[0][0], total / 1e9)
+        return self.point(f"null-text, {inner_steps} steps", held[0], total / 1e9)
 
 
 def points(
