@@ -32,8 +32,8 @@ def edit(
     psi: Psi,
     guidance: Guidance,
     start: float,
-    keep: Keep = lambda i, z: z,
     watch: Callable[[int], None] = lambda i: None,
+    keep: Keep = lambda i, z: z,
 ) -> Float[Tensor, "edits c h w"]:
     """Algorithm 1, editing: z-bar_0, from z-bar_T = z-hat_T.
 
@@ -44,8 +44,8 @@ def edit(
         psi: What was learned; entered around the network from step round(start * T) on.
         guidance: How the branches become one epsilon.
         start: 0 (CP-attn throughout) to 1 (never).
-        keep: Called after each move, with its step index and what it came to.
         watch: Called with each step index, 0 ... T - 1, once its move is made.
+        keep: Called after each move, with its step index and what it came to.
     """
     z, first = z_T, first_step(start, len(table))
     for i in range(len(table)):

@@ -102,8 +102,8 @@ def edit_picture(
     z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
-            reader.eps, z_T, table, reader.psi, settings.guide, settings.start, reader.keep,
-            lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
+            reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
+            lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), reader.keep,
         )  # fmt: skip
     finite = z_0.isfinite().flatten(1).all(1).tolist()
     geometry = geometry_of(run["picture"])
