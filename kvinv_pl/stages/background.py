@@ -21,7 +21,8 @@ def subject_of_source(denoiser: Denoiser, store: RunStore, source: str, word: st
     grid = (z_0.shape[-2], z_0.shape[-1])
     mask = mask_of(store)
     if mask is not None:
-        return F.interpolate(mask[None, None].to(z_0), grid, mode="area") > 0.1
+        share = F.interpolate(mask[None, None].to(z_0), grid, mode="area")
+        return (share > 0.1) | (share == share.amax())  # the smallest subject has a token, too
     seen = attention_to_word(denoiser.backbone, z_0, source, word, grid)
     return (seen > (seen.min() + seen.max()) / 2)[None, None]
 

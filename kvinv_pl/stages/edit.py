@@ -20,7 +20,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.cut_prompts import refuse_alike
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.models.prompts import subject_positions
+from kvinv_pl.models.prompts import subject_positions, word_positions
 from kvinv_pl.stages.invert import is_tuned, mask_of
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.reader import Reader
@@ -46,6 +46,8 @@ def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSett
         )
     if follows:
         subject_positions(denoiser.backbone, image.source, image.targets, subject)
+    if settings.background == "kept" and subject and image.mask is None:
+        word_positions(denoiser.backbone, image.source, subject)  # without a mask, it is found by the word
 
 
 @torch.no_grad()

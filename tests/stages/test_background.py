@@ -1,9 +1,19 @@
 """An edit that keeps the source's background."""
 
+from pathlib import Path
+
+import fits
+import numpy as np
+import pytest
 import torch
+from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
+from PIL import Image
 from torch import Tensor
 
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.errors import UserError
 from kvinv_pl.stages.background import kept
+from kvinv_pl.training.datamodule import SourceImages
 
 
 def latents() -> tuple[Tensor, Tensor]:
@@ -35,3 +45,22 @@ def test_each_edit_has_its_subject_where_its_own_map_says() -> None:
     for n in range(3):
         assert torch.equal(out[n, :, 2 * n + 2, 6], z[n, :, 2 * n + 2, 6])
     assert torch.equal(out[0, :, 6, 6], source[0, :, 6, 6])
+
+
+def test_a_subject_of_one_pixel_still_has_a_place(tmp_path: Path) -> None:
+    dot = np.zeros((16, 16), np.uint8)
+    dot[0, 0] = 255
+    Image.fromarray(dot).save(tmp_path / "mask.png")
+    picture, out = fits.picture(tmp_path / "cat.png"), tmp_path / "run"
+    data = SourceImages(str(picture), fits.SOURCE, [fits.TARGET], str(tmp_path / "mask.png"), str(out))
+    module = fits.model(background="kept", attention=Masked)
+    fits.trainer().run(module, data)
+    assert [record["background"] for record, _ in RunStore(out).edits()] == ["kept"]
+
+
+def test_a_subject_that_the_source_does_not_name_is_refused_before_anything_is_tuned(tmp_path: Path) -> None:
+    picture, out = fits.picture(tmp_path / "cat.png"), tmp_path / "run"
+    data = SourceImages(str(picture), "an animal standing", [fits.TARGET], out=str(out))
+    with pytest.raises(UserError, match="'cat' is not in the prompt 'an animal standing'"):
+        fits.trainer().run(fits.model(background="kept", subject="cat"), data)
+    assert not RunStore(out).done()
