@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import fits
-import numpy as np
 import pytest
 import torch
-from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
-from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.background import kept
+from kvinv_pl.stages.background import kept, subject_of_source
 from kvinv_pl.training.datamodule import SourceImages
 
 
@@ -47,15 +44,17 @@ def test_each_edit_has_its_subject_where_its_own_map_says() -> None:
     assert torch.equal(out[0, :, 6, 6], source[0, :, 6, 6])
 
 
-def test_a_subject_of_one_pixel_still_has_a_place(tmp_path: Path) -> None:
-    dot = np.zeros((16, 16), np.uint8)
-    dot[0, 0] = 255
-    Image.fromarray(dot).save(tmp_path / "mask.png")
-    picture, out = fits.picture(tmp_path / "cat.png"), tmp_path / "run"
-    data = SourceImages(str(picture), fits.SOURCE, [fits.TARGET], str(tmp_path / "mask.png"), str(out))
-    module = fits.model(background="kept", attention=Masked)
-    fits.trainer().run(module, data)
-    assert [record["background"] for record, _ in RunStore(out).edits()] == ["kept"]
+def test_a_subject_smaller_than_a_token_still_has_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "run", steps=1, inner_steps=1)
+    module = fits.model(steps=1)
+    module.load_backbone(torch.float32)
+    mask = torch.zeros(64, 64)
+    mask[0, 0] = 1.0
+    monkeypatch.setattr("kvinv_pl.stages.background.mask_of", lambda store: mask)
+    found = subject_of_source(module.denoiser, store, fits.SOURCE, "cat")
+    assert found.sum() == 1 and found[0, 0, 0, 0]
 
 
 def test_a_subject_that_the_source_does_not_name_is_refused_before_anything_is_tuned(tmp_path: Path) -> None:
