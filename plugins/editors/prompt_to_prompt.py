@@ -20,8 +20,11 @@ class PromptToPrompt:
     Word swap (Eq. for replacement) takes the source's map M_t in place of M*_t in the first steps; adding a
     phrase (refinement) does so for the tokens that both prompts have, by their alignment; re-weighting scales
     the map of a word by c. Self-attention maps of up to half the latent's side are the source's, too, in the
-    first steps. Of the two branches, the conditional one is controlled. Local blend keeps the source outside
-    what both prompts' words attend to.
+    first steps. Local blend keeps the source outside what both prompts' words attend to.
+
+    The conditional branch is controlled, as in the authors' code. Where the unconditional one reads the
+    source prompt (negative-prompt inversion), it is controlled as well, which that code leaves out: guidance
+    would multiply what the maps alone change as if the words had changed it, and colours would run away.
 
     Args:
         kind: replace or refine; auto replaces where both prompts have as many words.
@@ -33,6 +36,7 @@ class PromptToPrompt:
         blend_start: The share of the steps after which local blend begins.
         guidance: Of the target, unless another is asked for; as published.
         empty_source: Whether the source is inverted and sampled without its prompt.
+        negative: Whether an unconditional branch that reads the source prompt is controlled.
     """
 
     kind: Literal["auto", "replace", "refine"] = "auto"
@@ -44,6 +48,7 @@ class PromptToPrompt:
     blend_start: float = 0.2
     guidance: float | None = 7.5
     empty_source: bool = False
+    negative: bool = True
     properties = ("keeps equal prompts",)
 
     def __post_init__(self) -> None:
@@ -67,11 +72,12 @@ class PromptToPrompt:
         weights = torch.ones(length, device=device)
         if positions is not None:
             weights[positions[1]] = self.weight
-        return Maps(self, scene, tuple(part.to(device) for part in mixing), weights, positions)
+        both = self.negative and inverted.negative is not None
+        return Maps(self, scene, tuple(part.to(device) for part in mixing), weights, positions, both)
 
 
 class Maps(Control):
-    """The source's attention maps, mapped to the target's tokens, in the conditional branch."""
+    """The source's attention maps, mapped to the target's tokens."""
 
     def __init__(
         self,
@@ -80,12 +86,14 @@ class Maps(Control):
         mixing: Sequence[Tensor],
         weights: Float[Tensor, " tokens"],
         positions: list[list[int]] | None,
+        both: bool,
     ) -> None:
-        """Count the steps; `positions` are those of the words of local blend."""
+        """Count the steps; `positions` are those of the words of local blend, `both` means the branches."""
         self.attentions = (*scene.model.self_attentions, *scene.model.cross_attentions)
         self.steps, self.chosen, self.side = len(scene.table), chosen, scene.z_0.shape[-1]
         self.tokens, self.own = mixing
         self.weights, self.positions = weights, positions
+        self.branches = slice(None) if both else slice(-1, None)
         self._seen: dict[tuple[int, int], Tensor] = {}
 
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
@@ -96,15 +104,15 @@ class Maps(Control):
         q, k = at.q, at.k
         if i < self.chosen.self_attention * self.steps and at.grid[1] <= self.side // 2:
             q, k = q.clone(), k.clone()
-            q[-1, 1], k[-1, 1] = q[-1, 0], k[-1, 0]
+            q[self.branches, 1], k[self.branches, 1] = q[self.branches, 0], k[self.branches, 0]
         return at.attend(q, k, at.v)
 
     def _cross(self, i: int, at: Attending) -> Tensor:
-        seen = at.probabilities(at.q, at.k)
+        seen = at.probabilities(at.q, at.k).clone()
         source, target = seen[-1]
         if i < self.chosen.cross * self.steps:
             target = source @ self.tokens + target * self.own
-        seen = seen.clone()
+            seen[self.branches, 1] = seen[self.branches, 0]  # where both prompts are one
         seen[-1, 1] = target * self.weights
         if self.positions is not None:
             maps = [seen[-1, row].mean(0)[:, places].sum(-1) for row, places in enumerate(self.positions)]

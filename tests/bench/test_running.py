@@ -142,6 +142,20 @@ def test_negative_prompt_inversion_reconstructs_at_any_guidance_as_ddim_does_at_
     assert not close(edited(at_9, make("ddim", "inversion"), plain), at_1)
 
 
+def test_negative_prompt_guidance_amplifies_no_map_that_prompt_to_prompt_replaced(canvas: Canvas) -> None:
+    """With equal prompts both terms of the guidance are one, from wherever the target begins."""
+
+    def target(guidance: float, negative: bool) -> Tensor:
+        scene = canvas.scene(SOURCE, SOURCE, guidance)
+        inverted = make("negative_prompt", "inversion").invert(scene)
+        control = make("prompt_to_prompt", "edit", negative=negative).control(scene, inverted)
+        control.before = lambda i, z: torch.stack([z[0], z[1] * 0.8]) if i == 0 else z
+        return sample(scene, inverted, control)[1:]
+
+    unguided = target(1.0, True)
+    assert close(target(9.0, True), unguided) and not close(target(9.0, False), unguided)
+
+
 def test_fixed_points_are_approached_by_every_round_and_reconstruct_better_than_ddim(canvas: Canvas) -> None:
     scene, plain = canvas.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
     solved = make("fixed_point", "inversion", rounds=8).invert(scene)
