@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from commands import kvinv
 from torch import Tensor, nn
 
+from kvinv_pl.algorithm.method import Control, Inverted, Scene
 from kvinv_pl.attention import CPAttention, Site
 from kvinv_pl.errors import UserError
-from kvinv_pl.testing import CHECKS, NonconformingError, check_variant, report, trials
+from kvinv_pl.testing import (
+    CHECKS,
+    METHOD_CHECKS,
+    NonconformingError,
+    check_method,
+    check_variant,
+    method_trials,
+    report,
+    trials,
+)
 
 Sdpa = Callable[..., Tensor]
 
@@ -403,3 +414,129 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path: Any) -> Non
     (tmp_path / "checkpoints.py").write_text("")
     answer = kvinv("check", f"{tmp_path / 'checkpoints.py'}:Sound")
     assert answer.code == 2 and "has the name of another module" in answer.err
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The target reads the source's keys; every broken method is this one with one fault.
+
+    Args:
+        start: The share of the steps after which it does.
+        guidance: Of the target.
+    """
+
+    start: float = 0.0
+    guidance: float | None = 7.5
+    empty_source = False
+    properties = ("keeps equal prompts",)
+    idle = {"start": 1.0}  # noqa: RUF012
+    control_of: ClassVar[type[Control]]
+
+    def control(self, scene: Scene, inverted: Inverted) -> Control:
+        control = self.control_of()
+        control.attentions = scene.model.self_attentions
+        setattr(control, "first", self.start * len(scene.table))  # noqa: B010
+        return control
+
+
+class SourceKeys(Control):
+    first = 0.0
+
+    def attend(self, i: int, at: Any) -> Tensor:
+        return at.attend(at.q, at.k[:, :1].expand_as(at.k) if i >= self.first else at.k, at.v)
+
+
+class Meddling(SourceKeys):
+    """The source reads the target's keys."""
+
+    def attend(self, i: int, at: Any) -> Tensor:
+        return at.attend(at.q, at.k[:, 1:].expand_as(at.k) if i >= self.first else at.k, at.v)
+
+
+class Rolling(SourceKeys):
+    """Draws everybody's dice."""
+
+    def after(self, i: int, z: Tensor) -> Tensor:
+        return z + (0 if i < self.first else 0.1) * torch.rand(1)
+
+
+class Early(SourceKeys):
+    """Begins where it should not."""
+
+    first = property(lambda self: 0.0, lambda self, value: None)  # pyright: ignore[reportAssignmentType]
+
+
+class Shifting(SourceKeys):
+    """Moves the target, whatever the prompts."""
+
+    def after(self, i: int, z: Tensor) -> Tensor:
+        return torch.cat([z[:1], z[1:] + 0.1]) if i >= self.first else z
+
+
+class Infinite(SourceKeys):
+    """Runs away."""
+
+    def after(self, i: int, z: Tensor) -> Tensor:
+        return z / 0 if i >= self.first else z
+
+
+Reads.control_of = SourceKeys
+
+
+class Leaves(Reads):
+    """Leaves a hook in the network."""
+
+    def control(self, scene: Scene, inverted: Inverted) -> Control:
+        network: Any = scene.model
+        network.unet.register_forward_hook(lambda module, args, out: None)
+        return super().control(scene, inverted)
+
+
+class Exact(Reads):
+    """Says that it reconstructs."""
+
+    properties = ("reconstructs",)
+
+
+class Boasts(Reads):
+    """Has a property that nobody knows."""
+
+    properties = ("wins",)
+
+
+def with_control(control: type[Control]) -> type[Reads]:
+    return type(control.__name__, (Reads,), {"control_of": control, "__doc__": Reads.__doc__})
+
+
+def documented(method: type[Reads]) -> type[Reads]:
+    method.__doc__ = Reads.__doc__
+    return method
+
+
+@pytest.mark.parametrize(
+    ("method", "failing"),
+    [
+        (Reads, set()),
+        (with_control(Meddling), {"the source left alone"}),
+        (with_control(Rolling), {"deterministic", "the source left alone"}),
+        (with_control(Early), {"idle"}),
+        (with_control(Shifting), {"what it states: keeps equal prompts"}),
+        (documented(Leaves), {"the network as it was"}),
+        (documented(Exact), {"what it states: reconstructs"}),
+        (documented(Boasts), {"described"}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_method_that_is_broken_in_one_way_fails_the_check_of_it(
+    method: type[Reads], failing: set[str]
+) -> None:
+    assert {trial.check.name for trial in method_trials(method) if trial.failure()} == failing
+
+
+def test_a_method_is_checked_in_one_call() -> None:
+    check_method(Reads, start=0.5)
+    with pytest.raises(NonconformingError, match="any guidance and prediction: at guidance 1 of epsilon"):
+        check_method(with_control(Infinite))
+    with pytest.raises(UserError, match=r"Reads cannot be made with begin=1 \(TypeError"):
+        method_trials(Reads, begin=1)
+    assert len({check.name for check in METHOD_CHECKS}) == len(METHOD_CHECKS)

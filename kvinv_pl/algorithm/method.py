@@ -82,6 +82,11 @@ class Model(Protocol):
         """The same of cross-attentions."""
         ...
 
+    @property
+    def decoder(self) -> Sequence[tuple[str, Sequence[str]]]:
+        """Its layers in the order of the forward: the last convolution's path, and its self-attentions'."""
+        ...
+
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the network reads them."""
         ...
@@ -101,7 +106,7 @@ class Model(Protocol):
         ...
 
     def controlled(self, i: int, control: Control) -> AbstractContextManager[None]:
-        """The context in which attentions go through the control, at step i."""
+        """The context in which attentions and convolutions go through the control, at step i."""
         ...
 
 
@@ -164,6 +169,10 @@ class Inverted:
         both = torch.stack([negative.expand(2, -1, -1), given[1:]])
         return both[-max(branches_at(w) for w in self.scales) :]
 
+    def seen(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
+        """The latents that the network is given at step i: those where the step begins."""
+        return z
+
     def guided(self, i: int, out: Float[Tensor, "branches 2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """The branches as one output."""
         w = torch.tensor(self.scales, device=out.device).view(2, 1, 1, 1)
@@ -183,9 +192,22 @@ class Control:
     attentions: Collection[str] = ()
     """The paths of the attentions that `attend` takes over."""
 
+    convolutions: Collection[str] = ()
+    """The paths of the convolutions whose outputs go through `convolve`."""
+
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
         """The output of one attention at step i."""
         return at.attend(at.q, at.k, at.v)
+
+    def convolve(
+        self, i: int, path: str, x: Float[Tensor, "branches 2 c h w"]
+    ) -> Float[Tensor, "branches 2 c h w"]:
+        """The output of one convolution at step i, x being its own."""
+        return x
+
+    def contexts(self, i: int, given: Float[Tensor, "branches 2 L d"]) -> Float[Tensor, "branches 2 L d"]:
+        """What source and target read at step i, given what the inversion has them read."""
+        return given
 
     def before(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """The latents before step i."""
@@ -248,6 +270,7 @@ def sample(scene: Scene, inverted: Inverted, control: Control) -> Float[Tensor, 
         z = control.before(i, z)
         with scene.model.controlled(i, control):
             t = scene.table.timesteps[i : i + 1].to(z.device)
-            out = scene.model.predict(z, t, inverted.contexts(i))
+            contexts = control.contexts(i, inverted.contexts(i))
+            out = scene.model.predict(inverted.seen(i, z), t, contexts)
         z = control.after(i, inverted.step(i, z, inverted.guided(i, out)))
     return z

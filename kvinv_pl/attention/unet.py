@@ -17,12 +17,25 @@ PRESETS = {
 }
 """The parts of a U-Net by their names in `target_modules`, as patterns of whole module paths."""
 BLOCK_LISTS = ["down_blocks", "up_blocks"]
+CONVOLUTION = re.compile(r"(?P<block>up_blocks\.\d+)\.resnets\.(?P<layer>\d+)\.conv2")
+"""What a layer of the decoder adds to its input."""
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 
 
 def in_decoder(paths: Sequence[str]) -> list[str]:
     """The module paths in the decoder; all of them if none is."""
     return [path for path in paths if PRESETS["decoder"].match(path)] or list(paths)
+
+
+def decoder_layers(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Its layers by the module paths of a U-Net: the last convolution, and the self-attentions after it."""
+    found = [(path, CONVOLUTION.fullmatch(path)) for path in paths]
+    layers = {
+        path: rf"{named['block']}\.attentions\.{named['layer']}\..*\.attn1" for path, named in found if named
+    }
+    return [
+        (path, [other for other in paths if re.fullmatch(after, other)]) for path, after in layers.items()
+    ]
 
 
 def refuse_other_conditions(config: Mapping[str, Any], name: str = "this U-Net") -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.method import Control
 from kvinv_pl.attention.control import controlling
+from kvinv_pl.attention.convolving import convolving
 from kvinv_pl.attention.cross_attention import cross_attentions
 from kvinv_pl.attention.sites import self_attentions
+from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import word_positions
 
@@ -26,6 +28,7 @@ class Network:
         sites = self_attentions(self.backbone.unet, grid)
         self.self_attentions = tuple(site.path for site in sites)
         self.cross_attentions = tuple(cross_attentions(self.backbone.unet))
+        self.decoder = decoder_layers([path for path, _ in self.backbone.unet.named_modules()])
         self._grids = {site.tokens: site.grid for site in sites}
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
@@ -48,7 +51,10 @@ class Network:
 
     @contextmanager
     def controlled(self, i: int, control: Control) -> Iterator[None]:
-        """The control's attentions, at step i; afterwards the U-Net is as it was."""
-        middle = partial(control.attend, i)
-        with controlling(self.backbone.unet, tuple(control.attentions), self._grids, middle):
+        """The control's attentions and convolutions, at step i; afterwards the U-Net is as it was."""
+        unet, middle = self.backbone.unet, partial(control.attend, i)
+        with (
+            controlling(unet, tuple(control.attentions), self._grids, middle),
+            convolving(unet, tuple(control.convolutions), partial(control.convolve, i)),
+        ):
             yield

@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from kvinv_pl.testing.harness import Factory
-
 CHECKS: list[Check] = []
-"""Every check, in the order in which they are run."""
+"""Every check of a variant, in the order in which they are run."""
+METHOD_CHECKS: list[Check] = []
+"""The same of a method."""
 
 
 class NonconformingError(AssertionError):
-    """A variant does not pass a check."""
+    """A variant or a method does not pass a check."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One property of a variant.
+    """One property of a variant or a method.
 
     Args:
         name: The property.
         why: In one sentence, what would go wrong in a run without it.
-        ask: Raises NonconformingError, or whatever the variant raises, if it does not hold.
+        ask: Is given what makes the variant or the method; raises NonconformingError, or whatever that one
+            raises, if the property does not hold.
     """
 
     name: str
     why: str
-    ask: Callable[[Factory], None]
+    ask: Callable[[Any], None]
 
 
-def check(name: str, why: str) -> Callable[[Callable[[Factory], None]], Callable[[Factory], None]]:
-    """Add a function to CHECKS, with its name and, in one sentence, its reason."""
+def check(
+    name: str, why: str, among: list[Check] | None = None
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Add a function to CHECKS, or to the list given, with its name and, in one sentence, its reason."""
 
-    def listed(ask: Callable[[Factory], None]) -> Callable[[Factory], None]:
-        CHECKS.append(Check(name, why, ask))
+    def listed(ask: Callable[[Any], None]) -> Callable[[Any], None]:
+        (CHECKS if among is None else among).append(Check(name, why, ask))
         return ask
 
     return listed

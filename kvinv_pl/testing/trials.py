@@ -1,9 +1,9 @@
-"""The checks applied to one variant, under its defaults and under every choice among its options."""
+"""The checks applied to a variant, under its defaults and every choice among its options, or to a method."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,21 +13,22 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.testing.check import Check, NonconformingError
 from kvinv_pl.testing.checks import CHECKS
 from kvinv_pl.testing.harness import SITE, Factory
+from kvinv_pl.testing.method_checks import DESCRIBED, METHOD_CHECKS
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One check of one variant with some options; call it, and it raises NonconformingError or returns.
+    """One check of one variant or method; call it, and it raises NonconformingError or returns.
 
     Args:
         check: The property, and the reason for it.
-        variant: Makes the variant for a site.
-        options: In words, what the variant is made with; empty for its defaults.
-        exemption: The variant's own reason not to pass, if it gives one.
+        variant: Makes the variant for a site, or the method.
+        options: In words, what it is made with; empty for its defaults.
+        exemption: Its own reason not to pass, if it gives one.
     """
 
     check: Check
-    variant: Factory
+    variant: Callable[..., Any]
     options: str = ""
     exemption: str | None = None
 
@@ -36,7 +37,7 @@ class Trial:
         return f"{self.check.name}, {self.options}" if self.options else self.check.name
 
     def __call__(self) -> None:
-        """Run the check; a variant that is exempt must not pass it."""
+        """Run the check; what is exempt must not pass it."""
         if failure := self.failure():
             raise NonconformingError(f"{self}: {failure}. {self.check.why}")
 
@@ -45,7 +46,7 @@ class Trial:
         found = None
         try:
             self.check.ask(self.variant)
-        except Exception as error:  # whatever a variant does
+        except Exception as error:  # whatever a variant or a method does
             found = str(error)
             if not isinstance(error, (NonconformingError, UserError)):  # torch's messages may be a page long
                 found = f"{type(error).__name__}: {found.strip().partition(chr(10))[0]}"
@@ -90,8 +91,38 @@ def trials(variant: type[CPAttention] | Factory, **options: Any) -> list[Trial]:
 
 def check_variant(variant: type[CPAttention] | Factory, **options: Any) -> None:
     """Run every trial of a variant; raises one NonconformingError that names all that failed."""
+    _run(trials(variant, **options))
+
+
+def method_trials(method: Callable[..., Any], **options: Any) -> list[Trial]:
+    """Every check of a method to compare with, for pytest to be parametrised with.
+
+    Args:
+        method: The class of an inversion or an edit, or what makes one. Of a method that is both
+            (`render`), only its description is checked: it needs a checkpoint of its own.
+        **options: What it is made with; without any, its defaults.
+    """
+    words = ", ".join(f"{name}={value}" for name, value in options.items())
+    make = partial(method, **options) if options else method
+    try:
+        made = make()
+    except Exception as error:  # whatever a method does
+        name = getattr(method, "__name__", "the method")
+        raise UserError(
+            f"{name} cannot be made with {words or 'its defaults'} ({type(error).__name__}: {error})"
+        ) from error
+    asked = [check for check in METHOD_CHECKS if check.name == DESCRIBED or not hasattr(made, "render")]
+    return [Trial(check, make, words) for check in asked]
+
+
+def check_method(method: Callable[..., Any], **options: Any) -> None:
+    """Run every trial of a method; raises one NonconformingError that names all that failed."""
+    _run(method_trials(method, **options))
+
+
+def _run(found: list[Trial]) -> None:
     failures = []
-    for trial in trials(variant, **options):
+    for trial in found:
         try:
             trial()
         except NonconformingError as error:

@@ -38,6 +38,7 @@ class MasaCtrl:
     empty_source: bool = True
     guidance: float | None = 7.5
     properties = ("keeps equal prompts",)
+    idle = {"start": 1.0}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         """Refuse masks by the words of an empty prompt."""

@@ -50,6 +50,7 @@ class PromptToPrompt:
     empty_source: bool = False
     negative: bool = True
     properties = ("keeps equal prompts",)
+    idle = {"cross": 0.0, "self_attention": 0.0}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         """Refuse a weight of no word."""

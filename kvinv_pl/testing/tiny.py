@@ -1,0 +1,112 @@
+"""A U-Net of two levels with random weights, as methods see a network; its prompts need no text model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.algorithm.method import Control
+from kvinv_pl.attention.control import controlling
+from kvinv_pl.attention.convolving import convolving
+from kvinv_pl.attention.cross_attention import cross_attentions
+from kvinv_pl.attention.sites import Site, self_attentions
+from kvinv_pl.attention.unet import decoder_layers
+from kvinv_pl.errors import UserError
+from kvinv_pl.testing.harness import seeded
+
+GRID = (4, 6)  # not square
+LENGTH, WIDTH, CHANNELS = 10, 8, 4
+
+
+class TinyModel:
+    """The `Model` of `kvinv_pl.algorithm.method`; every word is a token, and always of the same embedding."""
+
+    def __init__(self) -> None:
+        """Always the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.unet = _unet().requires_grad_(False).eval()
+        found = _sites()
+        self.self_attentions = tuple(site.path for site in found)
+        self.cross_attentions = tuple(cross_attentions(self.unet))
+        self.decoder = decoder_layers([path for path, _ in self.unet.named_modules()])
+        self._grids = {site.tokens: site.grid for site in found}
+
+    def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
+        """A drawn vector for every word, and for the start and the end."""
+        words = [["<", *prompt.split()] for prompt in prompts]
+        rows = [[*row, *[">"] * LENGTH][:LENGTH] for row in words]
+        return torch.stack([torch.stack([_drawn(word) for word in row]) for row in rows])
+
+    def tokens(self, prompt: str) -> list[str]:
+        """Its words."""
+        return [f"{word}</w>" for word in prompt.split()]
+
+    def positions(self, prompt: str, word: str) -> list[int]:
+        """The places of a word."""
+        found = [place for place, other in enumerate(prompt.split(), 1) if other == word]
+        if not found:
+            raise UserError(f"{word!r} is not in the prompt {prompt!r}")
+        return found
+
+    def predict(
+        self, z: Float[Tensor, "rows c h w"], t: Tensor, contexts: Float[Tensor, "branches rows L d"]
+    ) -> Float[Tensor, "branches rows c h w"]:
+        """All branches in one forward."""
+        count, rows = len(contexts), len(z)
+        given = contexts.expand(-1, rows, -1, -1).flatten(0, 1)
+        out = self.unet(z.repeat(count, 1, 1, 1), t.expand(count * rows), given, return_dict=False)[0]
+        return out.unflatten(0, (count, rows))
+
+    @contextmanager
+    def controlled(self, i: int, control: Control) -> Iterator[None]:
+        """The control's attentions and convolutions, at step i."""
+        with (
+            controlling(self.unet, tuple(control.attentions), self._grids, partial(control.attend, i)),
+            convolving(self.unet, tuple(control.convolutions), partial(control.convolve, i)),
+        ):
+            yield
+
+
+def table(predicts_v: bool = False) -> StepTable:
+    """Three steps of Stable Diffusion's schedule."""
+    alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()).cumprod(0)
+    return StepTable.through(torch.tensor([667, 334, 1]), alphas, float(alphas[0]), predicts_v)
+
+
+def latents() -> Float[Tensor, "1 c h w"]:
+    """Those of the picture."""
+    return torch.randn(1, CHANNELS, *GRID, generator=seeded(0))
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=WIDTH,
+    )
+
+
+@cache
+def _sites() -> list[Site]:
+    return self_attentions(_unet(), GRID)
+
+
+@cache
+def _drawn(word: str) -> Float[Tensor, " d"]:
+    seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=6).digest(), "big")
+    return torch.randn(WIDTH, generator=seeded(seed))

@@ -1,0 +1,136 @@
+"""What a paper says of its own method, beyond what the kit checks of every method; on the kit's network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+
+from kvinv_pl.algorithm.method import Control, Inverted, Scene, sample
+from kvinv_pl.attention.unet import decoder_layers
+from kvinv_pl.bench.methods import make
+from kvinv_pl.bench.running import edited
+from kvinv_pl.errors import UserError
+from kvinv_pl.testing.method_checks import SOURCE, scene_for
+
+PLAIN = make("plain", "edit")
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return scene_for(PLAIN)
+
+
+def inverted(scene: Scene, inversion: Any) -> Tensor:
+    return edited(scene, inversion, PLAIN)
+
+
+def test_differences_below_the_proximal_threshold_are_none(scene: Scene) -> None:
+    nothing = inverted(scene, make("proximal", "inversion", quantile=1.0))
+    assert torch.allclose(nothing, scene.z_0.expand_as(nothing), atol=1e-5)
+    everything = inverted(scene, make("proximal", "inversion", quantile=0.0, until=0))
+    assert torch.allclose(everything, inverted(scene, make("negative_prompt", "inversion")), atol=1e-5)
+
+    out = torch.tensor([0.0, 3.0, -1.0, 2.0]).view(1, 1, 1, 4).expand(2, 1, 1, 4)
+    branches = torch.stack([torch.zeros_like(out), out])
+    for norm, wanted in (("l0", [0.0, 3, 0, 0]), ("l1", [0.0, 1, 0, 0])):
+        pulled = make("proximal", "inversion", norm=norm).invert(scene)
+        assert pulled.guided(0, branches)[1].flatten().tolist() == [scene.guidance * x for x in wanted]
+
+
+def test_aligned_inversion_asks_for_the_target_where_it_asked_for_the_source(scene: Scene) -> None:
+    same = replace(scene, target=SOURCE, guidance=1.0)
+    both = inverted(same, make("aligned", "inversion"))
+    assert torch.allclose(both, scene.z_0.expand_as(both), atol=1e-4)
+    assert not torch.allclose(inverted(same, make("ddim", "inversion")), both, atol=1e-4)
+
+
+def test_cross_attention_guidance_brings_the_targets_maps_closer_to_the_sources(scene: Scene) -> None:
+    ddim = make("ddim", "inversion").invert(scene)
+    led: Any = make("pix2pix_zero", "edit", amount=0.01).control(scene, ddim)
+    z = led.before(0, ddim.start.expand(2, -1, -1, -1))
+    assert torch.equal(z[:1], ddim.start)
+    led.before(0, z)
+    assert 0 < led.losses[1] < led.losses[0]
+
+
+def test_sentences_that_differ_in_nothing_give_no_edit_direction(scene: Scene) -> None:
+    about = ("a cat", "the cat")
+    source, target = edited(
+        scene, make("ddim", "inversion"), make("pix2pix_zero", "edit", sentences=(about, about))
+    )
+    assert torch.allclose(source, target, atol=1e-5)
+
+
+def test_plug_and_play_takes_the_layers_of_stable_diffusion_that_are_published() -> None:
+    blocks = ("CrossAttnUpBlock2D",) * 3
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(32,) * 4, up_block_types=("UpBlock2D", *blocks), cross_attention_dim=8
+        )
+    layers = decoder_layers([path for path, _ in unet.named_modules()])
+    assert len(layers) == 12 and not layers[2][1]
+    one = "up_blocks.1.resnets.1.conv2", ["up_blocks.1.attentions.1.transformer_blocks.0.attn1"]
+    assert layers[4] == one and sum(len(found) for _, found in layers[4:]) == 8
+
+
+def test_plug_and_play_gives_the_target_the_sources_features_and_maps_and_leaves_it_its_values(
+    scene: Scene,
+) -> None:
+    class Watched(type(make("plug_and_play", "edit").control(scene, Inverted(scene, scene.z_0)))):
+        def convolve(self, i: int, path: str, x: Tensor) -> Tensor:
+            given.append(super().convolve(i, path, x))
+            return given[-1]
+
+        def attend(self, i: int, at: Any) -> Tensor:
+            own = at.read(at.probabilities(at.q, at.k)[:, :1].expand(-1, 2, -1, -1, -1), at.v)
+            assert torch.allclose(super().attend(i, at), own, atol=1e-5)
+            return own
+
+    given: list[Tensor] = []
+    ddim = make("ddim", "inversion").invert(scene)
+    control = make("plug_and_play", "edit", features=1.0, self_attention=1.0).control(scene, ddim)
+    control.__class__ = Watched
+    sample(scene, ddim, control)
+    assert len(given) == len(scene.table) and all(torch.equal(x[:, 0], x[:, 1]) for x in given)
+
+
+def test_flexiedit_damps_high_frequencies_in_the_region_alone(scene: Scene) -> None:
+    from kvinv_plugins.editors.flexiedit import boxed, damped  # pyright: ignore[reportMissingImports]
+
+    z = scene.z_0
+    left = boxed((0.0, 0.0, 0.5, 1.0), z)
+    assert left[..., :3].all() and not left[..., 3:].any()
+    refined = damped(z, left, 0.7, 0.3, 0)
+    assert torch.equal(refined[..., 3:], z[..., 3:]) and not torch.allclose(refined[..., :3], z[..., :3])
+    assert torch.allclose(damped(z, left, 1.0, 0.3, 0), z, atol=1e-6)
+
+
+def test_flexiedit_without_reinversion_is_sampling_from_the_damped_latents(scene: Scene) -> None:
+    ddim = make("ddim", "inversion").invert(scene)
+    undamped = make("flexiedit", "edit", alpha=1.0, reinversion=0.0).control(scene, ddim)
+    found = sample(scene, ddim, undamped)
+    assert torch.allclose(found, sample(scene, ddim, Control()), atol=1e-5)
+    assert not torch.allclose(found, sample(scene, ddim, make("flexiedit", "edit").control(scene, ddim)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("proximal", {"quantile": 2.0}, "quantile: expected 0 to 1, got 2.0"),
+        ("proximal", {"norm": "l2"}, "norm: expected l0 or l1, got 'l2'"),
+        ("flexiedit", {"region": (0.5, 0.0, 0.2, 1.0)}, "region: expected left < right"),
+        ("pix2pix_zero", {"sentences": ((), ("a",))}, "sentences: expected some about the source"),
+        ("plug_and_play", {"layer": 4}, "layer: expected 0 to 3, got 4"),
+        ("flexiedit", {"layer": 7}, "layer: expected 0 to 6, got 7"),
+    ],
+)
+def test_what_a_method_cannot_be_made_with_is_said(
+    scene: Scene, name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(name, "edit", "inversion", **options).control(scene, None)
