@@ -41,7 +41,13 @@ DOORS = {
     "PIL": {"api", "bench", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
-PUBLIC = {"kvinv_pl", "kvinv_pl.algorithm.method", "kvinv_pl.attention", "kvinv_pl.errors"}
+PUBLIC = {
+    "kvinv_pl",
+    "kvinv_pl.algorithm.learning",
+    "kvinv_pl.algorithm.method",
+    "kvinv_pl.attention",
+    "kvinv_pl.errors",
+}
 """What a plugin may import of ours, by the names in `__all__` where there is one."""
 
 PACKAGE = sorted((ROOT / "kvinv_pl").rglob("*.py"))

@@ -6,7 +6,7 @@ unconditional one, where guidance runs, and the conditional one; of the rows, 0 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,6 +87,15 @@ class Model(Protocol):
         """Its layers in the order of the forward: the last convolution's path, and its self-attentions'."""
         ...
 
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The network's parameters by their paths; nobody changes them."""
+        ...
+
+    def weighed(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The context in which the network has these weights in place of its own of the same paths."""
+        ...
+
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the network reads them."""
         ...
@@ -155,6 +164,8 @@ class Inverted:
     """Of the source's row; None: as the target's."""
     negative: Float[Tensor, "1 L d"] | None = field(default=None, repr=False)
     """What the unconditional branch reads; None: the empty prompt."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Of the network, in sampling; where there are none, its own."""
 
     @cached_property
     def scales(self) -> tuple[float, float]:
@@ -266,11 +277,12 @@ class Renderer(Protocol):
 def sample(scene: Scene, inverted: Inverted, control: Control) -> Float[Tensor, "2 c h w"]:
     """Source and target from where the inversion arrived, each step under the control."""
     z = inverted.start.expand(2, -1, -1, -1)
-    for i in range(inverted.first, len(scene.table)):
-        z = control.before(i, z)
-        with scene.model.controlled(i, control):
-            t = scene.table.timesteps[i : i + 1].to(z.device)
-            contexts = control.contexts(i, inverted.contexts(i))
-            out = scene.model.predict(inverted.seen(i, z), t, contexts)
-        z = control.after(i, inverted.step(i, z, inverted.guided(i, out)))
+    with scene.model.weighed(inverted.weights):
+        for i in range(inverted.first, len(scene.table)):
+            z = control.before(i, z)
+            with scene.model.controlled(i, control):
+                t = scene.table.timesteps[i : i + 1].to(z.device)
+                contexts = control.contexts(i, inverted.contexts(i))
+                out = scene.model.predict(inverted.seen(i, z), t, contexts)
+            z = control.after(i, inverted.step(i, z, inverted.guided(i, out)))
     return z

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import word_positions
+from kvinv_pl.models.weighing import weighing
 
 
 class Network:
@@ -30,6 +31,15 @@ class Network:
         self.cross_attentions = tuple(cross_attentions(self.backbone.unet))
         self.decoder = decoder_layers([path for path, _ in self.backbone.unet.named_modules()])
         self._grids = {site.tokens: site.grid for site in sites}
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The U-Net's parameters."""
+        return dict(self.backbone.unet.named_parameters())
+
+    def weighed(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The U-Net with these weights."""
+        return weighing(self.backbone.unet, weights)
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the U-Net reads them."""

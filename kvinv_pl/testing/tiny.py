@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 
 import torch
@@ -20,6 +20,7 @@ from kvinv_pl.attention.cross_attention import cross_attentions
 from kvinv_pl.attention.sites import Site, self_attentions
 from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.weighing import weighing
 from kvinv_pl.testing.harness import seeded
 
 GRID = (4, 6)  # not square
@@ -39,6 +40,15 @@ class TinyModel:
         self.cross_attentions = tuple(cross_attentions(self.unet))
         self.decoder = decoder_layers([path for path, _ in self.unet.named_modules()])
         self._grids = {site.tokens: site.grid for site in found}
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The U-Net's parameters."""
+        return dict(self.unet.named_parameters())
+
+    def weighed(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The U-Net with these weights."""
+        return weighing(self.unet, weights)
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """A drawn vector for every word, and for the start and the end."""

@@ -100,8 +100,10 @@ def method_trials(method: Callable[..., Any], **options: Any) -> list[Trial]:
     Args:
         method: The class of an inversion or an edit, or what makes one. Of a method that is both
             (`render`), only its description is checked: it needs a checkpoint of its own.
-        **options: What it is made with; without any, its defaults.
+        **options: What it is made with; without any, its defaults, but for those in its `brief`, with which
+            a method that learns for long does so shortly.
     """
+    options = options or dict(getattr(method, "brief", {}))
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     make = partial(method, **options) if options else method
     try:

@@ -69,9 +69,10 @@ class FlexiEdit:
         begins = {inverted.first: refined}
         z = sample(scene, inverted, Retarget(begins))[1:]
         eps = scene.eps(1.0)
-        for i in reversed(range(again, len(scene.table))):
-            t = scene.table.timesteps[i : i + 1].to(z.device)
-            z = scene.table.back(z, eps(z, t), i)
+        with scene.model.weighed(inverted.weights):
+            for i in reversed(range(again, len(scene.table))):
+                t = scene.table.timesteps[i : i + 1].to(z.device)
+                z = scene.table.back(z, eps(z, t), i)
         return Retarget({**begins, again: z}, every[layer:], again)
 
     def _inside(self, scene: Scene) -> Float[Tensor, "1 1 h w"]:

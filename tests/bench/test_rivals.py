@@ -18,6 +18,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.testing.method_checks import SOURCE, scene_for
 
 PLAIN = make("plain", "edit")
+Imagic: Any = type(make("imagic", "inversion"))
 
 
 @pytest.fixture
@@ -119,10 +120,45 @@ def test_flexiedit_without_reinversion_is_sampling_from_the_damped_latents(scene
 
 
 @pytest.mark.parametrize(
+    ("name", "rate", "options"),
+    [
+        ("imagic", {"text_rate": 0.05}, {"text_steps": 15, "network_steps": 0}),
+        ("imagic", {"network_rate": 3e-3}, {"text_steps": 0, "network_steps": 15}),
+        ("dreambooth", {"rate": 0.02}, {"steps": 15}),
+    ],
+)
+def test_what_is_learned_of_a_picture_denoises_it_better(
+    name: str, rate: dict[str, float], options: dict[str, Any], scene: Scene
+) -> None:
+    def losses(rate: dict[str, float]) -> list[float]:
+        found: Any = make(name, "inversion", **options, **rate).invert(scene)
+        assert bool(found.weights) == bool(options.get("network_steps", 1))
+        return found.losses if name == "dreambooth" else [*found.losses[0], *found.losses[1]]
+
+    learned, never = losses(rate), losses(dict.fromkeys(rate, 0.0))  # of the same draws
+    assert len(learned) == 15 and learned[0] == never[0] and sum(learned[5:]) < sum(never[5:])
+
+
+def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene: Scene) -> None:
+    def rows(eta: float, **steps: int) -> Tensor:
+        return inverted(scene, make("imagic", "inversion", eta=eta, **{**Imagic.brief, **steps}))
+
+    source, target = rows(0.0)
+    assert torch.equal(source, target)
+    source, target = rows(0.7)
+    assert not torch.allclose(source, target)
+    unlearned = rows(1.0, text_steps=0, network_steps=0)[1:]
+    noise = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(unlearned, sample(scene, Inverted(scene, noise), Control())[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("proximal", {"quantile": 2.0}, "quantile: expected 0 to 1, got 2.0"),
         ("proximal", {"norm": "l2"}, "norm: expected l0 or l1, got 'l2'"),
+        ("imagic", {"text_steps": -1}, "text_steps, network_steps: expected 0 or more, got -1"),
+        ("dreambooth", {"rank": 0}, "rank, steps: expected 1 or more, got 0"),
         ("flexiedit", {"region": (0.5, 0.0, 0.2, 1.0)}, "region: expected left < right"),
         ("pix2pix_zero", {"sentences": ((), ("a",))}, "sentences: expected some about the source"),
         ("plug_and_play", {"layer": 4}, "layer: expected 0 to 3, got 4"),

@@ -70,7 +70,8 @@ def test_every_pair_of_inversion_and_edit_runs(canvas: Canvas, inversion: str) -
     for source in {"" if edit.empty_source else SOURCE for edit in edits}:
         scene = canvas.scene(source, TARGET, 5.0)
         with torch.no_grad():
-            inverted = make(inversion, "inversion").invert(scene)
+            brief = getattr(FOUND[inversion].cls, "brief", {})
+            inverted = make(inversion, "inversion", **brief).invert(scene)
         for edit in edits:
             if source == ("" if edit.empty_source else SOURCE):
                 assert sample(scene, inverted, edit.control(scene, inverted)).isfinite().all()

@@ -1,0 +1,76 @@
+"""Imagic (Kawar et al., 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.algorithm.learning import learn
+from kvinv_pl.algorithm.method import Inverted, Scene
+from kvinv_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Imagic:
+    """Imagic (Kawar et al., 2023, Section 3.2): an embedding, then the network, are learned of the picture.
+
+    (A) The target's embedding is optimised into e_opt by the denoising loss of the picture (Eq. 2). (B) All
+    weights of the U-Net are, with e_opt held. (C) The target reads e = eta e_tgt + (1 - eta) e_opt (Eq. 3),
+    and the source e_opt, both from the same noise. Timesteps are drawn among those of sampling. The network
+    needs room for its weights four times, in fp32.
+
+    Args:
+        eta: How much of the target's own embedding; published: .6 to .8.
+        text_steps: Of Adam, for the embedding.
+        text_rate: Its rate.
+        network_steps: Of Adam, for the network.
+        network_rate: Its rate.
+        seed: Of the noise, in learning and in sampling.
+        guidance: Of the target, where the edit has none of its own.
+    """
+
+    eta: float = 0.7
+    text_steps: int = 500
+    text_rate: float = 1e-3
+    network_steps: int = 1000
+    network_rate: float = 2e-6
+    seed: int = 0
+    guidance: float = 7.5
+    brief = {"text_steps": 2, "network_steps": 2}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number of steps."""
+        if (fewest := min(self.text_steps, self.network_steps)) < 0:
+            raise UserError(f"text_steps, network_steps: expected 0 or more, got {fewest}")
+
+    def invert(self, scene: Scene) -> Inverted:
+        """Learn, and begin at noise."""
+        target = scene.contexts[2:]
+        found = target.float().clone()
+        text = learn(scene, [found], lambda: (found, {}), self.text_steps, self.text_rate, self.seed)
+        weights, network = dict[str, Tensor](), list[float]()
+        if self.network_steps:
+            weights = {path: value.detach().float().clone() for path, value in scene.model.weights.items()}
+            every, rate, seed = [*weights.values()], self.network_rate, self.seed + 1
+            network = learn(scene, every, lambda: (found, weights), self.network_steps, rate, seed)
+        start = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(self.seed)).to(scene.z_0)
+        read = torch.cat([found, self.eta * target + (1 - self.eta) * found]).to(target)
+        return Optimised(scene, start, weights=weights, read=read, losses=(text, network))
+
+
+@dataclass(eq=False)
+class Optimised(Inverted):
+    """DDIM's steps with the learned embedding and the learned network."""
+
+    read: Float[Tensor, "2 L d"] | None = field(default=None, repr=False)
+    """What the conditional branch of source and target reads."""
+    losses: tuple[list[float], list[float]] = field(default=([], []), repr=False)
+    """Of the embedding's steps and of the network's."""
+
+    def contexts(self, i: int) -> Float[Tensor, "branches 2 L d"]:
+        """Those that were learned, in the conditional branch."""
+        given = super().contexts(i)
+        return given if self.read is None else torch.cat([given[:-1], self.read[None]])
