@@ -59,6 +59,26 @@ def test_cross_attention_guidance_brings_the_targets_maps_closer_to_the_sources(
     assert 0 < led.losses[1] < led.losses[0]
 
 
+def test_regularised_noise_is_whiter_and_without_rounds_it_is_ddims(scene: Scene) -> None:
+    from kvinv_plugins.inversions.noise_regularized import (  # pyright: ignore[reportMissingImports]
+        divergence,
+        pairwise,
+    )
+
+    coarse = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(0.8 * coarse, scale_factor=4)
+
+    def whiter(**rates: float) -> Tensor:
+        regularized = make("noise_regularized", "inversion", **rates)
+        return regularized.whitened(smooth, torch.Generator().manual_seed(0))
+
+    apart, settled = whiter(divergence=0.0), whiter(pairwise=0.0)
+    before, after = (pairwise(x, torch.Generator().manual_seed(1)) for x in (smooth, apart))
+    assert after < before and divergence(settled) < divergence(smooth)
+    idle = make("noise_regularized", "inversion", rounds=0)
+    assert torch.allclose(inverted(scene, idle), inverted(scene, make("ddim", "inversion")), atol=1e-4)
+
+
 def test_sentences_that_differ_in_nothing_give_no_edit_direction(scene: Scene) -> None:
     about = ("a cat", "the cat")
     source, target = edited(
