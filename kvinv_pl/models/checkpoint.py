@@ -3,69 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from kvinv_pl import menagerie
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.conversion import converted, of_file
-from kvinv_pl.models.families import configurations, vae_configuration
-from kvinv_pl.models.folder import PARTS, Parts, model, of_folder, read_json, refuse_other_kinds
+from kvinv_pl.models.choices import NO_CHOICES, Choices, listed
+from kvinv_pl.models.conversion import of_file
+from kvinv_pl.models.families import configurations
+from kvinv_pl.models.folder import Parts, of_folder, read_json, refuse_other_kinds
 from kvinv_pl.models.hub import place_of
-from kvinv_pl.models.loading import attempt, combined, digest, located, quiet, sha256
-from kvinv_pl.models.single_file import VAE, read_contents, weights
-
-Prediction = Literal["epsilon", "v_prediction"]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a checkpoint is loaded with, besides its own files; `KVInversion` documents it."""
-
-    prediction_type: Prediction | None = None
-    vae: str | None = None
-    clip_skip: int = 1
-    allow_pickle: bool = False
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Choices:
-        """From the parameters of KVInversion, by their names."""
-        return cls(**{name: given[name] for name in asdict(cls())})
-
-    def record(self) -> dict[str, Any]:
-        """What was chosen, for run.json; whether a pickle may be opened is asked for every time."""
-        idle = asdict(Choices())
-        chosen = {name: value for name, value in asdict(self).items() if value != idle[name]}
-        return {name: value for name, value in chosen.items() if name != "allow_pickle"}
-
-
-NO_CHOICES = Choices()
+from kvinv_pl.models.loading import attempt, combined, quiet
+from kvinv_pl.models.lora import with_loras
+from kvinv_pl.models.other_vae import other_vae
+from kvinv_pl.models.single_file import read_contents
 
 
 def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
     """A folder, a file, a hub id (owner/name), or "menagerie"; `dtype` is not for the VAE."""
-    place = place_of(checkpoint)
+    place, loras = place_of(checkpoint), listed(choices.loras)
+    read_as = torch.float32 if loras else dtype
     with quiet():
-        vae, digests = _other_vae(choices.vae)
+        vae, digests = other_vae(choices.vae)
         if place.is_file():
-            found = of_file(place, dtype, choices.prediction_type, choices.allow_pickle, vae)
+            found = of_file(place, read_as, choices.prediction_type, choices.allow_pickle, vae)
         else:
-            found = of_folder(place, checkpoint, dtype, vae)
+            found = of_folder(place, checkpoint, read_as, vae)
+        merged, notes = with_loras(loras, found.unet, found.text_encoder, choices.allow_pickle)
+        digests |= merged
     scheduler = dict(found.scheduler_config)
     if choices.prediction_type is not None:
         scheduler["prediction_type"] = choices.prediction_type
     if choices.clip_skip != 1:
         _skip(found.text_encoder, choices.clip_skip)
         digests["clip_skip"] = str(choices.clip_skip)
+    if read_as != dtype:
+        found.unet.to(dtype)
+        found.text_encoder.to(dtype)
     identity = {"checkpoint": str(checkpoint), **found.identity, **choices.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
-    return replace(found, scheduler_config=scheduler, identity=identity)
+    return replace(found, scheduler_config=scheduler, identity=identity, notes=notes)
 
 
 def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:
@@ -77,28 +58,6 @@ def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:
         )
     del layers[len(layers) + 1 - clip_skip :]
     text_encoder.config.num_hidden_layers = len(layers)
-
-
-def _other_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]]:
-    """The VAE that takes the place of the checkpoint's own, and its digest."""
-    if chosen is None:
-        return None, {}
-    needed = "expected a VAE: a .safetensors file or a folder as diffusers saves it"
-    place = located(chosen, menagerie.checkpoint, needed, files=True)
-    if place is None:
-        raise UserError(f"there is no file or folder {chosen}; {needed}")
-    if place.is_file():
-        contents = read_contents(place, allow_pickle=False)
-        if not any(contents.has(start) for start in (VAE, "encoder.down.")):
-            contents.refuse_others("a VAE")
-        configs = {"vae": attempt(place, lambda: vae_configuration(contents))}
-        tensors = weights(place)
-        return converted(place, tensors, AutoencoderKL, configs, "vae", torch.float32), {"vae": digest(place)}
-    folder = place if (place / "config.json").is_file() else place / "vae"
-    if (kind := read_json(folder, "config.json").get("_class_name")) != PARTS["vae"]:
-        raise UserError(f"{folder} contains {kind}; {needed}")
-    vae, files = model(folder, AutoencoderKL, torch_dtype=torch.float32)
-    return vae, {"vae": sha256(folder, {*files, folder / "config.json"})}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,9 @@ class Parts:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler_config: Mapping[str, Any]
-    identity: Mapping[str, str]
+    identity: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    """Lines for the log: what was done to them."""
 
 
 def of_folder(folder: Path, name: str, dtype: torch.dtype, other_vae: AutoencoderKL | None) -> Parts:

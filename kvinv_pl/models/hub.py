@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -16,6 +18,9 @@ from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.folder import NEEDED, read_json, refuse_other_kinds
 from kvinv_pl.models.loading import first_line, located, quiet
+
+USUAL = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
+"""How diffusers and peft name a LoRA and a textual inversion."""
 
 
 def place_of(checkpoint: str, configs_alone: bool = False) -> Path:
@@ -41,6 +46,61 @@ def place_of(checkpoint: str, configs_alone: bool = False) -> Path:
         raise UserError(
             f"no folder {checkpoint} here, and not available from the hub: {_of_hub(error)}"
         ) from error
+
+
+def file_of(name: str, what: str) -> Path:
+    """One file: by its path, as the only one of a folder, or from the hub (owner/name or owner/name/FILE).
+
+    Args:
+        name: As given.
+        what: What it should be, for errors.
+    """
+    place = Path(name).expanduser()
+    if place.is_file():
+        return place
+    if place.is_dir():
+        return place / _only(name, what, [file.name for file in place.iterdir() if file.is_file()])
+    if (found := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/(.+))?", name)) is None:
+        raise UserError(
+            f"there is no file {name}; expected {what}: a .safetensors file or a hub id (owner/name)"
+        )
+    repository, file = found.groups()
+    try:
+        with quiet(bars=True):
+            names = _names_in(repository) if file is None else []
+            file = file or _only(name, what, names)
+            if "adapter_config.json" in names:  # which says how strong peft's own files are
+                hf_hub_download(repository, "adapter_config.json")
+            return Path(hf_hub_download(repository, file))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"no file {name} here, and not available from the hub: {_of_hub(error)}") from error
+
+
+def _names_in(repository: str) -> list[str]:
+    """The files at the top of a repository; of what is in the cache, where the hub cannot be asked."""
+    try:
+        return [name for name in list_repo_files(repository) if "/" not in name]
+    except Exception:
+        try:
+            folder = Path(snapshot_download(repository, local_files_only=True))
+        except LocalEntryNotFoundError:
+            folder = None
+        if folder is None:
+            raise
+        return [file.name for file in folder.iterdir() if file.is_file()]
+
+
+def _only(name: str, what: str, names: Sequence[str]) -> str:
+    """The file that is meant, of all in a place: by the name that libraries give it, or the only one."""
+    models = sorted(file for file in names if file.endswith(".safetensors"))
+    models = models or sorted(file for file in names if file.endswith((".bin", ".pt")))
+    usual = [file for file in models if Path(file).stem in USUAL]
+    if len(usual or models) == 1:
+        return (usual or models)[0]
+    some = f"several: {', '.join(models[:4])}" if models else "no .safetensors file"
+    raise UserError(f"{name} has {some}; expected {what}: give the file, as {name}/FILE")
 
 
 def _of_hub(error: Exception) -> str:

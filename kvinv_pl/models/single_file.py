@@ -19,7 +19,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
-LORA = "a LoRA: merge it into its checkpoint (fuse_lora, unload_lora_weights, save_pretrained of diffusers)"
+LORA = "a LoRA: give it to --model.loras, beside its checkpoint"
 # how the name of a tensor begins (or with a *, what it contains), what such a file is, and what to do with it
 OTHERS = (
     ("conditioner.embedders.", "SDXL, which is not supported"),
@@ -71,7 +71,7 @@ def read_contents(path: Path, allow_pickle: bool) -> Contents:
     """The contents of a safetensors file, by its header alone; of a pickled one where that is allowed."""
     if path.suffix != ".safetensors":
         refuse_pickle(path, allow_pickle)
-        tensors = weights(path)
+        tensors = tensors_of(path)
         return Contents(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return attempt(path, lambda: _header(path))
 
@@ -112,10 +112,14 @@ def _loaded(path: Path) -> Mapping[str, Any]:
         ) from error
 
 
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file."""
+    return {name: tensor for name, tensor in _loaded(path).items() if isinstance(tensor, torch.Tensor)}
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, with the text encoder's names as diffusers knows them."""
-    found = _loaded(path)
-    tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    """The tensors of a checkpoint, with the text encoder's names as diffusers knows them."""
+    tensors = tensors_of(path)
     if any(name.startswith(f"{CLIP}text_model.") for name in tensors):
         return tensors
     renamed = f"{CLIP}text_model."  # some merging tools leave this part out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import NO_CHOICES, Choices, load, sizes
+from kvinv_pl.models.checkpoint import load, sizes
+from kvinv_pl.models.choices import NO_CHOICES, Choices
 from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.folder import NEEDED
 from kvinv_pl.models.loading import attempt
@@ -42,12 +43,13 @@ class Backbone(nn.Module):
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler_config: Mapping[str, Any],
-        identity: Mapping[str, str],
+        identity: Mapping[str, Any],
+        notes: Sequence[str] = (),
     ) -> None:
         """Freeze the parts; scheduler_config is that of the checkpoint, whichever scheduler it is for."""
         super().__init__()
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae.float(), text_encoder, tokenizer
-        self.identity = dict(identity)
+        self.identity, self.notes = dict(identity), list(notes)
         self.scheduler = _ddim(scheduler_config)
         self.predicts_v = self.scheduler.config["prediction_type"] == "v_prediction"
         self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod.clone(), persistent=False)

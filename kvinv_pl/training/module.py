@@ -17,7 +17,7 @@ from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import Choices
+from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.stable_diffusion import Backbone
@@ -57,6 +57,8 @@ class KVInversion(LightningModule):
         prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
         clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
             the last, 2 the last but one.
+        loras: LoRAs to merge into the weights: files or hub ids, each with a weight as FILE:WEIGHT if it is
+            not 1.
         allow_pickle: Read tensors from a checkpoint that is pickled (.ckpt) rather than refuse it.
         attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
             left out, it is the paper's own, full_kv.
@@ -114,6 +116,7 @@ class KVInversion(LightningModule):
         vae: str | None = None,
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
         clip_skip: int = 1,
+        loras: str | list[str] | None = None,
         allow_pickle: bool = False,
         attention: Callable[[Site], CPAttention] | None = None,
         target_modules: str | list[str] = "decoder",

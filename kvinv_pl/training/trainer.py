@@ -227,7 +227,9 @@ class KVTrainer(Trainer):
         return shares
 
     def _show_choices(self, workload: Workload) -> None:
-        """Show what follows from the checkpoint and the device, because nothing else was asked for."""
+        """Show what was merged into the checkpoint, and what follows from it and the device by itself."""
+        for line in workload.model.denoiser.backbone.notes:
+            self.watch.progress.note(line)
         chosen = list[str]()
         if workload.model.chooses_guidance and workload.editing is workload.model.editing:
             chosen += [f"guidance {workload.editing.guidance:g}"] if workload.stages != ["invert"] else []

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import NO_CHOICES, Choices, outline
+from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.choices import NO_CHOICES, Choices
 from kvinv_pl.models.families import CONFIGS, configurations, tokenizer
 from kvinv_pl.models.single_file import UNET, Contents, read_contents
 from kvinv_pl.models.stable_diffusion import Backbone

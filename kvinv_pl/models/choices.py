@@ -1,0 +1,44 @@
+"""What a checkpoint is loaded with, besides its own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Prediction = Literal["epsilon", "v_prediction"]
+LISTS = ("loras",)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is chosen with a checkpoint; `KVInversion` documents it."""
+
+    vae: str | None = None
+    prediction_type: Prediction | None = None
+    clip_skip: int = 1
+    loras: str | list[str] | None = None
+    allow_pickle: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Choices:
+        """From the parameters of KVInversion, by their names."""
+        return cls(**{name: given[name] for name in asdict(cls())})
+
+    def record(self) -> dict[str, Any]:
+        """What was chosen, for run.json; whether a pickle may be opened is asked for every time."""
+        given = {
+            **asdict(self),
+            **{name: listed(getattr(self, name)) or None for name in LISTS},
+            "allow_pickle": False,
+        }
+        idle = asdict(Choices())
+        return {name: value for name, value in given.items() if value != idle[name]}
+
+
+NO_CHOICES = Choices()
+
+
+def listed(given: str | list[str] | None) -> list[str]:
+    """An option of one or several texts, as a list."""
+    return [given] if isinstance(given, str) else list(given or ())
