@@ -151,7 +151,7 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     tuning = run["tuning"]
     return {
         "checkpoint": run["model"]["checkpoint"],
-        **{name: run["model"].get(name) for name in ("vae", "prediction_type", "loras")},
+        **{name: run["model"].get(name) for name in ("vae", "prediction_type", "loras", "embeddings")},
         "clip_skip": run["model"].get("clip_skip", 1),
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],

@@ -21,6 +21,7 @@ from kvinv_pl.models.loading import attempt, combined, quiet
 from kvinv_pl.models.lora import with_loras
 from kvinv_pl.models.other_vae import other_vae
 from kvinv_pl.models.single_file import read_contents
+from kvinv_pl.models.textual_inversion import with_embeddings
 
 
 def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
@@ -34,7 +35,10 @@ def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> 
         else:
             found = of_folder(place, checkpoint, read_as, vae)
         merged, notes = with_loras(loras, found.unet, found.text_encoder, choices.allow_pickle)
-        digests |= merged
+        added, about_words = with_embeddings(
+            listed(choices.embeddings), found.tokenizer, found.text_encoder, choices.allow_pickle
+        )
+        digests |= {**merged, **added}
     scheduler = dict(found.scheduler_config)
     if choices.prediction_type is not None:
         scheduler["prediction_type"] = choices.prediction_type
@@ -46,7 +50,7 @@ def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> 
         found.text_encoder.to(dtype)
     identity = {"checkpoint": str(checkpoint), **found.identity, **choices.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
-    return replace(found, scheduler_config=scheduler, identity=identity, notes=notes)
+    return replace(found, scheduler_config=scheduler, identity=identity, notes=[*notes, *about_words])
 
 
 def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:

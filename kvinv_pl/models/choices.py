@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Prediction = Literal["epsilon", "v_prediction"]
-LISTS = ("loras",)
+LISTS = ("loras", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Choices:
     prediction_type: Prediction | None = None
     clip_skip: int = 1
     loras: str | list[str] | None = None
+    embeddings: str | list[str] | None = None
     allow_pickle: bool = False
 
     @classmethod

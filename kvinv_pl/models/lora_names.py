@@ -31,7 +31,7 @@ OTHERS = {
     "text_encoder_2.": "a LoRA for SDXL, which is not supported",
     "double_blocks": "a LoRA for FLUX, which is not supported",
     "model.diffusion_model.": "a checkpoint, which goes to --checkpoint",
-    "emb_params": "a textual inversion",
+    "emb_params": "a textual inversion, which goes to --model.embeddings",
 }
 
 

@@ -23,22 +23,18 @@ def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
 
     A word that is not in the prompt, or comes after the last token that the model reads, is a UserError.
     """
-
-    def tokens(text: str) -> list[str]:
-        ids = backbone.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
-
-    prompt_tokens, word_tokens = tokens(prompt), tokens(word)
-    added = backbone.tokenizer.get_added_vocab()  # such as a textual inversion's, which say no end of a word
+    ids, word_ids = backbone.tokens(prompt), backbone.tokens(word)
+    names = [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
+    # such as a textual inversion's, which say no end of a word; in upper case, their names are others
+    added = {*backbone.tokenizer.get_added_vocab().values()}
 
     def begins() -> Iterator[int]:
-        for at in range(len(prompt_tokens) - len(word_tokens) + 1):
-            before = prompt_tokens[at - 1] if at else "</w>"
-            whole = before.endswith("</w>") or before in added  # not the end of a longer word
-            if word_tokens and whole and prompt_tokens[at : at + len(word_tokens)] == word_tokens:
+        for at in range(len(ids) - len(word_ids) + 1):
+            whole = not at or names[at - 1].endswith("</w>") or ids[at - 1] in added
+            if word_ids and whole and ids[at : at + len(word_ids)] == word_ids:
                 yield at
 
-    found = sorted({1 + at + n for at in begins() for n in range(len(word_tokens))})  # after the start token
+    found = sorted({1 + at + n for at in begins() for n in range(len(word_ids))})  # after the start token
     if not found:
         words = ", ".join(dict.fromkeys(prompt.split())) or "no words"
         raise UserError(f"{word!r} is not in the prompt {prompt!r}: expected one of {words}")

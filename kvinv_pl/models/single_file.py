@@ -32,7 +32,7 @@ OTHERS = (
     ("*lokr_w1", "a LyCORIS, which is not supported"),
     ("*lora_", LORA),
     ("*.lora.", LORA),
-    ("emb_params", "a textual inversion, which is not supported"),
+    ("emb_params", "a textual inversion: give it to --model.embeddings, beside a checkpoint"),
     ("image_proj", "an IP-Adapter, which is not supported"),
     ("down_blocks.", "a U-Net alone as diffusers saves it: give the folder that has model_index.json"),
     ("encoder.", "a VAE or text encoder alone: a VAE goes to --model.vae, beside a checkpoint"),
@@ -99,7 +99,8 @@ def refuse_pickle(path: Path, allowed: bool) -> None:
         )
 
 
-def _loaded(path: Path) -> Mapping[str, Any]:
+def state_of(path: Path) -> Mapping[str, Any]:
+    """What a file contains, tensors and what else its format has."""
     read: Any = load_single_file_checkpoint
     if path.suffix == ".safetensors":
         return attempt(path, lambda: read(str(path)))
@@ -114,7 +115,7 @@ def _loaded(path: Path) -> Mapping[str, Any]:
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file."""
-    return {name: tensor for name, tensor in _loaded(path).items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor for name, tensor in state_of(path).items() if isinstance(tensor, torch.Tensor)}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

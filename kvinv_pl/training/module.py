@@ -59,6 +59,8 @@ class KVInversion(LightningModule):
             the last, 2 the last but one.
         loras: LoRAs to merge into the weights: files or hub ids, each with a weight as FILE:WEIGHT if it is
             not 1.
+        embeddings: Textual inversions to add to the tokenizer: files or hub ids, with another word than the
+            file's own as WORD=FILE.
         allow_pickle: Read tensors from a checkpoint that is pickled (.ckpt) rather than refuse it.
         attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
             left out, it is the paper's own, full_kv.
@@ -117,6 +119,7 @@ class KVInversion(LightningModule):
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
         clip_skip: int = 1,
         loras: str | list[str] | None = None,
+        embeddings: str | list[str] | None = None,
         allow_pickle: bool = False,
         attention: Callable[[Site], CPAttention] | None = None,
         target_modules: str | list[str] = "decoder",
