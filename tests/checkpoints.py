@@ -190,3 +190,12 @@ def _age(folder: Path) -> None:
 def change_json(path: Path, **changes: Any) -> None:
     """Set some fields of a configuration."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cached(repository: str, cache: Path) -> Path:
+    """The empty folder of a repository in the hub's cache."""
+    commit, place = "0" * 40, cache / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    (place / "snapshots" / commit).mkdir(parents=True)
+    return place / "snapshots" / commit

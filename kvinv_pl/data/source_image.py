@@ -17,6 +17,8 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 Stage = Literal["invert", "fit", "edit"]
+CHOSEN = ("variant", "vae", "prediction_type", "loras", "embeddings")
+"""What run.json has with the checkpoint if it was chosen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,7 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     tuning = run["tuning"]
     return {
         "checkpoint": run["model"]["checkpoint"],
-        **{name: run["model"].get(name) for name in ("vae", "prediction_type", "loras", "embeddings")},
+        **{name: run["model"].get(name) for name in CHOSEN},
         "clip_skip": run["model"].get("clip_skip", 1),
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],

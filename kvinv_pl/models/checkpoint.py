@@ -26,14 +26,16 @@ from kvinv_pl.models.textual_inversion import with_embeddings
 
 def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
     """A folder, a file, a hub id (owner/name), or "menagerie"; `dtype` is not for the VAE."""
-    place, loras = place_of(checkpoint), listed(choices.loras)
+    place, loras = place_of(checkpoint, choices.variant), listed(choices.loras)
     read_as = torch.float32 if loras else dtype
     with quiet():
         vae, digests = other_vae(choices.vae)
         if place.is_file():
+            if choices.variant is not None:
+                raise UserError(f"--model.variant: {place} is one file, which has no variants: leave it out")
             found = of_file(place, read_as, choices.prediction_type, choices.allow_pickle, vae)
         else:
-            found = of_folder(place, checkpoint, read_as, vae)
+            found = of_folder(place, checkpoint, read_as, vae, choices.variant)
         merged, notes = with_loras(loras, found.unet, found.text_encoder, choices.allow_pickle)
         added, about_words = with_embeddings(
             listed(choices.embeddings), found.tokenizer, found.text_encoder, choices.allow_pickle

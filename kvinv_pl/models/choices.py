@@ -14,6 +14,7 @@ LISTS = ("loras", "embeddings")
 class Choices:
     """What is chosen with a checkpoint; `KVInversion` documents it."""
 
+    variant: str | None = None
     vae: str | None = None
     prediction_type: Prediction | None = None
     clip_skip: int = 1

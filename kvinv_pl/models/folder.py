@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.loading import AGAIN, attempt, sha256
+from kvinv_pl.models.weight_files import variants_in, weight_files
 
 PARTS = {
     "unet": "UNet2DConditionModel",
@@ -41,16 +42,23 @@ class Parts:
     """Lines for the log: what was done to them."""
 
 
-def of_folder(folder: Path, name: str, dtype: torch.dtype, other_vae: AutoencoderKL | None) -> Parts:
+def of_folder(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    other_vae: AutoencoderKL | None,
+    variant: str | None = None,
+) -> Parts:
     """The parts of a folder as diffusers saves it, of which a VAE that was chosen takes the place of one."""
     index = read_json(folder, "model_index.json")
     refuse_other_kinds(name, index)
     refuse_other_conditions(read_json(folder, "unet/config.json"), f"the U-Net of {name}")
-    unet, unet_files = model(folder / "unet", UNet2DConditionModel, torch_dtype=dtype)
+    refuse_other_variants(name, variant, _names(folder / "unet"))
+    unet, unet_files = model(folder / "unet", UNet2DConditionModel, variant, torch_dtype=dtype)
     vae, vae_files = other_vae, list[Path]()
     if vae is None:
-        vae, vae_files = model(folder / "vae", AutoencoderKL, torch_dtype=torch.float32)
-    text_encoder, text_files = model(folder / "text_encoder", CLIPTextModel, dtype=dtype)
+        vae, vae_files = model(folder / "vae", AutoencoderKL, variant, torch_dtype=torch.float32)
+    text_encoder, text_files = model(folder / "text_encoder", CLIPTextModel, variant, dtype=dtype)
     tokens = _tokenizer(folder / "tokenizer")
     scheduler_config = read_json(folder, "scheduler/scheduler_config.json")
     files = {*unet_files, *vae_files, *text_files}
@@ -77,28 +85,43 @@ def refuse_other_kinds(checkpoint: str, index: Mapping[str, Any]) -> None:
             )
 
 
-def model(folder: Path, cls: Any, **dtype: torch.dtype) -> tuple[Any, list[Path]]:
+def model(folder: Path, cls: Any, variant: str | None = None, **dtype: torch.dtype) -> tuple[Any, list[Path]]:
     """One model of a checkpoint, complete, and the files that its weights came from."""
-    stems = ("model", "pytorch_model") if folder.name == "text_encoder" else ("diffusion_pytorch_model",) * 2
-    for variant in ("", ".fp16", ".non_ema"):
-        for stem, suffix in zip(stems, (".safetensors", ".bin"), strict=True):
-            name = f"{stem}{variant}"
-            files = [*folder.glob(f"{name}{suffix}"), *folder.glob(f"{name}-*-of-*{suffix}")]
-            if files and (folder / "config.json").is_file():
-                options = {"variant": variant[1:] or None, "use_safetensors": suffix == ".safetensors"}
-                read = partial(cls.from_pretrained, folder, output_loading_info=True, **options, **dtype)
-                loaded, info = attempt(folder, read)
-                if any(".base_layer." in key for key in info["unexpected_keys"]):
-                    raise UserError(
-                        f"{folder} was saved with a LoRA that is not merged, whose scale no file says: "
-                        "save it again after fuse_lora() and unload_lora_weights() of its pipeline"
-                    )
-                if missing := sorted(info["missing_keys"]):
-                    raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
-                return loaded, files
-    raise UserError(
-        f"{folder} is missing or incomplete: expected config.json, {stems[0]}.safetensors; {AGAIN}"
-    )
+    found = weight_files(_names(folder), folder.name, variant)
+    if found is None or not (folder / "config.json").is_file():
+        wanted = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+        raise UserError(
+            f"{folder} is missing or incomplete: expected config.json, {wanted}.safetensors; {AGAIN}"
+        )
+    options = {"variant": found.variant or None, "use_safetensors": found.suffix == ".safetensors"}
+    read = partial(cls.from_pretrained, folder, output_loading_info=True, **options, **dtype)
+    loaded, info = attempt(folder, read)
+    if any(".base_layer." in key for key in info["unexpected_keys"]):
+        raise UserError(
+            f"{folder} was saved with a LoRA that is not merged, whose scale no file says: "
+            "save it again after fuse_lora() and unload_lora_weights() of its pipeline"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
+    return loaded, [folder / name for name in found.names]
+
+
+def refuse_other_variants(checkpoint: str, variant: str | None, names: Collection[str]) -> None:
+    """Refuse a variant that the U-Net is not there in.
+
+    Args:
+        checkpoint: As given.
+        variant: As asked for.
+        names: The files in the U-Net's folder.
+    """
+    found = weight_files(names, "unet", variant)
+    if variant is not None and found is not None and found.variant != variant:
+        has = " and ".join(kind or "full ones" for kind in variants_in(names, "unet"))
+        raise UserError(f"--model.variant: {checkpoint} has no weights of {variant!r}, it has {has}")
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()] if folder.is_dir() else []
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:

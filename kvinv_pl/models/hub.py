@@ -16,15 +16,16 @@ from huggingface_hub.errors import (
 
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.folder import NEEDED, read_json, refuse_other_kinds
+from kvinv_pl.models.folder import NEEDED, read_json, refuse_other_kinds, refuse_other_variants
 from kvinv_pl.models.loading import first_line, located, quiet
+from kvinv_pl.models.weight_files import weight_files
 
 USUAL = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
 """How diffusers and peft name a LoRA and a textual inversion."""
 
 
-def place_of(checkpoint: str, configs_alone: bool = False) -> Path:
-    """The folder or file of a checkpoint, fetched from the hub if need be."""
+def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = False) -> Path:
+    """The folder or file of a checkpoint, fetched from the hub if need be, in one variant."""
     needed = f"{NEEDED} or in one file, or a hub id (owner/name), or menagerie"
     if (folder := located(checkpoint, menagerie.checkpoint, needed, files=True)) is not None:
         return folder
@@ -38,13 +39,38 @@ def place_of(checkpoint: str, configs_alone: bool = False) -> Path:
                 for part in ("unet", "vae"):
                     hf_hub_download(checkpoint, f"{part}/config.json")
                 return path.parent
+            names = _names_in(checkpoint, "unet/")
+            refuse_other_variants(checkpoint, variant, names)
+            found = weight_files(names, "unet", variant)
             unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-            return Path(DiffusionPipeline.download(checkpoint, **unused))
+            options = {**unused, "variant": found.variant or None if found else None}
+            return Path(DiffusionPipeline.download(checkpoint, **options))
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"no folder {checkpoint} here, and not available from the hub: {_of_hub(error)}"
+        ) from error
+
+
+def vae_of(repository: str) -> Path:
+    """The folder of a VAE in a repository, which may be a VAE alone, or its file."""
+    try:
+        with quiet(bars=True):
+            top = _names_in(repository)
+            if "config.json" not in top and "model_index.json" not in top:
+                return Path(hf_hub_download(repository, _only(repository, "a VAE", top)))
+            folder = "" if "config.json" in top else "vae/"
+            config = Path(hf_hub_download(repository, f"{folder}config.json"))
+            found = weight_files(_names_in(repository, folder), "vae")
+            for name in found.names if found else ():
+                hf_hub_download(repository, folder + name)
+            return config.parent
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"no VAE {repository} here, and not available from the hub: {_of_hub(error)}"
         ) from error
 
 
@@ -78,18 +104,20 @@ def file_of(name: str, what: str) -> Path:
         raise UserError(f"no file {name} here, and not available from the hub: {_of_hub(error)}") from error
 
 
-def _names_in(repository: str) -> list[str]:
-    """The files at the top of a repository; of what is in the cache, where the hub cannot be asked."""
+def _names_in(repository: str, folder: str = "") -> list[str]:
+    """The files in a folder of a repository; those in the cache, where the hub cannot be asked."""
     try:
-        return [name for name in list_repo_files(repository) if "/" not in name]
+        names = list_repo_files(repository)
     except Exception:
         try:
-            folder = Path(snapshot_download(repository, local_files_only=True))
+            place = Path(snapshot_download(repository, local_files_only=True))
         except LocalEntryNotFoundError:
-            folder = None
-        if folder is None:
+            place = None
+        if place is None:
             raise
-        return [file.name for file in folder.iterdir() if file.is_file()]
+        names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+    return [name for name in inside if "/" not in name]
 
 
 def _only(name: str, what: str, names: Sequence[str]) -> str:

@@ -53,7 +53,9 @@ class KVInversion(LightningModule):
     Args:
         checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
             a hub id.
-        vae: Another VAE for the checkpoint, as a .safetensors file or a folder.
+        variant: fp16 or non_ema: which weights are taken where a folder or a hub id has several; left out,
+            the full ones, or those that there are.
+        vae: Another VAE for the checkpoint: a .safetensors file, a folder or a hub id.
         prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
         clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
             the last, 2 the last but one.
@@ -115,6 +117,7 @@ class KVInversion(LightningModule):
     def __init__(
         self,
         checkpoint: str = "menagerie",
+        variant: str | None = None,
         vae: str | None = None,
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
         clip_skip: int = 1,

@@ -11,7 +11,7 @@ import fits
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import make
+from checkpoints import cached, make
 from commands import QUICK, kvinv
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import save_file
@@ -275,11 +275,7 @@ def test_a_lora_is_had_from_the_hub(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    commit, repo = "0" * 40, tmp_path / "models--somebody--style"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    path = saved(repo / "snapshots" / commit / "style.safetensors", kohya(lora))
+    path = saved(cached("somebody/style", tmp_path) / "style.safetensors", kohya(lora))
     expected = load(checkpoint, f"{path}:0.5").identity["sha256"]
     for given in ("somebody/style:0.5", "somebody/style/style.safetensors:0.5"):
         assert load(checkpoint, given).identity["sha256"] == expected
