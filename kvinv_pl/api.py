@@ -15,6 +15,7 @@ from kvinv_pl.attention.registry import resolve
 from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError, near
+from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
@@ -99,7 +100,7 @@ class KVInverter:
 
 
 def load(
-    checkpoint: str | Path = "menagerie",
+    checkpoint: str | Path | Pipeline = "menagerie",
     *,
     accelerator: str = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
@@ -110,7 +111,7 @@ def load(
 
     Args:
         checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
-            a hub id.
+            a hub id; or a StableDiffusionPipeline in memory, which is copied when the first picture begins.
         accelerator: cpu, gpu, mps or auto.
         precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: by checkpoint and device.
         quiet: Whether to hide progress.
@@ -120,7 +121,12 @@ def load(
     _require_known("load", settings, list(inspect.signature(KVInversion).parameters))
     if isinstance(settings.get("attention"), str):
         settings["attention"] = resolve(settings["attention"])
-    model = KVInversion(str(checkpoint), **settings)
+    if isinstance(checkpoint, (str, Path)):
+        model = KVInversion(str(checkpoint), **settings)
+    else:
+        refuse_other_pipelines(checkpoint)
+        model = KVInversion(IN_MEMORY, **settings)
+        model.pipeline = checkpoint
     return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kvinv_pl.models.conversion import of_file
 from kvinv_pl.models.families import configurations
 from kvinv_pl.models.folder import Parts, of_folder, read_json, refuse_other_kinds
 from kvinv_pl.models.hub import place_of
+from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, of_pipeline
 from kvinv_pl.models.loading import attempt, combined, quiet
 from kvinv_pl.models.lora import with_loras
 from kvinv_pl.models.other_vae import other_vae
@@ -24,23 +26,25 @@ from kvinv_pl.models.single_file import read_contents
 from kvinv_pl.models.textual_inversion import with_embeddings
 
 
-def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
-    """A folder, a file, a hub id (owner/name), or "menagerie"; `dtype` is not for the VAE."""
-    place, loras = place_of(checkpoint, choices.variant), listed(choices.loras)
+def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
+    """A folder, a file, a hub id, "menagerie" or a pipeline in memory; `dtype` is not for the VAE."""
+    name = checkpoint if isinstance(checkpoint, str) else IN_MEMORY
+    place = place_of(checkpoint, choices.variant) if isinstance(checkpoint, str) else checkpoint
+    loras, words = listed(choices.loras), listed(choices.embeddings)
     read_as = torch.float32 if loras else dtype
     with quiet():
         vae, digests = other_vae(choices.vae)
-        if place.is_file():
-            if choices.variant is not None:
-                raise UserError(f"--model.variant: {place} is one file, which has no variants: leave it out")
+        if isinstance(place, Path) and place.is_dir():
+            found = of_folder(place, name, read_as, vae, choices.variant)
+        elif choices.variant is not None:
+            raise UserError(f"--model.variant: {name} is of one variant alone: leave it out")
+        elif isinstance(place, Path):
             found = of_file(place, read_as, choices.prediction_type, choices.allow_pickle, vae)
         else:
-            found = of_folder(place, checkpoint, read_as, vae, choices.variant)
-        merged, notes = with_loras(loras, found.unet, found.text_encoder, choices.allow_pickle)
-        added, about_words = with_embeddings(
-            listed(choices.embeddings), found.tokenizer, found.text_encoder, choices.allow_pickle
-        )
-        digests |= {**merged, **added}
+            found = of_pipeline(place, read_as, vae)
+        merged, layers = with_loras(loras, found.unet, found.text_encoder, choices.allow_pickle)
+        added, tokens = with_embeddings(words, found.tokenizer, found.text_encoder, choices.allow_pickle)
+    digests |= {**merged, **added}
     scheduler = dict(found.scheduler_config)
     if choices.prediction_type is not None:
         scheduler["prediction_type"] = choices.prediction_type
@@ -50,9 +54,9 @@ def load(checkpoint: str, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> 
     if read_as != dtype:
         found.unet.to(dtype)
         found.text_encoder.to(dtype)
-    identity = {"checkpoint": str(checkpoint), **found.identity, **choices.record()}
+    identity = {"checkpoint": name, **found.identity, **choices.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
-    return replace(found, scheduler_config=scheduler, identity=identity, notes=[*notes, *about_words])
+    return replace(found, scheduler_config=scheduler, identity=identity, notes=[*layers, *tokens])
 
 
 def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:

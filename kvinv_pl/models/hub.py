@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.folder import NEEDED, read_json, refuse_other_kinds, refuse_other_variants
+from kvinv_pl.models.in_memory import IN_MEMORY
 from kvinv_pl.models.loading import first_line, located, quiet
 from kvinv_pl.models.weight_files import weight_files
 
@@ -27,6 +28,10 @@ USUAL = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
 def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = False) -> Path:
     """The folder or file of a checkpoint, fetched from the hub if need be, in one variant."""
     needed = f"{NEEDED} or in one file, or a hub id (owner/name), or menagerie"
+    if checkpoint == IN_MEMORY:
+        raise UserError(
+            "this run was tuned with a pipeline in memory: go on from Python, with load(pipeline)"
+        )
     if (folder := located(checkpoint, menagerie.checkpoint, needed, files=True)) is not None:
         return folder
     try:

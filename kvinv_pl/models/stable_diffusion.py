@@ -23,6 +23,7 @@ from kvinv_pl.models.checkpoint import load, sizes
 from kvinv_pl.models.choices import NO_CHOICES, Choices
 from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.folder import NEEDED
+from kvinv_pl.models.in_memory import Pipeline
 from kvinv_pl.models.loading import attempt
 from kvinv_pl.models.textual_inversion import vectors_of
 
@@ -69,9 +70,9 @@ class Backbone(nn.Module):
 
     @classmethod
     def load(
-        cls, checkpoint: str, dtype: torch.dtype = torch.float32, choices: Choices = NO_CHOICES
+        cls, checkpoint: str | Pipeline, dtype: torch.dtype = torch.float32, choices: Choices = NO_CHOICES
     ) -> Backbone:
-        """Load a folder as diffusers saves it, a file, a hub id (owner/name), or "menagerie"."""
+        """Load a folder as diffusers saves it, a file, a hub id, "menagerie", or a pipeline in memory."""
         return cls(**vars(load(checkpoint, dtype, choices)))
 
     def train(self, mode: bool = True) -> Backbone:

@@ -19,6 +19,7 @@ from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.in_memory import Pipeline
 from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
@@ -171,6 +172,7 @@ class KVInversion(LightningModule):
         self.steps, self.slots = steps, slots
         at_least_1("steps", steps)
         at_least_1("slots", 1 if slots == "auto" else slots)
+        self.pipeline: Pipeline | None = None  # in place of the checkpoint, from Python
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None
         self._loaded: tuple[str, Choices, torch.dtype] | None = None
@@ -187,7 +189,7 @@ class KVInversion(LightningModule):
     def load_backbone(self, dtype: torch.dtype) -> Backbone:
         """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`."""
         if self._loaded != (self.checkpoint, self.choices, dtype):
-            backbone = Backbone.load(self.checkpoint, dtype, self.choices)
+            backbone = Backbone.load(self.pipeline or self.checkpoint, dtype, self.choices)
             self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
             self._loaded = (self.checkpoint, self.choices, dtype)
         return self.denoiser.backbone
