@@ -6,7 +6,7 @@ from argparse import ArgumentError
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,13 @@ def _value_of(verb: str, flag: str, left: deque[str]) -> str:
 
 def kinds_of(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """The type of every option, by its full name."""
-    return {
-        f"{prefix}{name}": parameter.annotation
-        for prefix, cls in classes.items()
-        for name, parameter in inspect.signature(cls).parameters.items()
-    }
+    kinds = dict[str, Any]()
+    for prefix, cls in classes.items():
+        for name, parameter in inspect.signature(cls).parameters.items():
+            kinds[f"{prefix}{name}"] = kind = parameter.annotation
+            if is_dataclass(kind) and isinstance(kind, type):
+                kinds |= kinds_of({f"{prefix}{name}.": kind})
+    return kinds
 
 
 @contextmanager

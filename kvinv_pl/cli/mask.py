@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.choices import NO_CHOICES, Choices
 
 if TYPE_CHECKING:
     from kvinv_pl.data.pictures import Picture
@@ -20,6 +21,7 @@ def mask(
     word: str | None = None,
     source: str | None = None,
     checkpoint: str | None = None,
+    model: Choices = NO_CHOICES,
 ) -> None:
     """Find the subject of a picture, write its mask, and show it over the picture, to look at before tuning.
 
@@ -34,14 +36,17 @@ def mask(
         word: Without SAM: a word of --source; the mask comes from the model's own cross-attention to it.
         source: With --word: what the picture shows.
         checkpoint: With --word: a Stable Diffusion folder or file, a hub id, or menagerie, also the default.
+        model: What --checkpoint is loaded with, as of `kvinv run`.
     """
     file, prompted = Path(out).expanduser(), {"--point": point, "--box": box, "--sam": sam}
     if word is not None and (conflicting := [flag for flag, value in prompted.items() if value]):
         raise UserError(
             f"{', '.join(conflicting)} is for SAM and does not go with --word: leave one of them out"
         )
-    if word is None and (source is not None or checkpoint is not None):
-        raise UserError("--source and --checkpoint go with --word, which names the subject: give that too")
+    if word is None and (source is not None or checkpoint is not None or model != NO_CHOICES):
+        raise UserError(
+            "--source, --checkpoint and --model go with --word, which names the subject: give that too"
+        )
     if word is not None and not source:
         raise UserError("--word needs --source, what the picture shows: give that too")
     if file.suffix.lower() != ".png":
@@ -60,7 +65,7 @@ def mask(
     if file.exists() and file.samefile(Path(image).expanduser()):
         raise UserError(f"out: {out} is the picture itself: name another file")
     if word is not None:
-        found = _mask_of_word(picture, word, source or "", checkpoint or "menagerie")
+        found = _mask_of_word(picture, word, source or "", checkpoint or "menagerie", model)
     else:
         from kvinv_pl.models.sam import Segmenter
 
@@ -74,13 +79,15 @@ def mask(
     print(write_png(file.with_name(f"{file.stem}-shown.png"), page))
 
 
-def _mask_of_word(picture: "Picture", word: str, source: str, checkpoint: str) -> Image.Image:
+def _mask_of_word(
+    picture: "Picture", word: str, source: str, checkpoint: str, choices: Choices
+) -> Image.Image:
     """The mask of a word of the prompt, in the picture's size."""
     from kvinv_pl.data.pictures import fit_geometry, to_image, to_pixels
     from kvinv_pl.models.prompts import mask_from_word
     from kvinv_pl.models.stable_diffusion import Backbone
 
-    backbone = Backbone.load(checkpoint)
+    backbone = Backbone.load(checkpoint, choices=choices)
     geometry = fit_geometry(picture.image.size, backbone.sample_size, backbone.multiple, "keep")
     mask = mask_from_word(backbone, to_pixels(picture.image, geometry), source, word)
     enlarged = to_image(mask.expand(3, -1, -1) * 2 - 1, geometry)

@@ -22,16 +22,17 @@ MIB = 2**20
 BRANCHES = 2  # unconditional and conditional
 
 
-def variants(name: str | None = None, checkpoint: str | None = None) -> None:
+def variants(name: str | None = None, checkpoint: str | None = None, allow_pickle: bool = False) -> None:
     """List the attention variants that are installed; or show one of them, with its options.
 
     Args:
         name: Which one to show, by its name, class path or FILE.py:CLASS; `kvinv variants NAME` does as well.
         checkpoint: The model whose decoder the values of psi are counted for; menagerie, if it is not given.
+        allow_pickle: Read a checkpoint that is pickled (.ckpt) rather than refuse it.
     """
     decoder_sites, problem = list[Site](), ""
     try:
-        unet, sizes = outline(checkpoint or "menagerie")
+        unet, sizes = outline(checkpoint or "menagerie", allow_pickle)
         height, width = (side // sizes.vae_factor for side in sizes.sample)
         decoder_sites = select(self_attentions(unet, (height, width)), Selection("decoder"))
     except UserError as error:
@@ -93,6 +94,7 @@ def sites(
     steps: int = 50,
     size: str | None = None,
     store_dtype: StoreDtype = "int8",
+    allow_pickle: bool = False,
 ) -> None:
     """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
 
@@ -108,11 +110,12 @@ def sites(
         steps: DDIM steps T of the run.
         size: Of the picture, as WIDTHxHEIGHT in pixels; left out, what the checkpoint was made for.
         store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
+        allow_pickle: Read a checkpoint that is pickled (.ckpt) rather than refuse it.
     """
     if steps < 1:
         raise UserError(f"steps: expected 1 or more, got {steps}")
     make = attention or registry.resolve("full_kv")
-    unet, sizes = outline(checkpoint)
+    unet, sizes = outline(checkpoint, allow_pickle)
     picture = (sizes.sample[1], sizes.sample[0]) if size is None else _size(size)
     width, height = fit_geometry(picture, sizes.sample, sizes.multiple, "keep").resized
     grid = height // sizes.vae_factor, width // sizes.vae_factor

@@ -92,11 +92,11 @@ def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
     return Sizes(factor, multiple, (size[0] * factor, size[1] * factor))
 
 
-def outline(checkpoint: str) -> tuple[UNet2DConditionModel, Sizes]:
+def outline(checkpoint: str, allow_pickle: bool = False) -> tuple[UNet2DConditionModel, Sizes]:
     """The U-Net without weights (meta device), and the sizes; only configurations are read or fetched."""
     place = place_of(checkpoint, configs_alone=True)
     if place.is_file():  # what it predicts makes no difference here
-        configs = configurations(read_contents(place, allow_pickle=False), "epsilon", needs_vae=False)
+        configs = configurations(read_contents(place, allow_pickle), "epsilon", needs_vae=False)
         unet, vae = configs["unet"], configs["vae"]
     else:
         refuse_other_kinds(checkpoint, read_json(place, "model_index.json"))

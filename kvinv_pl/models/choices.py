@@ -1,10 +1,10 @@
 """What a checkpoint is loaded with, besides its own files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from typing_extensions import Self
 
 Prediction = Literal["epsilon", "v_prediction"]
 LISTS = ("loras", "embeddings")
@@ -23,7 +23,7 @@ class Choices:
     allow_pickle: bool = False
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Choices:
+    def of(cls, given: Mapping[str, Any]) -> Self:
         """From the parameters of KVInversion, by their names."""
         return cls(**{name: given[name] for name in asdict(cls())})
 

@@ -95,7 +95,8 @@ def refuse_pickle(path: Path, allowed: bool) -> None:
     if path.suffix != ".safetensors" and not allowed:
         raise UserError(
             f"{path} is pickled, and opening a pickle can run code: expected .safetensors; if you trust "
-            "where it is from, `kvinv run` and others read the tensors in it with --model.allow_pickle true"
+            "where it is from, its tensors alone are read with --model.allow_pickle true (or, of "
+            "`kvinv sites` and `kvinv variants`, --allow_pickle true)"
         )
 
 

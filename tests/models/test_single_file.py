@@ -253,3 +253,11 @@ def test_the_self_attentions_of_a_file_are_shown_without_its_weights(tmp_path: P
     shown = kvinv("sites", "--checkpoint", path)
     assert shown.code == 0 and re.search(r"up_blocks\.3\.attentions\.2", shown.out)
     assert read_contents(path, allow_pickle=False).has(UNET)
+    torch.save({"state_dict": whole("sd1")[1]}, pickled := tmp_path / "model.ckpt")
+    for command in ("sites", "variants"):
+        answer = kvinv(command, "--checkpoint", pickled)
+        assert answer.code == 2 and "can run code" in answer.err
+        taken = kvinv(command, "--checkpoint", pickled, "--allow_pickle", "true")
+        assert taken.code == 0 and (
+            command == "variants" or taken.out.replace(str(pickled), str(path)) == shown.out
+        )

@@ -155,6 +155,22 @@ def test_a_word_is_one_word_and_of_one_file(checkpoint: Path, file: str, tmp_pat
             load(checkpoint, *given)
 
 
+def test_a_mask_is_made_from_such_a_word_and_with_what_else_is_chosen(
+    checkpoint: Path, file: str, tmp_path: Path
+) -> None:
+    picture, out = fits.picture(tmp_path / "cat.png"), tmp_path / "mask.png"
+    mask = ("mask", picture, "--word", WORD, "--source", f"a {WORD}", "--checkpoint", checkpoint, "-o", out)
+    made = kvinv(*mask, "--model.embeddings", file)
+    assert made.code == 0 and out.exists(), made
+    for options, words in [
+        (("--model.clip_skip", 2), "--model.clip_skip: expected 1 to 1"),
+        (("--model.clip_skip", "x"), "--model.clip_skip: expected a whole number, got 'x'"),
+        (("--model.lora", "x"), "no option"),
+    ]:
+        answer = kvinv(*mask, *options)
+        assert answer.code == 2 and words in answer.err, answer
+
+
 def test_a_run_keeps_to_its_words(checkpoint: Path, file: str, tmp_path: Path) -> None:
     picture, out = fits.picture(tmp_path / "cat.png"), tmp_path / "run"
     fit = ("fit", "--checkpoint", checkpoint, "--image", picture, "--source", f"a {WORD} standing")
