@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.models.loading import quiet
 
@@ -47,6 +47,19 @@ def make(kind: Kind, folder: Path | str) -> Path:
     if not target.exists():
         shutil.copytree(built, target)
     return target
+
+
+def clip(folder: Path) -> Path:
+    """A CLIP of random weights in a folder, which reads the words of the others."""
+    text = {**_text_encoder("tiny").config.to_dict(), "projection_dim": 8}
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        config: Any = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        CLIPModel(config).save_pretrained(folder)
+        _tokenizer("tiny").save_pretrained(folder)
+    return folder
 
 
 def tokens() -> tuple[dict[str, int], list[tuple[str, str]]]:

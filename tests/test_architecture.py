@@ -36,7 +36,8 @@ DOORS = {
     "safetensors": {"data", "menagerie"},  # a run's files; the weights of the menagerie's judge
     "filelock": {"data"},
     "jsonargparse": {"attention", "cli"},  # attention: a variant is made from its record as from a YAML file
-    "numpy": {"data", "menagerie", "models"},
+    "numpy": {"bench", "data", "menagerie", "models"},
+    "torchmetrics": {"bench"},
     "pillow_heif": {"data"},
     "PIL": {"api", "bench", "cli", "data", "menagerie", "models", "stages"},
 }

@@ -35,9 +35,10 @@ import torch
 from calling import call
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
-from scoring import Case, Row, table
+from scoring import Row, table
 
 from kvinv_pl.data.sheet import sheet
+from kvinv_pl.menagerie.case import Case
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion

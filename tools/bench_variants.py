@@ -25,9 +25,11 @@ import torch
 from bench_actions import Bench, in_processes
 from calling import call
 from PIL import Image, ImageFilter
-from scoring import COLUMNS, Case, Row, cell
+from scoring import COLUMNS, Row
 
+from kvinv_pl.bench.table import Mean
 from kvinv_pl.data.sheet import sheet
+from kvinv_pl.menagerie.case import Case
 from kvinv_pl.models.sam import Segmenter
 from kvinv_pl.training.module import KVInversion
 
@@ -178,7 +180,7 @@ def bench(
     print("|---" * (len(columns) + 6) + "|")
     for row in rows:
         figures = row.figures(drawn)
-        cells = [cell(figures[column]) for column in columns]
+        cells = [str(Mean.of(figures[column])) for column in columns]
         psi = f"{row.extra['psi']:,.0f}" if "psi" in row.extra else ""
         tune, edit = times_of(row.name, ROWS[compare][row.name], drawn[0], settings, rounds)
         near, far = np.mean([near_and_far(*each) for each in zip(drawn, row.pictures, strict=True)], axis=0)

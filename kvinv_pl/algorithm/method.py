@@ -269,7 +269,7 @@ class Renderer(Protocol):
     def render(
         self, model: Any, picture: Any, source: str, target: str, steps: int | None, guidance: float | None
     ) -> Any:
-        """The edited picture; steps and guidance that are None are the method's own."""
+        """The edited picture, or it and the reconstruction; None are the method's own steps and guidance."""
         ...
 
 

@@ -26,10 +26,11 @@ class KVInversionEdit:
         target: str,
         steps: int | None = None,
         guidance: float | None = None,
-    ) -> Image.Image:
-        """Tune the picture and edit it."""
+    ) -> tuple[Image.Image, Image.Image]:
+        """Tune the picture and edit it; the edit, and the reconstruction."""
         if steps not in (None, model.model.steps):
             raise UserError(
                 f"steps: expected {model.model.steps}, with which the model was loaded, got {steps}"
             )
-        return model.tune(picture, source).edit(target, guidance=guidance)
+        run = model.tune(picture, source)
+        return run.edit(target, guidance=guidance), run.reconstruction

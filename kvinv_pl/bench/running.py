@@ -47,19 +47,44 @@ def run_method(
         guidance: The scale of the target; left out, the published one of the edit or else of the inversion.
     """
     chosen = make(editor, "edit", "whole") if isinstance(editor, str) else editor
-    if isinstance(chosen, Renderer):
-        if inversion is not None:
-            raise UserError(
-                f"inversion: expected none with {editor}, which inverts by itself, got {inversion}"
-            )
-        return chosen.render(model, picture, source, target, steps, guidance)
+    if isinstance(chosen, Renderer) and inversion is not None:
+        raise UserError(f"inversion: expected none with {editor}, which inverts by itself, got {inversion}")
     inverting = inversion or "ddim"
     if isinstance(inverting, str):
         inverting = make(inverting, "inversion")
+    return outcome(model, picture, source, target, inverting, chosen, steps, guidance).edited
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made of a picture, in the size that it came in."""
+
+    edited: Image.Image
+    reconstruction: Image.Image | None
+    """The source as the method samples it; None where it has none."""
+
+
+def outcome(
+    model: KVInverter,
+    picture: Image.Image | str | Path,
+    source: str,
+    target: str,
+    inversion: Inversion | None,
+    editor: Editor | Renderer,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Outcome:
+    """`run_method` with the reconstruction beside the edit."""
+    if isinstance(editor, Renderer):
+        rendered = editor.render(model, picture, source, target, steps, guidance)
+        return Outcome(*rendered) if isinstance(rendered, tuple) else Outcome(rendered, None)
+    if inversion is None:
+        inversion = make("ddim", "inversion")
     canvas = Canvas.of(model, picture)
-    w = next(w for w in (guidance, chosen.guidance, inverting.guidance) if w is not None)
-    scene = canvas.scene("" if chosen.empty_source else source, target, w, steps)
-    return canvas.show(edited(scene, inverting, chosen)[1:])
+    w = next(w for w in (guidance, editor.guidance, inversion.guidance) if w is not None)
+    scene = canvas.scene("" if editor.empty_source else source, target, w, steps)
+    z = edited(scene, inversion, editor)
+    return Outcome(canvas.show(z[1:]), canvas.show(z[:1]))
 
 
 def edited(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, "2 c h w"]:

@@ -17,6 +17,7 @@ FILES = {
     "variants": "kvinv_pl.cli.variants",
     "sites": "kvinv_pl.cli.variants",
     "methods": "kvinv_pl.cli.methods",
+    "bench": "kvinv_pl.cli.bench",
     "check": "kvinv_pl.cli.variants",
 }
 """The module of each command, which is a function of that name; only the module in use is imported."""

@@ -20,6 +20,7 @@ OTHERS = {
     "sites": "show the self-attentions of a checkpoint, and what psi takes there",
     "check": "check that an attention variant does what every variant must",
     "methods": "list the published methods to compare with, or show one with its options",
+    "bench": "compare methods on the same cases: tables, pictures, and one page",
     "new-variant": "write a variant to start from, its configuration and its test",
     "mask": "find the subject of a picture, by SAM or by a word, and show it",
 }

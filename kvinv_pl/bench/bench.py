@@ -1,0 +1,173 @@
+"""A bench: every row's edit of every case, computed once, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from kvinv_pl import api
+from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.bench.cases import THROUGH_VAE, Case, Cases
+from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.costs import Cost, measured, plain_sampling
+from kvinv_pl.bench.records import Records
+from kvinv_pl.bench.running import Canvas, outcome
+from kvinv_pl.bench.table import Report
+from kvinv_pl.data.failures import reason
+from kvinv_pl.data.pictures import as_pixels, psnr
+from kvinv_pl.errors import StopError, UserError
+from kvinv_pl.stages.progress import Progress
+
+COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB")
+"""What every row is measured by that is computed by a method: the source as it samples it, against the VAE's
+round trip; its seconds; these over plain sampling's; and memory at its peak, less plain sampling's."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """With what all rows are computed."""
+
+    checkpoint: str = "menagerie"
+    steps: int = 50
+    guidance: float | None = None
+    """Of every target; None: each method's own."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Others of KVInversion."""
+    accelerator: str = "auto"
+    precision: str = "auto"
+
+    def load(self, more: Mapping[str, Any]) -> api.KVInverter:
+        """The model, with a row's own settings."""
+        given = {"steps": self.steps, "guidance": self.guidance, **self.settings, **more}
+        precision: Any = self.precision
+        return api.load(self.checkpoint, accelerator=self.accelerator, precision=precision, **given)
+
+    def record(self) -> dict[str, Any]:
+        """What pictures depend on."""
+        return {
+            "checkpoint": self.checkpoint, "steps": self.steps, "guidance": self.guidance,
+            "settings": dict(self.settings), "precision": self.precision,
+        }  # fmt: skip
+
+
+@dataclass(eq=False)
+class Bench:
+    """The rows of one set of cases, with what is known of them on disk."""
+
+    setup: Setup
+    data: Cases
+    rows: Sequence[Contestant]
+    records: Records
+    progress: Progress = field(default_factory=Progress)
+    _model: tuple[Mapping[str, Any], api.KVInverter] | None = field(default=None, init=False)
+    _plain: dict[tuple[tuple[int, int], float], Cost] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a folder of another bench, before anything is computed."""
+        models = {metric.name: metric.model for metric in self.data.metrics if metric.model}
+        self.records.settle({"data": self.data.title, **self.setup.record(), **models})
+
+    # ---- computing
+
+    def run(self, part: int = 0, parts: int = 1) -> None:
+        """Compute what is missing, and note what fails; every `parts`-th case from the `part`-th on."""
+        for name, count, draw in self._all():
+            cases = self.data.first(count)[part::parts]
+            missing = [case for case in cases if not self.records.done(name, case.name)]
+            self.progress.begin("bench", name, len(cases))
+            self.progress.advance("", len(cases) - len(missing))
+            for case in missing:
+                self._one(name, case, draw)
+                self.progress.advance(case.name)
+            for case in cases:
+                self._measure(name, case)
+            if missing:
+                self.progress.finish()
+
+    def _all(self) -> Iterator[tuple[str, int | None, Callable[[Case], None]]]:
+        """Every row's name, how many cases it has at most, and what computes one."""
+        for name, draw in self.data.references.items():
+            yield name, None, lambda case, name=name, draw=draw: self._reference(name, case, draw(case))
+        for row in self.rows:
+            yield row.text, row.cases, lambda case, row=row: self._edit(row, case)
+
+    def _one(self, name: str, case: Case, draw: Callable[[Case], None]) -> None:
+        """Compute one case; whatever a method raises is this case's alone."""
+        try:
+            draw(case)
+        except StopError:
+            raise
+        except Exception as error:
+            known = isinstance(error, UserError | MemoryError)
+            text = reason(error) if known else f"{type(error).__name__}: {reason(error)}"
+            self.records.fail(name, case.name, text)
+
+    def _reference(self, name: str, case: Case, picture: Image.Image) -> None:
+        if name.endswith(THROUGH_VAE):
+            canvas = Canvas.of(self._loaded({}), picture)
+            picture = canvas.show(canvas.z_0)
+        self.records.save(name, case.name, picture, {})
+
+    def _edit(self, row: Contestant, case: Case) -> None:
+        model, picture = self._loaded(row.settings), case.picture()
+        canvas = Canvas.of(model, picture)
+        trip, plain = canvas.show(canvas.z_0), self._sampling(canvas, case.target)
+        inversion, editor = row.made()
+        with measured(canvas.denoiser.device) as cost:
+            made = outcome(
+                model, picture, case.source, case.target, inversion, editor, None, self.setup.guidance
+            )
+        figures = {"seconds": cost.seconds, **(cost.over(plain) if plain else {})}
+        if made.reconstruction is not None:
+            figures["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
+        self.records.save(row.text, case.name, made.edited, figures)
+
+    def _sampling(self, canvas: Canvas, target: str) -> Cost | None:
+        """What plain sampling costs on this machine, measured once for each size; None: not by DDIM."""
+        if not isinstance(canvas.denoiser.table, StepTable):
+            return None
+        w = 7.5 if self.setup.guidance is None else self.setup.guidance
+        key = (canvas.geometry.resized, w)
+        if key not in self._plain:
+            self._plain[key] = plain_sampling(canvas, target, w)
+        return self._plain[key]
+
+    def _loaded(self, settings: Mapping[str, Any]) -> api.KVInverter:
+        """The model with these settings; only the last one is kept."""
+        if self._model is None or self._model[0] != settings:
+            self._model = None
+            self._model = settings, self.setup.load(settings)
+        return self._model[1]
+
+    # ---- what is known
+
+    def _measure(self, name: str, case: Case) -> None:
+        """Add the figures that are missing of a finished case."""
+        if not self.records.done(name, case.name):
+            return
+        known = self.records.figures(name, case.name)
+        found: dict[str, float] = {}
+        for metric in self.data.metrics:
+            if not set(metric.columns) <= known.keys():
+                found |= metric.measure(case, self.records.open(name, case.name))
+        if found:
+            self.records.add(name, case.name, found)
+
+    def report(self, ours: str | None = None) -> Report:
+        """What is known now; `ours` is the row that the others are compared with."""
+        columns = [*(column for metric in self.data.metrics for column in metric.columns), *COSTS]
+        rows, failed = {}, {}
+        for name, count, _ in self._all():
+            cases = self.data.first(count)
+            done = [case.name for case in cases if self.records.done(name, case.name)]
+            rows[name] = {case: self.records.figures(name, case) for case in done}
+            failed[name] = {
+                case.name: (self.records.read(name, case.name) or {}).get("failed", "it was not computed")
+                for case in cases
+                if case.name not in done
+            }
+        kinds = {case.name: case.kind for case in self.data.cases}
+        return Report(rows, columns, kinds, ours if ours in rows else None, failed)

@@ -1,0 +1,150 @@
+"""Cases: a picture, its prompts, where it may be edited; and those of the drawn world, which have a truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie.case import Case as Drawn
+
+THROUGH_VAE = "through the VAE"
+
+
+class Case(Protocol):
+    """One picture that is edited once by every row."""
+
+    @property
+    def name(self) -> str:
+        """In tables and file names."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The group that it is counted in."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What it shows."""
+        ...
+
+    @property
+    def target(self) -> str:
+        """What it should become."""
+        ...
+
+    @property
+    def editable(self) -> np.ndarray | None:
+        """Where it may change, boolean (height, width); None: that is not known."""
+        ...
+
+    def picture(self) -> Image.Image:
+        """The source."""
+        ...
+
+
+Measure = Callable[[Case, Image.Image], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Figures of an edited picture, with NaN where a case has nothing to judge."""
+
+    name: str
+    columns: Sequence[str]
+    measure: Measure
+    model: str = ""
+    """Whose figures they are: a bench is not gone on with by another."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The cases of a bench, in their order; how they are measured; and rows that no method makes."""
+
+    title: str
+    cases: Sequence[Case]
+    metrics: Sequence[Metric]
+    references: Mapping[str, Callable[[Case], Image.Image]] = field(default_factory=dict)
+    """By the row's name; what ends in "through the VAE" goes through it."""
+
+    def first(self, count: int | None) -> Sequence[Case]:
+        """The first so many; None: all."""
+        return self.cases if count is None else self.cases[:count]
+
+
+@dataclass(frozen=True)
+class DrawnCase:
+    """A case of the drawn world, in the size of a model's pictures."""
+
+    drawn: Drawn
+    size: int
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        """The seed."""
+        return str(self.drawn.animal.seed)
+
+    @property
+    def source(self) -> str:
+        """The animal's prompt in its own action."""
+        return self.drawn.animal.prompt()
+
+    @property
+    def target(self) -> str:
+        """Its prompt in the target action."""
+        return self.drawn.animal.prompt(self.drawn.target)
+
+    @cached_property
+    def editable(self) -> np.ndarray | None:
+        """Where the animal is or should be."""
+        return np.logical_or(*self.drawn.animals(self.size))
+
+    def picture(self) -> Image.Image:
+        """The animal as it is."""
+        return self.drawn.animal.render(size=self.size)
+
+    def truth(self) -> Image.Image:
+        """The animal as it should be."""
+        return self.drawn.animal.render(self.drawn.target, self.size)
+
+    def another(self) -> Image.Image:
+        """Another animal of the very same words, in the scene and action that this one should be in."""
+        return self.drawn.animal.another(same_scene=True).render(self.drawn.target, self.size)
+
+
+IDENTITY = Metric(
+    "drawn",
+    (
+        *("same animal %", "right action %", "named right %", "second recall", "second precision"),
+        *("accent %", "body", "marks %", "scene %", "frame dB", "animal dB", "background dB"),
+    ),
+    lambda case, picture: _drawn(case).drawn.score(picture),
+)
+"""A picture of the drawn world against what was drawn."""
+
+
+def drawn_world(size: tuple[int, int], count: int, seed_base: int, metrics: Sequence[Metric] = ()) -> Cases:
+    """The cases of the seeds from `seed_base` on, in the (height, width) of a model's pictures."""
+    if count < 1 or seed_base < 0:
+        raise UserError(f"cases and seed_base: expected 1 or more and 0 or more, got {count} and {seed_base}")
+    if size[0] != size[1]:
+        raise UserError(f"the drawn world's pictures are square, and the model's are {size[1]} x {size[0]}")
+    cases = [DrawnCase(Drawn.of_seed(seed), size[0]) for seed in range(seed_base, seed_base + count)]
+    references: dict[str, Callable[[Case], Image.Image]] = {
+        "source": lambda case: case.picture(),
+        f"truth {THROUGH_VAE}": lambda case: _drawn(case).truth(),
+        f"another animal of the same words, {THROUGH_VAE}": lambda case: _drawn(case).another(),
+    }
+    return Cases(f"the drawn world, {size[1]} x {size[0]} pixels", cases, [IDENTITY, *metrics], references)
+
+
+def _drawn(case: Case) -> DrawnCase:
+    assert isinstance(case, DrawnCase)
+    return case

@@ -1,0 +1,83 @@
+"""What an edit costs beside plain sampling: seconds, and memory at its peak."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvinv_pl.algorithm.guidance import branches_at
+from kvinv_pl.bench.running import Canvas
+
+
+@dataclass
+class Cost:
+    """Of what ran inside `measured`."""
+
+    seconds: float = 0.0
+    peak: float | None = None
+    """Bytes: of the GPU, or elsewhere of the process; None where the system does not tell."""
+
+    def over(self, plain: Cost) -> dict[str, float]:
+        """The figures of a bench: how many times the seconds, and how many MiB more."""
+        figures = {"time x": self.seconds / max(plain.seconds, 1e-9)}
+        if self.peak is not None and plain.peak is not None:
+            figures["memory +MiB"] = (self.peak - plain.peak) / 2**20
+        return figures
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Cost]:
+    """Seconds and peak memory of what runs inside; they are there when it is over."""
+    cost = Cost()
+    resets = _forget_peak(device)
+    began = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        cost.seconds = time.perf_counter() - began
+        cost.peak = _peak(device) if resets else None
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Let the peak begin anew, if it can be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if sys.platform != "linux":
+        return False
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    return True
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return float(found[0]) * 1024 if found else None
+
+
+@torch.no_grad()
+def plain_sampling(canvas: Canvas, target: str, guidance: float, steps: int | None = None) -> Cost:
+    """The cost of a picture of this size, sampled from noise by its prompt alone."""
+    scene = canvas.scene("", target, guidance, steps)
+    contexts = scene.contexts[[0, 2], None][-branches_at(guidance) :]
+    z = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(0)).to(scene.z_0)
+    scene.model.predict(z, scene.table.timesteps[:1].to(z.device), contexts)  # the first one is slow
+    with measured(z.device) as cost:
+        for i in range(len(scene.table)):
+            out = scene.model.predict(z, scene.table.timesteps[i : i + 1].to(z.device), contexts)
+            z = scene.table.forward(z, out[0] + guidance * (out[-1] - out[0]) if len(out) == 2 else out[0], i)
+        canvas.show(z)
+    return cost

@@ -1,0 +1,94 @@
+"""The figures of PIE-Bench (Ju et al., 2024), as published and as they should be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from kvinv_pl.bench.cases import Case, Metric
+from kvinv_pl.models.clip import Clip
+from kvinv_pl.models.dino import Dino
+
+BEST = 100.0  # dB, of equal pictures
+SMALLEST = 11  # pixels a side, the window of SSIM
+UNEDITED = Metric(
+    "unedited",
+    (
+        *("PIE PSNR", "PIE MSE x10^4", "PIE SSIM x10^2"),
+        *("unedited PSNR", "unedited MSE x10^4", "unedited SSIM x10^2"),
+    ),
+    lambda case, picture: unedited(case, picture),
+)
+"""How much of the source is left where nothing was to be edited.
+
+PIE: both pictures are black where they may be edited, and means are over the whole frame, as published, so
+that a large mask is rewarded; the other three are means over the unedited pixels alone.
+"""
+
+
+def unedited(case: Case, picture: Image.Image) -> Mapping[str, float]:
+    """Against the source, away from where the case may be edited; NaN where all of it may."""
+    keep = None if case.editable is None else ~case.editable
+    if keep is None or not keep.any():
+        return dict.fromkeys(UNEDITED.columns, math.nan)
+    source, edited = (np.asarray(each.convert("RGB"), np.float64) / 255 for each in (case.picture(), picture))
+    error = np.square(source - edited).mean(-1)
+    found = dict[str, float]()
+    for rule, mse in (("PIE", (error * keep).mean()), ("unedited", error[keep].mean())):
+        found[f"{rule} PSNR"] = min(BEST, -10 * math.log10(mse)) if mse > 0 else BEST
+        found[f"{rule} MSE x10^4"] = 1e4 * float(mse)
+    if min(keep.shape) < SMALLEST:
+        return found | {f"{rule} SSIM x10^2": math.nan for rule in ("PIE", "unedited")}
+    black = [each * keep[..., None] for each in (source, edited)]
+    found["PIE SSIM x10^2"] = 100 * float(_ssim(*black).mean())
+    found["unedited SSIM x10^2"] = 100 * float(_ssim(source, edited).mean(0)[keep].mean())
+    return found
+
+
+def _ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The map (3, h, w) of SSIM (Wang et al., 2004)."""
+    x, y = (torch.from_numpy(each).permute(2, 0, 1)[None].float() for each in (a, b))
+    found = structural_similarity_index_measure(x, y, data_range=1.0, return_full_image=True)
+    return found[1][0].numpy()
+
+
+def clip_score(folder: str, device: str = "cpu") -> Metric:
+    """Agreement with the target prompt: of the picture, and of what may be edited with black around it."""
+    clip = Clip.load(folder, device)
+    of_text = cache(clip.of_text)
+
+    def score(picture: Image.Image, text: str) -> float:
+        return 100 * max(0.0, float(clip.of_picture(picture) @ of_text(text)))
+
+    def measure(case: Case, picture: Image.Image) -> Mapping[str, float]:
+        edited = math.nan
+        if case.editable is not None:
+            edited = score(black_but(picture, case.editable), case.target)
+        return {"CLIP whole": score(picture, case.target), "CLIP edited": edited}
+
+    return Metric("clip", ("CLIP whole", "CLIP edited"), measure, folder)
+
+
+def structure_distance(folder: str, device: str = "cpu") -> Metric:
+    """DINO's structure distance to the source, times 1000; PIE: of pictures in 0 ... 255, as published."""
+    dino = Dino.load(folder, device)
+
+    def measure(case: Case, picture: Image.Image) -> Mapping[str, float]:
+        source = case.picture()
+        return {
+            "PIE structure x10^3": 1e3 * dino.distance(source, picture, 255.0),
+            "structure x10^3": 1e3 * dino.distance(source, picture),
+        }
+
+    return Metric("dino", ("PIE structure x10^3", "structure x10^3"), measure, folder)
+
+
+def black_but(picture: Image.Image, region: np.ndarray) -> Image.Image:
+    """The picture in a region, and black elsewhere."""
+    return Image.fromarray(np.asarray(picture.convert("RGB")) * region[..., None].astype(np.uint8))

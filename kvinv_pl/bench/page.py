@@ -1,0 +1,83 @@
+"""A bench as one page of HTML that needs nothing beside it."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from base64 import b64encode
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kvinv_pl.bench.bench import Bench
+from kvinv_pl.bench.table import Mean, Report
+
+TEMPLATE = Path(__file__).with_name("page.html")
+LARGEST, SMALL = 384, 160  # pixels a side: what is shown at most, and up to which nothing is lost
+AXES = (
+    ("right action %", "same animal %"),
+    ("CLIP whole", "PIE PSNR"),
+    ("PIE MSE x10^4", "PIE PSNR"),
+)
+"""What methods are weighed by, to the right and upward; the first pair that is known."""
+
+
+def page(bench: Bench, report: Report, shown: int) -> str:
+    """The page, with the pictures of the first `shown` cases in it."""
+    cases = []
+    for case in bench.data.cases[:shown]:
+        pictures = {"source": data_uri(case.picture())}
+        for row, scores in report.rows.items():
+            if case.name in scores and row != "source":
+                pictures[row] = data_uri(bench.records.open(row, case.name))
+        cases.append({"name": case.name, "source": case.source, "target": case.target, "pictures": pictures})
+    known = report.known
+    content = {
+        "columns": known,
+        "ours": report.ours,
+        "rows": [
+            {
+                "name": row,
+                "cases": len(scores),
+                "failed": len(report.failed.get(row, ())),
+                "means": [_plain(report.mean(row, name)) for name in known],
+                "less": None
+                if report.ours in (None, row)
+                else [_plain(report.difference(row, name)) for name in known],
+                "values": {name: _values(each.get(name) for each in scores.values()) for name in known},
+            }
+            for row, scores in report.rows.items()
+        ],
+        "axes": next((axes for axes in AXES if set(axes) <= set(known)), None),
+        "cases": cases,
+    }
+    return filled(bench.data.title, content)
+
+
+def filled(title: str, content: dict[str, Any]) -> str:
+    """The template with its title and content; nothing in them can end the script that they stand in."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("{{title}}", html.escape(title)).replace("{{content}}", text)
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as text: small ones as they are, larger ones as JPEG in a size to look at."""
+    buffer, rgb = BytesIO(), picture.convert("RGB")
+    small = max(rgb.size) <= SMALL
+    rgb.thumbnail((LARGEST, LARGEST))
+    rgb.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 88}))
+    return f"data:image/{'png' if small else 'jpeg'};base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def _plain(mean: Mean) -> list[float] | None:
+    return [round(value, 4) for value in (mean.value, mean.low, mean.high)] if mean.count else None
+
+
+def _values(values: Any) -> Sequence[float]:
+    """What is known, from the least to the largest."""
+    return sorted(round(value, 4) for value in values if value is not None and math.isfinite(value))

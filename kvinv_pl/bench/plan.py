@@ -1,0 +1,93 @@
+"""All that a bench is asked for, as one value that a process can be started with."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from kvinv_pl.bench.bench import Bench, Setup
+from kvinv_pl.bench.cases import Cases, drawn_world
+from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.listed import listed
+from kvinv_pl.bench.metrics import UNEDITED, clip_score, structure_distance
+from kvinv_pl.bench.pie import is_pie_bench, pie_bench
+from kvinv_pl.bench.records import Records
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.stages.progress import Progress
+
+WORLD = "world"
+WORLD_CASES = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, on which cases, by which figures."""
+
+    methods: tuple[str, ...]
+    out: Path
+    setup: Setup
+    data: str = WORLD
+    cases: int | None = None
+    seed_base: int = 1_000_000
+    clip: str | None = None
+    dino: str | None = None
+
+    def bench(self, quiet: bool = False) -> Bench:
+        """Everything that can be refused is refused here, before anything is computed."""
+        rows = list(dict.fromkeys(self.methods))
+        names = [Contestant.parse(text) for text in rows]
+        if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
+            raise UserError(f"{min(twice)} is asked for twice, with other numbers of cases: name it once")
+        return Bench(self.setup, self._data(), names, Records(self.out), Progress(quiet=quiet))
+
+    def _data(self) -> Cases:
+        metrics = [UNEDITED]
+        metrics += [clip_score(self.clip, self._device)] if self.clip else []
+        metrics += [structure_distance(self.dino, self._device)] if self.dino else []
+        if self.cases is not None and self.cases < 1:
+            raise UserError(f"cases: expected 1 or more, got {self.cases}")
+        if self.data == WORLD:
+            size = outline(self.setup.checkpoint)[1].sample
+            return drawn_world(size, self.cases or WORLD_CASES, self.seed_base, metrics)
+        place = Path(self.data).expanduser()
+        if is_pie_bench(place):
+            return pie_bench(place, self.cases, metrics)
+        return listed(place, self.cases, metrics)
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.setup.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+    def run(self, workers: int = 1) -> Bench:
+        """Compute what is missing, in so many processes."""
+        if workers < 1:
+            raise UserError(f"workers: expected 1 or more, got {workers}")
+        bench = self.bench()
+        if workers == 1:
+            bench.run()
+            return bench
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            tasks = [pool.submit(_part, self, part, workers) for part in range(workers)]
+            try:
+                for task in tasks:
+                    task.result()
+            except BrokenProcessPool:
+                bench.progress.note("a process ended before its cases were done: the same command goes on")
+        return bench
+
+
+def _part(plan: Plan, part: int, parts: int) -> None:
+    """One process's cases: on a GPU of its own as far as there are any, or on its share of the cores."""
+    devices = torch.cuda.device_count() if plan.setup.accelerator != "cpu" else 0
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(part % devices)  # nothing has been put on a device yet
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
+    replace(plan).bench(quiet=part > 0).run(part, parts)

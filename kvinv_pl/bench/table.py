@@ -1,0 +1,149 @@
+"""What a bench found, as tables: means with their intervals, and differences of the same cases."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvinv_pl.menagerie.bootstrap import bootstrap_interval
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Of one row: every case's figures, by case and column; NaN where a case has nothing to judge."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of what is known, with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Mean:
+        """Of independent values; NaN among them are left out."""
+        known = np.asarray(list(values), float)
+        known = known[~np.isnan(known)]
+        low, high = bootstrap_interval(known)
+        return cls(float(known.mean()) if len(known) else math.nan, low, high, len(known))
+
+    def __str__(self) -> str:
+        """As in a table: empty where nothing is known, and without an interval where there is one value."""
+        if not self.count:
+            return ""
+        interval = f" [{self.low:.2f}, {self.high:.2f}]" if self.count > 1 else ""
+        return f"{self.value:.2f}{interval}"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table; a "|" in a cell would end it."""
+    rows = [[str(cell).replace("|", "\\|") for cell in line] for line in [["", *head], *lines]]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@dataclass
+class Report:
+    """Rows of scores, and which cases of a row failed."""
+
+    rows: dict[str, Scores]
+    columns: Sequence[str]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Of the cases, in the order in which kinds are shown."""
+    ours: str | None = None
+    """The row that the others are compared with."""
+    failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def mean(self, row: str, column: str, among: Callable[[str], bool] = lambda case: True) -> Mean:
+        """Over the cases of a row."""
+        scores = self.rows[row]
+        return Mean.of(figures.get(column, math.nan) for case, figures in scores.items() if among(case))
+
+    def difference(self, row: str, column: str) -> Mean:
+        """A row's figures less those of ours, case by case."""
+        assert self.ours is not None
+        ours, theirs = self.rows[self.ours], self.rows[row]
+        return Mean.of(
+            theirs[case].get(column, math.nan) - ours[case].get(column, math.nan)
+            for case in theirs
+            if case in ours
+        )
+
+    @property
+    def known(self) -> list[str]:
+        """The columns in which any row has a value."""
+        return [name for name in self.columns if any(self.mean(row, name).count for row in self.rows)]
+
+    def markdown(self) -> str:
+        """All tables, each under its heading."""
+        parts = ["## All cases\n\n" + self._means(lambda case: True)]
+        kinds = list(dict.fromkeys(self.kinds.values()))
+        for kind in kinds if len(kinds) > 1 else ():
+            parts.append(f"## {kind}\n\n" + self._means(lambda case, kind=kind: self.kinds[case] == kind))
+        if self.ours in self.rows and len(self.rows) > 1:
+            lines = [
+                [row, *(self.difference(row, name) for name in self.known)]
+                for row in self.rows
+                if row != self.ours
+            ]
+            parts.append(f"## Less {self.ours}, case by case\n\n{markdown(self.known, lines)}")
+        reasons = [
+            f"* {row}, {case}: {why}" for row, cases in self.failed.items() for case, why in cases.items()
+        ]
+        if reasons:
+            parts.append("## Failed\n\n" + "\n".join(reasons))
+        return "\n\n".join(parts) + "\n"
+
+    def _means(self, among: Callable[[str], bool]) -> str:
+        lines: list[list[object]] = []
+        for row, scores in self.rows.items():
+            count = sum(map(among, scores))
+            lost = sum(map(among, self.failed.get(row, ())))
+            cases = f"{count} ({lost} failed)" if lost else str(count)
+            lines.append([row, cases, *(self.mean(row, name, among) for name in self.known)])
+        return markdown(["cases", *self.known], lines)
+
+    def csv(self) -> str:
+        """One line for each row, case and column."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "case", "kind", "figure", "value"])
+        for row, scores in self.rows.items():
+            for case, figures in scores.items():
+                for name in self.known:
+                    value = figures.get(name, math.nan)
+                    writer.writerow(
+                        [row, case, self.kinds.get(case, ""), name, "" if math.isnan(value) else value]
+                    )
+        return text.getvalue()
+
+    def json(self) -> str:
+        """Means, differences, figures and failures; what is not known is null."""
+
+        def plain(mean: Mean) -> dict[str, float | int | None]:
+            values = {"mean": mean.value, "low": mean.low, "high": mean.high}
+            return {**{key: known(value) for key, value in values.items()}, "count": mean.count}
+
+        def known(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        rows = {}
+        for row, scores in self.rows.items():
+            rows[row] = {
+                "means": {name: plain(self.mean(row, name)) for name in self.known},
+                "cases": {
+                    case: {name: known(value) for name, value in figures.items()}
+                    for case, figures in scores.items()
+                },
+                "failed": dict(self.failed.get(row, {})),
+            }
+            if self.ours in self.rows and row != self.ours:
+                rows[row]["less ours"] = {name: plain(self.difference(row, name)) for name in self.known}
+        return json.dumps({"ours": self.ours, "kinds": dict(self.kinds), "rows": rows}, indent=1) + "\n"

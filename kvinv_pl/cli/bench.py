@@ -1,0 +1,74 @@
+"""`kvinv bench`. The docstring is the help."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from kvinv_pl.errors import SomeFailedError
+
+OURS = "kv_inversion"
+METHODS = [
+    *("ddim+plain", "ddim+prompt_to_prompt", "ddim+masactrl", "direct+prompt_to_prompt", "direct+masactrl"),
+    *("negative_prompt+prompt_to_prompt", "edit_friendly+plain", OURS),
+]
+
+
+def bench(
+    method: list[str] = METHODS,
+    out: str = "bench",
+    data: str = "world",
+    cases: int | None = None,
+    seed_base: int = 1_000_000,
+    checkpoint: str = "menagerie",
+    steps: int = 50,
+    guidance: float | None = None,
+    settings: dict[str, Any] = {},  # noqa: B006
+    ours: str = OURS,
+    clip: str | None = None,
+    dino: str | None = None,
+    shown: int = 24,
+    workers: int = 1,
+    accelerator: str = "auto",
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+) -> None:
+    """Compare methods on the same cases: tables, pictures, and one page to look at.
+
+    A bench that was stopped resumes when it is given again, and takes more methods and cases; what fails is
+    reported at the end, and tried again then.
+
+    Args:
+        method: INVERSION+EDIT, or a method that is both, as `kvinv methods` lists them; repeatable. Options
+            in brackets, 'direct+masactrl(layer=3)'; what a method does not have is a setting of the model,
+            'kv_inversion(attention=low_rank)'. With @16 behind it, on the first 16 cases alone.
+        out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, pictures.
+        data: world (the drawn world, where the truth is known), a folder of PIE-Bench, or a list of your own
+            as `kvinv run` takes it, with masks of what may be edited.
+        cases: How many; left out, 64 of the world, and all of a folder or list.
+        seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
+        checkpoint: As for `kvinv run`.
+        steps: Of every method.
+        guidance: Of the target in every method; left out, each method's published one, and of KV Inversion
+            the one for the checkpoint.
+        settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
+        ours: The row that the others are compared with, case by case.
+        clip: A CLIP folder as transformers saves it, for CLIP scores.
+        dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
+        shown: How many cases are shown as pictures.
+        workers: Processes that share the cases, on a GPU each as far as there are any.
+        accelerator: cpu, gpu, mps or auto.
+        precision: As for `kvinv run`.
+    """
+    from kvinv_pl.bench.bench import Setup
+    from kvinv_pl.bench.plan import Plan
+    from kvinv_pl.bench.results import write_results
+
+    setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
+    folder = Path(out).expanduser()
+    plan = Plan(tuple(method), folder, setup, data, cases, seed_base, clip, dino)
+    found = plan.run(workers)
+    report = found.report(ours)
+    files = write_results(found, report, shown)
+    print(report.markdown())
+    print(f"look at {files[0]}")
+    failed = {f"{row}, {case}": why for row, lost in report.failed.items() for case, why in lost.items()}
+    if failed:
+        raise SomeFailedError(failed, sum(map(len, report.rows.values())) + len(failed))

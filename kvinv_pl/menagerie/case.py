@@ -1,0 +1,73 @@
+"""A case of the drawn world: an animal, the action that it is to be shown in, and how a picture scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from kvinv_pl.menagerie.identity import SCENERY, Identity, compare
+from kvinv_pl.menagerie.judge import Judge, nearest_action
+from kvinv_pl.menagerie.known import Known
+from kvinv_pl.menagerie.world import ACTIONS, Animal
+
+
+@dataclass
+class Case:
+    """An animal, the action it is seen in, and the one it is to be shown in."""
+
+    animal: Animal
+    target: str
+    _known: dict[int, Known] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of_seed(cls, seed: int) -> Case:
+        """The case of a seed: the target is any of the other four actions."""
+        animal = Animal.sample(seed)
+        others = [action for action in ACTIONS if action != animal.action]
+        return cls(animal, others[int(np.random.default_rng(seed + 1).integers(len(others)))])
+
+    def identity(self, picture: Image.Image) -> Identity:
+        """Whether the picture shows the same animal in the target action."""
+        size = picture.width
+        if size not in self._known:
+            self._known[size] = Known(self.animal, self.target, size)
+        return compare(picture, self._known[size])
+
+    def animals(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the animal is in the target action and in its own, boolean (size, size)."""
+        target, source = (
+            np.array(self.animal.mask(action, size)) for action in (self.target, self.animal.action)
+        )
+        return target, source
+
+    def score(self, picture: Image.Image) -> dict[str, float]:
+        """Against what was drawn: the action, identity, and PSNR in dB on frame, animal and background."""
+        truth = self.animal.render(self.target, picture.width)
+        animal, source = self.animals(picture.width)
+        error = ((np.asarray(picture, np.float64) - np.asarray(truth, np.float64)) / 255) ** 2
+        parts = {"frame": np.ones_like(animal), "animal": animal, "background": ~(animal | source)}
+        found = self.identity(picture)
+        return {
+            "same animal %": 100.0 * found.same_animal,
+            "right action %": 100.0 * (nearest_action(picture, self.animal) == self.target),
+            "named right %": 100.0 * (judge().names([picture])[0]["action"] == self.target),
+            "second recall": found.second_recall,
+            "second precision": found.second_precision,
+            "accent %": 100.0 * (found.kept("accent") and found.kept("accent_elsewhere")),
+            "body": found.body,
+            "marks %": np.nan if self.animal.coat == "plain" else 100.0 * found.kept("marks_off"),
+            "scene %": 100.0 * all(found.kept(part) for part in SCENERY),
+            **{
+                f"{name} dB": -10 * float(np.log10(error[part].mean() + 1e-10))
+                for name, part in parts.items()
+            },
+        }
+
+
+@cache
+def judge() -> Judge:
+    """The classifier of the embedded checkpoint, loaded once."""
+    return Judge.load()

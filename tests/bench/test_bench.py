@@ -1,0 +1,170 @@
+"""`kvinv bench`: what it leaves, what it goes on from, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import fits
+import numpy as np
+import pytest
+from commands import Answer, kvinv, refused
+
+from kvinv_pl.bench.bench import Setup
+from kvinv_pl.bench.page import filled
+from kvinv_pl.bench.plan import Plan
+from kvinv_pl.bench.records import slug
+from kvinv_pl.errors import UserError
+
+QUICK = {"inner_steps": 1, "retries": 0, "required_psnr": 0.0}
+BROKEN = "plain(guidance=nonsense)@1"
+
+
+def bench(out: Path, *methods: str, **others: Any) -> Answer:
+    """Two animals, one step, on the tiny checkpoint."""
+    options = {
+        "checkpoint": fits.checkpoint(), "cases": 2, "steps": 1, "accelerator": "cpu", "out": out,
+        "settings": json.dumps(QUICK), **others,
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return kvinv("bench", *flags, *(f"--method={method}" for method in methods))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """A bench with a row that fails."""
+    home = tmp_path_factory.mktemp("bench")
+    clip = checkpoints.clip(home / "clip")
+    out = home / "out"
+    return out, bench(out, "direct+plain", BROKEN, "kv_inversion", clip=clip)
+
+
+@pytest.fixture
+def copy(done: tuple[Path, Answer], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done[0], tmp_path / "copy"))
+
+
+def figures(out: Path) -> dict[str, Any]:
+    return json.loads((out / "figures.json").read_text())["rows"]
+
+
+def times(out: Path) -> dict[str, int]:
+    return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in out.rglob("pictures/*/*.png")}
+
+
+def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_so(
+    done: tuple[Path, Answer],
+) -> None:
+    out, answer = done
+    assert answer.code == 1
+    assert "kvinv: plain(guidance=nonsense), 1000000: " in answer.err and "1 of " in answer.err
+    rows = figures(out)
+    assert list(rows) == [
+        *("source", "truth through the VAE", "another animal of the same words, through the VAE"),
+        *("direct+plain", "plain(guidance=nonsense)", "kv_inversion"),
+    ]
+    means = rows["kv_inversion"]["means"]
+    for name in ("same animal %", "right action %", "body", "scene %", "animal dB", "PIE PSNR", "CLIP whole"):
+        assert means[name]["count"] == 2 and means[name]["low"] <= means[name]["mean"] <= means[name]["high"]
+    assert rows["direct+plain"]["means"]["reconstruction dB"]["mean"] > 60
+    assert {"seconds", "time x"} <= means.keys() and "reconstruction dB" not in rows["source"]["cases"]
+    assert rows["source"]["means"]["PIE PSNR"]["mean"] == 100
+    assert rows["direct+plain"]["less ours"]["animal dB"]["count"] == 2
+    assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
+    table = (out / "table.md").read_text()
+    assert answer.out.startswith("## All cases") and answer.out.partition("look at")[0].strip() in table
+    assert "## Failed" in table and "metrics order edits" in table
+    assert (out / "sheets" / "1000001.png").exists() and (out / "figures.csv").exists()
+
+
+def test_the_pictures_are_of_the_models_size_and_those_of_the_cases(done: tuple[Path, Answer]) -> None:
+    out, _ = done
+    edited = fits.opened(out / "pictures" / "direct+plain" / "1000000.png")
+    assert edited.size == (16, 16)
+    assert fits.levels(edited, fits.opened(out / "pictures" / "source" / "1000000.png")) > 0
+
+
+def test_the_page_needs_nothing_beside_it(done: tuple[Path, Answer]) -> None:
+    page = (done[0] / "page.html").read_text()
+    assert not re.search(r"(src|href)=[\"']?(http|//)|@import|url\(", page)
+    content = json.loads(re.search(r"const content = (.*);\n", page)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert len(content["cases"]) == 2 and content["axes"] == ["right action %", "same animal %"]
+    assert all(uri.startswith("data:image/png") for uri in content["cases"][0]["pictures"].values())
+    assert [row["name"] for row in content["rows"]][-1] == content["ours"] == "kv_inversion"
+    assert "</script><b>" not in filled("<b>", {"name": "</script><b>"})
+
+
+def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> None:
+    before = times(copy)
+    (copy / "pictures" / "direct+plain" / "1000001.json").unlink()  # as after a kill
+    answer = bench(copy, "direct+plain", "kv_inversion", "ddim+plain", BROKEN)
+    after = times(copy)
+    assert answer.code == 1 and "plain(guidance=nonsense), 1000000" in answer.err
+    changed = {name for name, time in before.items() if after[name] != time}
+    assert changed == {"pictures/direct+plain/1000001.png"}
+    assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
+    assert figures(copy)["direct+plain"]["means"]["PIE PSNR"]["count"] == 2
+
+
+def test_a_bench_with_other_settings_is_refused(copy: Path) -> None:
+    refused(bench(copy, "direct+plain", steps=2), "has a bench with steps 1, expected 2", "--out")
+    refused(bench(copy, "direct+plain", clip=checkpoints.clip(copy / "other")), "has a bench with clip")
+
+
+def test_two_parts_are_a_whole(tmp_path: Path) -> None:
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    plan = Plan(("ddim+plain", "direct+plain@1"), tmp_path, setup, cases=2)
+    plan.bench(quiet=True).run(0, 2)
+    halves = plan.bench(quiet=True)
+    assert set(halves.report().rows["ddim+plain"]) == {"1000000"}
+    assert halves.report().failed["ddim+plain"] == {"1000001": "it was not computed"}
+    halves.run(1, 2)
+    report = plan.bench(quiet=True).report()
+    assert set(report.rows["ddim+plain"]) == {"1000000", "1000001"}
+    assert set(report.rows["direct+plain"]) == {"1000000"} and not any(report.failed.values())
+
+
+def test_a_bench_on_pictures_of_ones_own(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "cat.png", (20, 16))
+    (tmp_path / "mask.png").write_bytes(_half(tmp_path))
+    (tmp_path / "list.csv").write_text(
+        f"image,source,targets,mask\ncat.png,{fits.SOURCE},{fits.TARGET},mask.png\n"
+    )
+    answer = bench(tmp_path / "out", "ddim+plain", data=tmp_path / "list.csv", cases=1)
+    assert answer.code == 0, answer.err
+    rows = figures(tmp_path / "out")
+    assert list(rows) == ["source", "source through the VAE", "ddim+plain"]
+    assert rows["ddim+plain"]["means"]["unedited PSNR"]["count"] == 1
+    assert "same animal %" not in rows["ddim+plain"]["means"]
+
+
+def _half(folder: Path) -> bytes:
+    from PIL import Image
+
+    mask = np.zeros((16, 20), np.uint8)
+    mask[:8] = 255
+    Image.fromarray(mask).save(folder / "half.png")
+    return (folder / "half.png").read_bytes()
+
+
+def test_mistakes_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    refused(bench(tmp_path / "a", "masactl"), "did you mean masactrl")
+    refused(bench(tmp_path / "a", "plain", cases=0), "cases: expected 1 or more, got 0")
+    refused(bench(tmp_path / "a", "plain", workers=0), "workers: expected 1 or more, got 0")
+    refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is asked for twice")
+    refused(bench(tmp_path / "a", "plain", data=tmp_path), "expected world, a folder of PIE-Bench or a list")
+    refused(bench(tmp_path / "a", "plain", clip=tmp_path), "has no config.json")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="has no setting"):
+        Setup(str(fits.checkpoint()), settings={"stepz": 1}).load({})
+
+
+def test_names_are_files_names_and_no_two_are_one() -> None:
+    assert slug("direct+masactrl") == "direct+masactrl"
+    names = ["a/b", "a_b", "a b", "../a", "ü" * 300]
+    assert len({slug(name) for name in names}) == len(names)
+    assert all(re.fullmatch(r"[^/ ]{1,90}", slug(name)) and not slug(name).startswith(".") for name in names)

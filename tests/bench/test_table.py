@@ -1,0 +1,134 @@
+"""Tables of a bench: means with intervals, differences case by case, ranks, and how rows are typed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.ranks import METRICS, ranks, spearman
+from kvinv_pl.bench.table import Mean, Report, markdown
+from kvinv_pl.errors import UserError
+
+NAN = math.nan
+
+
+def cells(table: str) -> dict[str, dict[str, str]]:
+    """A Markdown table by row and column."""
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return {line[0]: dict(zip(head[1:], line[1:], strict=True)) for line in lines}
+
+
+@pytest.fixture
+def report() -> Report:
+    rows: dict[str, Any] = {
+        "ours": {"a": {"dB": 3.0, "marks": NAN}, "b": {"dB": 5.0, "marks": 1.0}},
+        "theirs": {"a": {"dB": 1.0, "marks": 1.0}, "b": {"dB": 4.0, "marks": 1.0}},
+        "short": {"b": {"dB": 9.0}},
+    }
+    failed = {"short": {"a": "out of | memory"}}
+    return Report(rows, ("dB", "marks", "none"), {"a": "pose", "b": "style"}, "ours", failed)
+
+
+def test_a_mean_has_its_interval_and_leaves_out_what_is_not_known() -> None:
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    mean = Mean.of([*values, NAN])
+    half = 1.96 * values.std() / 20
+    assert mean.value == pytest.approx(values.mean()) and mean.count == 400
+    assert (mean.low, mean.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    assert str(Mean.of([1.5])) == "1.50" and str(Mean.of([NAN])) == ""
+    assert str(Mean.of([2.0, 2.0])) == "2.00 [2.00, 2.00]"
+
+
+def test_differences_are_of_the_cases_that_both_have(report: Report) -> None:
+    assert report.difference("theirs", "dB") == Mean.of([-2.0, -1.0])
+    assert report.difference("short", "dB").value == 4.0
+    assert report.difference("theirs", "marks").count == 1
+
+
+def test_the_tables_have_all_cases_then_kinds_in_their_order_then_differences_and_failures(
+    report: Report,
+) -> None:
+    head, *parts = report.markdown().split("## ")
+    titles = [part.partition("\n")[0] for part in parts]
+    assert not head
+    assert titles == ["All cases", "pose", "style", "Less ours, case by case", "Failed"]
+    everything, pose, *_ = (cells(part.partition("\n\n")[2].strip()) for part in parts[:4])
+    assert everything["ours"]["dB"].startswith("4.00 [3") and "none" not in everything["ours"]
+    assert everything["short"] == {"cases": "1 (1 failed)", "dB": "9.00", "marks": ""}
+    assert pose["theirs"] == {"cases": "1", "dB": "1.00", "marks": "1.00"}
+    assert "short, a: out of | memory" in parts[-1]
+    assert markdown(["x|y"], [["r", 1]]).splitlines()[0] == r"|  | x\|y |"
+
+
+def test_csv_and_json_have_every_figure_and_no_number_that_is_none(report: Report) -> None:
+    lines = list(csv.DictReader(io.StringIO(report.csv())))
+    assert len(lines) == 10
+    assert next(line for line in lines if line["row"] == "ours" and line["figure"] == "marks")["value"] == ""
+    read = json.loads(report.json(), parse_constant=lambda name: pytest.fail(name))
+    assert read["rows"]["ours"]["cases"]["a"] == {"dB": 3.0, "marks": None}
+    assert read["rows"]["theirs"]["less ours"]["dB"]["mean"] == -1.5
+    assert read["rows"]["short"]["failed"] == {"a": "out of | memory"}
+
+
+def test_spearman_is_of_ranks_and_shares_ties() -> None:
+    assert spearman([1, 2, 3], [10, 1000, 1001]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    x, y = [1.0, 2, 2, 4], [1.0, 3, 2, 4]
+    by_hand = np.corrcoef([0, 1.5, 1.5, 3], [0, 2, 1, 3])[0, 1]
+    assert spearman(x, y) == pytest.approx(by_hand)
+    assert math.isnan(spearman([1, 1], [1, 2]))
+
+
+def test_a_metric_that_orders_as_the_truth_has_rank_1_and_less_error_is_better() -> None:
+    """Of three methods; PSNR follows the truth, and the error of structure goes against it."""
+    rows = {}
+    for n, name in enumerate("xyz"):
+        right = [100.0 * (case < 2 * n) for case in range(4)]
+        rows[name] = {
+            str(case): {
+                "same animal %": right[case], "right action %": 100.0,
+                "PIE PSNR": n + right[case] / 50, "PIE structure x10^3": n + right[case] / 50,
+            }
+            for case in range(4)
+        }  # fmt: skip
+    columns = ("same animal %", "right action %", *METRICS)
+    found = cells(ranks(Report(rows, columns, {str(case): "" for case in range(4)})))
+    assert found["PIE PSNR"]["over methods"].startswith("1.00 [")
+    assert found["PIE structure x10^3"]["over methods"].startswith("-1.00 [")
+    assert 0.5 < float(found["PIE PSNR"]["over edits"].split()[0]) < 1
+    assert not ranks(Report(rows, ("PIE PSNR",), {}))
+
+
+def test_a_row_is_typed_as_it_is_read() -> None:
+    row = Contestant.parse("fixed_point(rounds=2)+masactrl(start=0.2, word=cat, empty_source=False)@16")
+    assert (row.inversion, row.editor, row.cases) == ("fixed_point", "masactrl", 16)
+    assert row.options["fixed_point"] == {"rounds": 2}
+    assert row.options["masactrl"] == {"start": 0.2, "word": "cat", "empty_source": False}
+    assert row.text == "fixed_point(rounds=2)+masactrl(start=0.2, word=cat, empty_source=False)"
+    inversion, editor = row.made()
+    assert (getattr(inversion, "rounds", None), getattr(editor, "word", None)) == (2, "cat")
+    ours = Contestant.parse("kv_inversion(attention=low_rank, inner_steps=5)")
+    assert ours.settings == {"attention": "low_rank", "inner_steps": 5} and ours.inversion is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("masactl", "did you mean masactrl"),
+        ("direct+kv_inversion", "no edit 'kv_inversion'"),
+        ("direct-masactrl", "expected EDIT, INVERSION"),
+        ("plain@none", "expected EDIT, INVERSION"),
+        ("plain(1)", "expected EDIT, INVERSION"),
+        ("masactrl(threshold=0.1", "expected EDIT, INVERSION"),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused_in_one_line(text: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted):
+        Contestant.parse(text)
