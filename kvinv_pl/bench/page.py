@@ -6,16 +6,17 @@ import html
 import json
 import math
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from kvinv_pl.bench.bench import Bench
+from kvinv_pl.bench.cases import Case
 from kvinv_pl.bench.table import Mean, Report
 
+Opened = Callable[[str, str], Image.Image]
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST, SMALL = 384, 160  # pixels a side: what is shown at most, and up to which nothing is lost
 AXES = (
@@ -26,15 +27,15 @@ AXES = (
 """What methods are weighed by, to the right and upward; the first pair that is known."""
 
 
-def page(bench: Bench, report: Report, shown: int) -> str:
-    """The page, with the pictures of the first `shown` cases in it."""
-    cases = []
-    for case in bench.data.cases[:shown]:
+def page(title: str, cases: Sequence[Case], report: Report, opened: Opened) -> str:
+    """The page, with the pictures of these cases in it; opened(row, case) is an edited picture."""
+    shown = []
+    for case in cases:
         pictures = {"source": data_uri(case.picture())}
         for row, scores in report.rows.items():
             if case.name in scores and row != "source":
-                pictures[row] = data_uri(bench.records.open(row, case.name))
-        cases.append({"name": case.name, "source": case.source, "target": case.target, "pictures": pictures})
+                pictures[row] = data_uri(opened(row, case.name))
+        shown.append({"name": case.name, "source": case.source, "target": case.target, "pictures": pictures})
     known = report.known
     content = {
         "columns": known,
@@ -53,9 +54,9 @@ def page(bench: Bench, report: Report, shown: int) -> str:
             for row, scores in report.rows.items()
         ],
         "axes": next((axes for axes in AXES if set(axes) <= set(known)), None),
-        "cases": cases,
+        "cases": shown,
     }
-    return filled(bench.data.title, content)
+    return filled(title, content)
 
 
 def filled(title: str, content: dict[str, Any]) -> str:

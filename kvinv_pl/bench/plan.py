@@ -45,9 +45,10 @@ class Plan:
         names = [Contestant.parse(text) for text in rows]
         if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
             raise UserError(f"{min(twice)} is asked for twice, with other numbers of cases: name it once")
-        return Bench(self.setup, self._data(), names, Records(self.out), Progress(quiet=quiet))
+        return Bench(self.setup, self.load_cases(), names, Records(self.out), Progress(quiet=quiet))
 
-    def _data(self) -> Cases:
+    def load_cases(self) -> Cases:
+        """The cases, with the figures that they are measured by."""
         metrics = [UNEDITED]
         metrics += [clip_score(self.clip, self._device)] if self.clip else []
         metrics += [structure_distance(self.dino, self._device)] if self.dino else []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvinv_pl.bench.ablation import Ablation
 from kvinv_pl.bench.bench import Bench
+from kvinv_pl.bench.fronts import findings, pareto
 from kvinv_pl.bench.page import page
 from kvinv_pl.bench.ranks import ranks
+from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.table import Report
 from kvinv_pl.data.files import write_png
 from kvinv_pl.data.sheet import sheet
@@ -27,12 +30,32 @@ def write_results(bench: Bench, report: Report, shown: int) -> list[Path]:
         text += f"\n## Do the metrics order edits as the truth does?\n\n{found}\n"
     records = bench.records
     files = [
-        records.write("page.html", page(bench, report, shown)),
+        records.write("page.html", page(bench.data.title, bench.data.cases[:shown], report, records.open)),
         records.write("table.md", text),
         records.write("figures.csv", report.csv()),
         records.write("figures.json", report.json()),
     ]
     return [*files, *_sheets(bench, report, shown)]
+
+
+def write_ablation(ablation: Ablation, shown: int) -> tuple[str, list[Path]]:
+    """Write everything of an ablation; its tables, and the paths, those to look at first."""
+    report, folder, data = ablation.report(), ablation.folder, ablation.data
+    parts = [f"# Ablation: {data.title}", report.markdown()]
+    if best := pareto(report):
+        parts.append(f"## The front of right action and same animal\n\n{best}")
+    if lines := findings(report, ablation.ways):
+        parts.append("## The paper's findings\n\n" + "\n".join(f"* {line}" for line in lines))
+    text, records = "\n\n".join(parts) + "\n", Records(folder)
+    files = [
+        records.write(
+            "page.html", page(f"Ablation: {data.title}", data.cases[:shown], report, ablation.open)
+        ),
+        records.write("table.md", text),
+        records.write("figures.csv", report.csv()),
+        records.write("figures.json", report.json()),
+    ]
+    return text, [*files, *ablation.grids(shown), *ablation.strips(shown)]
 
 
 def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:

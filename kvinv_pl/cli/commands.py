@@ -18,6 +18,7 @@ FILES = {
     "sites": "kvinv_pl.cli.variants",
     "methods": "kvinv_pl.cli.methods",
     "bench": "kvinv_pl.cli.bench",
+    "ablate": "kvinv_pl.cli.ablate",
     "check": "kvinv_pl.cli.variants",
 }
 """The module of each command, which is a function of that name; only the module in use is imported."""

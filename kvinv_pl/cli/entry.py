@@ -21,6 +21,7 @@ OTHERS = {
     "check": "check that an attention variant does what every variant must",
     "methods": "list the published methods to compare with, or show one with its options",
     "bench": "compare methods on the same cases: tables, pictures, and one page",
+    "ablate": "edit from every start, with every place of CP-attn: the paper's ablation, with figures",
     "new-variant": "write a variant to start from, its configuration and its test",
     "mask": "find the subject of a picture, by SAM or by a word, and show it",
 }

@@ -15,11 +15,11 @@ ACROSS = 5  # pictures in a row
 GAP, LINE, LETTER = 8, 18, 7  # pixels
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """The pictures in rows, each over its caption (lines may be broken by hand)."""
+def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], across: int = ACROSS) -> Image.Image:
+    """The pictures in rows of `across`, each over its caption (lines may be broken by hand)."""
     shown = [_shown(picture) for picture in pictures]
     texts = [_wrapped(caption, picture.width) for caption, picture in zip(captions, shown, strict=True)]
-    rows = [range(begin, min(begin + ACROSS, len(shown))) for begin in range(0, len(shown), ACROSS)]
+    rows = [range(begin, min(begin + across, len(shown))) for begin in range(0, len(shown), across)]
     pictures_high = [max(shown[n].height for n in row) for row in rows]
     texts_high = [LINE * max(texts[n].count("\n") + 1 for n in row) + GAP for row in rows]
     width = max(sum(shown[n].width + GAP for n in row) for row in rows) + GAP

@@ -1,4 +1,4 @@
-"""CLIP scores and DINO's structure distance, on tiny models with random weights, against plain computations."""
+"""CLIP scores and DINO's structure distance, on tiny random models, against plain computations."""
 
 from __future__ import annotations
 

@@ -1,0 +1,95 @@
+"""Which settings of an ablation are best, and whether the paper's findings hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from kvinv_pl.bench.ablation import LIKENESS, Way
+from kvinv_pl.bench.table import Mean, Report, markdown
+
+ACTION, ANIMAL, QUALITY = "right action %", "same animal %", "animal dB"
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points that no other is better than in one and as good in the other; those with NaN are none."""
+
+    def beaten(a: tuple[float, float]) -> bool:
+        return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
+
+    known = [n for n, point in enumerate(points) if not any(map(math.isnan, point))]
+    return sorted((n for n in known if not beaten(points[n])), key=lambda n: points[n][0])
+
+
+def pareto(report: Report) -> str:
+    """The front of right actions against the same animal, as a table; empty without a truth."""
+    if not {ACTION, ANIMAL} <= set(report.known):
+        return ""
+    rows = list(report.rows)
+    points = [(report.mean(row, ACTION).value, report.mean(row, ANIMAL).value) for row in rows]
+    lines = [[rows[n], report.mean(rows[n], ACTION), report.mean(rows[n], ANIMAL)] for n in front(points)]
+    return markdown([ACTION, ANIMAL], lines)
+
+
+def findings(report: Report, ways: Iterable[Way]) -> list[str]:
+    """The paper's three findings, each with its figures: decoder best, early too similar, late lost."""
+    cells = [way for way in ways if report.rows.get(str(way))]
+    if QUALITY not in report.known or not cells:
+        return []
+
+    def mean(way: Way, column: str) -> float:
+        return report.mean(str(way), column).value
+
+    best = {place: max(at, key=lambda way: mean(way, QUALITY)) for place, at in _by_place(cells).items()}
+    lines = []
+    if "decoder" in best and len(best) > 1:
+        ours = best["decoder"]
+        other = max(
+            (way for place, way in best.items() if place != "decoder"), key=lambda way: mean(way, QUALITY)
+        )
+        gap = _less(report, str(ours), str(other))
+        lines.append(
+            f"The decoder is best: {_verdict(gap)} ({QUALITY} of '{ours}' less that of '{other}', the best "
+            f"of the other places: {gap})"
+        )
+    at = next(best[place] for place in ("decoder", *best) if place in best)
+    row = sorted(
+        (
+            way
+            for way in cells
+            if (way.place, way.reading, way.sharpness) == (at.place, at.reading, at.sharpness)
+        ),
+        key=lambda way: way.start,
+    )
+    if len(row) > 1:
+        early, late = row[0], row[-1]
+        alike = _less(report, str(early), str(late), LIKENESS)
+        acts = _less(report, str(late), str(early), ACTION)
+        lines.append(
+            f"An early start is too similar to the source: {_verdict(alike)} for the likeness, "
+            f"{_verdict(acts)} for the action ('{early}' is {alike} dB more like it than start "
+            f"{late.start:g}, which has {acts} points more of right actions)"
+        )
+        lost = _less(report, str(at), str(late))
+        lines.append(
+            f"A late start loses the subject: {_verdict(lost)} ({QUALITY} of '{at}' less that of start "
+            f"{late.start:g}: {lost})"
+        )
+    return lines
+
+
+def _by_place(cells: Sequence[Way]) -> dict[str, list[Way]]:
+    return {place: [way for way in cells if way.place == place] for place in {way.place for way in cells}}
+
+
+def _less(report: Report, one: str, other: str, column: str = QUALITY) -> Mean:
+    """A cell's figure less another's, case by case."""
+    a, b = report.rows[one], report.rows[other]
+    return Mean.of(a[case].get(column, math.nan) - b[case].get(column, math.nan) for case in a if case in b)
+
+
+def _verdict(difference: Mean) -> str:
+    """Whether it is above 0 for sure."""
+    if difference.count < 2 or (difference.low <= 0 <= difference.high):
+        return "cannot be told"
+    return "holds" if difference.low > 0 else "does not hold"
