@@ -248,7 +248,7 @@ class RunStore:
         with explaining_os_errors("remove", self.folder):
             for name in ("run.json", "trajectory.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
-            for name in ("source", "reconstruction", "sheet", "mask"):
+            for name in ("source", "reconstruction", "sheet", "candidates", "mask"):
                 (self.folder / f"{name}.png").unlink(missing_ok=True)
             for name in ("steps", "pivot", "attempts", "edits"):
                 self._drop(name)

@@ -29,6 +29,7 @@ from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
 from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
 from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Progress, Watch
+from kvinv_pl.stages.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.settings import (
     Background,
     EditSettings,
@@ -96,7 +97,9 @@ class KVInversion(LightningModule):
         reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
         kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
             and the source's pass runs along with the edits: n edits cost as n + 1).
-        start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active.
+        start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active;
+            auto: a search without a truth chooses it for each picture and target, and says what else was
+            good (guidance and sharpness likewise).
         negative: The negative prompt, of the unconditional branch.
         subject: The word for the subject in the targets, for variants that follow it through an edit; left
             out, it is the last word that source and target have in common before they differ.
@@ -106,6 +109,10 @@ class KVInversion(LightningModule):
             own keys and values side by side with them).
         background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
+        candidates: How many edits of each target to show beside one another, the most promising first, in
+            candidates.png; with more than 1 and nothing auto, the start is searched.
+        judge: A CLIP folder that judges what is searched; left out, the model itself does, by which prompt
+            predicts an edit's noise better.
         seed: Of random starts of psi.
         slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
             what fits into memory, 8 at most.
@@ -132,7 +139,7 @@ class KVInversion(LightningModule):
         layers_pattern: str | list[str] | None = None,
         max_grid: int | None = None,
         steps: int = 50,
-        guidance: float | None = None,
+        guidance: float | Auto | None = None,
         source_guidance: float | None = None,
         inversion_guidance: float = 1.0,
         tuning_guidance: float | None = None,
@@ -145,12 +152,14 @@ class KVInversion(LightningModule):
         carry: bool = True,
         reading: Reading = "frozen",
         kv: KeyValues = "stored",
-        start: float = 0.0,
+        start: float | Auto = 0.0,
         negative: str = "",
         subject: str | None = None,
-        sharpness: float = 1.0,
+        sharpness: float | Auto = 1.0,
         mixing: Mixing = "replace",
         background: Background = "free",
+        candidates: int = 1,
+        judge: str | None = None,
         seed: int = 0,
         slots: int | Literal["auto"] = "auto",
         store_dtype: StoreDtype = "int8",
@@ -158,8 +167,11 @@ class KVInversion(LightningModule):
         retries: int = 1,
     ):
         """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
-        given = {**locals(), "guidance": guidance_for(checkpoint) if guidance is None else guidance}
+        asked = {**locals()}
+        given = settled(asked)
+        given["guidance"] = guidance_for(checkpoint) if given["guidance"] is None else given["guidance"]
         super().__init__()
+        self.searching = Search.of(asked)
         self.chooses_guidance = guidance is None
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
@@ -255,7 +267,11 @@ class KVInversion(LightningModule):
         image, settings, watch = batch.image, batch.settings, batch.watch
         # what is written here is read by the tuning, where inference tensors would not do
         with torch.inference_mode(False), watch.failures.of([image]):
-            if isinstance(settings, EditSettings):
+            if isinstance(settings, EditSettings) and self.searching.searches:
+                self.last_edits = search_edits(
+                    self.denoiser, image, settings, self.searching, watch, batch.again
+                )
+            elif isinstance(settings, EditSettings):
                 self.last_edits = edit_picture(self.denoiser, image, settings, watch, batch.again)
             elif not is_inverted(self.denoiser, image, settings):
                 invert_picture(self.denoiser, image, settings, watch)

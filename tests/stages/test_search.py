@@ -1,0 +1,107 @@
+"""Settings that choose themselves: what is tried, what is thought of it, and what is chosen."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import fits
+import pytest
+import torch
+from commands import kvinv, refused
+
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.errors import UserError
+from kvinv_pl.stages.search import GRIDS, Candidate, OwnJudge, Search, front, ranked
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    fits.fit(fits.picture(folder / "cat.png"), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tuned: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tuned, tmp_path / "run"))
+
+
+def candidate(agreement: float, likeness: float) -> Candidate:
+    return Candidate(fits.model().editing, Path("x.png"), agreement, likeness)
+
+
+def test_of_those_that_do_what_the_target_says_the_one_most_like_the_source_is_chosen() -> None:
+    idle, halfway, done, wild = (
+        candidate(*figures) for figures in ((-0.1, 40), (0.02, 30), (0.09, 20), (0.1, 10))
+    )
+    assert ranked([idle, halfway, done, wild]) == [done, wild, halfway, idle]
+    assert ranked([idle, candidate(-0.2, 50)])[0] == idle  # none does: the one that does most of it
+    assert front([idle, halfway, done, wild, candidate(0.05, 15)]) == [idle, halfway, done, wild]
+
+
+def test_what_is_auto_is_tried_and_the_rest_is_as_asked() -> None:
+    module = fits.model(start="auto", guidance="auto", mixing="concat")
+    assert (module.editing.start, module.editing.guidance, module.tuning.guidance) == (0.0, 7.5, 7.5)
+    tried = module.searching.grid(module.editing)
+    assert len(tried) == len(GRIDS["start"]) * len(GRIDS["guidance"])
+    assert {each.guidance for each in tried} == {4.5, 7.5, 10.5}
+    assert all(each.mixing == "concat" and each.sharpness == 1 for each in tried)
+    assert not fits.model().searching.searches
+    one = fits.model(candidates=3)
+    assert [each.start for each in one.searching.grid(one.editing)] == list(GRIDS["start"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"sharpness": "auto", "reading": "blend"}, "sharpness: expected 1 with reading blend"),
+        ({"candidates": 0}, "candidates: expected 1 or more, got 0"),
+        ({"judge": "clip"}, "judge: expected a search with it"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(settings: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted):
+        fits.model(**settings)
+
+
+def test_the_model_itself_agrees_with_the_prompt_that_predicts_the_noise_better() -> None:
+    module = fits.model()
+    backbone = module.load_backbone(torch.float32)
+    judge, (height, width) = OwnJudge(module.denoiser), backbone.sample_size
+    z_0 = backbone.encode(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    there = judge.agreement(z_0, fits.SOURCE, fits.TARGET)
+    back = judge.agreement(z_0, fits.TARGET, fits.SOURCE)
+    assert there != 0 and (there > 0) != (back > 0)
+    assert judge.agreement(z_0, fits.SOURCE, fits.SOURCE) == 0
+    assert judge.agreement(z_0, fits.SOURCE, fits.TARGET) == there
+
+
+def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: Path) -> None:
+    answer = kvinv(
+        *("edit", "--run", run, "--target", fits.TARGET, "--target", "a dog running", "--start", "auto"),
+        *("--model.candidates", 2, "--trainer.accelerator", "cpu"),
+    )
+    assert answer.code == 0, answer.err
+    assert answer.err.count("not beaten in agreement and likeness") == 2
+    chosen = [line for line in answer.err.splitlines() if line.startswith("  chosen: start ")]
+    files = [Path(line.rpartition(", ")[2]) for line in chosen]
+    assert len(files) == 2 and all(file.exists() for file in files)
+    starts = {round(record["start"], 2) for record, _ in RunStore(run).edits()}
+    assert starts == set(GRIDS["start"]) and len(RunStore(run).edits()) == 2 * len(starts)
+    width, height = fits.opened(run / "candidates.png").size
+    assert width > 3 * 192 and height > 2 * 192
+
+
+def test_a_clip_judges_in_place_of_the_model(run: Path, tmp_path: Path) -> None:
+    module = fits.model(start="auto", judge=str(checkpoints.clip(tmp_path / "clip")))
+    fits.edit(RunStore(run), fits.TARGET, module=module)
+    assert len(RunStore(run).edits()) == len(GRIDS["start"])
+    answer = kvinv("edit", "--run", run, "--start", "auto", "--model.judge", tmp_path, "--target", "a dog")
+    refused(answer, "has no config.json", "expected a CLIP folder")
+
+
+def test_an_idle_search_is_none() -> None:
+    assert not Search((), 1, None).searches
