@@ -21,13 +21,16 @@ ifneq ($(shell cat $(MADE) 2>/dev/null),$(shell $(PYTHON) $(FOR)))
 endif
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo bench test test-all lint clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 
 demo: $(MADE) ## Edit the action of a drawn animal and say where the pictures are
 	$(VENV)/bin/kvinv run --image examples/animal.png --source "$(SOURCE)" $(TARGETS) --out demo
+
+bench: $(MADE) ## Compare published methods on the drawn world; make bench ARGS="--cases 12" for fewer cases
+	$(VENV)/bin/kvinv bench --out bench $(ARGS)
 
 test: $(TOOLS) ## Run the tests, on two cores, but for whole benches
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -41,7 +44,7 @@ lint: $(TOOLS) ## Check style, format and types
 	$(RUN) -m pyright
 
 clean: ## Remove what make, the demo and the tools have left, .venv too
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo bench build dist *.egg-info .pytest_cache .ruff_cache
 	find kvinv_pl plugins tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(MADE): pyproject.toml constraints.txt

@@ -74,7 +74,7 @@ class Search:
         names = self.auto or ("start",)
         scale = {"guidance": settings.guidance}
         tried = itertools.product(
-            *([value * scale.get(name, 1.0) for value in GRIDS[name]] for name in names)
+            *([round(value * scale.get(name, 1.0), 4) for value in GRIDS[name]] for name in names)
         )
         return [replace(settings, **dict(zip(names, values, strict=True))) for values in tried]
 

@@ -74,11 +74,13 @@ def test_the_papers_findings_are_told_by_their_figures() -> None:
         worse = 3.0 * (way.place == "encoder")
         rows[str(way)] = {
             str(n): {
-                "animal dB": quality[way.start] - worse + 0.1 * n, "right action %": 100.0 * (way.start > 0.1),
-                "same animal %": 100.0 * (way.start < 0.9), "likeness to the source dB": 30 - 10 * way.start + n,
+                "animal dB": quality[way.start] - worse + 0.1 * n,
+                "right action %": 100.0 * (way.start > 0.1),
+                "same animal %": 100.0 * (way.start < 0.9),
+                "likeness to the source dB": 30 - 10 * way.start + n,
             }
             for n in range(4)
-        }  # fmt: skip
+        }
     columns = ("same animal %", "right action %", "animal dB", "likeness to the source dB")
     report = Report(rows, columns, {str(n): "" for n in range(4)})
     best, early, late = findings(report, ways)
