@@ -116,10 +116,10 @@ class Bench:
         canvas = Canvas.of(model, picture)
         trip, plain = canvas.show(canvas.z_0), self._sampling(canvas, case.target)
         inversion, editor = row.made()
+        own = any("guidance" in given for given in (row.settings, *row.options.values()))
+        guidance = None if own else self.setup.guidance
         with measured(canvas.denoiser.device) as cost:
-            made = outcome(
-                model, picture, case.source, case.target, inversion, editor, None, self.setup.guidance
-            )
+            made = outcome(model, picture, case.source, case.target, inversion, editor, None, guidance)
         figures = {"seconds": cost.seconds, **(cost.over(plain) if plain else {})}
         if made.reconstruction is not None:
             figures["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
