@@ -15,7 +15,7 @@ METRICS: Mapping[str, int] = {
     "CLIP whole": 1, "CLIP edited": 1,
 }  # fmt: skip
 """Those of PIE-Bench, and whether more is better."""
-RESAMPLES = 1000
+RESAMPLES = 500
 
 
 def ranks(report: Report) -> str:
