@@ -24,14 +24,13 @@ def ranks(report: Report) -> str:
     An edit is right that shows the same animal in the right action. 1: a metric orders as the truth does; 0:
     as chance; below 0: the other way round. Intervals are of resampled cases.
     """
-    if not set(TRUTH) <= set(report.known) or len(report.rows) < 3:
+    rows = [scores for scores in report.rows.values() if scores]
+    if not set(TRUTH) <= set(report.known) or len(rows) < 3:
         return ""
-    cases = [case for case in report.kinds if all(case in scores for scores in report.rows.values())]
+    cases = [case for case in report.kinds if all(case in scores for scores in rows)]
 
     def values(name: str) -> np.ndarray:
-        return np.array(
-            [[scores[case].get(name, math.nan) for case in cases] for scores in report.rows.values()]
-        )
+        return np.array([[scores[case].get(name, math.nan) for case in cases] for scores in rows])
 
     right = np.minimum(*(values(name) for name in TRUTH)) > 50
     lines = []

@@ -180,10 +180,10 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
         (["--steps=5.5"], "--steps: expected a whole number, got '5.5'"),
         (["--model.steps", "abc"], "--model.steps: expected a whole number, got 'abc'"),
         (["--steps", "2000"], "steps must be 1 to 1000, got 2000"),
-        (["--guidance", "nan"], "--guidance: expected a number or null, got 'nan'"),
+        (["--guidance", "nan"], "--guidance: expected a number or auto or null, got 'nan'"),
         (["--guidance", ".nan"], "--guidance: expected a finite number of 0 or more, got nan"),
         (["--guidance", "-1"], "--guidance: expected a finite number of 0 or more, got -1"),
-        (["--guidance", "x"], "--guidance: expected a number or null, got 'x'"),
+        (["--guidance", "x"], "--guidance: expected a number or auto or null, got 'x'"),
         (
             ["--model.tuning_guidance", ".nan"],
             "expected a finite number of 0 or more, got nan",
