@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -88,7 +88,8 @@ def _part(plan: Plan, part: int, parts: int) -> None:
     """One process's cases: on a GPU of its own as far as there are any, or on its share of the cores."""
     devices = torch.cuda.device_count() if plan.setup.accelerator != "cpu" else 0
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(part % devices)  # nothing has been put on a device yet
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[part % devices]  # nothing is on a device yet
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
-    replace(plan).bench(quiet=part > 0).run(part, parts)
+    plan.bench(quiet=part > 0).run(part, parts)

@@ -2,9 +2,9 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, get_origin
 
 from kvinv_pl.cli.arguments import CommandLine, kinds_of, readable_errors
 from kvinv_pl.cli.variant_names import expand_variant_names, make_importable
@@ -39,7 +39,9 @@ def command(verb: str, argv: list[str]) -> None:
             return _help(verb, super().format_help(*args, **kwargs))
 
     kinds = kinds_of({"": function})
-    arguments = _normalized(verb, argv, [key for key, kind in kinds.items() if kind == list[str]])
+    arguments = _normalized(
+        verb, argv, {key: kind for key, kind in kinds.items() if get_origin(kind) is list}
+    )
     line = CommandLine(expand_variant_names(arguments, "--attention"))
     line.read_rest(line.argv)
     with readable_errors(verb, line, kinds):
@@ -61,7 +63,7 @@ def _help(verb: str, text: str) -> str:
     return usage.replace(f"--{name} {name.upper()}", name.upper()) + gap + rest
 
 
-def _normalized(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[str]:
+def _normalized(verb: str, argv: Sequence[str], lists: Mapping[str, Any]) -> list[str]:
     """-o becomes --out, a positional argument its option, and a repeated option a list."""
     out, left, repeated = list[str](), deque(argv), dict[str, list[str]]()
     while left:
@@ -79,4 +81,9 @@ def _normalized(verb: str, argv: Sequence[str], lists: Sequence[str]) -> list[st
         else:
             out.append(f"{'--out' if flag == '-o' else flag}{equals}{value}")
             out += [left.popleft()] if has_value else []
-    return [*out, *(f"{flag}={json.dumps(values)}" for flag, values in repeated.items())]
+    return [*out, *(f"{flag}={_listed(lists[flag[2:]], values)}" for flag, values in repeated.items())]
+
+
+def _listed(kind: Any, values: list[str]) -> str:
+    """Values as one JSON list: texts, or what stands for numbers."""
+    return json.dumps(values) if kind == list[str] else f"[{', '.join(values)}]"

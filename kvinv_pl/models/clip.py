@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from kvinv_pl.data.pictures import as_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.loading import AGAIN, attempt, quiet
 
@@ -69,7 +69,8 @@ class Clip:
         width, height = (max(self.size, round(side * scale)) for side in rgb.size)
         resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        pixels = as_pixels(resized.crop((left, top, left + self.size, top + self.size))) / 2 + 0.5
+        middle = np.array(resized.crop((left, top, left + self.size, top + self.size)))
+        pixels = torch.from_numpy(middle).permute(2, 0, 1).float() / 255
         x = ((pixels - self.mean) / self.std)[None].to(self.model.device)
         return _direction(self.model.get_image_features(x))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,7 +13,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ViTModel
 
-from kvinv_pl.data.pictures import as_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.loading import attempt, quiet
 
@@ -57,7 +57,8 @@ class Dino:
             picture: Any.
             levels: What white is before it is normalised: 1; PIE-Bench's published figures have 255.
         """
-        pixels = (as_pixels(picture) / 2 + 0.5) * levels
+        rgb = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        pixels = rgb.float() / 255 * levels
         height, width = pixels.shape[-2:]
         scale = min(SIDE / min(height, width), LONGEST / max(height, width))
         size = max(1, int(height * scale)), max(1, int(width * scale))
