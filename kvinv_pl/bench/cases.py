@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -101,7 +100,7 @@ class DrawnCase:
         """Its prompt in the target action."""
         return self.drawn.animal.prompt(self.drawn.target)
 
-    @cached_property
+    @property
     def editable(self) -> np.ndarray | None:
         """Where the animal is or should be."""
         return np.logical_or(*self.drawn.animals(self.size))

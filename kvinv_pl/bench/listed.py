@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ class ListedCase:
     mask: Path | None
     kind: str = ""
 
-    @cached_property
+    @property
     def editable(self) -> np.ndarray | None:
         """The mask, white where the picture may be edited."""
         if self.mask is None:

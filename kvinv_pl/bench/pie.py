@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class PieCase:
     runs: tuple[int, ...]
     """Of the mask, as published."""
 
-    @cached_property
+    @property
     def editable(self) -> np.ndarray | None:
         """The mask, in the picture's size."""
         width, height = self.picture().size

@@ -78,12 +78,11 @@ def outcome(
     if isinstance(editor, Renderer):
         rendered = editor.render(model, picture, source, target, steps, guidance)
         return Outcome(*rendered) if isinstance(rendered, tuple) else Outcome(rendered, None)
-    if inversion is None:
-        inversion = make("ddim", "inversion")
+    inverting: Inversion = make("ddim", "inversion") if inversion is None else inversion
     canvas = Canvas.of(model, picture)
-    w = next(w for w in (guidance, editor.guidance, inversion.guidance) if w is not None)
+    w = next(w for w in (guidance, editor.guidance, inverting.guidance) if w is not None)
     scene = canvas.scene("" if editor.empty_source else source, target, w, steps)
-    z = edited(scene, inversion, editor)
+    z = edited(scene, inverting, editor)
     return Outcome(canvas.show(z[1:]), canvas.show(z[:1]))
 
 

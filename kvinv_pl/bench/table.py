@@ -53,7 +53,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 class Report:
     """Rows of scores, and which cases of a row failed."""
 
-    rows: dict[str, Scores]
+    rows: Mapping[str, Scores]
     columns: Sequence[str]
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Of the cases, in the order in which kinds are shown."""

@@ -31,7 +31,9 @@ class Clip:
         std: tuple[float, ...] = STD,
     ) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.size = int(model.config.vision_config.image_size)
+        config: Any = model.config
+        self.size = int(config.vision_config.image_size)
+        self._length = int(config.text_config.max_position_embeddings)
         self.mean, self.std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
 
     @classmethod
@@ -56,8 +58,7 @@ class Clip:
     @torch.no_grad()
     def of_text(self, text: str) -> Float[Tensor, " d"]:
         """A text's direction."""
-        length = int(self.model.config.text_config.max_position_embeddings)
-        tokens = self.tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(text, truncation=True, max_length=self._length, return_tensors="pt")
         found = self.model.get_text_features(tokens["input_ids"].to(self.model.device))
         return _direction(found)
 

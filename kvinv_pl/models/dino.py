@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,11 @@ class Dino:
         resized = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)
         x = ((resized - self.mean) / self.std).to(self.model.device)
         seen: list[Tensor] = []
-        hook = self._keys.register_forward_hook(lambda layer, given, out: seen.append(out))
+
+        def note(layer: nn.Module, given: Any, out: Any) -> None:
+            seen.append(out)
+
+        hook = self._keys.register_forward_hook(note)
         try:
             self.model(x, interpolate_pos_encoding=True)
         finally:

@@ -79,7 +79,7 @@ def test_structure_is_the_self_similarity_of_the_last_keys(dino_folder: Path, tm
         mean, std = (
             torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         )
-        layer = dino.model.layers[-1]
+        layer: Any = dino.model.layers[-1]
         with torch.no_grad():
             hidden = dino.model(((x - mean) / std)[None].float(), output_hidden_states=True).hidden_states
             keys.append(layer.attention.k_proj(layer.layernorm_before(hidden[-2]))[0])
