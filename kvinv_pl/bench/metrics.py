@@ -34,9 +34,10 @@ that a large mask is rewarded; the other three are means over the unedited pixel
 
 def unedited(case: Case, picture: Image.Image) -> Mapping[str, float]:
     """Against the source, away from where the case may be edited; NaN where all of it may."""
-    keep = None if case.editable is None else ~case.editable
-    if keep is None or not keep.any():
+    region = case.editable
+    if region is None or region.all():
         return dict.fromkeys(UNEDITED.columns, math.nan)
+    keep = ~region
     source, edited = (np.asarray(each.convert("RGB"), np.float64) / 255 for each in (case.picture(), picture))
     error = np.square(source - edited).mean(-1)
     found = dict[str, float]()
@@ -67,9 +68,9 @@ def clip_score(folder: str, device: str = "cpu") -> Metric:
         return 100 * max(0.0, float(clip.of_picture(picture) @ of_text(text)))
 
     def measure(case: Case, picture: Image.Image) -> Mapping[str, float]:
-        edited = math.nan
-        if case.editable is not None:
-            edited = score(black_but(picture, case.editable), case.target)
+        region, edited = case.editable, math.nan
+        if region is not None:
+            edited = score(black_but(picture, region), case.target)
         return {"CLIP whole": score(picture, case.target), "CLIP edited": edited}
 
     return Metric("clip", ("CLIP whole", "CLIP edited"), measure, folder)
