@@ -540,3 +540,12 @@ def test_a_method_is_checked_in_one_call() -> None:
     with pytest.raises(UserError, match=r"Reads cannot be made with begin=1 \(TypeError"):
         method_trials(Reads, begin=1)
     assert len({check.name for check in METHOD_CHECKS}) == len(METHOD_CHECKS)
+
+
+def test_the_command_checks_methods_by_name_and_by_class() -> None:
+    answer = kvinv("check", "masactrl")
+    assert answer.code == 0 and f"MasaCtrl passes {len(METHOD_CHECKS)} checks" in answer.out
+    answer = kvinv("check", "test_testing.Boasts", "--options", '{"start": 0.5}')
+    assert answer.code == 1 and "FAILED  described" in answer.out and "Boasts fails 1 of" in answer.out
+    answer = kvinv("check", "masactrl", "--options", '{"begin": 1}')
+    assert answer.code == 2 and "masactrl has no option 'begin'" in answer.err

@@ -5,12 +5,13 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.errors import UserError, near
@@ -112,8 +113,13 @@ def arguments(docstring: str | None) -> dict[str, str]:
     return texts
 
 
-def locate(target: str) -> type[CPAttention]:
-    """The class for a registered name, a class path, or FILE.py:CLASS."""
+def is_variant(cls: type) -> bool:
+    """Whether a class is one."""
+    return issubclass(cls, CPAttention)
+
+
+def locate(target: str, wanted: Callable[[type], bool] = is_variant) -> type[Any]:
+    """The class for a registered name, a class path, or FILE.py:CLASS; `wanted` says which classes may be."""
     place, colon, name = target.rpartition(":")
     if not (colon and place.endswith(".py")):
         place, _, name = target.rpartition(".")
@@ -130,14 +136,16 @@ def locate(target: str) -> type[CPAttention]:
         if module.__file__ is None or Path(module.__file__).resolve() != file:
             raise UserError(f"{place} has the name of another module, {module.__file__}: rename the file")
     cls = getattr(module, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
-        defined = [key for key, value in vars(module).items() if _is_defined_in(value, module)]
+    if not (isinstance(cls, type) and wanted(cls)):
+        defined = [
+            key for key, value in vars(module).items() if _is_defined_in(value, module) and wanted(value)
+        ]
         raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(defined) or '(none)'}")
     return cls
 
 
-def _is_defined_in(value: object, module: ModuleType) -> bool:
-    return isinstance(value, type) and issubclass(value, CPAttention) and value.__module__ == module.__name__
+def _is_defined_in(value: object, module: ModuleType) -> TypeGuard[type]:
+    return isinstance(value, type) and value.__module__ == module.__name__
 
 
 def _import(name: str, folder: Path) -> ModuleType:

@@ -47,6 +47,11 @@ def _options(cls: type[Any] | None) -> Iterator[tuple[str, Any]]:
         yield from ((option.name, option.default) for option in fields(cls))
 
 
+def is_method(cls: type) -> bool:
+    """Whether a class has one of the protocols' functions."""
+    return any(hasattr(cls, has) for has in KINDS)
+
+
 def methods() -> dict[str, Method]:
     """Every method in the entry-point group `kvinv_pl.methods`, by name; two of one name are an error."""
     return {point.name: _load(point) for point in installed(GROUP, "methods")}
@@ -71,6 +76,6 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
 
 def _load(point: EntryPoint) -> Method:
     cls, error = imported(point)
-    if error is None and not (isinstance(cls, type) and any(hasattr(cls, has) for has in KINDS)):
+    if error is None and not (isinstance(cls, type) and is_method(cls)):
         cls, error = None, f"{point.value} has neither of {', '.join(KINDS)}"
     return Method(point.name, cls, owner(point), error)

@@ -12,6 +12,7 @@ from kvinv_pl.attention import registry
 from kvinv_pl.attention.config import build
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
+from kvinv_pl.bench.methods import KINDS, is_method, make, methods
 from kvinv_pl.cli.messages import expected, explain_parser_error
 from kvinv_pl.data.pictures import fit_geometry
 from kvinv_pl.data.tensors import StoreDtype, stored_bytes
@@ -166,24 +167,33 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def check(target: str, options: dict[str, Any] | None = None) -> None:
-    """Check that an attention variant does what every variant must; the exit code is 1 if it does not.
+    """Check that an attention variant, or a method, does what every one must; the exit code is 1 if not.
 
     Args:
-        target: FILE.py:CLASS, a class path, or a name that `kvinv variants` lists; `kvinv check NAME` does as
-            well.
-        options: What to make the variant with, such as '{"rank": 4}'; left out, its defaults are checked, and
-            each other choice among its options.
+        target: FILE.py:CLASS, a class path, or a name that `kvinv variants` or `kvinv methods` lists;
+            `kvinv check NAME` does as well.
+        options: What to make it with, such as '{"rank": 4}'; left out, its defaults are checked, and of a
+            variant each other choice among its options.
     """
-    from kvinv_pl.testing import CHECKS, report, trials
+    from kvinv_pl.testing import method_trials, report, trials
 
-    cls = registry.locate(target)
-    record = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
-    lines, failed = report(trials(_built(record) if options else cls))
+    known = methods()
+    if target in known and target not in registry.variants():
+        cls = type(make(target, *KINDS.values(), **(options or {})))
+    else:
+        cls = registry.locate(target, lambda found: registry.is_variant(found) or is_method(found))
+    if is_method(cls):
+        found = method_trials(cls, **(options or {}))
+    else:
+        record = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
+        found = trials(_built(record) if options else cls)
+    lines, failed = report(found)
     print("\n".join(lines))
+    count = len({trial.check.name for trial in found})
     if failed:
-        print(f"{cls.__name__} fails {failed} of {len(CHECKS)} checks")
+        print(f"{cls.__name__} fails {failed} of {count} checks")
         raise SystemExit(1)
-    print(f"{cls.__name__} passes {len(CHECKS)} checks")
+    print(f"{cls.__name__} passes {count} checks")
 
 
 def _built(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:

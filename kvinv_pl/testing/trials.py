@@ -100,10 +100,10 @@ def method_trials(method: Callable[..., Any], **options: Any) -> list[Trial]:
     Args:
         method: The class of an inversion or an edit, or what makes one. Of a method that is both
             (`render`), only its description is checked: it needs a checkpoint of its own.
-        **options: What it is made with; without any, its defaults, but for those in its `brief`, with which
+        **options: What it is made with; what is left out is its default, or what its `brief` has, with which
             a method that learns for long does so shortly.
     """
-    options = options or dict(getattr(method, "brief", {}))
+    options = {**getattr(method, "brief", {}), **options}
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     make = partial(method, **options) if options else method
     try:
@@ -136,7 +136,7 @@ def _run(found: list[Trial]) -> None:
 def report(found: list[Trial]) -> tuple[list[str], int]:
     """Run trials; a line for each check with what failed below it, and how many checks failed."""
     lines, failed = [], 0
-    for check in CHECKS:
+    for check in dict.fromkeys(trial.check for trial in found):
         own = [trial for trial in found if trial.check is check]
         errors = {trial: error for trial in own if (error := trial.failure())}
         reasons = dict.fromkeys(trial.exemption for trial in own if trial.exemption)

@@ -50,6 +50,7 @@ class NullText:
     tolerance: float = 1e-5
     growth: float = 2e-5
     guidance: float = 7.5
+    brief = {"inner_steps": 2}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         """Refuse to learn nothing."""
