@@ -82,8 +82,8 @@ def _build(kind: Kind, folder: Path) -> None:
     nothing: Any = None
     StableDiffusionPipeline(
         vae=_vae(kind),
-        text_encoder=_text_encoder(kind),
-        tokenizer=_tokenizer(kind),
+        text_encoder=text_encoder(kind),
+        tokenizer=tokenizer(kind),
         unet=_unet(kind),
         scheduler=_scheduler(kind),
         safety_checker=nothing,
@@ -131,7 +131,7 @@ def _vae(kind: Kind) -> AutoencoderKL:
     return AutoencoderKL(**blocks, norm_num_groups=4, latent_channels=4, sample_size=512)
 
 
-def _text_encoder(kind: Kind) -> CLIPTextModel:
+def text_encoder(kind: Kind) -> CLIPTextModel:
     vocabulary, _ = tokens()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -148,7 +148,7 @@ def _text_encoder(kind: Kind) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def _tokenizer(kind: Kind) -> CLIPTokenizer:
+def tokenizer(kind: Kind) -> CLIPTokenizer:
     vocabulary: Any
     merges: Any
     vocabulary, merges = tokens()

@@ -101,7 +101,14 @@ class Model(Protocol):
         ...
 
     def tokens(self, prompt: str) -> list[str]:
-        """The prompt's tokens, in places 1 ... n of L; the last one of a word ends in </w>."""
+        """The prompt's tokens; the last one of a word ends in </w>."""
+        ...
+
+    def places(self, prompt: str) -> Sequence[range]:
+        """Their places in what `embed` gives for the prompt alone: 1 ... n, in a second chunk further on.
+
+        Beside a longer prompt, a prompt is repeated until both are of one length.
+        """
         ...
 
     def positions(self, prompt: str, word: str) -> list[int]:

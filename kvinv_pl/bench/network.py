@@ -47,7 +47,11 @@ class Network:
 
     def tokens(self, prompt: str) -> list[str]:
         """The prompt's tokens, without those of its start and its end, as far as they are read."""
-        return [str(t) for t in self.backbone.tokenizer.convert_ids_to_tokens(self.backbone.read(prompt))]
+        return [token.name for chunk in self.backbone.prompts.chunks(prompt) for token in chunk]
+
+    def places(self, prompt: str) -> list[range]:
+        """Where these tokens stand, by the chunks that the prompt is read in."""
+        return self.backbone.prompts.places(prompt)
 
     def positions(self, prompt: str, word: str) -> list[int]:
         """The places of a word's tokens in a prompt."""

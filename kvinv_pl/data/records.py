@@ -59,7 +59,8 @@ def difference(field: str, found: Any, expected: Any) -> tuple[str, str, str] | 
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
     if isinstance(found, dict) and isinstance(expected, dict):
         missing = "nothing"
-        for key in [*found, *(key for key in expected if key not in found)]:
+        keys = [*found, *(key for key in expected if key not in found)]
+        for key in sorted(keys, key=lambda key: key == "sha256"):  # which says nothing of what differs
             if leaf := difference(f"{field}.{key}", found.get(key, missing), expected.get(key, missing)):
                 return leaf
     shown = [text if len(text) <= 120 else f"{text[:117]}..." for text in map(repr, (found, expected))]

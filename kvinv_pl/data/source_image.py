@@ -155,6 +155,7 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoint": run["model"]["checkpoint"],
         **{name: run["model"].get(name) for name in CHOSEN},
         "clip_skip": run["model"].get("clip_skip", 1),
+        "prompt_syntax": run["model"].get("prompt_syntax", "plain"),
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],
         "max_grid": tuning["max_grid"],

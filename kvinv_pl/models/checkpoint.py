@@ -51,6 +51,8 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_C
     if choices.clip_skip != 1:
         _skip(found.text_encoder, choices.clip_skip)
         digests["clip_skip"] = str(choices.clip_skip)
+    if choices.prompt_syntax != "plain":  # of the same words it makes something else
+        digests["prompt_syntax"] = choices.prompt_syntax
     if read_as != dtype:
         found.unet.to(dtype)
         found.text_encoder.to(dtype)

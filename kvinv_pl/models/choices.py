@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
+from kvinv_pl.models.prompt_syntax import PromptSyntax
+
 Prediction = Literal["epsilon", "v_prediction"]
 LISTS = ("loras", "embeddings")
 
@@ -18,6 +20,7 @@ class Choices:
     vae: str | None = None
     prediction_type: Prediction | None = None
     clip_skip: int = 1
+    prompt_syntax: PromptSyntax = "plain"
     loras: str | list[str] | None = None
     embeddings: str | list[str] | None = None
     allow_pickle: bool = False

@@ -16,18 +16,23 @@ def cuts(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str
         prompts: What each is (source, target, negative prompt), and its text.
     """
     for what, prompt in dict.fromkeys(prompts):
-        if lost := backbone.unread(prompt):
-            yield f"the {what} is longer than the model reads, and these words are lost: {lost}"
+        if lost := backbone.prompts.unread(prompt):
+            yield (
+                f"the {what} is longer than the model reads, and these words are lost "
+                f"(--model.prompt_syntax webui reads them): {lost}"
+            )
 
 
 def refuse_alike(backbone: Backbone, source: str, targets: Sequence[str]) -> None:
     """Refuse targets that differ from the source, or from each other, only where the model does not read."""
-    read = {tuple(backbone.read(source)): source}
+    reader = backbone.prompts
+    read = {tuple(map(tuple, reader.chunks(source))): source}
     for target in targets:
-        other = read.setdefault(tuple(backbone.read(target)), target)
-        if other != target and (backbone.unread(other) or backbone.unread(target)):
+        other = read.setdefault(tuple(map(tuple, reader.chunks(target))), target)
+        if other != target and (reader.unread(other) or reader.unread(target)):
             name = "the source prompt" if other == source else f"the target {other!r}"
             raise UserError(
                 f"the target {target!r} differs from {name} only after what the model reads of a prompt "
-                f"({backbone.prompt_length - 2} tokens): put what changes nearer to its beginning"
+                f"({reader.length - 2} tokens): put what changes nearer to its beginning, or give "
+                "--model.prompt_syntax webui, which reads on"
             )

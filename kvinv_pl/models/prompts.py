@@ -23,24 +23,26 @@ def word_positions(backbone: Backbone, prompt: str, word: str) -> list[int]:
 
     A word that is not in the prompt, or comes after the last token that the model reads, is a UserError.
     """
-    ids, word_ids = backbone.tokens(prompt), backbone.tokens(word)
-    names = [str(token) for token in backbone.tokenizer.convert_ids_to_tokens(ids)]
+    reader = backbone.prompts
+    tokens, word_ids = reader.tokens(prompt), [token.number for token in reader.tokens(word)]
+    ids = [token.number for token in tokens]
     # such as a textual inversion's, which say no end of a word; in upper case, their names are others
     added = {*backbone.tokenizer.get_added_vocab().values()}
 
     def begins() -> Iterator[int]:
         for at in range(len(ids) - len(word_ids) + 1):
-            whole = not at or names[at - 1].endswith("</w>") or ids[at - 1] in added
+            whole = not at or tokens[at - 1].name.endswith("</w>") or ids[at - 1] in added
             if word_ids and whole and ids[at : at + len(word_ids)] == word_ids:
                 yield at
 
-    found = sorted({1 + at + n for at in begins() for n in range(len(word_ids))})  # after the start token
+    found = sorted({at + n for at in begins() for n in range(len(word_ids))})
     if not found:
-        words = ", ".join(dict.fromkeys(prompt.split())) or "no words"
+        words = ", ".join(dict.fromkeys(reader.text(prompt).split())) or "no words"
         raise UserError(f"{word!r} is not in the prompt {prompt!r}: expected one of {words}")
-    if found[-1] > backbone.prompt_length - 2:
+    places = [place for chunk in reader.places(prompt) for place in chunk]
+    if found[-1] >= len(places):
         raise UserError(f"{word!r} comes after the end of what the model reads of the prompt: put it earlier")
-    return found
+    return [places[at] for at in found]
 
 
 @torch.no_grad()
@@ -120,5 +122,11 @@ def subject_positions(
         targets: What it should become.
         subject: The word, the same for all; None: see `subject_of`.
     """
-    words = [subject or subject_of(source, target) for target in targets]
+    words = subject_words(backbone, source, targets, subject)
     return [word_positions(backbone, target, word) for target, word in zip(targets, words, strict=True)]
+
+
+def subject_words(backbone: Backbone, source: str, targets: Sequence[str], subject: str | None) -> list[str]:
+    """The subject's word of each target, whatever weight it has; see `subject_positions`."""
+    text = backbone.prompts.text
+    return [subject or subject_of(text(source), text(target)) for target in targets]

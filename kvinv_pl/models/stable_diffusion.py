@@ -25,7 +25,8 @@ from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.folder import NEEDED
 from kvinv_pl.models.in_memory import Pipeline
 from kvinv_pl.models.loading import attempt
-from kvinv_pl.models.textual_inversion import vectors_of
+from kvinv_pl.models.prompt_reader import PromptReader
+from kvinv_pl.models.prompt_syntax import PromptSyntax
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
@@ -47,6 +48,7 @@ class Backbone(nn.Module):
         scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
         notes: Sequence[str] = (),
+        prompt_syntax: PromptSyntax = "plain",
     ) -> None:
         """Freeze the parts; scheduler_config is that of the checkpoint, whichever scheduler it is for."""
         super().__init__()
@@ -63,9 +65,8 @@ class Backbone(nn.Module):
             model_sizes.sample,
         )
         """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
-        self.prompt_length = min(tokenizer.model_max_length, int(text_encoder.config.max_position_embeddings))
+        self.prompts = PromptReader(tokenizer, text_encoder, prompt_syntax)
         self._refuse_other_conditions()
-        self._vectors = vectors_of(tokenizer)
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -73,7 +74,7 @@ class Backbone(nn.Module):
         cls, checkpoint: str | Pipeline, dtype: torch.dtype = torch.float32, choices: Choices = NO_CHOICES
     ) -> Backbone:
         """Load a folder as diffusers saves it, a file, a hub id, "menagerie", or a pipeline in memory."""
-        return cls(**vars(load(checkpoint, dtype, choices)))
+        return cls(**vars(load(checkpoint, dtype, choices)), prompt_syntax=choices.prompt_syntax)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever mode a trainer sets."""
@@ -106,37 +107,9 @@ class Backbone(nn.Module):
             )
         return pixels.clamp(-1, 1)
 
-    @torch.no_grad()
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
-        """The text model's reading of prompts, L tokens each; what comes after is not read (see unread)."""
-        ids, mask = self._padded(prompts)
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        read = self.text_encoder(ids, attention_mask=mask if masked else None)[0]
-        return require_finite(read, "what the text model makes of a prompt", read.dtype)
-
-    def _padded(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "n L"], Int[Tensor, "n L"]]:
-        """The tokens of prompts between those of begin and end, padded, and 1 where they are not padding."""
-        kinds = ("bos", "eos", "pad")
-        begin, end, pad = (getattr(self.tokenizer, f"{kind}_token_id") for kind in kinds)
-        rows = [[begin, *self.read(prompt), end] for prompt in prompts]
-        ids = torch.full((len(rows), self.prompt_length), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for n, row in enumerate(rows):
-            ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), 1
-        return ids.to(self.text_encoder.device), mask.to(self.text_encoder.device)
-
-    def read(self, prompt: str) -> list[int]:
-        """The tokens of a prompt that embed reads, without those that it adds."""
-        return self.tokens(prompt)[: self.prompt_length - 2]
-
-    def unread(self, prompt: str) -> str:
-        """The end of a prompt that embed truncates; empty for a prompt that fits."""
-        return str(self.tokenizer.decode(self.tokens(prompt)[self.prompt_length - 2 :])).strip()
-
-    def tokens(self, prompt: str) -> list[int]:
-        """The tokens of a prompt, one for each vector of a word that a textual inversion has added."""
-        words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return [token for word in words for token in self._vectors.get(word, [word])]
+        """The text model's reading of prompts, as long as one forward needs them; `prompts` says how."""
+        return self.prompts.embed(prompts)
 
     def predict(
         self, z: Float[Tensor, "rows c i j"], t: Int[Tensor, " rows"], prompt: Float[Tensor, "rows L d"]

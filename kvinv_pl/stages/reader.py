@@ -20,7 +20,8 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import Step
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.models.prompts import START, subject_of, subject_positions
+from kvinv_pl.models.prompt_reader import as_long
+from kvinv_pl.models.prompts import START, subject_positions, subject_words
 from kvinv_pl.stages.background import kept, subject_of_source
 from kvinv_pl.stages.settings import EditSettings
 
@@ -76,7 +77,7 @@ class Reader:
         self._in_source: Bool[Tensor, "1 1 h w"] | None = None
         self._source_z: Float[Tensor, "1 c h w"] | None = None
         if keeps:
-            words = [settings.subject or subject_of(source, target) for target in targets]
+            words = subject_words(denoiser.backbone, source, targets, settings.subject)
             self._in_source = subject_of_source(denoiser, store, source, words[0])
         if follows or keeps:
             found = subject_positions(denoiser.backbone, source, targets, settings.subject)
@@ -125,7 +126,8 @@ class Reader:
         if self.source is not None and self.source.z is not None:
             extra = len(self.source.contexts)
             rows = cat([self.source.z.expand(extra, -1, -1, -1), rows])
-            times, contexts = cat([t[:1].expand(extra), times]), cat([self.source.contexts, contexts])
+            times = cat([t[:1].expand(extra), times])
+            contexts = cat(as_long([self.source.contexts, contexts]))
         with self.denoiser.autocast():
             eps = self.denoiser.backbone.predict(rows, times, contexts)[extra:]
         return eps.unflatten(0, (-1, count)).transpose(0, 1)

@@ -13,6 +13,7 @@ from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import Step
 from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.prompt_reader import as_long
 from kvinv_pl.stages.curriculum import Phase
 from kvinv_pl.stages.invert import mask_of
 
@@ -74,7 +75,7 @@ class Slots:
         if filled:
             spare = self._loaded[phase.members[filled[0]]]
             self.members = [self._loaded.get(number, spare) for number in phase.members]
-            self.contexts = torch.stack([member.contexts for member in self.members], 1)
+            self.contexts = torch.stack(as_long([member.contexts for member in self.members]), 1)
             masks = [member.mask for member in self.members if member.mask is not None]
             self.denoiser.bind(torch.stack(masks) if masks else None)
 

@@ -21,6 +21,7 @@ from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.in_memory import Pipeline
 from kvinv_pl.models.memory import side_by_side
+from kvinv_pl.models.prompt_syntax import PromptSyntax
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
@@ -65,6 +66,8 @@ class KVInversion(LightningModule):
             not 1.
         embeddings: Textual inversions to add to the tokenizer: files or hub ids, with another word than the
             file's own as WORD=FILE.
+        prompt_syntax: How prompts are read: plain (as they are, to the text model's end) or webui (of any
+            length, with weights as in (running:1.3) and [grass], as web UIs have them).
         allow_pickle: Read tensors from a checkpoint that is pickled (.ckpt) rather than refuse it.
         attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
             left out, it is the paper's own, full_kv.
@@ -131,6 +134,7 @@ class KVInversion(LightningModule):
         clip_skip: int = 1,
         loras: str | list[str] | None = None,
         embeddings: str | list[str] | None = None,
+        prompt_syntax: PromptSyntax = "plain",
         allow_pickle: bool = False,
         attention: Callable[[Site], CPAttention] | None = None,
         target_modules: str | list[str] = "decoder",
@@ -242,6 +246,8 @@ class KVInversion(LightningModule):
             What pictures side by side have in common: the latents' height and width, and a mask or none.
         """
         store, fresh = work.store, anew or not work.store.has_run()
+        for prompt in (work.source, *work.targets, self.inverting.negative, editing.negative):
+            self.denoiser.backbone.prompts.text(prompt)  # which refuses what is not in its syntax
         ready = not fresh and self.is_inverted(work) and is_tuned(self.denoiser, store)
         if stage == "edit" and not ready:
             raise UserError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Model, Scene
 from kvinv_pl.errors import UserError
 
 
@@ -61,20 +61,20 @@ class PromptToPrompt:
 
     def control(self, scene: Scene, inverted: Inverted) -> Control:
         """Take over all attentions."""
-        source, target = (scene.model.tokens(prompt) for prompt in (scene.source, scene.target))
-        replaced = self.kind == "replace" or (self.kind == "auto" and _words(source) == _words(target))
-        length = scene.contexts.shape[1]
-        mixing = replacement(source, target, length) if replaced else refinement(source, target, length)
-        device = scene.z_0.device
-        positions = None
+        prompts = (scene.source, scene.target)
+        source, target = (Tokens.of(scene.model, prompt) for prompt in prompts)
+        replaced = self.kind == "replace" or (self.kind == "auto" and source.words == target.words)
+        tokens, own = replacement(source, target) if replaced else refinement(source, target)
+        weights, positions = torch.ones(target.length), None
         if self.words is not None:
-            prompts = (scene.source, scene.target)
             positions = [scene.model.positions(*pair) for pair in zip(prompts, self.words, strict=True)]
-        weights = torch.ones(length, device=device)
-        if positions is not None:
             weights[positions[1]] = self.weight
+        # of two prompts of several chunks, each is repeated until both are of one length
+        here, there = (scene.contexts.shape[1] // prompt.length for prompt in (source, target))
+        found = tokens.repeat(here, there) / there, own.repeat(there), weights.repeat(there)
+        *mixing, weights = (part.to(scene.z_0.device) for part in found)
         both = self.negative and inverted.negative is not None
-        return Maps(self, scene, tuple(part.to(device) for part in mixing), weights, positions, both)
+        return Maps(self, scene, mixing, weights, positions, both)
 
 
 class Maps(Control):
@@ -133,50 +133,87 @@ class Maps(Control):
         return torch.cat([z[:1], torch.where(either, z[1:], z[:1])])
 
 
-def _words(tokens: Sequence[str]) -> int:
-    return sum(token.endswith("</w>") for token in tokens)
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt's tokens, their places by the chunks that they are read in, and all places there are."""
+
+    names: Sequence[str]
+    places: Sequence[range]
+    length: int
+
+    @classmethod
+    def of(cls, model: Model, prompt: str) -> "Tokens":
+        """As the model reads the prompt alone."""
+        length = model.embed([prompt]).shape[1]
+        return cls(model.tokens(prompt), model.places(prompt), length)
+
+    @property
+    def words(self) -> int:
+        """How many there are."""
+        return sum(name.endswith("</w>") for name in self.names)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The places of each word's tokens."""
+        groups: list[list[int]] = [[]]
+        for name, place in zip(self.names, self.flat, strict=True):
+            groups[-1].append(place)
+            if name.endswith("</w>"):
+                groups.append([])
+        return [group for group in groups if group]
+
+    @property
+    def flat(self) -> list[int]:
+        """The place of each token."""
+        return [place for chunk in self.places for place in chunk]
+
+    @property
+    def ends(self) -> list[range]:
+        """What follows the tokens of each chunk: its end, and the padding behind it."""
+        size = self.length // len(self.places)
+        return [range(chunk.stop, (n + 1) * size) for n, chunk in enumerate(self.places)]
 
 
-def _groups(tokens: Sequence[str]) -> list[list[int]]:
-    """The places of each word's tokens, counted from 1, behind the prompt's start."""
-    groups: list[list[int]] = [[]]
-    for place, token in enumerate(tokens, start=1):
-        groups[-1].append(place)
-        if token.endswith("</w>"):
-            groups.append([])
-    return [group for group in groups if group]
-
-
-def replacement(source: Sequence[str], target: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Word by word: (length, length) from the source's tokens to the target's, and which keep their own.
+def replacement(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
+    """Word by word, from the source's tokens to the target's; and which of those keep their own map.
 
     The attention to a word of m tokens is shared out among the n tokens of the word in its place.
     """
-    old, new = _groups(source), _groups(target)
+    old, new = source.groups, target.groups
     if len(old) != len(new):
         raise UserError(
             f"kind: expected refine, got replace: the source has {len(old)} words, the target {len(new)}"
         )
-    mapping = torch.zeros(length, length)
-    mapping[0, 0] = 1
+    mapping, own = _begun(source, target)
     for here, there in zip(old, new, strict=True):
         if len(here) == len(there):
             mapping[here, there] = 1
         else:
             mapping[torch.tensor(here)[:, None], torch.tensor(there)] = 1 / len(there)
-    end, new_end = len(source) + 1, len(target) + 1
-    for place in range(new_end, length):  # the end, and the padding behind it
-        mapping[min(place - new_end + end, length - 1), place] = 1
-    return mapping, torch.zeros(length)
+        own[there] = 0
+    for here, there in zip(source.ends, target.ends, strict=False):
+        for n, place in enumerate(there):
+            mapping[here[min(n, len(here) - 1)], place] = 1
+            own[place] = 0
+    return mapping, own
 
 
-def refinement(source: Sequence[str], target: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+def refinement(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
     """By the alignment A of the tokens: the source's map of A(j) where there is one, or the target's."""
-    mapping, own = torch.zeros(length, length), torch.ones(length)
-    pairs = [(0, 0), *((a + 1, b + 1) for a, b in aligned(source, target))]
-    pairs += zip(range(len(source) + 1, length), range(len(target) + 1, length), strict=False)
+    mapping, own = _begun(source, target)
+    pairs = [(source.flat[a], target.flat[b]) for a, b in aligned(source.names, target.names)]
+    for here, there in zip(source.ends, target.ends, strict=False):
+        pairs += zip(here, there, strict=False)
     for here, there in pairs:
         mapping[here, there], own[there] = 1, 0
+    return mapping, own
+
+
+def _begun(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
+    """Nothing mapped but the chunks' starts, and everything else the target's own."""
+    mapping, own = torch.zeros(source.length, target.length), torch.ones(target.length)
+    for here, there in zip(source.places, target.places, strict=False):
+        mapping[here.start - 1, there.start - 1], own[there.start - 1] = 1, 0
     return mapping, own
 
 

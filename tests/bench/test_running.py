@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -215,21 +216,55 @@ def test_local_blend_keeps_the_source_outside_the_words(canvas: Canvas) -> None:
 
 def test_words_of_a_prompt_are_replaced_one_by_one_and_refined_by_alignment() -> None:
     from kvinv_plugins.editors.prompt_to_prompt import (  # pyright: ignore[reportMissingImports]
+        Tokens,
         aligned,
         refinement,
         replacement,
     )
 
-    mapping, own = replacement(["a</w>", "c", "at</w>"], ["a</w>", "dog</w>"], 7)
+    def tokens(names: list[str], length: int) -> Any:
+        return Tokens(names, [range(1, 1 + len(names))], length)
+
+    mapping, own = replacement(tokens(["a</w>", "c", "at</w>"], 7), tokens(["a</w>", "dog</w>"], 7))
     assert torch.equal(mapping[:, 2], torch.tensor([0.0, 0, 1, 1, 0, 0, 0])) and not own.any()
     assert mapping[4, 3] == 1  # the ends
-    split, _ = replacement(["dog</w>"], ["c", "at</w>"], 5)
+    split, _ = replacement(tokens(["dog</w>"], 5), tokens(["c", "at</w>"], 5))
     assert torch.equal(split[1], torch.tensor([0, 0.5, 0.5, 0, 0]))
     assert aligned(["a", "cat", "sits"], ["a", "red", "cat", "sits"]) == [(0, 0), (1, 2), (2, 3)]
-    mapping, own = refinement(["a", "cat"], ["a", "red", "cat"], 6)
+    mapping, own = refinement(tokens(["a", "cat"], 6), tokens(["a", "red", "cat"], 6))
     assert own.tolist() == [0, 0, 1, 0, 0, 0] and mapping[2, 3] == 1 and not mapping[:, 2].any()
     with pytest.raises(UserError, match="expected refine"):
-        replacement(["a</w>"], ["a</w>", "dog</w>"], 5)
+        replacement(tokens(["a</w>"], 5), tokens(["a</w>", "dog</w>"], 5))
+
+
+def test_words_of_a_second_chunk_are_aligned_with_those_of_the_first_and_no_attention_is_lost(
+    canvas: Canvas,
+) -> None:
+    reader = canvas.denoiser.backbone.prompts
+    canvas.denoiser.backbone.prompts = replace(reader, syntax="webui")
+    try:
+        long = "a cat on the grass, " * 5
+        scene, ddim = (
+            canvas.scene(f"{long} standing", f"red {long} (running:1.3)", 2.0),
+            make("ddim", "inversion"),
+        )
+        control: Any = make("prompt_to_prompt", "edit", words=("standing", "running")).control(
+            scene, ddim.invert(scene)
+        )
+        assert scene.contexts.shape[1] == len(control.own) == 48
+        (source,), (target,) = control.positions
+        assert (source, target) == (24 + 10, 24 + 11)
+        moved = control.tokens.sum(0) + control.own
+        assert torch.equal(moved, torch.ones(48))
+        assert control.own[1] == 1 and control.tokens[1, 2] == 1  # red is new, and a stands after it
+        for prompts in [(long, long), ("a cat", f"{long} running"), (f"{long} running", "a cat")]:
+            pair = canvas.scene(*prompts, 2.0)
+            source, target = edited(pair, ddim, make("prompt_to_prompt", "edit"))
+            assert close(target, source) == (prompts[0] == prompts[1])
+        masked = make("masactrl", "edit", word="grass", empty_source=False, start=0.0)
+        assert edited(scene, ddim, masked).isfinite().all()
+    finally:
+        canvas.denoiser.backbone.prompts = reader
 
 
 def test_kv_inversion_is_among_the_methods(picture: Image.Image) -> None:

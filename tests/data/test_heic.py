@@ -7,8 +7,9 @@ from pathlib import Path
 
 import fits
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from kvinv_pl.api import as_file
 from kvinv_pl.data.pictures import is_picture, open_picture
 from kvinv_pl.errors import UserError
 
@@ -31,6 +32,23 @@ def test_a_heic_picture_is_read_whatever_it_is_called(heic: Path) -> None:
     opened = open_picture(heic.rename(heic.with_suffix(""))).image
     assert opened.size == (64, 32)
     assert fits.levels(opened, fits.opened(heic.with_name("a.png"))) < 40
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_turned_heic_picture_is_turned_upright_exactly_once(tmp_path: Path, orientation: int) -> None:
+    pillow_heif.register_heif_opener()
+    taken, exif = fits.opened(fits.picture(tmp_path / "a.png", (64, 32))), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    taken.save(tmp_path / "a.heic", quality=100, exif=exif)
+    taken.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "a.heic") as file:
+        assert file.info["original_orientation"] == orientation  # as the camera wrote it
+    upright, expected = (open_picture(tmp_path / name).image for name in ("a.heic", "turned.png"))
+    assert upright.size == expected.size == ((32, 64) if orientation > 4 else (64, 32))
+    assert fits.levels(upright, expected) < 40 < fits.levels(upright, taken.resize(upright.size))
+    # and one that is given opened, from Python
+    given = as_file(Image.open(tmp_path / "a.heic"), tmp_path, "given")
+    assert fits.levels(open_picture(given).image, upright) == 0
 
 
 def test_without_pillow_heif_it_is_told_what_it_takes(heic: Path, monkeypatch: pytest.MonkeyPatch) -> None:

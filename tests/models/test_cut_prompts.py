@@ -24,8 +24,10 @@ def test_the_words_that_are_lost_are_said_once_for_each_prompt_that_is_cut(backb
     source, target = LONG + "a dog standing on the grass", LONG + "a dog running"
     prompts = [("source prompt", source), ("target", target), ("target", target), ("target", "a cat")]
     assert list(cuts(backbone, prompts)) == [
-        "the source prompt is longer than the model reads, and these words are lost: standing on the grass",
-        "the target is longer than the model reads, and these words are lost: running",
+        "the source prompt is longer than the model reads, and these words are lost "
+        "(--model.prompt_syntax webui reads them): standing on the grass",
+        "the target is longer than the model reads, and these words are lost "
+        "(--model.prompt_syntax webui reads them): running",
     ]
 
 
@@ -57,6 +59,6 @@ def test_a_command_says_what_is_cut_even_if_quiet_and_refuses_what_reads_alike_b
     fits.trainer().run(model, SourceImages(str(image), source, [other], out=str(tmp_path / "run")))
     said = [record.message for record in caplog.records if record.name.startswith("kvinv_pl")]
     assert [line.partition(" is longer")[0] for line in said] == ["the negative prompt", "the source prompt"]
-    assert said[1].endswith("these words are lost: standing")
+    assert said[1].endswith("reads them): standing")
     with pytest.raises(UserError, match="only after what the model reads"):
         fits.trainer().edit(model, SourceImages(run=str(tmp_path / "run"), targets=[alike]))

@@ -262,8 +262,8 @@ def test_nothing_is_trainable_and_gradients_pass_through_epsilon(load: Load) -> 
 
 def test_what_a_prompt_has_too_much_is_told(load: Load) -> None:
     backbone = load("tiny")
-    assert backbone.unread("a cat running") == "" and backbone.unread("") == ""
-    assert backbone.unread("a cat " * 11 + "on the grass") == "on the grass"
+    assert backbone.prompts.unread("a cat running") == "" and backbone.prompts.unread("") == ""
+    assert backbone.prompts.unread("a cat " * 11 + "on the grass") == "on the grass"
     torch.testing.assert_close(
         backbone.embed(["a cat " * 11]), backbone.embed(["a cat " * 11 + "on the grass"])
     )

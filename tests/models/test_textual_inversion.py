@@ -76,8 +76,8 @@ def test_every_vector_of_a_word_counts_where_the_words_of_a_prompt_are(taught: B
     assert word_positions(taught, PROMPTS[0], WORD) == [2, 3, 4]
     assert word_positions(taught, PROMPTS[0], "running") == [5]
     assert word_positions(taught, PROMPTS[0], f"{WORD} running") == [2, 3, 4, 5]
-    assert taught.unread(f"a cat {WORD} " * 4 + "a red") == ""  # 22 tokens, as many as are read
-    assert taught.unread(f"a cat {WORD} " * 4 + "a red cat") == "cat"
+    assert taught.prompts.unread(f"a cat {WORD} " * 4 + "a red") == ""  # 22 tokens, as many as are read
+    assert taught.prompts.unread(f"a cat {WORD} " * 4 + "a red cat") == "cat"
     assert len(taught.read(f"{WORD} " * 8)) == 22
 
 
