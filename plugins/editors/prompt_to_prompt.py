@@ -184,36 +184,42 @@ def replacement(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"kind: expected refine, got replace: the source has {len(old)} words, the target {len(new)}"
         )
-    mapping, own = _begun(source, target)
+    mapping, own = _around_words(source, target, to_the_end=True)
     for here, there in zip(old, new, strict=True):
         if len(here) == len(there):
             mapping[here, there] = 1
         else:
             mapping[torch.tensor(here)[:, None], torch.tensor(there)] = 1 / len(there)
         own[there] = 0
-    for here, there in zip(source.ends, target.ends, strict=False):
-        for n, place in enumerate(there):
-            mapping[here[min(n, len(here) - 1)], place] = 1
-            own[place] = 0
     return mapping, own
 
 
 def refinement(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
     """By the alignment A of the tokens: the source's map of A(j) where there is one, or the target's."""
-    mapping, own = _begun(source, target)
-    pairs = [(source.flat[a], target.flat[b]) for a, b in aligned(source.names, target.names)]
-    for here, there in zip(source.ends, target.ends, strict=False):
-        pairs += zip(here, there, strict=False)
-    for here, there in pairs:
+    mapping, own = _around_words(source, target, to_the_end=False)
+    for a, b in aligned(source.names, target.names):
+        here, there = source.flat[a], target.flat[b]
         mapping[here, there], own[there] = 1, 0
     return mapping, own
 
 
-def _begun(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
-    """Nothing mapped but the chunks' starts, and everything else the target's own."""
+def _around_words(source: Tokens, target: Tokens, to_the_end: bool) -> tuple[Tensor, Tensor]:
+    """The mapping of what is around the words, chunk by chunk: starts, ends and padding.
+
+    The last chunk of a prompt of fewer chunks stands for all that the other has more, so that no attention is
+    lost: that to the start is most of it, and is alike in every chunk.
+    """
     mapping, own = torch.zeros(source.length, target.length), torch.ones(target.length)
-    for here, there in zip(source.places, target.places, strict=False):
-        mapping[here.start - 1, there.start - 1], own[there.start - 1] = 1, 0
+    s, t = len(source.places), len(target.places)
+    pairs = [(min(n, s - 1), min(n, t - 1)) for n in range(max(s, t))]
+    for a, b in pairs:
+        share = 1 / [here for here, _ in pairs].count(a)
+        here, there = source.ends[a], target.ends[b]
+        reach = len(there) if to_the_end else min(len(here), len(there))
+        ends = ((here[min(n, len(here) - 1)], there[n]) for n in range(reach))
+        for old, new in ((source.places[a].start - 1, target.places[b].start - 1), *ends):
+            mapping[old, new] += share
+            own[new] = 0
     return mapping, own
 
 

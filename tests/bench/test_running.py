@@ -244,21 +244,21 @@ def test_words_of_a_second_chunk_are_aligned_with_those_of_the_first_and_no_atte
     canvas.denoiser.backbone.prompts = replace(reader, syntax="webui")
     try:
         long = "a cat on the grass, " * 5
-        scene, ddim = (
-            canvas.scene(f"{long} standing", f"red {long} (running:1.3)", 2.0),
+        scene = canvas.scene(f"{long} standing", f"red {long} (running:1.3)", 2.0)
+        ddim, ours = (
             make("ddim", "inversion"),
+            make("prompt_to_prompt", "edit", words=("standing", "running")),
         )
-        control: Any = make("prompt_to_prompt", "edit", words=("standing", "running")).control(
-            scene, ddim.invert(scene)
-        )
+        control: Any = ours.control(scene, ddim.invert(scene))
         assert scene.contexts.shape[1] == len(control.own) == 48
-        (source,), (target,) = control.positions
-        assert (source, target) == (24 + 10, 24 + 11)
+        assert control.positions == [[24 + 13], [24 + 13]]  # both chunks end at a comma
         moved = control.tokens.sum(0) + control.own
         assert torch.equal(moved, torch.ones(48))
         assert control.own[1] == 1 and control.tokens[1, 2] == 1  # red is new, and a stands after it
         for prompts in [(long, long), ("a cat", f"{long} running"), (f"{long} running", "a cat")]:
             pair = canvas.scene(*prompts, 2.0)
+            control = make("prompt_to_prompt", "edit").control(pair, ddim.invert(pair))
+            assert torch.equal(control.tokens[[0, 24]].sum(1), torch.ones(2))  # what the starts attract
             source, target = edited(pair, ddim, make("prompt_to_prompt", "edit"))
             assert close(target, source) == (prompts[0] == prompts[1])
         masked = make("masactrl", "edit", word="grass", empty_source=False, start=0.0)
