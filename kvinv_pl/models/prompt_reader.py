@@ -140,9 +140,9 @@ def weighted(
 ) -> Float[Tensor, "chunks length d"]:
     """The tokens of chunks times their weights, and each chunk with the mean magnitude that it had.
 
-    Without the latter a weight would make all of a prompt louder. Web UIs restore the mean itself, which of
-    some text models is about 0: the quotient of two such means is anything, of either sign. For Stable
-    Diffusion's, whose tokens are much alike in mean and in magnitude, both come to nearly the same.
+    Without the latter a weight would make all of a prompt louder. Web UIs restore the mean itself, which is
+    the same where tokens are alike in mean and in magnitude, but of some text models is about 0 (0.0008 in
+    the embedded one, beside a magnitude of 0.56): the quotient of two such means is anything.
     """
     if bool((weights == 1).all()):
         return read

@@ -21,6 +21,7 @@ from kvinv_pl.data.records import of_optimizer
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
+from kvinv_pl.stages.kinds import plain, require_kind
 
 Reading = Literal["frozen", "blend"]
 KeyValues = Literal["stored", "replayed"]
@@ -45,9 +46,15 @@ class Settings:
     def _chosen(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for setting in fields(cls):
             value = next((given[name] for name in options_of(setting) if given[name] is not None), None)
-            if value is not None and setting.type in (float, float | None):
+            value = plain(value)
+            if isinstance(value, int) and setting.type in (float, float | None):
                 value = float(value)
             yield setting.name, value
+
+    def __post_init__(self) -> None:
+        """Refuse values of another kind than the fields'."""
+        for setting in fields(self):
+            require_kind(options_of(setting)[0], getattr(self, setting.name), setting.type)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class InversionSettings(Settings):
 
     def __post_init__(self) -> None:
         """Validate, with the names of the parameters in errors."""
+        super().__post_init__()
         at_least_0("inversion_guidance", self.guidance)
 
     def record(self) -> dict[str, Any]:
@@ -86,6 +94,7 @@ class TuningSettings(Settings):
 
     def __post_init__(self) -> None:
         """Validate, with the names of the parameters in errors."""
+        super().__post_init__()
         at_least_0("tuning_guidance", self.guidance)
         at_least_1("inner_steps", self.inner_steps)
         at_least_1("settle_steps", self.settle_steps)
@@ -169,6 +178,7 @@ class EditSettings(Settings):
 
     def __post_init__(self) -> None:
         """Validate, with the names of the parameters in errors."""
+        super().__post_init__()
         at_least_0("guidance", self.guidance)
         if self.source_guidance is not None:
             at_least_0("source_guidance", self.source_guidance)

@@ -28,6 +28,7 @@ from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
 from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
+from kvinv_pl.stages.kinds import plain, require_kind
 from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.search import Auto, Search, search_edits, settled
@@ -185,9 +186,11 @@ class KVInversion(LightningModule):
         self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
         self.tuning = TuningSettings.of(given)
         self.choices = Choices.of(given)
-        self.steps, self.slots = steps, slots
-        at_least_1("steps", steps)
-        at_least_1("slots", 1 if slots == "auto" else slots)
+        self.steps, self.slots = plain(steps), plain(slots)
+        counts = {"steps": steps, "slots": 1 if slots == "auto" else slots, "clip_skip": clip_skip}
+        for name, count in counts.items():
+            require_kind(name, plain(count), int)
+            at_least_1(name, count)
         self.pipeline: Pipeline | None = None  # in place of the checkpoint, from Python
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None

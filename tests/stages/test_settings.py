@@ -1,11 +1,13 @@
 """The settings of the stages: what they refuse, and what the records say of an option added later."""
 
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import fits
+import numpy as np
 import pytest
 from fits import SOURCE, TARGET
 
@@ -50,6 +52,29 @@ def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(checkpoint: str, gu
     assert module.editing.guidance == module.tuning.guidance == guidance
     assert KVInversion(checkpoint, guidance=0.0).editing.guidance == 0.0
     assert KVInversion(checkpoint, source_guidance=2.0).tuning.guidance == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"guidance": "high"}, "guidance: expected a number, got 'high'"),
+        ({"source_guidance": [2]}, "source_guidance: expected a number or None, got [2]"),
+        ({"inversion_guidance": None}, "inversion_guidance: expected a number, got None"),
+        ({"steps": "50"}, "steps: expected a whole number, got '50'"),
+        ({"slots": "many"}, "slots: expected a whole number, got 'many'"),
+        ({"clip_skip": 1.5}, "clip_skip: expected a whole number, got 1.5"),
+        ({"inner_steps": True}, "inner_steps: expected a whole number, got True"),
+        ({"carry": 1}, "carry: expected True or False, got 1"),
+        ({"negative": None}, "negative: expected a text, got None"),
+        ({"subject": 3}, "subject: expected a text or None, got 3"),
+        ({"reading": 3}, "reading: expected one of 'frozen', 'blend', got 3"),
+    ],
+)
+def test_a_setting_of_another_kind_is_told_in_one_line(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        KVInversion(**given)
+    module = KVInversion(guidance=np.float32(5), steps=np.int64(3), start=1)  # NumPy's numbers are numbers
+    assert module.editing.guidance == 5.0 and module.steps == 3 and isinstance(module.editing.start, float)
 
 
 @pytest.mark.parametrize("kind", [InversionSettings, TuningSettings, EditSettings])
