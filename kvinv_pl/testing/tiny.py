@@ -60,6 +60,10 @@ class TinyModel:
         """Its words."""
         return [f"{word}</w>" for word in prompt.split()]
 
+    def places(self, prompt: str) -> list[range]:
+        """After the start, in one chunk."""
+        return [range(1, 1 + len(prompt.split()))]
+
     def positions(self, prompt: str, word: str) -> list[int]:
         """The places of a word."""
         found = [place for place, other in enumerate(prompt.split(), 1) if other == word]

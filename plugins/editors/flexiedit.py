@@ -77,8 +77,9 @@ class FlexiEdit:
 
     def _inside(self, scene: Scene) -> Float[Tensor, "1 1 h w"]:
         """Where the picture attends to the words that the target alone has; everywhere if there are none."""
-        known = set(scene.model.tokens(scene.source))
-        places = [n for n, token in enumerate(scene.model.tokens(scene.target), 1) if token not in known]
+        known, tokens = set(scene.model.tokens(scene.source)), scene.model.tokens(scene.target)
+        flat = [place for chunk in scene.model.places(scene.target) for place in chunk]
+        places = [place for place, token in zip(flat, tokens, strict=True) if token not in known]
         if not places:
             return torch.ones_like(scene.z_0[:, :1])
         seen, last = Seen(scene.model.cross_attentions, places), len(scene.table) - 1
