@@ -10,7 +10,7 @@ from kvinv_pl.models.prompt_syntax import parsed
 
 def weights(prompt: str) -> list[tuple[str, float]]:
     (part,) = parsed(prompt, "webui")
-    return [tuple(words) for words in part]
+    return [(words.text, words.weight) for words in part]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(checkpoint: str, gu
 def test_a_setting_of_another_kind_is_told_in_one_line(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         KVInversion(**given)
-    module = KVInversion(guidance=np.float32(5), steps=np.int64(3), start=1)  # NumPy's numbers are numbers
+    of_numpy: dict[str, Any] = {"guidance": np.float32(5), "steps": np.int64(3)}
+    module = KVInversion(**of_numpy, start=1)
     assert module.editing.guidance == 5.0 and module.steps == 3 and isinstance(module.editing.start, float)
 
 
