@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def test_every_vector_of_a_word_counts_where_the_words_of_a_prompt_are(taught: B
     assert word_positions(taught, PROMPTS[0], f"{WORD} running") == [2, 3, 4, 5]
     assert taught.prompts.unread(f"a cat {WORD} " * 4 + "a red") == ""  # 22 tokens, as many as are read
     assert taught.prompts.unread(f"a cat {WORD} " * 4 + "a red cat") == "cat"
-    assert len(taught.read(f"{WORD} " * 8)) == 22
+    assert len(taught.prompts.chunks(f"{WORD} " * 8)[0]) == 22
+    webui = replace(taught.prompts, syntax="webui")  # which cuts no word
+    assert [len(chunk) for chunk in webui.chunks(f"({WORD}:1.2) " * 8)] == [21, 3]
 
 
 def test_every_layout_is_the_same_word(checkpoint: Path, taught: Backbone, tmp_path: Path) -> None:
