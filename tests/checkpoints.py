@@ -51,14 +51,14 @@ def make(kind: Kind, folder: Path | str) -> Path:
 
 def clip(folder: Path) -> Path:
     """A CLIP of random weights in a folder, which reads the words of the others."""
-    text = {**_text_encoder("tiny").config.to_dict(), "projection_dim": 8}
+    text = {**text_encoder("tiny").config.to_dict(), "projection_dim": 8}
     vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16}
     vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         config: Any = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
         CLIPModel(config).save_pretrained(folder)
-        _tokenizer("tiny").save_pretrained(folder)
+        tokenizer("tiny").save_pretrained(folder)
     return folder
 
 

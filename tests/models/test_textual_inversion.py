@@ -102,7 +102,7 @@ def test_every_layout_is_the_same_word(checkpoint: Path, taught: Backbone, tmp_p
         ours.append(load(checkpoint, given, allow_pickle=True))
         assert torch.equal(ours[-1].embed(PROMPTS), expected), given
     named = load(checkpoint, saved(tmp_path / "EasyNegative.safetensors", {"emb_params": VECTORS[0]}))
-    tokens = named.tokenizer.convert_ids_to_tokens(named.tokens("a easynegative, easynegatives"))
+    tokens = [token.name for token in named.prompts.tokens("a easynegative, easynegatives")]
     assert tokens[1] == "easynegative" and tokens.count("easynegative") == 1
     assert word_positions(named, "a EasyNegative cat", "cat") == [3]
     assert word_positions(named, "a easynegative cat", "EasyNegative") == [2]
@@ -145,7 +145,7 @@ def test_what_is_no_word_of_this_text_model_is_refused(
 
 def test_a_word_is_one_word_and_of_one_file(checkpoint: Path, file: str, tmp_path: Path) -> None:
     several = saved(tmp_path / "several.safetensors", {"<a>": VECTORS, "<b>": VECTORS + 1})
-    assert len(load(checkpoint, several).tokens("<a> <b>")) == 6
+    assert len(load(checkpoint, several).prompts.tokens("<a> <b>")) == 6
     for given, words in [
         ([f"two words={file}"], "expected FILE or WORD=FILE with one word"),
         ([f"={file}"], "expected FILE or WORD=FILE with one word"),
