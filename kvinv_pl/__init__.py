@@ -4,18 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvinv_pl.api import load
+    from kvinv_pl.app.pipeline import KVInversionPipeline
     from kvinv_pl.attention import CPAttention, Site
     from kvinv_pl.data.run_store import RunStore
     from kvinv_pl.training.datamodule import SourceImages
     from kvinv_pl.training.module import KVInversion
 
-__all__ = ["CPAttention", "KVInversion", "RunStore", "Site", "SourceImages", "load"]
+__all__ = ["CPAttention", "KVInversion", "KVInversionPipeline", "RunStore", "Site", "SourceImages", "load"]
 _WHERE = {
     "load": "api",
     "CPAttention": "attention",
     "Site": "attention",
     "SourceImages": "training.datamodule",
     "KVInversion": "training.module",
+    "KVInversionPipeline": "app.pipeline",
     "RunStore": "data.run_store",
 }
 

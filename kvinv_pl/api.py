@@ -4,26 +4,27 @@ import inspect
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
+from torch import Tensor
 
+from kvinv_pl.attention.config import build
 from kvinv_pl.attention.registry import resolve
+from kvinv_pl.data.in_memory import Picture, as_file
 from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
 from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
+from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
-
-Picture = Image.Image | Image.SupportsArrayInterface | str | Path
-"""A picture of pillow, an array of 8 bits (height, width, 3), or a path."""
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 class Run:
@@ -48,13 +49,27 @@ class Run:
             **settings: Of this edit, as KVInversion has them: guidance, reading, start, background and so on.
         """
         _require_text("target", target)
+        return open_picture(self.edits([target], **settings)[0]).image
+
+    def edits(self, targets: list[str], **settings: Any) -> list[Path]:
+        """Edits to several targets, rendered together; the files of their pictures, in the run folder.
+
+        Args:
+            targets: What it should become, an edit for each.
+            **settings: As of `edit`.
+        """
         _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
         changes = {name: value for name, value in settings.items() if value is not None}
         # overwrite: the model in memory may have changed, with a LoRA for example
-        data = SourceImages(run=str(self.folder), targets=[target], overwrite=True)
+        data = SourceImages(run=str(self.folder), targets=targets, overwrite=True)
         model = self.owner.model
         self.owner.trainer().edit(model, data, replace(model.editing, **changes))
-        return open_picture(model.last_edits[0]).image
+        return model.last_edits
+
+    def tune(self) -> "Run":
+        """Tune what is inverted, or tuned in part."""
+        self.owner.trainer().fit(self.owner.model, datamodule=SourceImages(run=str(self.folder)))
+        return self
 
 
 class KVInverter:
@@ -63,11 +78,18 @@ class KVInverter:
     def __init__(self, model: KVInversion, **trainer: Any) -> None:
         """Take the module, and options for the trainer such as accelerator and precision."""
         self.model, self._options = model, {"quiet": True, "logger": False, **trainer}
+        self.progress: Progress | None = None
+        """Who is told how far a stage is; None: the terminal, unless it is quiet."""
+        self.after_step: Callable[[int, int, Tensor], Tensor | None] | None = None
+        """As `Watch` has it."""
         self.trainer()  # refuses bad options now
 
     def trainer(self) -> KVTrainer:
         """A fresh trainer with the options given."""
-        return KVTrainer(**self._options)
+        trainer = KVTrainer(**self._options)
+        trainer.watch.progress = self.progress or trainer.watch.progress
+        trainer.watch.after_step = self.after_step
+        return trainer
 
     def tune(
         self,
@@ -76,6 +98,7 @@ class KVInverter:
         out: str | Path | None = None,
         mask: Picture | None = None,
         geometry: Literal["keep", "crop"] = "keep",
+        stage: Literal["fit", "invert"] = "fit",
     ) -> Run:
         """Invert and tune one picture.
 
@@ -85,6 +108,7 @@ class KVInverter:
             out: The run folder, resumed if it exists; None: a temporary one, deleted with the Run.
             mask: A mask of the subject, for variants that take one, in the same kinds.
             geometry: keep, or crop.
+            stage: fit, or invert, which leaves the tuning to `Run.tune`.
         """
         _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
@@ -95,7 +119,8 @@ class KVInverter:
             path = as_file(image, Path(scratch), "picture")
             mask_path = None if mask is None else str(as_file(mask, Path(scratch), "mask"))
             data = SourceImages(str(path), source, [], mask_path, str(folder), geometry)
-            self.trainer().fit(self.model, datamodule=data)
+            trainer = self.trainer()
+            (trainer.fit if stage == "fit" else trainer.invert)(self.model, datamodule=data)
         return run
 
 
@@ -118,43 +143,37 @@ def load(
         **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1; attention may be the
             name of a variant.
     """
+    model = load_module(checkpoint, **settings)
+    return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
+
+
+def load_module(checkpoint: str | Path | Pipeline, **settings: Any) -> KVInversion:
+    """The module alone; its checkpoint is loaded when a stage begins."""
     _require_known("load", settings, list(inspect.signature(KVInversion).parameters))
     if isinstance(settings.get("attention"), str):
         settings["attention"] = resolve(settings["attention"])
     if isinstance(checkpoint, (str, Path)):
-        model = KVInversion(str(checkpoint), **settings)
-    else:
-        refuse_other_pipelines(checkpoint)
-        model = KVInversion(IN_MEMORY, **settings)
-        model.pipeline = checkpoint
-    return KVInverter(model, accelerator=accelerator, precision=precision, quiet=quiet)
+        return KVInversion(str(checkpoint), **settings)
+    refuse_other_pipelines(checkpoint)
+    model = KVInversion(IN_MEMORY, **settings)
+    model.pipeline = checkpoint
+    return model
 
 
-def as_file(image: Picture, folder: Path, name: str) -> Path:
-    """The path of a picture, written to `folder` if it has none; as TIFF where PNG cannot store it."""
-    if isinstance(image, (str, Path)):
-        return Path(image)
-    array: Any = getattr(image, "__array_interface__", None)
-    if not isinstance(image, Image.Image) and array is not None and array["typestr"] == "|u1":
-        try:
-            image = Image.fromarray(cast(Any, image))
-        except (TypeError, ValueError) as error:
-            got = tuple(array["shape"])
-            raise UserError(f"{name}: expected (height, width, 3), got {got}: transpose it") from error
-    if not isinstance(image, Image.Image):
-        shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-        got = type(image).__name__ if shape is None else f"{dtype} of {tuple(shape)}"
-        raise UserError(
-            f"{name}: expected a path, a picture of pillow or an array of 8 bits (height, width, 3), "
-            f"got {got}; PIL.Image.open and PIL.Image.fromarray make pictures"
-        )
-    upright = ImageOps.exif_transpose(image)
-    path = folder / f"{name}.{'png' if upright.mode in PNG_MODES else 'tif'}"
-    try:
-        upright.save(path)
-    except OSError as error:
-        raise UserError(f"{name}: expected a picture, got one of mode {image.mode}: {error}") from error
-    return path
+def open_run(folder: str | Path, **given: Any) -> Run:
+    """A tuned run folder with the model and the settings that it was tuned with, ready to edit.
+
+    Args:
+        folder: The run folder.
+        **given: Arguments of `load` in place of the run's own, accelerator for example.
+    """
+    return Run(load(**{**settings_to_open(folder), **given}), Path(folder).expanduser())
+
+
+def settings_to_open(folder: str | Path) -> dict[str, Any]:
+    """What `load` is given for a tuned run folder."""
+    found = settings_of(Path(folder).expanduser())
+    return {**found["model"], "attention": build(found["model"]["attention"]), **found.get("trainer", {})}
 
 
 def _require_text(name: str, text: object) -> None:

@@ -21,7 +21,7 @@ FLOORS = [
     {"stages", "testing"},
     {"training"},
     {"api"},
-    {"bench"},
+    {"app", "bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -29,7 +29,8 @@ FLOORS = [
 DOORS = {
     "lightning": {"training", "cli"},
     # testing: the conformance kit puts variants into a layer as they will be used, and not into one like it
-    "diffusers": {"attention", "models", "testing"},
+    # app: a pipeline of diffusers is one of its kind
+    "diffusers": {"app", "attention", "models", "testing"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
     "peft": {"attention"},
@@ -39,7 +40,7 @@ DOORS = {
     "numpy": {"bench", "data", "menagerie", "models"},
     "torchmetrics": {"bench"},
     "pillow_heif": {"data"},
-    "PIL": {"api", "bench", "cli", "data", "menagerie", "models", "stages"},
+    "PIL": {"api", "app", "bench", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PUBLIC = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.attention.config import of_variant
@@ -99,22 +100,35 @@ def edit_picture(
     if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
         edited_at = settings.guide.source_scale
         watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
-    reader = Reader(denoiser, store, targets, settings)
+    reader, changed = Reader(denoiser, store, targets, settings), list[int]()
+
+    def after(i: int, z: Tensor) -> Tensor:
+        z = reader.keep(i, z)
+        other = watch.after_step(i, int(table.timesteps[i]), z) if watch.after_step else None
+        if other is None or other is z:
+            return z
+        changed.append(i)
+        return other.to(z)
+
     watch.progress.begin("editing", image.name, len(table))
     z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
     with reader.reading_ahead():
         z_0 = edit(
             reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
-            lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), reader.keep,
+            lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after,
         )  # fmt: skip
     finite = z_0.isfinite().flatten(1).all(1).tolist()
     geometry = geometry_of(run["picture"])
     decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
     edited = [to_image(pixels.cpu(), geometry) for pixels in decoded]
+    # what a callback has changed, the same settings alone would not give
+    unlike = {"steps_changed_by_a_callback": changed} if changed else {}
     seconds = round((time.perf_counter() - began) / len(targets), 2)
     rendered = [target for target, is_finite in zip(targets, finite, strict=True) if is_finite]
     for target, picture in zip(rendered, edited, strict=True):
-        paths[target] = edits.save(target, picture, {**records[target], "figures": {"seconds": seconds}})
+        paths[target] = edits.save(
+            target, picture, {**records[target], **unlike, "figures": {"seconds": seconds}}
+        )
     store.save_picture("sheet", sheet_of(store))
     watch.progress.finish()
     if lost := [target for target in targets if target not in rendered]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -35,14 +35,23 @@ class Progress:
         self._task, self._total, self._done = f"{stage} {picture}", total, 0
         self._began = self._drawn = time.monotonic()
 
+    def line(self, detail: str) -> str:
+        """What is under way, how far it is and how long the rest will take."""
+        took = time.monotonic() - self._began
+        left = f", {_clock(took * (self._total / self._done - 1))} left" if self._done else ""
+        return f"{self._task}: {self._done}/{self._total} {detail}{left}"
+
+    @property
+    def share(self) -> float:
+        """How much of the stage is done, 0 to 1."""
+        return self._done / max(1, self._total)
+
     def show(self, detail: str) -> None:
         """Show the progress of the stage, rate-limited."""
         now = time.monotonic()
         if self.quiet or now - self._drawn < (REDRAWN if self._interactive else REPEATED):
             return
-        self._drawn = now
-        left = f", {_clock((now - self._began) * (self._total / self._done - 1))} left" if self._done else ""
-        line = f"{self._task}: {self._done}/{self._total} {detail}{left}"
+        self._drawn, line = now, self.line(detail)
         if self._interactive:  # a line that wraps could not be rewritten
             self._write(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}")
         else:
@@ -90,6 +99,8 @@ class Watch:
     loggers: Sequence[Any] = ()
     x_0_every: int = 0
     """Every so many timesteps the predicted x_0 is logged; 0: never."""
+    after_step: Callable[[int, int, Tensor], Tensor | None] | None = None
+    """After each step of edits: takes its index, its timestep and the latents, and may return others."""
 
 
 def log_phase(loggers: Sequence[Any], name: str, i: int, figures: Mapping[str, float], device: Any) -> None:

@@ -1,0 +1,105 @@
+"""A pipeline whose model is on one device, or on the CPU between its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from typing_extensions import Self
+
+from kvinv_pl.errors import UserError
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.precision import COMPUTE_DTYPES
+
+ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
+"""Devices of torch, and what a trainer calls them."""
+ONE_DEVICE = "tuning takes gradients through the whole U-Net, which is on one device"
+
+
+def one_device(name: str, given: str | torch.device) -> torch.device:
+    """The device that is meant; raises UserError if it is several, or none of ours."""
+    try:
+        device = torch.device(given)
+    except RuntimeError:  # balanced, auto
+        device = torch.device("meta")
+    if device.type not in ACCELERATORS or device.index:
+        raise UserError(
+            f"{name}: expected {', '.join(ACCELERATORS)}, got {given}: {ONE_DEVICE}; "
+            "CUDA_VISIBLE_DEVICES says which GPU"
+        )
+    return torch.device(device.type)
+
+
+class OnOneDevice(DiffusionPipeline):
+    """Where the model is, in the words of diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._module: KVInversion | None = None
+        self._device, self._precision, self._offloads = torch.device("cpu"), "32-true", False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stages run."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the U-Net and the text model."""
+        return COMPUTE_DTYPES[self._precision]
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the model to a device, on which the stages run.
+
+        Args:
+            device: cpu, cuda or mps.
+            dtype: Only the one that it was loaded in.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, self.dtype):
+            raise UserError(f"dtype: it is loaded in {self.dtype}: give from_pretrained torch_dtype={dtype}")
+        if device is None:
+            return self
+        place = one_device("device", device)
+        if self._module is not None:
+            self._module.to(place)
+        self._device, self._offloads = place, False
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """Have the model on the accelerator while a stage runs, and on the CPU between stages.
+
+        Args:
+            gpu_id: 0.
+            device: The accelerator; None: the one there is.
+        """
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        place = torch.device(device or found or "cpu")
+        if place.type == "cpu" or gpu_id:
+            raise UserError(
+                f"enable_model_cpu_offload: expected an accelerator, the first, got {gpu_id or place}"
+            )
+        self.to("cpu")
+        self._device, self._offloads = torch.device(place.type), True
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """Refuse it."""
+        raise UserError(f"enable_sequential_cpu_offload: {ONE_DEVICE}: take enable_model_cpu_offload")
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse it."""
+        raise UserError(f"enable_group_offload: {ONE_DEVICE}: take enable_model_cpu_offload")
+
+    @contextmanager
+    def _stage(self) -> Iterator[None]:
+        """Clear the accelerator after a stage, if it is offloaded."""
+        try:
+            yield
+        finally:
+            if self._offloads and self._module is not None:
+                self._module.to("cpu")
+                torch.accelerator.empty_cache()
