@@ -33,6 +33,8 @@ def as_file(image: Picture, folder: Path, name: str) -> Path:
             f"got {got}; PIL.Image.open and PIL.Image.fromarray make pictures"
         )
     upright = ImageOps.exif_transpose(image)
+    if upright.mode == "YCbCr":  # pillow 12 writes it as a TIFF that it cannot read
+        upright = upright.convert("RGB")
     path = folder / f"{name}.{'png' if upright.mode in PNG_MODES else 'tif'}"
     try:
         upright.save(path)
