@@ -40,6 +40,8 @@ DOORS = {
     "numpy": {"bench", "data", "menagerie", "models"},
     "torchmetrics": {"bench"},
     "pillow_heif": {"data"},
+    "jinja2": {"app"},
+    "yaml": {"app", "cli"},
     "PIL": {"api", "app", "bench", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
@@ -174,7 +176,7 @@ def test_what_is_imported_is_declared():
     lines = [*project["dependencies"], *project["optional-dependencies"]["heic"]]
     declared = {line.split("[")[0].split(">")[0].replace("-", "_") for line in lines}
     used = {
-        module.partition(".")[0].replace("PIL", "pillow")
+        {"PIL": "pillow", "yaml": "pyyaml"}.get(top := module.partition(".")[0], top)
         for path in [*PACKAGE, *PLUGINS]
         for module, _ in imports_of(path)
         if is_foreign(module)

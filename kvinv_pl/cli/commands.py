@@ -19,10 +19,14 @@ FILES = {
     "methods": "kvinv_pl.cli.methods",
     "bench": "kvinv_pl.cli.bench",
     "ablate": "kvinv_pl.cli.ablate",
+    "report": "kvinv_pl.cli.report",
     "check": "kvinv_pl.cli.variants",
 }
 """The module of each command, which is a function of that name; only the module in use is imported."""
-FIRST = {"mask": "image", "variants": "name", "methods": "name", "check": "target", "new-variant": "name"}
+FIRST = {
+    **{"mask": "image", "variants": "name", "methods": "name", "check": "target", "new-variant": "name"},
+    **{"report": "folder"},
+}
 """The option that a command's first positional argument stands for."""
 
 
