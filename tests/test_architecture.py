@@ -42,6 +42,7 @@ DOORS = {
     "pillow_heif": {"data"},
     "jinja2": {"app"},
     "yaml": {"app", "cli"},
+    "gradio": {"app"},
     "PIL": {"api", "app", "bench", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
@@ -173,7 +174,10 @@ def test_one_function_of_peft_is_all_that_is_used():
 def test_what_is_imported_is_declared():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["heic"]]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in ("heic", "studio") for line in project["optional-dependencies"][extra]),
+    ]
     declared = {line.split("[")[0].split(">")[0].replace("-", "_") for line in lines}
     used = {
         {"PIL": "pillow", "yaml": "pyyaml"}.get(top := module.partition(".")[0], top)

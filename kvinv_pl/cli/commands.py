@@ -20,6 +20,7 @@ FILES = {
     "bench": "kvinv_pl.cli.bench",
     "ablate": "kvinv_pl.cli.ablate",
     "report": "kvinv_pl.cli.report",
+    "studio": "kvinv_pl.cli.studio",
     "check": "kvinv_pl.cli.variants",
 }
 """The module of each command, which is a function of that name; only the module in use is imported."""

@@ -15,6 +15,7 @@ STAGES = {
     "edit": "stage 3: render tuned pictures as their targets say",
 }
 OTHERS = {
+    "studio": "serve a page in the browser: tune, edit, compare, download",
     "report": "write one HTML file of a run, or of a folder of runs, to look at and hand round",
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed, or show one with its options",

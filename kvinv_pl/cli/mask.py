@@ -1,15 +1,9 @@
 """`kvinv mask`: find the subject of a picture. The docstring is the help."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import NO_CHOICES, Choices
-
-if TYPE_CHECKING:
-    from kvinv_pl.data.pictures import Picture
 
 
 def mask(
@@ -56,6 +50,7 @@ def mask(
     if box is not None:
         left, top, right, bottom = _numbers("--box", box, "X0,Y0,X1,Y1")
         edges = left, top, right, bottom
+    from kvinv_pl.app import subject
     from kvinv_pl.data import masks
     from kvinv_pl.data.files import write_png
     from kvinv_pl.data.pictures import open_picture
@@ -65,33 +60,14 @@ def mask(
     if file.exists() and file.samefile(Path(image).expanduser()):
         raise UserError(f"out: {out} is the picture itself: name another file")
     if word is not None:
-        found = _mask_of_word(picture, word, source or "", checkpoint or "menagerie", model)
+        found = subject.of_word(picture.image, word, source or "", checkpoint or "menagerie", model)
     else:
-        from kvinv_pl.models.sam import Segmenter
-
-        found = Segmenter.load(sam or "menagerie").segment(picture.image, points, edges)
-    if len(set(found.getextrema())) == 1:
-        raise UserError("no subject was found: give another --point, a --box around it, or another --word")
+        found = subject.at_points(picture.image, points, edges, sam or "menagerie")
     share = found.histogram()[255] / (found.width * found.height)
     shown = [picture.image, masks.shown(picture.image, found)]
     page = sheet(shown, [Path(image).name, f"mask: {share:.0%} of it"])
     print(write_png(file, found))
     print(write_png(file.with_name(f"{file.stem}-shown.png"), page))
-
-
-def _mask_of_word(
-    picture: "Picture", word: str, source: str, checkpoint: str, choices: Choices
-) -> Image.Image:
-    """The mask of a word of the prompt, in the picture's size."""
-    from kvinv_pl.data.pictures import fit_geometry, to_image, to_pixels
-    from kvinv_pl.models.prompts import mask_from_word
-    from kvinv_pl.models.stable_diffusion import Backbone
-
-    backbone = Backbone.load(checkpoint, choices=choices)
-    geometry = fit_geometry(picture.image.size, backbone.sample_size, backbone.multiple, "keep")
-    mask = mask_from_word(backbone, to_pixels(picture.image, geometry), source, word)
-    enlarged = to_image(mask.expand(3, -1, -1) * 2 - 1, geometry)
-    return enlarged.convert("L").point([0] * 128 + [255] * 128)
 
 
 def _numbers(flag: str, text: str, wanted: str) -> tuple[float, ...]:

@@ -161,18 +161,19 @@ class TuningSettings(Settings):
 class EditSettings(Settings):
     """The settings of stage 3; the records of edits are made of the fields.
 
+    A "range" in its metadata is what a page has its slider run over.
     A field that was added after the first runs were made has the value at which it does nothing as
     metadata "idle", and is left out of every record at that value: edits made before stay the same edits.
     """
 
-    guidance: float
+    guidance: float = field(metadata={"range": (0.0, 20.0)})
     reading: Reading
     kv: KeyValues
-    start: float
+    start: float = field(metadata={"range": (0.0, 1.0)})
     negative: str
     subject: str | None
     source_guidance: float | None = field(metadata={"idle": None})
-    sharpness: float = field(metadata={"idle": 1.0})
+    sharpness: float = field(metadata={"idle": 1.0, "range": (0.5, 3.0)})
     mixing: Mixing = field(metadata={"idle": "replace"})
     background: Background = field(metadata={"idle": "free"})
 

@@ -202,10 +202,8 @@ class Tuning:
         slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
         begins = ends if self._first_errors is None else self._first_errors
         made = 1 if self.rolls_out else sum(self._phase.active)
-        self.progress.advance(f"loss {float(ends[~slots.lost].mean()):.2e}", made)
-        if dry_run:
-            return
-        for slot, work in slots.active():
+        loss = float(ends[~slots.lost].mean())
+        for slot, work in slots.active() if not dry_run else ():
             figures = {
                 "loss_start": float(begins[slot]),
                 "loss_end": float(ends[slot]),
@@ -218,7 +216,8 @@ class Tuning:
                     self._write(work, slot, psi, bars, figures, before)
                 else:
                     self._write_at_pivot(work, slot, psi, figures)
-        if self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
+        self.progress.advance(f"loss {loss:.2e}", made)  # now it is done: who is told may stop here
+        if not dry_run and self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
             self._certify_slots()
 
     def _round(self) -> None:

@@ -1,0 +1,1 @@
+"""`kvinv studio`: a page in the browser over the calls of `kvinv_pl.api`."""

@@ -1,0 +1,39 @@
+"""The mask of a picture's subject, by a click on it or by its word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from kvinv_pl.data.pictures import fit_geometry, to_image, to_pixels
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.choices import NO_CHOICES, Choices
+from kvinv_pl.models.prompts import mask_from_word
+from kvinv_pl.models.sam import Box, Point, Segmenter
+from kvinv_pl.models.stable_diffusion import Backbone
+
+
+def at_points(
+    image: Image.Image, points: Sequence[Point] = (), box: Box | None = None, sam: str = "menagerie"
+) -> Image.Image:
+    """The mask that SAM finds at points, in a box, or of the most prominent object."""
+    return _one(Segmenter.load(sam).segment(image, points, box))
+
+
+def of_word(
+    image: Image.Image, word: str, source: str, checkpoint: str = "menagerie", choices: Choices = NO_CHOICES
+) -> Image.Image:
+    """The mask from the model's own attention to a word of the prompt, in the picture's size."""
+    backbone = Backbone.load(checkpoint, choices=choices)
+    geometry = fit_geometry(image.size, backbone.sample_size, backbone.multiple, "keep")
+    mask = mask_from_word(backbone, to_pixels(image, geometry), source, word)
+    enlarged = to_image(mask.expand(3, -1, -1) * 2 - 1, geometry)
+    return _one(enlarged.convert("L").point([0] * 128 + [255] * 128))
+
+
+def _one(mask: Image.Image) -> Image.Image:
+    """The mask, unless it is empty or full."""
+    if len(set(mask.getextrema())) == 1:
+        raise UserError("no subject was found: give another --point, a --box around it, or another --word")
+    return mask

@@ -1,0 +1,37 @@
+"""`kvinv studio`. The docstring is the help."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+
+def studio(
+    out: str = "studio",
+    checkpoint: str = "menagerie",
+    config: str | None = None,
+    sam: str = "menagerie",
+    accelerator: str = "auto",
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+    host: str = "127.0.0.1",
+    port: int | None = None,
+) -> None:
+    """Serve a page to work on in the browser: tune pictures, edit them, compare, and download.
+
+    Args:
+        out: The folder of its runs (also -o), those that are in it already too; only there it writes.
+        checkpoint: A folder as diffusers saves it, a .safetensors file, a hub id, or menagerie.
+        config: A YAML file as the stages take it, of which the section model is read.
+        sam: What finds a subject by a click: a folder as transformers saves a SAM, a hub id, or menagerie.
+        accelerator: cpu, gpu, mps or auto.
+        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: by checkpoint and device.
+        host: The address to listen at; 0.0.0.0 lets every machine of the network in.
+        port: The port; left out, the first free one from 7860 on.
+    """
+    from kvinv_pl.app.studio.serve import serve
+    from kvinv_pl.cli.model_settings import read_model_settings
+
+    settings: dict[str, Any] = {"accelerator": accelerator, "precision": precision}
+    if config is not None:
+        settings |= read_model_settings(Path(config).expanduser())
+    if config is None or checkpoint != "menagerie":
+        settings["checkpoint"] = checkpoint
+    serve(Path(out).expanduser(), host, port, sam, **settings)

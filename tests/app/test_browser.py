@@ -1,0 +1,26 @@
+"""The studio and the report in a real browser, where playwright and a Chromium are there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+
+@pytest.mark.slow  # a browser, and the embedded model
+@pytest.mark.skipif(
+    not (shutil.which("chromium") or "PLAYWRIGHT_BROWSERS_PATH" in os.environ), reason="no Chromium"
+)
+def test_everything_that_the_studio_and_the_report_are_for_works_in_a_browser(tmp_path: Path) -> None:
+    pytest.importorskip("playwright")
+    from look_at_studio import looking, report, studio
+
+    with looking(tmp_path / "shots", None) as eye:
+        studio(eye, tmp_path / "runs", checkpoint="menagerie", accelerator="cpu", steps=10, retries=0)
+        report(eye, tmp_path / "runs")
+    assert len(list((tmp_path / "shots").glob("*.png"))) == 8
