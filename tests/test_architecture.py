@@ -43,6 +43,7 @@ DOORS = {
     "jinja2": {"app"},
     "yaml": {"app", "cli"},
     "gradio": {"app"},
+    "shtab": {"cli"},
     "PIL": {"api", "app", "bench", "cli", "data", "menagerie", "models", "stages"},
 }
 ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}

@@ -19,6 +19,7 @@ FILES = {
     "methods": "kvinv_pl.cli.methods",
     "bench": "kvinv_pl.cli.bench",
     "ablate": "kvinv_pl.cli.ablate",
+    "completion": "kvinv_pl.cli.completion",
     "report": "kvinv_pl.cli.report",
     "studio": "kvinv_pl.cli.studio",
     "check": "kvinv_pl.cli.variants",
@@ -26,7 +27,7 @@ FILES = {
 """The module of each command, which is a function of that name; only the module in use is imported."""
 FIRST = {
     **{"mask": "image", "variants": "name", "methods": "name", "check": "target", "new-variant": "name"},
-    **{"report": "folder"},
+    **{"report": "folder", "completion": "shell"},
 }
 """The option that a command's first positional argument stands for."""
 

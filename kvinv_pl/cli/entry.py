@@ -26,6 +26,7 @@ OTHERS = {
     "ablate": "edit from every start, with every place of CP-attn: the paper's ablation, with figures",
     "new-variant": "write a variant to start from, its configuration and its test",
     "mask": "find the subject of a picture, by SAM or by a word, and show it",
+    "completion": "print a script with which bash, zsh or tcsh completes commands and options",
 }
 
 
