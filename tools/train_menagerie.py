@@ -24,12 +24,12 @@ WORK = Path("work_menagerie")
 
 def vae(
     work: Path = WORK,
-    count: int = 60_000,
+    count: int = 10_000,
     size: int = SIZE,
-    channels: tuple[int, ...] = (24, 64, 96),
-    latent_channels: int = 8,
-    steps: int = 3000,
-    batch: int = 16,
+    channels: tuple[int, ...] = (16, 24, 64, 96),
+    latent_channels: int = 12,
+    steps: int = 1600,
+    batch: int = 8,
     lr: float = 1e-3,
     kl: float = 1e-6,
     begin: Path | None = None,
@@ -55,7 +55,7 @@ def vae(
 
 def unet(
     work: Path = WORK,
-    count: int = 40_000,
+    count: int = 10_000,
     size: int = SIZE,
     channels: tuple[int, ...] = (64, 128, 192),
     layers: int = 1,
@@ -112,7 +112,7 @@ def judge(
 def sam(
     work: Path = WORK,
     count: int = 60_000,
-    size: int = SIZE,
+    size: int = SIZE // 2,
     width: int = 64,
     layers: int = 4,
     steps: int = 1100,
@@ -125,7 +125,7 @@ def sam(
     Args:
         work: where pictures, checkpoints, logs and results lie
         count: how many training pictures
-        size: pixels a side
+        size: pixels a side to which it brings a picture
         width: of the vision encoder and the mask decoder
         layers: of the vision encoder
         steps: training steps

@@ -12,7 +12,7 @@ from kvinv_pl.menagerie.figure import Figure, spots
 from kvinv_pl.menagerie.poses import ACTIONS, BUILDS
 from kvinv_pl.menagerie.scene import GROUND_COLOURS, Scene, rgb
 
-SIZE = 64  # pixels a side, that of the shipped model
+SIZE = 128  # pixels a side, that of the shipped model
 SPECIES = tuple(BUILDS)
 COATS = ("plain", "striped", "spotted")
 GROUNDS = tuple(GROUND_COLOURS)
