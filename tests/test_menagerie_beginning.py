@@ -134,6 +134,18 @@ def test_a_teacher_draws_the_first_channels_to_its_own_and_is_not_saved(begun: A
         assert loss_of(taught, batch) > loss_of(alone, batch)
 
 
+def test_training_the_decoder_alone_leaves_every_latent_as_it_was(tmp_path: Path) -> None:
+    autoencoder, command = training("autoencoder"), importlib.import_module("train_menagerie")
+    before = autoencoder.build_vae(32, (8, 8, 16), 3)
+    before.save_pretrained(tmp_path / "vae-trained")
+    with torch.random.fork_rng(devices=[]):
+        command.main(["decoder", f"--work={tmp_path}", "--count=8", "--size=32", "--steps=2", "--batch=2"])
+    after = autoencoder.AutoencoderKL.from_pretrained(tmp_path / "decoder-trained")
+    was, now = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name, value in now.items() if not torch.equal(value, was[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
 # --- the U-Net and the text encoder ------------------------------------------------------------------
 
 

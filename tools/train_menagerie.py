@@ -4,6 +4,7 @@ Each stage is a command of its own, resumed by giving it again; the next one rea
 
     python tools/train_menagerie.py vae
     python tools/train_menagerie.py unet
+    python tools/train_menagerie.py decoder
     python tools/train_menagerie.py judge
     python tools/train_menagerie.py sam
     python tools/train_menagerie.py export --to kvinv_pl/menagerie/weights
@@ -84,6 +85,29 @@ def unet(
     denoiser.train(work, count, size, channels, layers, text_width, steps, batch, lr, begin)
 
 
+def decoder(
+    work: Path = WORK,
+    count: int = 10_000,
+    size: int = SIZE,
+    steps: int = 400,
+    batch: int = 16,
+    lr: float = 5e-4,
+) -> None:
+    """Train the decoder of the autoencoder further, alone: the latents, and so the U-Net, stay as they are.
+
+    Args:
+        work: where the trained autoencoder lies
+        count: how many training pictures of one animal, and as many of one animal twice
+        size: pixels a side
+        steps: training steps
+        batch: pictures a step
+        lr: highest learning rate
+    """
+    from menagerie_training import autoencoder
+
+    autoencoder.train_decoder(work, count, size, steps, batch, lr)
+
+
 def judge(
     work: Path = WORK,
     count: int = 20_000,
@@ -152,7 +176,7 @@ def export(to: Path, work: Path = WORK) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run one stage."""
-    call({"vae": vae, "unet": unet, "judge": judge, "sam": sam, "export": export}, args)
+    call({"vae": vae, "unet": unet, "decoder": decoder, "judge": judge, "sam": sam, "export": export}, args)
 
 
 if __name__ == "__main__":

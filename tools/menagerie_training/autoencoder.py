@@ -1,4 +1,4 @@
-"""Stage `vae`: the autoencoder."""
+"""Stages `vae` and `decoder`: the autoencoder, and its decoder alone further."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvinv_pl.errors import UserError
 from menagerie_training.beginning import one_level_deeper, part, take_over, with_more_channels
-from menagerie_training.loop import Stage, Trained
+from menagerie_training.loop import Stage, Trained, needed
 from menagerie_training.pictures import Both, Rows, pictures, unit
 
 
@@ -37,8 +37,26 @@ def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
     return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
 
 
+def posterior(vae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and log-variances, fp32, of pictures of -1..1."""
+    mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
+    return mean, logvar.clamp(-30, 20)
+
+
+def decoded(vae: Any, mean: Tensor, logvar: Tensor) -> Tensor:
+    """The picture, fp32, of a sample of the posterior."""
+    z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    return vae.decoder(vae.post_quant_conv(z)).float()
+
+
+def picture_loss(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """L2, L1 and gradient loss; the animal, a fifth of the frame and what edits are about, counts double."""
+    error = (y - x) * (1.0 + mask.float())
+    return error.square().mean() * 4 + error.abs().mean() + gradient_loss(y, x)
+
+
 class VAETraining(Trained):
-    """L2, L1 and gradient loss on what is decoded, and a little KL; the animal counts double.
+    """The loss of what is decoded, and a little KL.
 
     With a teacher, the first channels of a latent are also tied to its means of the picture at half the size:
     what a U-Net has learned of them stays true.
@@ -73,14 +91,10 @@ class VAETraining(Trained):
         x = unit(rgb).contiguous(memory_format=torch.channels_last)
         # not compiled: in bf16, torch 2.13's inductor gives a CPU's encoder no gradient from the picture
         vae = cast(Any, self.nets["vae"])
-        mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
-        logvar = logvar.clamp(-30, 20)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        y = vae.decoder(vae.post_quant_conv(z)).float()
-        error = (y - x) * (1.0 + mask.float())  # the animal is a fifth of the frame and what edits are about
-        loss = error.square().mean() * 4 + error.abs().mean() + gradient_loss(y, x)
+        mean, logvar = posterior(vae, x)
+        y = decoded(vae, mean, logvar)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum((1, 2, 3)).mean()
-        loss = loss + self.kl * kl
+        loss = picture_loss(x, y, mask) + self.kl * kl
         figures = {"vae/loss": loss, "vae/psnr": 10 * torch.log10(4 / (y - x).square().mean())}
         for teacher in self.teacher:
             with torch.no_grad():
@@ -89,6 +103,30 @@ class VAETraining(Trained):
             figures["vae/tie"] = tie
             loss = loss + self.TIE * tie
         self.log_dict(figures, prog_bar=True)
+        return loss
+
+
+class DecoderTraining(Trained):
+    """The loss of what is decoded, for the decoder alone: the latents stay those that a U-Net has learned."""
+
+    def __init__(self, vae: AutoencoderKL, lr: float, steps: int) -> None:
+        net = cast(Any, vae)
+        net.encoder.requires_grad_(False)
+        net.quant_conv.requires_grad_(False)
+        super().__init__(lr, steps, 0.99, vae=vae)
+        net.to(memory_format=torch.channels_last)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """One batch of pictures and masks, uint8."""
+        rgb, mask = batch
+        x = unit(rgb).contiguous(memory_format=torch.channels_last)
+        vae = cast(Any, self.nets["vae"])
+        with torch.no_grad():
+            mean, logvar = posterior(vae, x)
+        y = decoded(vae, mean, logvar)
+        loss = picture_loss(x, y, mask)
+        psnr = 10 * torch.log10(4 / (y - x).square().mean())
+        self.log_dict({"decoder/loss": loss, "decoder/psnr": psnr}, prog_bar=True)
         return loss
 
 
@@ -167,4 +205,19 @@ def train(
         normalise_free_channels(trained, teacher.config["latent_channels"], some, scale)
     trained.register_to_config(scaling_factor=scale)
     trained.save_pretrained(work / "vae-trained")
+    stage.finish()
+
+
+def train_decoder(work: Path, count: int, size: int, steps: int, batch: int, lr: float) -> None:
+    """Train the decoder in `work`/vae-trained further; the whole comes to `work`/decoder-trained."""
+    settings = {"count": count, "size": size, "steps": steps, "batch": batch, "lr": lr}
+    stage = Stage(work, "decoder", settings, ["decoder-trained/diffusion_pytorch_model.safetensors"])
+    if stage.finished():
+        return
+    trained = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent
+    L.seed_everything(0, verbose=False)
+    alone, twice = pictures(work, count, size), pictures(work, count, size, pairs=True)
+    module = DecoderTraining(AutoencoderKL.from_pretrained(trained).float().train(), lr, steps)
+    stage.fit(module, Both(Rows(*alone), Rows(*twice)), batch)
+    cast(AutoencoderKL, module.average["vae"].eval()).save_pretrained(work / "decoder-trained")
     stage.finish()

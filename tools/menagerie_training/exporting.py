@@ -61,6 +61,8 @@ def export(work: Path, to: Path) -> None:
     text_file = needed(work / "text-trained" / "model.safetensors", "unet")
     tokenizer_file = needed(work / "tokenizer" / "tokenizer.json", "unet")
     vae_file = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae")
+    further = work / "decoder-trained" / vae_file.name
+    vae_file = further if further.exists() else vae_file
     judge_file = needed(work / "judge-trained" / FILE, "judge")
     if to.exists() and not (to / "model_index.json").exists() and (to.is_file() or any(to.iterdir())):
         raise UserError(f"--to {to} is neither an earlier export nor an empty folder; give another")
@@ -91,7 +93,7 @@ def export(work: Path, to: Path) -> None:
         print(f"no SAM goes along: {segmenter} has none, which the stage sam writes")
     _clean(to)
     shutil.copyfile(judge_file, to / FILE)
-    records = [work / stage / "settings.json" for stage in ("vae", "unet", "judge", "sam")]
+    records = [work / stage / "settings.json" for stage in ("vae", "unet", "decoder", "judge", "sam")]
     recipe = {path.parent.name: json.loads(path.read_text())["settings"] for path in records if path.exists()}
     (to / "training.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
