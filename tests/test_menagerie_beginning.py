@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvinv_pl.menagerie import Animal, Twice
+from kvinv_pl.menagerie import Animal, Series, Twice
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = 900_000
@@ -35,10 +35,11 @@ def training(name: str) -> Any:
 # --- pictures and words ------------------------------------------------------------------------------
 
 
-def test_pairs_are_drawn_with_the_masks_of_both() -> None:
-    rgb, mask = training("pictures").drawn(range(CHOOSING, CHOOSING + 3), 32, pairs=True)
+@pytest.mark.parametrize("kind", [Twice, Series])
+def test_pairs_are_drawn_with_the_masks_of_both(kind: type[Twice] | type[Series]) -> None:
+    rgb, mask = training("pictures").drawn(range(CHOOSING, CHOOSING + 3), 32, kind)
     for row, number in enumerate(range(3)):
-        two = Twice.sample(CHOOSING + number)
+        two = kind.sample(CHOOSING + number)
         assert np.array_equal(rgb[row].permute(1, 2, 0), np.asarray(two.render(32)))
         assert np.array_equal(mask[row, 0].bool(), np.asarray(two.mask(32)))
 
@@ -53,8 +54,26 @@ def test_a_batch_of_both_has_the_rows_that_were_asked_for() -> None:
         assert len(mixed.__getitems__(asked)[0]) == len(asked)
 
 
+def test_a_series_is_the_picture_of_an_animal_and_beside_it_its_true_picture_in_another_action() -> None:
+    for seed in range(CHOOSING, CHOOSING + 20):
+        animal, series = Animal.sample(seed), Series.sample(seed)
+        left, right = np.hsplit(np.asarray(series.render(32)), 2)
+        assert np.array_equal(left, np.asarray(animal.render(size=32)))
+        assert series.second.action != animal.action
+        assert np.array_equal(right, np.asarray(animal.render(series.second.action, 32)))
+
+
+def test_two_thirds_of_a_batch_are_square_and_a_third_is_wide() -> None:
+    pictures = training("pictures")
+    square = pictures.Both(pictures.Rows(torch.arange(5)), pictures.Rows(torch.arange(10, 13)))
+    rows = pictures.Side(square, pictures.Rows(torch.arange(20, 22)))
+    first, second = rows.__getitems__([7, 0, 1, 6, 3, 2])
+    assert (first[0].tolist(), second[0].tolist()) == ([0, 1, 11, 12], [21, 20])
+    assert len(rows.__getitems__([4])) == 1  # too few for both
+
+
 def test_captions_of_pairs_name_both_actions_and_that_it_is_the_same_animal() -> None:
-    scenes = [Twice.sample(CHOOSING + number) for number in range(300)]
+    scenes = [kind.sample(CHOOSING + number) for number in range(150) for kind in (Twice, Series)]
     texts = training("denoiser").captions(scenes, np.random.default_rng(0))
     said = [(two, text) for two, text in zip(scenes, texts, strict=True) if text]
     assert 0.05 < 1 - len(said) / len(scenes) < 0.15  # of the empty one

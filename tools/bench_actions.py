@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,7 @@ from calling import call
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 from scoring import Row, table
+from true_correspondence import reading_what_corresponds
 
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.menagerie.case import Case
@@ -118,6 +120,21 @@ class Bench:
         self.values_of_psi = sum(value.numel() for value in first.psi.values())
         return rows
 
+    def with_true_correspondence(self, label: str) -> Row:
+        """Edit what `rows` has tuned, each token reading what its own in the source shows by the drawing."""
+        model = self.module()
+        tuned = self.data(model, {})
+        copy = tuned.out.with_name(f"{tuned.out.name}-corresponding")
+        if not copy.exists():
+            shutil.copytree(tuned.out, copy, ignore=shutil.ignore_patterns("edits", "logs"))
+        data, pictures = SourceImages(str(self.list), out=str(copy)), []
+        for case, work in zip(self.cases, list(data.works), strict=True):
+            data.works = [work]
+            with reading_what_corresponds(case.animal, work.targets):
+                KVTrainer(logger=False, quiet=True).edit(model, data)
+            pictures.append(Image.open(work.store.edits()[-1][1]).convert("RGB"))
+        return Row(label, pictures)
+
     @staticmethod
     def _note_seconds(data: SourceImages, seconds: float) -> None:
         """Save the time of tuning for each case; earlier figures are kept."""
@@ -185,6 +202,7 @@ def bench(
     untuned: bool = True,
     sheets: int = 24,
     workers: int = 1,
+    correspondence: bool = False,
 ) -> None:
     """Print the table and write sheets of the first cases.
 
@@ -198,6 +216,7 @@ def bench(
         untuned: Also edit by plain DDIM, and with what nothing was learned from.
         sheets: How many cases to show.
         workers: Processes of one thread each that share the cases; times are then those of one thread.
+        correspondence: Also edit with the true correspondence of edit and source: a bound of all matching.
     """
     settings, ways = {"slots": slots, **json.loads(model)}, json.loads(edits)
     if workers > 1:
@@ -210,6 +229,8 @@ def bench(
         run.through_vae(lambda case: case.animal.render(), "the source"),
         *edited(run, ways, untuned),
     ]
+    if correspondence:
+        rows.append(run.with_true_correspondence("KV Inversion, true correspondence"))
     figures = {row.name: row.figures(drawn) for row in rows}
     print(table(figures))
     (work / "figures.json").write_text(

@@ -1,4 +1,4 @@
-"""The same animal twice in one scene."""
+"""The same animal twice: in one scene, or in a series of two pictures."""
 
 from __future__ import annotations
 
@@ -64,11 +64,7 @@ class Twice:
 
     def prompt(self) -> str:
         """The prompt of the picture."""
-        one, two = self.first, self.second
-        return (
-            f"a {one.coat} {one.colour} {one.species} {one.action} {self.relation} "
-            f"the same {two.species} {two.action} on {one.ground}"
-        )
+        return _told(self.first, self.relation, self.second)
 
     def render(self, size: int | None = None) -> Image.Image:
         """The true picture, RGB, `size` pixels a side (None: the model's)."""
@@ -86,3 +82,65 @@ class Twice:
             canvas.set_view(*animal.window)
             animal.draw_on(canvas, animal.action)
         return canvas
+
+
+def _told(one: Animal, relation: str, two: Animal) -> str:
+    return (
+        f"a {one.coat} {one.colour} {one.species} {one.action} {relation} "
+        f"the same {two.species} {two.action} on {one.ground}"
+    )
+
+
+class Strip:
+    """Pictures side by side, read as one."""
+
+    def __init__(self, *canvases: Canvas) -> None:
+        self.canvases = canvases
+
+    def picture(self) -> Image.Image:
+        """What is drawn, RGB."""
+        return Image.fromarray(np.concatenate([np.asarray(c.picture()) for c in self.canvases], 1), "RGB")
+
+    def mask(self) -> Image.Image:
+        """Where the animal is: a 1-bit picture."""
+        return Image.fromarray(np.concatenate([np.asarray(c.mask()) for c in self.canvases], 1))
+
+
+@dataclass(frozen=True)
+class Series:
+    """The same animal at its own size in two pictures side by side, as a photographer takes a series.
+
+    A picture is twice as wide as it is high, and only the action differs between its halves.
+    """
+
+    first: Animal
+    second: Animal
+    relation: str = "and"
+
+    @classmethod
+    def sample(cls, seed: int) -> Series:
+        """The animal of this seed, in its own and another action; equal on every machine."""
+        animal, rng = Animal.sample(seed), np.random.default_rng((seed, 3))
+        others = [action for action in ACTIONS if action != animal.action]
+        return cls(animal, replace(animal, action=others[int(rng.integers(len(others)))]))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the animal."""
+        return self.first.seed
+
+    def prompt(self) -> str:
+        """The prompt of the picture."""
+        return _told(self.first, self.relation, self.second)
+
+    def render(self, size: int | None = None) -> Image.Image:
+        """The true picture, RGB, `size` pixels high (None: the model's) and twice as wide."""
+        return self.drawn(size).picture()
+
+    def mask(self, size: int | None = None) -> Image.Image:
+        """Where the two are, without their shadows: a 1-bit picture."""
+        return self.drawn(size).mask()
+
+    def drawn(self, size: int | None = None) -> Strip:
+        """What `render` and `mask` are read from."""
+        return Strip(self.first.drawn(size=size), self.second.drawn(size=size))

@@ -17,31 +17,33 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.menagerie import Animal, Twice
+from kvinv_pl.menagerie import Animal, Series, Twice
 from menagerie_training.autoencoder import means
 from menagerie_training.beginning import part, take_over, take_over_words
 from menagerie_training.loop import Stage, Trained, needed
-from menagerie_training.pictures import Both, Rows, pictures, save
+from menagerie_training.pictures import NAMES, Both, Kind, Rows, Side, pictures, save
+
+KINDS: tuple[Kind, ...] = (Animal, Twice, Series)
 
 
-def captions(scenes: Sequence[Animal | Twice], rng: np.random.Generator) -> list[str]:
+def captions(scenes: Sequence[Animal | Twice | Series], rng: np.random.Generator) -> list[str]:
     """Varied captions of these pictures; one in ten is empty (for guidance)."""
 
     def doing(animal: Animal, subject: str) -> str:
         return f"{subject} {rng.choice(['', 'is ', 'that is '], p=[0.8, 0.1, 0.1])}{animal.action}"
 
-    def caption(scene: Animal | Twice) -> str:
+    def caption(scene: Animal | Twice | Series) -> str:
         if rng.uniform() < 0.1:
             return ""
         if rng.uniform() < 0.55:
             return scene.prompt()
-        animal = scene.first if isinstance(scene, Twice) else scene
+        animal = scene if isinstance(scene, Animal) else scene.first
         keep = rng.uniform(size=3) < 0.6
         words = [word for word, kept in zip((animal.coat, animal.colour), keep[:2], strict=True) if kept]
         if rng.uniform() < 0.15:  # a word that the world does not know says nothing
             words.insert(0, "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(2, 7)))))
         text = doing(animal, " ".join(["a", *words, animal.species]))
-        if isinstance(scene, Twice):
+        if not isinstance(scene, Animal):
             relation = scene.relation if rng.uniform() < 0.7 else "and"
             text += f" {relation} " + doing(scene.second, f"the same {animal.species}")
         if keep[2]:
@@ -135,11 +137,15 @@ class UNetTraining(Trained):
         if self.device.type == "cpu":  # twice as fast as the fused kernel's backward in bf16
             cast(UNet2DConditionModel, self.nets["unet"]).set_attn_processor(AttnProcessor())
 
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """One batch of scaled latents, the seeds of their animals, and whether there are two."""
-        z, seeds, pairs = batch
-        kinds = [Twice if pair else Animal for pair in pairs.tolist()]
-        scenes = [kind.sample(seed) for kind, seed in zip(kinds, seeds.tolist(), strict=True)]
+    def training_step(self, batch: list[list[Tensor]], _: int) -> Tensor:
+        """Batches of one shape each: scaled latents, the seeds of their animals, their numbers in KINDS."""
+        losses, errors = zip(*(self._losses(*rows) for rows in batch), strict=True)
+        self.log("unet/loss", torch.cat(errors).mean(), prog_bar=True)
+        return torch.cat(losses).mean()
+
+    def _losses(self, z: Tensor, seeds: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised and the squared error of epsilon, for each row."""
+        scenes = [KINDS[kind].sample(seed) for kind, seed in zip(kinds.tolist(), seeds.tolist(), strict=True)]
         texts = captions(scenes, self.rng)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         context = self.nets["text"](cast(Tensor, ids).to(z.device)).last_hidden_state
@@ -150,20 +156,20 @@ class UNetTraining(Trained):
         noise = torch.randn_like(z)
         predicted = self.nets["unet"](alpha.sqrt() * z + (1 - alpha).sqrt() * noise, t, context).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))
-        self.log("unet/loss", error.mean(), prog_bar=True)
         # Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and
         # the word of the action, which only tells there, would be learned last: all times count alike.
-        return (error * (alpha.flatten() + 0.01) ** -0.75).mean()
+        return error * (alpha.flatten() + 0.01) ** -0.75, error.detach()
 
 
-def latents(work: Path, count: int, size: int, pairs: bool) -> Tensor:
+def latents(work: Path, count: int, size: int, kind: Kind) -> Tensor:
     """Scaled latents of the training pictures, fp32."""
     trained = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent
-    file = work / f"latents-{count}-{size}{'-pairs' if pairs else ''}.pt"
+    more = "" if kind is Animal else f"-{NAMES[kind]}"
+    file = work / f"latents-{count}-{size}{more}.pt"
     if not file.exists() or file.stat().st_mtime < (trained / "config.json").stat().st_mtime:
         vae: Any = AutoencoderKL.from_pretrained(trained)
         vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        save(means(vae, pictures(work, count, size, pairs)[0]) * vae.config["scaling_factor"], file)
+        save(means(vae, pictures(work, count, size, kind)[0]) * vae.config["scaling_factor"], file)
     return torch.load(file, mmap=True)
 
 
@@ -182,8 +188,8 @@ def train(
     if stage.finished():
         return
     L.seed_everything(0, verbose=False)
-    alone, twice = (latents(work, count, size, pairs) for pairs in (False, True))
-    seeds, single = torch.arange(count), torch.zeros(count, dtype=torch.bool)
+    alone, twice, series = (latents(work, count, size, kind) for kind in KINDS)
+    seeds = torch.arange(count)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(work / "tokenizer")
     net = build_unet(alone.shape[-1], alone.shape[1], channels, layers, text_width)
@@ -194,8 +200,9 @@ def train(
         words = CLIPTokenizer.from_pretrained(part(begin, "tokenizer"))
         take_over_words(text, tokenizer, CLIPTextModel.from_pretrained(part(begin, "text_encoder")), words)
     module = UNetTraining(net, text, tokenizer, lr, steps)
-    rows = Both(Rows(alone, seeds, single), Rows(twice, seeds, ~single))
-    stage.fit(module, rows, batch)
+    square = Both(*(Rows(z, seeds, torch.full_like(seeds, kind)) for kind, z in enumerate((alone, twice))))
+    wide = Rows(series, seeds, torch.full_like(seeds, 2))
+    stage.fit(module, Side(square, wide), batch)
     cast(UNet2DConditionModel, module.average["unet"]).save_pretrained(work / "unet-trained")
     cast(CLIPTextModel, module.average["text"]).save_pretrained(work / "text-trained")
     stage.finish()

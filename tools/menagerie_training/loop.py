@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kvinv_pl.errors import UserError
-from menagerie_training.pictures import Both, Rows, loader
+from menagerie_training.pictures import Both, Rows, Side, loader
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 EVERY = 200  # steps from one checkpoint to the next
@@ -84,7 +84,7 @@ class Stage:
         print(f"{self.name}: finished, {self.done_steps} steps, in {self.results[0]}", flush=True)
         return True
 
-    def fit(self, module: Trained, rows: Rows | Both, batch: int) -> None:
+    def fit(self, module: Trained, rows: Rows | Both | Side, batch: int) -> None:
         """Train from the last checkpoint, or from the start, to the requested number of steps."""
         self._write(0)
         steps = self.settings["steps"]
