@@ -1,4 +1,4 @@
-"""Where each part of an edited animal is in its source, by what was drawn: a bound of what matching can give."""
+"""Where each part of an edited animal is in its source, by what was drawn: a bound of all matching."""
 
 from __future__ import annotations
 
