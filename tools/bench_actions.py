@@ -130,7 +130,7 @@ class Bench:
         data, pictures = SourceImages(str(self.list), out=str(copy)), []
         for case, work in zip(self.cases, list(data.works), strict=True):
             data.works = [work]
-            with reading_what_corresponds(case.animal, work.targets):
+            with reading_what_corresponds(case.animal, [case.target]):
                 KVTrainer(logger=False, quiet=True).edit(model, data)
             pictures.append(Image.open(work.store.edits()[-1][1]).convert("RGB"))
         return Row(label, pictures)

@@ -75,7 +75,7 @@ def correspondence(animal: Animal, target: str, grid: int, fine: int = 8) -> np.
 
 
 @contextmanager
-def reading_what_corresponds(animal: Animal, targets: Sequence[str]) -> Iterator[None]:
+def reading_what_corresponds(animal: Animal, actions: Sequence[str]) -> Iterator[None]:
     """Edits read K-bar and V-bar brought to where the edit shows the same; elsewhere their own."""
     maps: dict[int, Tensor] = {}
     original = Attachment._attend_edit
@@ -83,8 +83,8 @@ def reading_what_corresponds(animal: Animal, targets: Sequence[str]) -> Iterator
     def attend(self: Any, site: Any, q: Tensor, bars: Any, own: Any, sdpa: Any) -> Tensor:
         grid = site.grid[0]
         if grid not in maps:
-            maps[grid] = torch.from_numpy(np.stack([correspondence(animal, t, grid) for t in targets]))
-        at = maps[grid].repeat_interleave(q.shape[0] // len(targets), 0)[:, None, :, None].to(q.device)
+            maps[grid] = torch.from_numpy(np.stack([correspondence(animal, t, grid) for t in actions]))
+        at = maps[grid].repeat_interleave(q.shape[0] // len(actions), 0)[:, None, :, None].to(q.device)
         mine = own()
         edits = [bar.to(q).repeat(q.shape[0] // bar.shape[0], 1, 1, 1) for bar in bars]
         mixed = tuple(

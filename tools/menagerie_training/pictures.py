@@ -117,7 +117,7 @@ class Both(Dataset[Any]):
 
 
 class Side(Dataset[Any]):
-    """Two data sets side by side: of a batch, two thirds of the rows are of the first."""
+    """Two data sets side by side: of a batch, a third of the rows are of the first."""
 
     def __init__(self, first: Both, second: Rows) -> None:
         self.first, self.second = first, second
@@ -128,7 +128,7 @@ class Side(Dataset[Any]):
 
     def __getitems__(self, rows: list[int]) -> list[list[Tensor]]:
         """A batch of each."""
-        many = -(-2 * len(rows) // 3)
+        many = -(-len(rows) // 3)
         parts = [self.first.__getitems__(rows[:many])]
         if rest := [row % len(self.second) for row in rows[many:]]:
             parts.append(self.second.__getitems__(rest))
