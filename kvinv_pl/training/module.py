@@ -46,9 +46,9 @@ from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import precision_of
 
 
-def guidance_for(checkpoint: str) -> float:
-    """Guidance, left out: as measured for the embedded model, or as usual with Stable Diffusion."""
-    return 9.0 if checkpoint == "menagerie" else 7.5
+def guidance_for(checkpoint: str) -> dict[str, float]:
+    """What is left out: as measured for the embedded model, or as usual with Stable Diffusion."""
+    return {"guidance": 5.0, "source_guidance": 1.0} if checkpoint == "menagerie" else {"guidance": 7.5}
 
 
 class KVInversion(LightningModule):
@@ -78,12 +78,12 @@ class KVInversion(LightningModule):
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
         steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
-        guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 9 for the
+        guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 5 for the
             embedded model and 7.5 for any other.
         source_guidance: Guidance scale w_s of what the source prompt says, in the edit and in tuning; w then
             guides the change of words alone: eps = eps(negative) + w_s (eps(source) - eps(negative)) +
-            w (eps(target) - eps(source)). Left out, w_s = w, which is classifier-free guidance; at 1 the
-            negative prompt has no branch, and tuning runs one branch alone.
+            w (eps(target) - eps(source)). Left out, 1 for the embedded model, and for any other w, which
+            is classifier-free guidance. At 1 the negative prompt has no branch, and tuning runs one alone.
         inversion_guidance: w of the inversion; 1 is the source prompt alone.
         tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone; left
             out, source_guidance or else guidance.
@@ -174,10 +174,11 @@ class KVInversion(LightningModule):
         """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
         asked = {**locals()}
         given = settled(asked)
-        given["guidance"] = guidance_for(checkpoint) if given["guidance"] is None else given["guidance"]
+        chosen = {name: w for name, w in guidance_for(checkpoint).items() if given[name] is None}
+        given |= chosen
         super().__init__()
         self.searching = Search.of(asked)
-        self.chooses_guidance = guidance is None
+        self.chosen_guidance = chosen
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(

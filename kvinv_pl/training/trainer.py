@@ -231,8 +231,9 @@ class KVTrainer(Trainer):
         for line in workload.model.denoiser.backbone.notes:
             self.watch.progress.note(line)
         chosen = list[str]()
-        if workload.model.chooses_guidance and workload.editing is workload.model.editing:
-            chosen += [f"guidance {workload.editing.guidance:g}"] if workload.stages != ["invert"] else []
+        if workload.editing is workload.model.editing and workload.stages != ["invert"]:
+            for name, w in workload.model.chosen_guidance.items():
+                chosen.append(f"{name.replace('_', ' ')} {w:g}")
         if self._chooses_precision:
             chosen.append(f"precision {self.precision}")
         if chosen:

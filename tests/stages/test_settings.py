@@ -31,7 +31,7 @@ def records(store: RunStore) -> list[dict[str, Any]]:
 
 def test_every_setting_is_a_parameter_of_the_module_and_has_its_default_there() -> None:
     parameters = signature(KVInversion).parameters
-    module = KVInversion(guidance=9.0)
+    module = KVInversion("owner/name", guidance=9.0)
     defaults = {name: parameter.default for name, parameter in parameters.items()} | {"guidance": 9.0}
     for settings in (module.inverting, module.tuning, module.editing):
         for setting in fields(settings):
@@ -41,15 +41,18 @@ def test_every_setting_is_a_parameter_of_the_module_and_has_its_default_there() 
 
 
 def test_guidance_is_that_of_tuning_too_unless_tuning_has_its_own() -> None:
-    assert KVInversion(guidance=4).tuning.guidance == 4.0
+    assert KVInversion("owner/name", guidance=4).tuning.guidance == 4.0
     module = KVInversion(guidance=4, tuning_guidance=1, inversion_guidance=2)
     assert (module.editing.guidance, module.tuning.guidance, module.inverting.guidance) == (4.0, 1.0, 2.0)
 
 
-@pytest.mark.parametrize(("checkpoint", "guidance"), [("menagerie", 9.0), ("owner/name", 7.5)])
-def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(checkpoint: str, guidance: float) -> None:
+@pytest.mark.parametrize(("checkpoint", "w", "w_s"), [("menagerie", 5.0, 1.0), ("owner/name", 7.5, None)])
+def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(
+    checkpoint: str, w: float, w_s: float | None
+) -> None:
     module = KVInversion(checkpoint)
-    assert module.editing.guidance == module.tuning.guidance == guidance
+    assert (module.editing.guidance, module.editing.source_guidance) == (w, w_s)
+    assert module.tuning.guidance == (w_s or w)
     assert KVInversion(checkpoint, guidance=0.0).editing.guidance == 0.0
     assert KVInversion(checkpoint, source_guidance=2.0).tuning.guidance == 2.0
 
