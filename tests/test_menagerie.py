@@ -267,7 +267,7 @@ def test_a_stage_begun_with_other_settings_is_refused(
     with pytest.raises(SystemExit) as caught:
         run(command, "vae", trained, 9, "--latent_channels=4")
     assert caught.value.code == 2
-    assert "begun with --latent_channels 8, got 4" in capsys.readouterr().err
+    assert "begun with --latent_channels 12, got 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
