@@ -178,7 +178,7 @@ class KVInversion(LightningModule):
         given |= chosen
         super().__init__()
         self.searching = Search.of(asked)
-        self.chosen_guidance = chosen
+        self.chosen_guidance = {name: w for name, w in chosen.items() if asked[name] is None}
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(
