@@ -99,6 +99,7 @@ class KVInverter:
         mask: Picture | None = None,
         geometry: Literal["keep", "crop"] = "keep",
         stage: Literal["fit", "invert"] = "fit",
+        size: int | None = None,
     ) -> Run:
         """Invert and tune one picture.
 
@@ -109,6 +110,7 @@ class KVInverter:
             mask: A mask of the subject, for variants that take one, in the same kinds.
             geometry: keep, or crop.
             stage: fit, or invert, which leaves the tuning to `Run.tune`.
+            size: The working size, the shorter side of what the model sees; None: the checkpoint's.
         """
         _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
@@ -118,7 +120,7 @@ class KVInverter:
         with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
             path = as_file(image, Path(scratch), "picture")
             mask_path = None if mask is None else str(as_file(mask, Path(scratch), "mask"))
-            data = SourceImages(str(path), source, [], mask_path, str(folder), geometry)
+            data = SourceImages(str(path), source, [], mask_path, str(folder), geometry, size=size)
             trainer = self.trainer()
             (trainer.fit if stage == "fit" else trainer.invert)(self.model, datamodule=data)
         return run

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvinv_pl.models.counting import LiveMemory
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,10 +25,9 @@ def tool() -> Iterator[Any]:
     sys.path[:] = path
 
 
-def test_live_memory_is_what_is_alive_and_its_peak(tool: Any):
-    measuring = tool("tuning_costs.measuring")
+def test_live_memory_is_what_is_alive_and_its_peak():
     held = torch.empty(1000, device="meta")
-    with measuring.LiveMemory(held) as memory:
+    with LiveMemory(held) as memory:
         a = torch.empty(500, device="meta")
         assert memory.bytes == 6000
         view = a[:10]

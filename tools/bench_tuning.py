@@ -31,20 +31,22 @@ def front(
     from tuning_costs import measuring
     from tuning_costs.models import GEOMETRIES, Tuning
 
+    from kvinv_pl.models import counting
+
     if geometry not in GEOMETRIES:
         raise UserError(f"geometry: expected {', '.join(GEOMETRIES)}, got {geometry}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counted = Tuning.of("sd15", where, branches, "meta", torch.bfloat16)
     held = (list(counted.unet.parameters()), counted.psi, counted.inputs)
     with counted.attachment.blend():
-        plain = measuring.flops(counted.inner_step)
-        with measuring.FusedAttention(), measuring.LiveMemory(*held) as plain_memory:
+        plain = counting.flops(counted.inner_step)
+        with counting.FusedAttention(), counting.LiveMemory(*held) as plain_memory:
             counted.inner_step()
         with counted.cache.kept():
             counted.inner_step()
-            kept = measuring.flops(counted.inner_step)
+            kept = counting.flops(counted.inner_step)
             counted.cache.forget()
-            with measuring.FusedAttention(), measuring.LiveMemory(*held) as kept_memory:
+            with counting.FusedAttention(), counting.LiveMemory(*held) as kept_memory:
                 counted.inner_step()
                 counted.inner_step()
     print(f"sd15 at 512 px, {where} sites, bf16, {branches} branches, one inner step, counted")

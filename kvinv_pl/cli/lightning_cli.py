@@ -24,12 +24,11 @@ USAGE = {
 def stage(verb: str, argv: list[str]) -> None:
     """One stage through LightningCLI, with the short flags expanded."""
     line = expand_short_flags(verb, argv)
-    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-    from kvinv_pl.data.failures import reason
+    from kvinv_pl.data.failures import is_out_of_memory, reason
     from kvinv_pl.training.datamodule import SourceImages
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
@@ -85,7 +84,9 @@ def stage(verb: str, argv: list[str]) -> None:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(reason(error)) from error
     except SomeFailedError as error:
         error.reasons = {

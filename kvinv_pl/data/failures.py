@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,14 +11,31 @@ import torch
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 
-MEMORY = "take a smaller picture, --trainer.precision bf16-mixed, or --model.slots 1"
+MEMORY = (
+    "take a smaller working size such as --data.size 384, --data.geometry crop, fewer layers by "
+    "--model.max_grid 32, --model.attention low_rank, --model.kv replayed in tuning, --model.slots 1 or "
+    "--trainer.precision bf16-mixed; `kvinv plan` counts what each of them takes"
+)
 """Advice for running out of memory."""
+SAID = re.compile(
+    r"out of memory|(?:can't allocate|not enough) memory|Invalid buffer size|_STATUS_ALLOC_FAILED", re.I
+)
+"""How a RuntimeError tells it: MPS, the CPU and the libraries of a GPU have no type of their own for it."""
+WHERE = re.compile(r"^\[enforce fail at [^]]*\][^.]*\. ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of any device, or of the machine, was not enough."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and SAID.search(str(error)) is not None
 
 
 def reason(error: BaseException) -> str:
     """The message for a failed picture, with advice if it ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return f"out of memory ({str(error).partition('. ')[0]}): {MEMORY}"
+    if is_out_of_memory(error):
+        said = WHERE.sub("", str(error)).partition(". ")[0].strip()
+        return f"out of memory{f' ({said})' if said else ''}: {MEMORY}"
     return str(error)
 
 
@@ -48,9 +66,11 @@ class Failures:
         works = list(works)
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if self.total == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
+            if self.total == 1:
+                raise UserError(reason(error)) from error
             for work in works:
                 self.note(work.label, reason(error))
         except UserError as error:

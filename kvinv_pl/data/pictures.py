@@ -216,6 +216,16 @@ def _from_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> Imag
     return converted or colour
 
 
+def working_size(sample_size: tuple[int, int], side: int | None, multiple: int) -> tuple[int, int]:
+    """Height and width that pictures are brought to: the checkpoint's, or with `side` as the shorter one."""
+    if side is None:
+        return sample_size
+    if side < multiple:
+        raise UserError(f"size: expected {multiple} pixels or more, got {side}")
+    height, width = (round(length * side / min(sample_size)) for length in sample_size)
+    return height, width
+
+
 def fit_geometry(
     size: tuple[int, int], sample_size: tuple[int, int], multiple: int, mode: Literal["keep", "crop"]
 ) -> Geometry:

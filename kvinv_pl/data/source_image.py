@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.data.masks import fitted, open_mask
-from kvinv_pl.data.pictures import as_pixels, fit_geometry, open_picture, to_size
+from kvinv_pl.data.pictures import as_pixels, fit_geometry, open_picture, to_size, working_size
 from kvinv_pl.data.records import of_picture
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
@@ -53,6 +53,8 @@ class SourceImage:
     mask: Path | None = None
     geometry: Literal["keep", "crop"] = "keep"
     invert_mask: bool = False
+    size: int | None = None
+    """The shorter side of the model's pixels; None: as the checkpoint was made for."""
     _opened: tuple[tuple[tuple[int, int], int], Opened] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -75,7 +77,8 @@ class SourceImage:
         if self.path is None:
             raise UserError(f"{self.store.folder} is not inverted, and no picture was given: give --image")
         picture = open_picture(self.path)
-        geometry = fit_geometry(picture.image.size, sample_size, multiple, self.geometry)
+        wanted = working_size(sample_size, self.size, multiple)
+        geometry = fit_geometry(picture.image.size, wanted, multiple, self.geometry)
         mask = open_mask(self.mask, self.invert_mask) if self.mask else None
         return Opened(
             of_picture(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),

@@ -44,6 +44,8 @@ class SourceImages(LightningDataModule):
         overwrite: Replace runs that were made with other settings, and render existing edits again.
         run: A run folder (or a folder of them) to resume or edit, in place of image, source and out.
         invert_mask: Take masks the other way round, black (or transparent) on the subject.
+        size: The working size, the shorter side of what the model sees, in pixels; a smaller one takes less
+            memory, disk and time. Left out, what the checkpoint was made for. Results keep the picture's size.
     """
 
     def __init__(
@@ -57,11 +59,14 @@ class SourceImages(LightningDataModule):
         overwrite: bool = False,
         run: str | None = None,
         invert_mask: bool = False,
+        size: int | None = None,
     ):
         """Read the list, if it is one; the pictures themselves are opened later, one at a time."""
         super().__init__()
         if image is not None and run is not None:
             raise UserError("expected either image or run, got both: a run folder has its picture")
+        if size is not None and run is not None:
+            raise UserError(f"size: expected none with run, which has its own, got {size}")
         if image is None and run is None:
             raise UserError(
                 "no picture: give --image FILE (a picture, a folder or a list) or, to edit, --run DIR"
@@ -93,6 +98,7 @@ class SourceImages(LightningDataModule):
                     row.mask,
                     geometry,
                     invert_mask,
+                    size,
                 )
                 for row, folder in zip(rows, folders, strict=True)
             ]

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from kvinv_pl.data.failures import reason
+from kvinv_pl.data.failures import is_out_of_memory, reason
 from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.training.launcher import TERMINATED, StopRequest, exiting_on_sigterm, stop
 from kvinv_pl.training.work_queue import Shares, WorkQueue
@@ -120,7 +120,9 @@ class Ranks:
         """Report errors to the rank that started this one, which shows them."""
         try:
             yield
-        except (UserError, torch.OutOfMemoryError, MemoryError) as error:
+        except (UserError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, UserError) or is_out_of_memory(error)):
+                raise
             assert self._queue is not None
             try:
                 self._queue.report_error(self.world.local_rank, reason(error), traceback.format_exc())

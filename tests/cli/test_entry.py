@@ -11,7 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import yaml
-from commands import QUICK, command, kvinv, photograph, process, size, times, tree
+from commands import QUICK, command, kvinv, photograph, process, refused, size, times, tree
 from PIL import ExifTags, Image
 
 from kvinv_pl.cli.arguments import SHORT
@@ -452,9 +452,18 @@ def test_a_picture_of_any_size_comes_back_in_its_own(cat: list[object], tmp_path
 
 def test_crop_returns_the_crop(cat: list[object], tmp_path: Path) -> None:
     photograph(tmp_path / "cat.png", (50, 35))
-    assert kvinv("run", *cat, "--target", "a dog", "--data.geometry", "crop").code == 0
+    assert kvinv("run", *cat, "--target", "a dog", "--data.geometry", "crop", "--data.size", 12).code == 0
     for name in ("source.png", "reconstruction.png", "edits/a-dog.png"):
         assert size(tmp_path / "run" / name) == (35, 35)
+    assert RunStore(tmp_path / "run").read_run()["picture"]["model_size"] == [12, 12]
+
+
+def test_a_run_of_another_working_size_is_refused_and_so_is_one_that_is_too_small(
+    cat: list[object], tmp_path: Path
+) -> None:
+    assert kvinv("invert", *cat, "--data.size", 12).code == 0
+    refused(kvinv("invert", *cat), "was made with picture.model_size.0 = 12, not 16")
+    refused(kvinv("invert", *cat, "--data.size", 3), "--data.size: expected 4 pixels or more, got 3")
 
 
 def test_a_picture_that_a_camera_turned_comes_back_upright(cat: list[object], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import fits
@@ -154,17 +156,51 @@ def test_pictures_with_and_without_a_mask_are_not_tuned_side_by_side(tmp_path: P
     assert Path(label).name == "b.png" and "takes none" in reason  # of FullKV
 
 
-def test_out_of_memory_is_the_matter_of_the_picture_that_is_too_large() -> None:
+def too_large() -> None:
+    """What the CPU says, really."""
+    torch.empty(2**50)
+
+
+def of_mps() -> None:
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 18.13 GB, max allowed: 18.13 GB). Tried to")
+
+
+def a_buffer_of_mps() -> None:
+    raise RuntimeError("Invalid buffer size: 9.00 GiB")
+
+
+def of_cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize(
+    ("allocate", "said"),
+    [
+        (too_large, "DefaultCPUAllocator: (can't allocate|not enough) memory: you tried to allocate"),
+        (of_mps, r"MPS backend out of memory \(MPS allocated: 18.13 GB, max allowed: 18.13 GB\)"),
+        (a_buffer_of_mps, "Invalid buffer size: 9.00 GiB"),
+        (of_cuda, "CUDA out of memory"),
+    ],
+)
+def test_out_of_memory_of_any_device_is_the_matter_of_the_picture_that_is_too_large(
+    allocate: Callable[[], None], said: str
+) -> None:
     small, large = (SourceImage(name, RunStore(name), Path(name), "", []) for name in ("small", "large"))
     failures = Failures(2)
     with failures.of([large]):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        allocate()
     assert failures.left([small, large]) == [small]
-    assert "out of memory (CUDA out of memory): take a smaller picture" in failures.reasons["large"]
+    assert re.match(rf"out of memory \({said}.*\): take a smaller working size", failures.reasons["large"])
     with pytest.raises(SomeFailedError):
         failures.report()
-    with pytest.raises(torch.OutOfMemoryError), Failures(1).of([large]):
-        raise torch.OutOfMemoryError
+    with pytest.raises(UserError, match=r"^out of memory"), Failures(1).of([large]):
+        allocate()
+
+
+def test_another_error_of_a_library_is_no_matter_of_memory() -> None:
+    work = SourceImage("a", RunStore("a"), Path("a"), "", [])
+    with pytest.raises(RuntimeError, match="size of tensor"), Failures(2).of([work]):
+        torch.ones(2) + torch.ones(3)
 
 
 def test_where_all_fail_the_line_names_three_and_counts_the_rest() -> None:

@@ -19,6 +19,7 @@ from kvinv_pl.data.pictures import (
     to_image,
     to_mask,
     to_pixels,
+    working_size,
 )
 from kvinv_pl.errors import UserError
 
@@ -305,6 +306,15 @@ def test_a_picture_that_is_too_small_is_refused(tmp_path: Path, size: tuple[int,
 
 SIZES = [(512, 512), (8, 8), (64, 8), (4000, 3000), (333, 777), (1000, 125), (65, 64)]
 MODELS = [((512, 512), 64), ((64, 64), 16), ((48, 80), 16), ((768, 512), 8)]
+
+
+def test_a_working_size_is_the_shorter_side_in_the_model_s_own_shape() -> None:
+    assert working_size((64, 96), None, 16) == (64, 96)
+    assert working_size((64, 96), 32, 16) == (32, 48)
+    assert fit_geometry((300, 200), working_size((64, 64), 32, 16), 16, "keep").resized == (48, 32)
+    assert fit_geometry((300, 200), working_size((64, 64), 40, 16), 16, "crop").resized == (48, 48)
+    with pytest.raises(UserError, match="size: expected 16 pixels or more, got 8"):
+        working_size((64, 64), 8, 16)
 
 
 @pytest.mark.parametrize(("size", "model"), list(itertools.product(SIZES, MODELS)))

@@ -212,6 +212,8 @@ def test_a_picture_or_a_run_has_to_be_named_and_not_both(tmp_path: Path) -> None
         SourceImages()
     with pytest.raises(UserError, match="expected either image or run, got both"):
         SourceImages("cat.png", run="runs/cat")
+    with pytest.raises(UserError, match="size: expected none with run, which has its own, got 64"):
+        SourceImages(run="runs/cat", size=64)
     with pytest.raises(UserError, match=r"is no run folder: there is no such folder"):
         SourceImages(run=str(tmp_path / "nope"))
     with pytest.raises(UserError, match=r"is no run folder: it has no run\.json"):

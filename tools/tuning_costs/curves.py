@@ -19,10 +19,10 @@ from kvinv_pl.attention import Selection
 from kvinv_pl.bench.network import Network
 from kvinv_pl.data.pictures import Geometry, psnr, to_pixels
 from kvinv_pl.menagerie import Animal
+from kvinv_pl.models import counting
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import GaussNewtonDescent
-from tuning_costs import measuring
 
 Optimizer = Callable[[list[Tensor]], Any]
 WAYS: dict[str, tuple[Optimizer, tuple[int, ...]]] = {
@@ -99,7 +99,7 @@ class Picture:
 
         for i in range(steps):
             if i == 0:  # every phase does the same
-                total = steps * measuring.flops(lambda: phase(0, self.trajectory[-1]))
+                total = steps * counting.flops(lambda: phase(0, self.trajectory[-1]))
                 for cp in denoiser.cps:
                     cp.reset()
             z = phase(i, z)
@@ -112,7 +112,7 @@ class Picture:
         def work() -> None:
             held.append(NullText(inner_steps).learn(self.scene, self.trajectory.flip(0)).end)
 
-        total = measuring.flops(work)
+        total = counting.flops(work)
         return self.point(f"null-text, {inner_steps} steps", held[0], total / 1e9)
 
 
