@@ -30,7 +30,11 @@ SHORT = {
     "--negative": ("model.negative", "TEXT"),
 }
 """Flags of every stage: the option that each stands for, whose help it has, and its metavar."""
-IDLE = {"invert": {"--guidance", "--start", "--reading", "--seed"}, "edit": {"--seed"}}
+IDLE = {
+    "invert": {"--guidance", "--start", "--reading", "--seed"},
+    "edit": {"--seed"},
+    "plan": {"--start", "--seed", "--overwrite"},
+}
 """Flags that a stage accepts but ignores: all stages share the same options."""
 RUN = ("data.run", "DIR")
 

@@ -14,6 +14,8 @@ STAGES = {
     "fit": "stage 2: learn psi_t of every picture, timestep by timestep",
     "edit": "stage 3: render tuned pictures as their targets say",
 }
+BEFORE = {"plan": "say what the three stages of a picture will take: slots, memory, disk, forwards and time"}
+"""With the options of a stage, and nothing made."""
 OTHERS = {
     "studio": "serve a page in the browser: tune, edit, compare, download",
     "report": "write one HTML file of a run, or of a folder of runs, to look at and hand round",
@@ -78,7 +80,7 @@ def _dispatch(argv: list[str]) -> None:
         from importlib.metadata import version
 
         print(f"kvinv {version('kvinv-pl')}")
-    elif verb in STAGES:
+    elif verb in {**STAGES, **BEFORE}:
         from kvinv_pl.cli.lightning_cli import stage
 
         stage(verb, argv[1:])
@@ -87,13 +89,13 @@ def _dispatch(argv: list[str]) -> None:
 
         command(verb, argv[1:])
     else:
-        known = [*STAGES, *OTHERS]
+        known = [*STAGES, *BEFORE, *OTHERS]
         guess = near(verb, known)
         raise UserError(f"no command {verb!r}{guess}: expected one of {', '.join(known)}; see kvinv --help")
 
 
 def _overview() -> str:
-    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **OTHERS}.items()]
+    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **BEFORE, **OTHERS}.items()]
     return "\n".join(
         [
             "usage: kvinv COMMAND [options]      (kvinv COMMAND --help for its options)",

@@ -17,6 +17,7 @@ USAGE = {
     "run": '--image PICTURE --source "what it shows" --target "what it becomes" [--target ...] --out DIR',
     "invert": '--image PICTURE --source "what it shows" --out DIR',
     "fit": '--image PICTURE --source "what it shows" --out DIR',
+    "plan": "[--image PICTURE ...] [--config FILE]",
     "edit": '(--run DIR | --image PICTURE --source "what it shows" --out DIR) [--target "what it becomes"]',
 }
 
@@ -29,12 +30,13 @@ def stage(verb: str, argv: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from kvinv_pl.data.failures import is_out_of_memory, reason
-    from kvinv_pl.training.datamodule import SourceImages
+    from kvinv_pl.training.datamodule import PlannedImages, SourceImages
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
 
     make_importable(line.configs)
-    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
+    images = PlannedImages if verb == "plan" else SourceImages
+    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": images})
     kinds["seed_everything"] = bool | int
 
     class Parser(LightningArgumentParser):
@@ -73,7 +75,7 @@ def stage(verb: str, argv: list[str]) -> None:
             warnings.simplefilter("ignore", DeprecationWarning)  # between Lightning and jsonargparse
             KVCLI(
                 KVInversion,
-                SourceImages,
+                images,
                 trainer_class=KVTrainer,
                 args=cast(Any, [verb, *line.argv]),
                 parser_class=Parser,

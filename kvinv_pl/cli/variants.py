@@ -33,7 +33,7 @@ def variants(name: str | None = None, checkpoint: str | None = None, allow_pickl
     """
     decoder_sites, problem = list[Site](), ""
     try:
-        unet, sizes = outline(checkpoint or "menagerie", allow_pickle)
+        unet, sizes, _ = outline(checkpoint or "menagerie", allow_pickle)
         height, width = (side // sizes.vae_factor for side in sizes.sample)
         decoder_sites = select(self_attentions(unet, (height, width)), Selection("decoder"))
     except UserError as error:
@@ -116,7 +116,7 @@ def sites(
     if steps < 1:
         raise UserError(f"steps: expected 1 or more, got {steps}")
     make = attention or registry.resolve("full_kv")
-    unet, sizes = outline(checkpoint, allow_pickle)
+    unet, sizes, _ = outline(checkpoint, allow_pickle)
     picture = (sizes.sample[1], sizes.sample[0]) if size is None else _size(size)
     width, height = fit_geometry(picture, sizes.sample, sizes.multiple, "keep").resized
     grid = height // sizes.vae_factor, width // sizes.vae_factor

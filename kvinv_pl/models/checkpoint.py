@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
@@ -94,8 +95,16 @@ def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
     return Sizes(factor, multiple, (size[0] * factor, size[1] * factor))
 
 
-def outline(checkpoint: str, allow_pickle: bool = False) -> tuple[UNet2DConditionModel, Sizes]:
-    """The U-Net without weights (meta device), and the sizes; only configurations are read or fetched."""
+class Outline(NamedTuple):
+    """A checkpoint without weights (meta device), and its sizes."""
+
+    unet: UNet2DConditionModel
+    sizes: Sizes
+    vae: AutoencoderKL
+
+
+def outline(checkpoint: str, allow_pickle: bool = False) -> Outline:
+    """The outline of a checkpoint, of which only configurations are read or fetched."""
     place = place_of(checkpoint, configs_alone=True)
     if place.is_file():  # what it predicts makes no difference here
         configs = configurations(read_contents(place, allow_pickle), "epsilon", needs_vae=False)
@@ -106,4 +115,5 @@ def outline(checkpoint: str, allow_pickle: bool = False) -> tuple[UNet2DConditio
         refuse_other_conditions(unet, f"the U-Net of {checkpoint}")
     with torch.device("meta"), quiet():
         shadow = attempt(place / "unet", lambda: UNet2DConditionModel.from_config(unet))
-    return shadow, attempt(place / "unet", lambda: sizes(shadow.config, vae))
+        decoder = attempt(place / "vae", lambda: AutoencoderKL.from_config(vae))
+    return Outline(shadow, attempt(place / "unet", lambda: sizes(shadow.config, vae)), decoder)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvinv_pl.algorithm.guidance import branches_at
+from kvinv_pl.attention.sites import Site
 from kvinv_pl.models.denoiser import Denoiser
 
 MOST = 8
 """Side by side at most: pictures that have converged are computed along until the last one has."""
 SHARE = 0.7
 """Of what is free; the rest is for what a forward needs for a moment and for other programs."""
-COPIES = 6
-"""Of psi for each slot: itself, its gradient, Adam's two moments, what stopped, and K-bar, V-bar."""
+COPIES = 5
+"""Of psi for each slot: itself, its gradient, Adam's two moments, and what stopped."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -34,29 +36,42 @@ def free_bytes(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float) -> int:
-    """Memory for tuning one picture of this latent size: saved activations, and psi with its copies."""
+def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float, keeps_bars: bool = True) -> int:
+    """Memory for tuning one picture of this latent size: saved activations, psi with its copies, and bars.
+
+    Args:
+        denoiser: The model.
+        grid: Height and width of the latents.
+        w: Guidance of tuning.
+        keeps_bars: Whether a phase ends with K-bar and V-bar of every site, to be written.
+    """
     denoiser.place(grid, 1)
     backbone, device = denoiser.backbone, denoiser.device
     z = torch.zeros(1, backbone.latent_channels, *grid, device=device)
     t = denoiser.table.timesteps[:1].to(device)
     contexts = backbone.embed(["", ""])[:, None]
     with denoiser.attached().blend():
-        saved = _saved_bytes(
-            lambda: denoiser.guided_prediction(contexts, w)(z, t),
-            {p.data_ptr() for p in denoiser.parameters()},
-        )
-    return saved + COPIES * sum(p.numel() * p.element_size() for p in denoiser.psi.parameters())
+        saved = saved_bytes(lambda: denoiser.guided_prediction(contexts, w)(z, t), denoiser.parameters())
+    bars = bytes_of_bars([cp.site for cp in denoiser.cps], branches_at(w), backbone.unet.dtype)
+    return saved + COPIES * sum(p.nbytes for p in denoiser.psi.parameters()) + (bars if keeps_bars else 0)
 
 
-def _saved_bytes(run: Callable[[], Tensor], known: set[int]) -> int:
-    """The bytes that autograd saves in a forward, each storage counted once; those in `known` are not."""
-    found: dict[int, int] = {}
+def bytes_of_bars(sites: Iterable[Site], branches: int, dtype: torch.dtype) -> int:
+    """K-bar and V-bar of one slot, as the network has them."""
+    return sum(2 * branches * site.tokens * site.dim for site in sites) * dtype.itemsize
+
+
+def saved_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """The bytes that autograd saves in a forward, each storage counted once; those of `known` are not.
+
+    Storages are told apart by themselves and not by where they lie, so that tensors on meta can be counted.
+    """
+    ours, found = {tensor.untyped_storage()._cdata for tensor in known}, dict[int, int]()
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in ours:
+            found[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -64,16 +79,21 @@ def _saved_bytes(run: Callable[[], Tensor], known: set[int]) -> int:
     return sum(found.values()) + out.nbytes
 
 
-def side_by_side(denoiser: Denoiser, grid: tuple[int, int], w: float, pictures: int) -> tuple[int, str]:
+def side_by_side(
+    denoiser: Denoiser, grid: tuple[int, int], w: float, pictures: int, keeps_bars: bool = True
+) -> tuple[int, str]:
     """How many of so many pictures to tune side by side, and the reason."""
     if pictures == 1:
         return 1, "one picture"
-    each, free = bytes_per_slot(denoiser, grid, w), free_bytes(denoiser.device)
-    fitting = int(free * SHARE // max(1, each))
-    chosen = max(1, min(pictures, fitting, MOST))
-    return chosen, f"each takes about {_size(each)}, {_size(free)} are free"
+    each, free = bytes_per_slot(denoiser, grid, w, keeps_bars), free_bytes(denoiser.device)
+    return fitting(each, free, pictures), f"each takes about {in_units(each)}, {in_units(free)} are free"
 
 
-def _size(count: float) -> str:
+def fitting(each: int, free: int, pictures: int) -> int:
+    """How many of so many pictures fit into free memory, of which each takes so much."""
+    return max(1, min(pictures, int(free * SHARE // max(1, each)), MOST))
+
+
+def in_units(count: float) -> str:
     """Bytes for display."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

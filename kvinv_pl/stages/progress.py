@@ -38,7 +38,7 @@ class Progress:
     def line(self, detail: str) -> str:
         """What is under way, how far it is and how long the rest will take."""
         took = time.monotonic() - self._began
-        left = f", {_clock(took * (self._total / self._done - 1))} left" if self._done else ""
+        left = f", {clock(took * (self._total / self._done - 1))} left" if self._done else ""
         return f"{self._task}: {self._done}/{self._total} {detail}{left}"
 
     @property
@@ -64,7 +64,7 @@ class Progress:
 
     def finish(self, detail: str = "") -> None:
         """The stage is over: leave a line that stays."""
-        took = _clock(time.monotonic() - self._began)
+        took = clock(time.monotonic() - self._began)
         self.note(f"{self._task}: {self._done} steps in {took}{', ' if detail else ''}{detail}")
 
     def note(self, text: str) -> None:
@@ -82,7 +82,7 @@ class Progress:
             stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Seconds for display: 4.2 s, 3:07 min, 2:15 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"

@@ -234,8 +234,12 @@ class Tuning:
             self._slots.drop_failed()
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads."""
+        """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads, if stored."""
         attachment, slots = self.denoiser.attached(), self._slots
+        if not self.denoiser.at_pivot and self.settings.kv == "replayed":
+            with attachment.blend(), self.denoiser.cache.kept():
+                slots.z = self._reconstruct()
+            return {}
         if not self.denoiser.at_pivot:
             with attachment.recording() as kv, self.denoiser.cache.kept():
                 slots.z = self._reconstruct()

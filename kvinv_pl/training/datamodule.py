@@ -45,8 +45,10 @@ class SourceImages(LightningDataModule):
         run: A run folder (or a folder of them) to resume or edit, in place of image, source and out.
         invert_mask: Take masks the other way round, black (or transparent) on the subject.
         size: The working size, the shorter side of what the model sees, in pixels; a smaller one takes less
-            memory, disk and time. Left out, what the checkpoint was made for. Results keep the picture's size.
+            memory, disk and time. Left out, what the checkpoint was made for. Results keep a picture's size.
     """
+
+    needs_pictures = True
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class SourceImages(LightningDataModule):
             raise UserError("expected either image or run, got both: a run folder has its picture")
         if size is not None and run is not None:
             raise UserError(f"size: expected none with run, which has its own, got {size}")
-        if image is None and run is None:
+        if image is None and run is None and self.needs_pictures:
             raise UserError(
                 "no picture: give --image FILE (a picture, a folder or a list) or, to edit, --run DIR"
             )
@@ -75,7 +77,8 @@ class SourceImages(LightningDataModule):
             if path is not None and not path.strip():  # which would be the working directory
                 raise UserError(f"{name}: expected a path, got an empty text")
         self.overwrite = overwrite
-        self.works: list[SourceImage]
+        self.size, self.out = size, Path(out).expanduser()
+        self.works: list[SourceImage] = []
         self.failed: dict[str, str] = {}
         self.notes: list[str] = []
         """Lines for the user about what was found."""
@@ -83,7 +86,7 @@ class SourceImages(LightningDataModule):
             self.out = Path(run).expanduser()
             self.works = list(works_in(self.out, targets, self.failed))
         elif image is not None:
-            self.out, path = Path(out).expanduser(), Path(image).expanduser()
+            path = Path(image).expanduser()
             given = Path(mask).expanduser() if mask else None
             rows = rows_of(path, source, targets, given, self.notes)
             alone = path.suffix.lower() not in LISTS and not path.is_dir()
@@ -122,6 +125,13 @@ class SourceImages(LightningDataModule):
         """One stage of these pictures, for the trainer's predict loop."""
         found: Any = [Job(stage, work, settings, watch, self.overwrite) for work in works]
         return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
+
+
+class PlannedImages(SourceImages):
+    """Pictures that are planned for; there may be none."""
+
+    __doc__ = SourceImages.__doc__
+    needs_pictures = False
 
 
 def _folders(out: Path, images: list[Path]) -> list[Path]:

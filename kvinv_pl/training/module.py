@@ -297,14 +297,20 @@ class KVInversion(LightningModule):
         if self.slots != "auto":
             return int(self.slots)
         self.denoiser.place(grid, 1)
-        optimizer = self.configure_optimizers()
-        at_pivots = "pivots" in self.tuning.passes(optimizer is not None)
-        count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
-        if count == 1 or (needs_closure(optimizer) and not reads_residuals(optimizer)):
+        count, what = self.candidates(pictures, self.configure_optimizers())
+        if count == 1:
             return 1
-        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count)
+        keeps_bars = self.tuning.kv == "stored" or self.denoiser.at_pivot
+        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count, keeps_bars)
         progress.note(f"slots: {found} of {count} {what} side by side ({reason})")
         return found
+
+    def candidates(self, pictures: int, optimizer: Optimizer | None) -> tuple[int, str]:
+        """How many of so many pictures, or of their timesteps, could be tuned side by side."""
+        at_pivots = "pivots" in self.tuning.passes(optimizer is not None)
+        count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
+        alone = optimizer is not None and needs_closure(optimizer) and not reads_residuals(optimizer)
+        return 1 if alone else count, what
 
     def passes(self, works: list[SourceImage], slots: int, watch: Watch) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, of one latent size, in order."""

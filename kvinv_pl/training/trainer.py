@@ -15,6 +15,7 @@ from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.estimate import Machine, estimate
 from kvinv_pl.training.launcher import slurm_in_one_line
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
@@ -151,6 +152,14 @@ class KVTrainer(Trainer):
     def run(self, model: KVInversion, datamodule: SourceImages) -> None:
         """All three stages: invert, tune and edit, each as far as it is not yet done."""
         self._run_workload(model, datamodule, ["invert", "fit", "edit"])
+
+    def plan(self, model: KVInversion, datamodule: SourceImages) -> None:
+        """Say what all three stages will take: slots, memory, disk, forwards and time; nothing is tuned."""
+        device = self.strategy.root_device
+        chosen = precision_for(model.checkpoint, device) if self._chooses_precision else str(self.precision)
+        machine = Machine.of(device, COMPUTE_DTYPES[chosen], self.ranks.world.local_size)
+        for line in estimate(model, datamodule, machine) if self.ranks.is_main else ():
+            print(line)
 
     def save_checkpoint(
         self,

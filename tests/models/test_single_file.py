@@ -248,7 +248,7 @@ def test_an_edit_takes_what_was_chosen_with_the_checkpoint_of_its_run(tmp_path: 
 
 def test_the_self_attentions_of_a_file_are_shown_without_its_weights(tmp_path: Path) -> None:
     path = file(tmp_path / "model.safetensors", "sd1")
-    unet, sizes = outline(str(path))
+    unet, sizes, _ = outline(str(path))
     assert sizes.sample == (512, 512) and next(unet.parameters()).is_meta
     shown = kvinv("sites", "--checkpoint", path)
     assert shown.code == 0 and re.search(r"up_blocks\.3\.attentions\.2", shown.out)

@@ -1,0 +1,208 @@
+"""What tuning pictures will take, before it is begun: slots, memory, disk, forwards, work and time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.data.failures import MEMORY
+from kvinv_pl.data.pictures import fit_geometry, working_size
+from kvinv_pl.data.source_image import SourceImage
+from kvinv_pl.data.tensors import stored_bytes
+from kvinv_pl.models.checkpoint import Sizes, outline
+from kvinv_pl.models.memory import fitting, free_bytes, in_units
+from kvinv_pl.models.sketch import META, Sketch
+from kvinv_pl.optimizers import needs_closure
+from kvinv_pl.stages.forwards import forwards
+from kvinv_pl.stages.progress import clock
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
+
+REACHED = 0.5
+"""The share of a matrix product's speed that a whole network reaches, about."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the pictures will be tuned."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """In which the U-Net will be held."""
+    devices: int
+    speed: float
+    """Floating point operations a second."""
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, devices: int) -> Machine:
+        """Guess the speed from products of matrices, for a fifth of a second."""
+        side, done = 4096 if device.type == "cuda" else 1024, 0
+        a = torch.ones(side, side, device=device, dtype=dtype)
+        float((a @ a)[0, 0])  # waits for the device; the first product is slower
+        began = time.perf_counter()
+        while (took := time.perf_counter() - began) < 0.2:
+            float((a @ a)[0, 0])
+            done += 1
+        return cls(device, dtype, devices, REACHED * done * 2 * side**3 / took)
+
+
+def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterator[str]:
+    """Lines for the user. Of the checkpoint only configurations are read, and nothing is written.
+
+    Args:
+        model: The module, whose checkpoint need not be loaded.
+        data: The pictures; without any, one of the working size is planned.
+        machine: Where they will be tuned.
+    """
+    sizes = outline(model.checkpoint).sizes
+    counted = Counter(_size(work, sizes) for work in data.works)
+    if not data.works:
+        height, width = working_size(sizes.sample, data.size, sizes.multiple)
+        counted[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = 1
+    targets, disk = max((len(work.targets) for work in data.works), default=0), 0
+    for size, pictures in counted.items():
+        each = Estimate(model, size, pictures, max(1, targets), machine)
+        yield from each.lines()
+        disk += pictures * sum(each.on_disk())
+    out = data.out.absolute()
+    place = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    yield f"disk, in all: {in_units(disk)}; {in_units(free)} are free in {place}"
+    if disk > free:
+        yield "  that is more than is free: --data.size, --model.max_grid and --model.kv replayed take less"
+
+
+def _size(work: SourceImage, sizes: Sizes) -> tuple[int, int]:
+    """Width and height of a picture as the model sees it."""
+    if work.path is None:
+        picture = work.store.read_run()["picture"]
+    else:
+        picture = work.opened(sizes.sample, sizes.multiple).record
+        work.close()
+    width, height = picture["model_size"]
+    return width, height
+
+
+class Estimate:
+    """What the pictures of one size take."""
+
+    def __init__(
+        self, model: KVInversion, size: tuple[int, int], pictures: int, targets: int, machine: Machine
+    ) -> None:
+        """Count it.
+
+        Args:
+            model: The module.
+            size: Width and height of the pictures as the model sees them.
+            pictures: How many there are.
+            targets: How many edits each gets.
+            machine: Where they will be tuned.
+        """
+        outlined = outline(model.checkpoint)
+        self.grid = size[1] // outlined.sizes.vae_factor, size[0] // outlined.sizes.vae_factor
+        self.model, self.size, self.pictures, self.targets = model, size, pictures, targets
+        self.machine = machine
+        self.sketch = Sketch(outlined, model.variant, model.selection, self.grid, machine.dtype)
+        self.variant: CPAttention = next(iter(self.sketch.psi.values()))
+        self.learned: list[nn.Parameter] = list(self.variant.parameters())
+        self.made = forwards(model.steps, model.inverting, model.tuning, model.editing, self.variant)
+        keeps_bars = model.tuning.kv == "stored" or self.variant.at_pivot
+        self.costs = self.sketch.costs(self.made.tuning_rows, keeps_bars)
+
+    def lines(self) -> Iterator[str]:
+        """For the user."""
+        model, made, sketch, machine = self.model, self.made, self.sketch, self.machine
+        count = f"{self.pictures} pictures" if self.pictures > 1 else "a picture"
+        dtype = str(machine.dtype).removeprefix("torch.")
+        yield (
+            f"{model.checkpoint}: {count} of {self.size[0]} x {self.size[1]}, latents of {self.grid[1]} x "
+            f"{self.grid[0]}, {model.steps} steps, {dtype} on {machine.device.type}"
+        )
+        values = sum(value.numel() for value in sketch.values())
+        yield f"  psi: {values:,} values a step, at {len(sketch.sites)} self-attentions"
+        slots, what = self._slots()
+        yield f"  slots: {slots} {what}"
+        yield from self._memory(slots)
+        psi, bars = self.on_disk()
+        yield f"  disk: {in_units(psi + bars)} a picture, of which K-bar and V-bar {in_units(bars)}"
+        least = f"{made.tuning_least} to " if made.tuning_least < made.tuning else ""
+        source = f" and {made.source_rows} of the source" if made.source_rows else ""
+        yield (
+            f"  forwards: inversion {made.inversion}, tuning {least}{made.tuning} ({made.inner_steps} with a "
+            f"backward at most), the edits {made.edit}"
+        )
+        yield (
+            f"  rows of a forward: inversion {made.inversion_rows}, tuning {made.tuning_rows} a slot, edit "
+            f"{made.edit_rows} a target{source}"
+        )
+        yield from self._work()
+
+    def _slots(self) -> tuple[int, str]:
+        model, machine = self.model, self.machine
+        optimizer = model.optimizer(self.learned) if self.learned else None
+        count, what = model.candidates(-(-self.pictures // machine.devices), optimizer)
+        if model.slots != "auto":
+            return int(model.slots), f"for {what}"
+        if count == 1:
+            return 1, f"({what} one after the other)"
+        free = free_bytes(machine.device) - self.costs.weights
+        return fitting(self.costs.slot, free, count), f"of {count} {what} side by side"
+
+    def _memory(self, slots: int) -> Iterator[str]:
+        costs, free = self.costs, free_bytes(self.machine.device)
+        needed = costs.weights + max(slots * costs.slot, costs.decoding)
+        yield (
+            f"  memory: about {in_units(needed)}: U-Net and VAE {in_units(costs.weights)}, a slot "
+            f"{in_units(costs.slot)}, or decoding {in_units(costs.decoding)}; {in_units(free)} are free"
+        )
+        if needed > free:
+            yield f"  that is more than is free: {MEMORY.partition(';')[0]}"
+
+    def on_disk(self) -> tuple[int, int]:
+        """The bytes of a picture without K-bar and V-bar, and of those."""
+        dtype, steps, sketch = self.model.tuning.store_dtype, self.model.steps, self.sketch
+        psi = sum(stored_bytes(value, dtype) for value in sketch.values()) * steps
+        latents = (2 * steps + 1) * sketch.latents(1, torch.float32).nbytes  # the trajectory, and z-tilde
+        if self.model.tuning.kv == "replayed":
+            return psi + latents, 0
+        shapes = [(self.made.tuning_rows, site.tokens, site.dim) for site in sketch.sites]
+        bars = sum(2 * stored_bytes(torch.empty(shape, device=META), dtype) for shape in shapes)
+        return psi + latents, bars * steps
+
+    def _work(self) -> Iterator[str]:
+        made, costs, tuning = self.made, self.costs, self.model.tuning
+        inversion = made.inversion * made.inversion_rows * costs.row
+        ends = made.tuning - made.inner_steps
+        tuned = ends * costs.forward + made.inner_steps * costs.inner_step
+        edit = made.edit * made.edit_rows * costs.row
+        source = made.edit * made.source_rows * costs.row
+        whole = inversion + tuned + self.targets * edit + source
+        yield (
+            f"  work: inversion {_flop(inversion)}, tuning {_flop(tuned)} at most, "
+            f"an edit {_flop(edit + source)}"
+        )
+        yield (
+            f"  time: about {clock(whole / self.machine.speed)} a picture at most, with {self.targets} "
+            f"edit{'s' if self.targets > 1 else ''}, at {_flop(self.machine.speed)}/s, half of what products "
+            "of matrices reach here now"
+        )
+        if tuning.retries and self.learned:
+            times = "again" if tuning.retries == 1 else f"again, {tuning.retries} times at most"
+            yield f"  below {tuning.required_psnr:g} dB it is tuned {times}, with twice the inner steps"
+        if self.learned and needs_closure(self.model.optimizer([nn.Parameter(torch.zeros(1))])):
+            yield "  the optimiser evaluates the loss itself: each inner step has further forwards"
+
+
+def _flop(count: float) -> str:
+    """Floating point operations for display."""
+    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"

@@ -1,0 +1,115 @@
+"""`kvinv plan`, which runs nothing, against what a fit really makes, takes and leaves."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import fits
+import pytest
+import torch
+from commands import kvinv, refused, tree
+from fits import SOURCE, TARGET
+from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
+from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
+
+from kvinv_pl.cli.arguments import kinds_of
+from kvinv_pl.data.failures import MEMORY
+from kvinv_pl.models import memory
+from kvinv_pl.stages.forwards import forwards
+from kvinv_pl.training import estimate
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.estimate import Estimate, Machine
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.trainer import KVTrainer
+
+HERE = Machine(torch.device("cpu"), torch.float32, 1, 1e9)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of which only configurations are there."""
+    folder = checkpoints.make("tiny", tmp_path_factory.mktemp("bare"))
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name not in ("model_index.json", "config.json"):
+            file.unlink()
+    return folder
+
+
+def planned(size: int = 16, machine: Machine = HERE, **settings: Any) -> Estimate:
+    """Of one picture on the tiny checkpoint."""
+    return Estimate(fits.model(**settings), (size, size), 1, 1, machine)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv": "replayed"},
+        {"curriculum": "pivot", "store_dtype": "int8"},
+        {"attention": partial(Recorded, at="pivot"), "tuning_guidance": 1.0},
+    ],
+)
+def test_the_forwards_and_the_disk_that_are_planned_are_those_of_a_fit_and_an_edit(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    module, rows = fits.model(slots=1, **settings), list[int]()
+    unet = module.load_backbone(torch.float32).unet
+    hook = unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    store = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "out", module)
+    fits.edit(store, TARGET, module=module)
+    hook.remove()
+    made = forwards(3, module.inverting, module.tuning, module.editing, module.denoiser.cps[0])
+    assert len(rows) == made.inversion + made.tuning + made.edit
+    edited = made.edit * (made.edit_rows + made.source_rows)
+    assert sum(rows) == made.inversion * made.inversion_rows + made.tuning * made.tuning_rows + edited
+
+    files = [store.folder / "trajectory.safetensors", *(store.folder / "steps").iterdir()]
+    names = sum(len(store.step(i).psi) + 4 * len(module.denoiser.cps) + 2 for i in range(3)) * 250
+    told = sum(planned(**settings).on_disk())
+    assert told <= sum(file.stat().st_size for file in files) <= told + names
+
+
+@pytest.mark.parametrize("kv", ["stored", "replayed"])
+def test_the_memory_that_is_planned_for_a_slot_is_what_a_fit_reckons_with(kv: Any) -> None:
+    module = fits.model(kv=kv)
+    module.load_backbone(torch.float32)
+    each = memory.bytes_per_slot(module.denoiser, (8, 8), 2.0, kv == "stored")
+    assert planned(kv=kv).costs.slot == pytest.approx(each, rel=0.05)
+
+
+def test_the_advice_on_out_of_memory_names_options_that_take_less() -> None:
+    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
+    assert {flag.removeprefix("--") for flag in re.findall(r"--[\w.]+", MEMORY)} <= kinds.keys()
+    before = planned()
+    for less in (planned(size=12), planned(max_grid=4), planned(attention=LowRank), planned(kv="replayed")):
+        assert less.costs.slot < before.costs.slot and sum(less.on_disk()) < sum(before.on_disk())
+    half = planned(machine=Machine(torch.device("cpu"), torch.bfloat16, 1, 1e9)).costs
+    assert half.weights < before.costs.weights and half.slot < before.costs.slot
+
+
+def test_a_variant_that_wants_a_mask_is_planned_without_one() -> None:
+    assert planned(attention=Masked).costs.slot > planned().costs.slot
+
+
+def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = ("--checkpoint", bare, "--steps", 2, "--model.inner_steps", 2, "--trainer.accelerator", "cpu")
+    answer = kvinv("plan", *quick, "--data.size", 12)
+    assert answer.code == 0, answer.err
+    assert "a picture of 12 x 12, latents of 6 x 6, 2 steps, float32 on cpu" in answer.out
+    assert "forwards: inversion 2, tuning 4 to 6 (4 with a backward at most), the edits 2" in answer.out
+    assert "slots: 1 (pictures one after the other)" in answer.out and not tree(tmp_path)
+    for seed, size in enumerate([(16, 16), (16, 16), (32, 16)]):
+        fits.picture(tmp_path / "in" / f"{seed}.png", size, seed)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 0)
+    answer = kvinv("plan", *quick, "--image", tmp_path / "in", "--source", SOURCE, "--model.slots", 2)
+    assert "2 pictures of 16 x 16" in answer.out and "a picture of 32 x 16" in answer.out
+    assert "slots: 2 for pictures" in answer.out and "that is more than is free: take a smaller" in answer.out
+    assert tree(tmp_path) == {f"in/{seed}.png" for seed in range(3)}
+    refused(kvinv("plan", *quick, "--image", tmp_path / "no.png"), "expected a picture file at")
