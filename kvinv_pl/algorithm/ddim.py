@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvinv_pl.algorithm.rows import on_device
 from kvinv_pl.algorithm.schedule import Steps
 from kvinv_pl.errors import UserError
 
@@ -143,5 +144,6 @@ def from_v(
 
 def _a_row(coefficient: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     """A coefficient (one, or one a row) in a shape that multiplies z."""
-    coefficient = coefficient.to(dtype).to(z.device)
-    return coefficient.reshape(-1, *[1] * (z.ndim - 1)) if coefficient.ndim else coefficient
+    if not coefficient.ndim:  # a number on the host multiplies on any device
+        return coefficient.to("cpu", dtype)
+    return on_device(coefficient, dtype, z.device).reshape(-1, *[1] * (z.ndim - 1))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvinv_pl.algorithm.rows import on_device
 from kvinv_pl.algorithm.schedule import Schedule
 
 Eps = Callable[[Tensor, Tensor], Tensor]
@@ -19,7 +20,7 @@ def reconstruct(
 ) -> Float[Tensor, "slots c h w"]:
     """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise: one for all slots, or one each."""
     steps = torch.as_tensor(i).expand(len(z_t)).cpu()
-    t = table.timesteps[steps].to(z_t.device)
+    t = on_device(table.timesteps[steps], torch.long, z_t.device)
     return table.forward(z_t, eps(z_t, t), steps)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -17,21 +17,13 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from kvinv_pl.data.layout import LaidOut, Table, laid_out, view
 from kvinv_pl.errors import NoRoomError, UserError
 
 FORMAT = 1
 TEMPORARY = ".kvinv-tmp"
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
-    **{"C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    **{"BOOL": torch.bool},
-}
-"""Types of tensors as safetensors names them."""
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -105,25 +97,24 @@ class _Head:
     """The header of a safetensors file."""
 
     metadata: dict[str, str]
-    table: dict[str, Any]
-    """Type, shape and place of every tensor, by its name."""
-    end: int
+    table: Table
+    end: int = 0
     """Where the tensors begin."""
 
     @classmethod
-    def of(cls, data: bytes | bytearray) -> _Head:
+    def of(cls, data: bytes | memoryview) -> _Head:
         """Parse the header; raises ValueError if there is none."""
         end = 8 + int.from_bytes(data[:8], "little")
-        table = json.loads(data[8:end])
+        table = json.loads(bytes(data[8:end]))
         if not (isinstance(table, dict) and isinstance(metadata := table.pop("__metadata__", {}), dict)):
             raise ValueError("it has no table of tensors")
         return cls(metadata, table, end)
 
-    def digest(self, data: bytes | bytearray) -> str:
+    def digest(self, tensors: bytes | memoryview) -> str:
         """The blake2b of the header without its digest, and of the tensors' bytes."""
         unsigned = {key: value for key, value in self.metadata.items() if key != "digest"}
         digest = blake2b(json.dumps([unsigned, self.table], sort_keys=True).encode(), digest_size=32)
-        digest.update(memoryview(data)[self.end :])
+        digest.update(tensors)
         return digest.hexdigest()
 
     def signed(self, digest: str) -> bytes:
@@ -139,8 +130,9 @@ class Packed:
     """A file of tensors that has been read, and checked against its digest."""
 
     info: dict[str, Any]
-    _data: bytearray
-    _head: _Head
+    _data: Tensor
+    """The tensors' bytes."""
+    _table: Table
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors whose names have this prefix; views, not copies.
@@ -148,37 +140,57 @@ class Packed:
         safetensors' own `load` copies all of them, which takes longer than everything else in a step of an
         edit but the network.
         """
-        return {name: self._view(**at) for name, at in self._head.table.items() if name.startswith(prefix)}
+        return {name: view(self._data, at) for name, at in self._table.items() if name.startswith(prefix)}
 
-    def _view(self, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-        count, begin = math.prod(shape), self._head.end + data_offsets[0]
-        if not count:
-            return torch.empty(shape, dtype=DTYPES[dtype])
-        return torch.frombuffer(self._data, dtype=DTYPES[dtype], count=count, offset=begin).view(shape)
+    def on(self, device: torch.device | str) -> Packed:
+        """The same on a device, by one copy; from pinned memory nothing waits for it."""
+        return replace(self, _data=self._data.to(device, non_blocking=True))
 
 
-def write_tensors(file: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+Into = Callable[[Callable[[], None]], None]
+"""Takes the writing of a file, to be done now or later."""
+
+
+def at_once(write: Callable[[], None]) -> None:
+    """Write a file now."""
+    write()
+
+
+def write_tensors(
+    file: Path,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    into: Into = at_once,
+) -> None:
     """Write tensors as safetensors, with `kind`, `info` and a digest of everything in the header.
 
     Raises UserError, and writes nothing, if a number is not finite.
+
+    Args:
+        file: What to write, or replace.
+        kind: Of the file.
+        tensors: By their names, on any device; they may change once this returns.
+        info: The record that goes along.
+        into: Takes the writing.
     """
-    # cloned, because safetensors refuses tensors that share memory, as chunks and views do
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    for name, tensor in plain.items():
+    metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
+    into(partial(_write, file, metadata, laid_out(tensors)))
+
+
+def _write(file: Path, metadata: dict[str, str], laid: LaidOut) -> None:
+    """The slow parts release the GIL."""
+    for name, tensor in laid.tensors():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
         checked = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite knows no 8-bit floats
         if not bool(checked.isfinite().all()):
             raise UserError(
-                f"{kind} was not written to {file}: {name} is not finite; use a lower learning rate or "
-                "guidance scale, or precision 32-true"
+                f"{metadata['kind']} was not written to {file}: {name} is not finite; use a lower learning "
+                "rate or guidance scale, or precision 32-true"
             )
-    metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
-    data = save(plain, metadata)
-    del plain  # as large as all of `data`
-    head = _Head.of(data)
-    write_atomically(file, head.signed(head.digest(data)), memoryview(data)[head.end :])
+    head, data = _Head(metadata, laid.table), laid.bytes()
+    write_atomically(file, head.signed(head.digest(data)), data)
 
 
 def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -199,22 +211,29 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, info
 
 
-def read_packed(file: Path, kind: str) -> Packed:
+def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
     """Read a file of this kind, and check its digest; raises DamagedError if it does not match.
 
     The slow parts release the GIL.
+
+    Args:
+        file: What to read.
+        kind: What it must be.
+        pinned: Whether it goes on to a GPU of CUDA.
     """
     _, info = read_header(file, kind)
     with explaining_os_errors("read", file), file.open("rb") as opened:
-        data = bytearray(os.fstat(opened.fileno()).st_size)  # no memory map: the checked bytes are those used
-        opened.readinto(data)
+        # no memory map: the checked bytes are those used
+        data = torch.empty(os.fstat(opened.fileno()).st_size, dtype=torch.uint8, pin_memory=pinned)
+        content = memoryview(data.numpy())
+        opened.readinto(content)
     try:
-        head = _Head.of(data)
+        head = _Head.of(content)
     except ValueError as error:  # it has changed since
         raise _damaged(file, str(error)) from error
-    if head.digest(data) != head.metadata.get("digest"):
+    if head.digest(content[head.end :]) != head.metadata.get("digest"):
         raise _damaged(file, "its digest does not match its content")
-    return Packed(info, data, head)
+    return Packed(info, data[head.end :], head.table)
 
 
 def shapes_in(file: Path, kind: str) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,8 @@ from torch import Tensor
 from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.files import (
     TEMPORARY,
+    Into,
+    at_once,
     explaining_os_errors,
     is_whole,
     last_row,
@@ -204,22 +206,29 @@ class RunStore:
         kv: Mapping[str, Bars] | None,
         info: Mapping[str, Any],
         dtype: str | None = None,
+        into: Into = at_once,
     ) -> None:
         """Write phase i (from noise) as one file: psi_t by "path.name", z-tilde, and K-bar, V-bar.
 
-        Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32.
+        Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32. The tensors may
+        be on any device, and change afterwards; `into` takes the writing, to be done now or later.
         """
-        write_tensors(self._step(i), f"step {i}", of_step(psi, z, kv, dtype), info)
+        write_tensors(self._step(i), f"step {i}", of_step(psi, z, kv, dtype), info, into)
 
-    def step(self, i: int) -> Step:
-        """Phase i, on the CPU; raises UserError where it is missing or damaged."""
-        return Step(read_packed(self._step(i), f"step {i}"))
+    def step(self, i: int, pinned: bool = False) -> Step:
+        """Phase i, on the CPU, pinned for a GPU or not; raises UserError where it is missing or damaged."""
+        return Step(read_packed(self._step(i), f"step {i}", pinned))
 
     def save_pivot(
-        self, i: int, psi: Mapping[str, Tensor], info: Mapping[str, Any], dtype: str | None = None
+        self,
+        i: int,
+        psi: Mapping[str, Tensor],
+        info: Mapping[str, Any],
+        dtype: str | None = None,
+        into: Into = at_once,
     ) -> None:
         """Write psi_t of step i (from noise) as tuned at its pivot, rounded to `dtype` if one is given."""
-        write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", pack(psi, dtype), info)
+        write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", pack(psi, dtype), info, into)
 
     def pivot(self, i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Psi_t and the `info` of step i as tuned at its pivot; raises UserError if missing or damaged."""

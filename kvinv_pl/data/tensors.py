@@ -21,35 +21,49 @@ SCALE = "#scale"
 """The suffix of the name of an int8 tensor's scales."""
 
 
-def rounded(
-    x: Float[Tensor, "*rows tokens dim"], dtype: str, name: str = "x"
-) -> Float[Tensor, "*rows tokens dim"]:
+def rounded(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> Float[Tensor, "*rows tokens dim"]:
     """X as it is read back after being stored; rounding twice changes nothing."""
-    return dequantized(quantized(name, x, dtype), name).to(x.dtype)
+    return dequantized(quantized("x", x, dtype), "x").to(x.dtype)
 
 
 def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> dict[str, Tensor]:
     """What is stored for x: one tensor, or for int8 two, the integers and their scales, (*rows, 1, dim).
 
     What has a single token (lambda and gamma) is next to nothing, and stays in fp32 where the rest is int8.
-    Integers stay as they are; raises UserError for what is too large for a floating dtype.
+    Integers stay as they are. What is too large for a floating dtype becomes infinite: see `too_large`.
     """
     if not x.is_floating_point():
         return {name: x}
     if dtype != "int8":
-        stored = x.to(DTYPES[dtype])
-        if x.isfinite().all() and not stored.isfinite().all():
-            raise UserError(
-                f"{name}: expected values within {torch.finfo(DTYPES[dtype]).max:g}, the most that "
-                f"store_dtype {dtype} can hold, got up to {float(x.abs().max()):g}; "
-                "use store_dtype bfloat16 or float32"
-            )
-        return {name: stored}
+        return {name: x.to(DTYPES[dtype])}
     if x.ndim < 2 or x.shape[-2] == 1:
         return {name: x.float()}
     scale = _short(x.float().abs().amax(-2, keepdim=True) / LEVELS)
     levels = torch.where(scale > 0, x.float() / scale, 0).round()
     return {name: levels.to(torch.int8), name + SCALE: scale}
+
+
+def too_large(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
+    """The rows in which something is finite and too large for a floating dtype, each with what to say of it.
+
+    There is one wait for the device, and for int8 none, which holds everything.
+    """
+    values = {name: x for name, x in named.items() if x.is_floating_point() and x.numel()}
+    if dtype == "int8" or not values:
+        return {}
+    lost = [
+        (x.isfinite() & ~x.to(DTYPES[dtype]).isfinite()).reshape(len(x), -1).any(1) for x in values.values()
+    ]
+    found = dict[int, str]()
+    for of_rows, (name, x) in zip(torch.stack(lost).tolist(), values.items(), strict=True):
+        for row, is_lost in enumerate(of_rows):
+            if is_lost and row not in found:
+                found[row] = (
+                    f"{name}: expected values within {torch.finfo(DTYPES[dtype]).max:g}, the most that "
+                    f"store_dtype {dtype} can hold, got up to {float(x[row].abs().max()):g}; "
+                    "use store_dtype bfloat16 or float32"
+                )
+    return found
 
 
 def stored_bytes(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> int:
@@ -108,13 +122,13 @@ class Step:
     @cached_property
     def kv(self) -> dict[str, Bars] | None:
         """K-bar and V-bar by site path; None if they are not stored."""
-        return self.kv_on("cpu")
-
-    def kv_on(self, device: torch.device | str) -> dict[str, Bars] | None:
-        """K-bar and V-bar by site path, on a device, where they are copied in their dtype on disk."""
-        values = unpack({name: value.to(device) for name, value in self._packed.tensors("kv.").items()})
+        values = unpack(self._packed.tensors("kv."))
         paths = sorted({name.removeprefix("kv.")[: -len(".k")] for name in values})
         return {path: (values[f"kv.{path}.k"], values[f"kv.{path}.v"]) for path in paths} or None
+
+    def on(self, device: torch.device | str) -> Step:
+        """The same on a device, to which the file is copied at once and as it is on disk."""
+        return Step(self._packed.on(device))
 
 
 def of_step(
@@ -130,11 +144,13 @@ def of_step(
     """
     given = {f"kv.{path}.{key}": bar for path, bars in (kv or {}).items() for key, bar in _named(bars)}
     named = {f"psi.{name}": value for name, value in psi.items()}
-    return {"z": z.float(), **pack(named, dtype), **pack(given, dtype)}
+    return {"z": z.float(), **pack({**named, **given}, dtype)}
 
 
 def pack(given: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    """Tensors by name as they are stored, rounded to `dtype`, if one is given."""
+    """Tensors by name as they are stored, rounded to `dtype`, if one is given and can hold them."""
+    if dtype and (said := too_large({name: value[None] for name, value in given.items()}, dtype)):
+        raise UserError(said[0])
     tensors: dict[str, Tensor] = {}
     for name, value in given.items():
         tensors |= quantized(name, value, dtype) if dtype else {name: value}

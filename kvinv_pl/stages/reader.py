@@ -34,6 +34,8 @@ class Source:
     z: Float[Tensor, "1 c h w"] | None = None
 
 
+AHEAD = 2
+"""Steps that are read while the network runs."""
 UNSETTLED = 0.2
 """The share of the steps, from noise, in which attention maps do not show yet where the subject will be."""
 
@@ -134,7 +136,7 @@ class Reader:
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
-        """Prefetch one step: the next psi_t is read while the network runs."""
+        """Prefetch: the next steps are read while the network runs."""
         self._attachment = self.denoiser.attached()
         with ThreadPoolExecutor(1) as pool:
             self._pool = pool
@@ -150,16 +152,20 @@ class Reader:
         with attachment.sharpened(settings.sharpness), mixed:
             yield
 
-    def _prefetch(self, i: int) -> None:
-        if i < len(self.denoiser.table):
-            self._prefetched[i] = self._pool.submit(self.store.step, i)
+    def _prefetch(self, first: int) -> None:
+        """Begin to read this step and those after it that may be read ahead."""
+        pinned = self.denoiser.device.type == "cuda"
+        for i in range(first, min(first + AHEAD, len(self.denoiser.table))):
+            if i not in self._prefetched:
+                self._prefetched[i] = self._pool.submit(self.store.step, i, pinned)
 
     @contextmanager
     def psi(self, i: int) -> Iterator[None]:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
-        step = self._prefetched.pop(i).result()
+        step = self._prefetched.pop(i).result().on(self.denoiser.device)
+        self._prefetch(i + 1)
         self._at, attachment = i, self._attachment
-        self._source_z = step.z[None].to(self.denoiser.device)
+        self._source_z = step.z[None]
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)
         if self.settings.reading == "frozen" and self.source is None:
@@ -168,14 +174,11 @@ class Reader:
             self.denoiser.read(step.psi, slot=0)
             source = self.source
             mode = attachment.blend() if source is None else self._replayed(source, i, step, attachment)
-        # only now: making this step's tensors and reading the next one would slow each other down
-        self._prefetch(i + 1)
         with mode:
             yield
 
     def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-        kv = step.kv_on(self.denoiser.device)
-        if kv is None:
+        if (kv := step.kv) is None:
             raise UserError(
                 f"{self.store.folder} has no K-bar and V-bar: edit it with kv replayed, or reading blend"
             )
@@ -190,7 +193,7 @@ class Reader:
             source.z = self.store.step(i - 1).z[None].to(self.denoiser.device)
         with attachment.replaying(len(source.contexts), self.reads):
             yield
-        source.z = step.z[None].to(self.denoiser.device)  # z-tilde of the next step
+        source.z = step.z[None]  # z-tilde of the next step
 
 
 def _subject_map(

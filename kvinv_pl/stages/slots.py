@@ -149,7 +149,7 @@ class SlotKeeper:
     ) -> None:
         """Watch parameters whose first axis is slots; `stopped` slots (padding) are ignored."""
         self.parameters = list(parameters)
-        self.stopped = stopped.clone()
+        self.stopped = stopped.clone()  # on the host: to ask for it must not wait for the device
         self.kept = [parameter.detach().clone() for parameter in self.parameters] if slots > 1 else []
 
     @property
@@ -162,8 +162,7 @@ class SlotKeeper:
         """Keep psi of these slots as it is now."""
         new = slots & ~self.stopped
         if self.kept and bool(new.any()):
-            for kept, parameter in zip(self.kept, self.parameters, strict=True):
-                kept[new] = parameter[new]
+            self._take(new, self.kept, self.parameters)
         self.stopped |= new
 
     def stop_failed(self, slots: Bool[Tensor, " slots"]) -> None:
@@ -181,5 +180,11 @@ class SlotKeeper:
     def restore(self) -> None:
         """Put stopped slots back after an optimiser step."""
         if self.kept and bool(self.stopped.any()):
-            for kept, parameter in zip(self.kept, self.parameters, strict=True):
-                parameter[self.stopped] = kept[self.stopped]
+            self._take(self.stopped, self.parameters, self.kept)
+
+    @staticmethod
+    def _take(slots: Bool[Tensor, " slots"], values: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Put what others have in these slots into values; by no index, which would wait for the device."""
+        here = slots.to(values[0].device)
+        for value, other in zip(values, others, strict=True):
+            value.copy_(torch.where(here.view(-1, *[1] * (value.ndim - 1)), other, value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.data.tensors import rounded
+from kvinv_pl.data.tensors import rounded, too_large
+from kvinv_pl.data.writer import Writer
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
@@ -49,6 +51,7 @@ class Tuning:
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
         self.watch, self.progress, self.failures = watch, watch.progress, watch.failures
         self.inner_steps = attempt.inner_steps(which)
+        self.writer = Writer(self.failures)
         self._slots = Slots(denoiser, self.works, self.settings.negative, self.failures)
 
     @property
@@ -109,11 +112,11 @@ class Tuning:
 
     def step(self, count: int, optimizer: Any, backward: Callable[[Tensor], None]) -> None:
         """One optimiser step of Eq. 3, the phase's number `count`, for the slots that have not converged."""
-        with self.denoiser.attached().blend(), self.denoiser.cache.kept():
+        with self.denoiser.attached().blend(), self._front():
             z = self._reconstruct()
             errors = squared_errors(self._pivot, z)
-            self._drop_unless_finite(errors)
-            means = (errors.detach() / self._pivot[0].numel()).cpu()
+            means = self._means(errors)
+            self._drop_unless_finite(means)
             self._first_errors = means if self._first_errors is None else self._first_errors
             self._keeper.stop(self.settings.has_converged(means, self._steps))
             if self._keeper.all_stopped:
@@ -123,7 +126,7 @@ class Tuning:
             self.progress.show(
                 f"{self._where()}, inner step {count}, loss {float(means[running].mean()):.2e}"
             )
-            running = running.to(self.denoiser.device)
+            active = None if bool(running.all()) else running.to(self.denoiser.device)
 
             values, known = list(self.denoiser.psi.parameters()), [z]
             at = [value._version for value in values]
@@ -132,7 +135,8 @@ class Tuning:
                 # an optimiser begins at the present psi, whose reconstruction is computed already
                 fresh = known and at == [value._version for value in values]
                 z = known.pop() if fresh else self._reconstruct()
-                return torch.where(running[:, None], (z - self._pivot).flatten(1), 0)
+                missed = (z - self._pivot).flatten(1)
+                return missed if active is None else torch.where(active[:, None], missed, 0)
 
             def lowered() -> float:
                 optimizer.zero_grad()
@@ -145,7 +149,7 @@ class Tuning:
                 optimizer.step(closure)
             else:
                 optimizer.zero_grad()
-                backward(errors[running].sum())
+                backward((errors if active is None else torch.where(active, errors, 0)).sum())
                 if bool(self._slots.lost.any()):
                     self._keeper.zero_gradients(self._slots.lost)
                 optimizer.step()
@@ -161,9 +165,17 @@ class Tuning:
         eps = self.denoiser.guided_prediction(self._slots.contexts, self.settings.guidance)
         return reconstruct(eps, self._slots.z if z is None else z, self.denoiser.table, self._steps)
 
+    def _front(self) -> AbstractContextManager[None]:
+        """What comes before the first upgraded layer stays while z-tilde does."""
+        return self.denoiser.cache.kept(self._slots.z, self._slots.contexts)
+
+    def _means(self, errors: Tensor) -> Tensor:
+        """The mean squared error of every slot, on the host: the one wait for the device of an inner step."""
+        return (errors.detach() / self._pivot[0].numel()).cpu()
+
     def _drop_unless_finite(self, errors: Tensor) -> None:
         """Mark pictures whose latents have diverged as failed; the others continue."""
-        lost = ~errors.detach().isfinite().cpu() & ~self._slots.lost
+        lost = ~errors.isfinite() & ~self._slots.lost
         if not bool(lost.any()):
             return
         for slot, work in self._slots.active():
@@ -196,23 +208,26 @@ class Tuning:
         before = slots.z
         kv = self._advance()
         self.denoiser.cache.forget()
-        ends = (squared_errors(self._pivot, slots.z) / self._pivot[0].numel()).cpu()
+        ends = self._means(squared_errors(self._pivot, slots.z))
         self._drop_unless_finite(ends)
-        lost = slots.lost.to(self.denoiser.device)
-        slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
+        if bool(slots.lost.any()):
+            lost = slots.lost.to(self.denoiser.device)
+            slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
         begins = ends if self._first_errors is None else self._first_errors
         made = 1 if self.rolls_out else sum(self._phase.active)
         loss = float(ends[~slots.lost].mean())
+        if not dry_run:
+            self._settle()
         for slot, work in slots.active() if not dry_run else ():
             figures = {
                 "loss_start": float(begins[slot]),
                 "loss_end": float(ends[slot]),
                 "inner_steps": int(self._used[slot]),
             }
-            psi = {name: value[slot].cpu() for name, value in self.denoiser.values().items()}
+            psi = {name: value[slot] for name, value in self.denoiser.values().items()}
             with self.failures.of([work]):
                 if self.rolls_out:
-                    bars = {path: (k[:, slot].cpu(), v[:, slot].cpu()) for path, (k, v) in kv.items()}
+                    bars = {path: (k[:, slot], v[:, slot]) for path, (k, v) in kv.items()}
                     self._write(work, slot, psi, bars, figures, before)
                 else:
                     self._write_at_pivot(work, slot, psi, figures)
@@ -223,25 +238,24 @@ class Tuning:
     def _round(self) -> None:
         """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
         values, dtype = self.denoiser.values(), self.settings.store_dtype
-        try:
-            for name, value in values.items():
-                value.copy_(rounded(value, dtype, name))
-        except UserError:
-            for slot, work in self._slots.active():
+        said = too_large(values, dtype)
+        for slot, work in self._slots.active():
+            if slot in said:
                 with self.failures.of([work]):
-                    for name, value in values.items():
-                        value[slot] = rounded(value[slot], dtype, name)
-            self._slots.drop_failed()
+                    raise UserError(said[slot])
+        self._slots.drop_failed()
+        for value in values.values():
+            value.copy_(rounded(value, dtype))
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads, if stored."""
         attachment, slots = self.denoiser.attached(), self._slots
         if not self.denoiser.at_pivot and self.settings.kv == "replayed":
-            with attachment.blend(), self.denoiser.cache.kept():
+            with attachment.blend(), self._front():
                 slots.z = self._reconstruct()
             return {}
         if not self.denoiser.at_pivot:
-            with attachment.recording() as kv, self.denoiser.cache.kept():
+            with attachment.recording() as kv, self._front():
                 slots.z = self._reconstruct()
             return kv
         with attachment.recording() as kv:
@@ -264,7 +278,8 @@ class Tuning:
         if self.settings.curriculum == "pivot":
             figures = {**figures, "inner_steps_at_pivot": int(self._used_at_pivots[slot])}
         stored = bars if self.settings.kv == "stored" else None
-        work.store.save_step(i, psi, z[0].cpu(), stored, figures, self.settings.store_dtype)
+        dtype, into = self.settings.store_dtype, self.writer.of(work)
+        work.store.save_step(i, psi, z[0], stored, figures, dtype, into)
         name = self.attempt.logged_as(work)
         log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
         self._show_z_0(name, i, before[slot : slot + 1], z)
@@ -274,8 +289,13 @@ class Tuning:
     ) -> None:
         """Write psi_t as tuned at its pivot, for the roll-out to start from."""
         i, name = self._phase.steps[slot], f"{self.attempt.logged_as(work)}/at_pivot"
-        work.store.save_pivot(i, psi, figures, self.settings.store_dtype)
+        work.store.save_pivot(i, psi, figures, self.settings.store_dtype, self.writer.of(work))
         log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
+
+    def _settle(self) -> None:
+        """Wait for the files of the phase before; a picture of which one cannot be written has failed."""
+        self.writer.settle()
+        self._slots.drop_failed()
 
     def _show_z_0(self, name: str, i: int, z_from: Tensor, z_to: Tensor) -> None:
         """Every few steps, log the predicted z_0 as a picture (the paper's Fig. 3)."""
@@ -301,6 +321,7 @@ class Tuning:
 
     def _certify_slots(self) -> None:
         """Write the certificates of the tuned pictures, and show their PSNR."""
+        self._settle()
         quality = list[float]()
         for _, work in self._slots.active():
             with self.failures.of([work]):

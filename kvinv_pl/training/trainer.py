@@ -305,7 +305,7 @@ class KVTrainer(Trainer):
         data.inner_steps = fit.inner_steps
         if fit.plan:
             self.fit_loop.epoch_progress.reset()
-            with self.ranks.between_steps():
+            with self.ranks.between_steps(), fit.writer.running():
                 super().fit(workload.model, datamodule=data)
 
     @property

@@ -82,7 +82,7 @@ def test_a_trajectory_of_an_older_version_that_is_not_finite_is_made_again(tmp_p
     data = save({"z": z}, {"format": "1", "kind": "trajectory", "info": "{}"})
     head = files._Head.of(data)
     files.write_atomically(
-        store.folder / "trajectory.safetensors", head.signed(head.digest(data)), data[head.end :]
+        store.folder / "trajectory.safetensors", head.signed(head.digest(data[head.end :])), data[head.end :]
     )
     shutil.rmtree(store.folder / "steps")
     assert not store.has_trajectory()

@@ -1,0 +1,76 @@
+"""The bytes of a file's tensors: laid out where the tensors are, and copied to the host all at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    **{"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64},
+    **{"F32": torch.float32, "U32": torch.uint32, "I32": torch.int32},
+    **{"BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
+}
+"""Types of tensors as safetensors names them, in its order: each begins at a multiple of its size."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RANK = {dtype: n for n, dtype in enumerate(DTYPES.values())}
+Table = dict[str, dict[str, Any]]
+"""Type, shape and place of every tensor, by its name, as in a header of safetensors."""
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """Tensors one after the other, as a file has them, on their way to the host."""
+
+    table: Table
+    _data: Tensor
+    _arrive: Callable[[], object]
+
+    def bytes(self) -> memoryview:
+        """The bytes, once they are there."""
+        self._arrive()
+        return memoryview(self._data.numpy())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its name, once it is there."""
+        self._arrive()
+        for name, at in self.table.items():
+            yield name, view(self._data, at)
+
+
+def laid_out(tensors: Mapping[str, Tensor]) -> LaidOut:
+    """The tensors, copied; those given may change afterwards. On a GPU of CUDA nothing waits for it."""
+    table, parts, begin = Table(), list[Tensor](), 0
+    for name in sorted(tensors, key=lambda name: (RANK[tensors[name].dtype], name)):
+        tensor = tensors[name].detach()
+        end = begin + tensor.nbytes
+        shape = list(tensor.shape)
+        table[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+        parts.append(tensor.reshape(-1).contiguous().view(torch.uint8))
+        begin = end
+    return LaidOut(table, *to_host(torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)))
+
+
+def to_host(data: Tensor) -> tuple[Tensor, Callable[[], object]]:
+    """A tensor on the host, and what waits until it has arrived there."""
+    if data.device.type != "cuda":
+        return data.cpu(), lambda: None
+    host = torch.empty_like(data, device="cpu", pin_memory=True)
+    host.copy_(data, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(data.device))
+    return host, arrived.synchronize
+
+
+def view(data: Tensor, at: Mapping[str, Any]) -> Tensor:
+    """One tensor among the bytes of a file's."""
+    begin, end = at["data_offsets"]
+    if not math.prod(at["shape"]):
+        return torch.empty(at["shape"], dtype=DTYPES[at["dtype"]], device=data.device)
+    return data[begin:end].view(DTYPES[at["dtype"]]).view(at["shape"])

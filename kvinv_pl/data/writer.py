@@ -1,0 +1,57 @@
+"""A thread that writes files while the next ones are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.files import Into, at_once
+from kvinv_pl.data.source_image import SourceImage
+
+
+class Writer:
+    """Writes files in a thread, in their order; a file that cannot be written fails its picture.
+
+    Outside `running` a file is written at once. Whoever hands files on calls `settle` first: then no more
+    than those of one phase are not on the disk.
+    """
+
+    def __init__(self, failures: Failures) -> None:
+        """Note in `failures` the pictures whose files cannot be written."""
+        self.failures = failures
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[tuple[SourceImage, Future[None]]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Write in a thread; in the end everything is written, or its error is raised.
+
+        After another error what has been handed on is still written.
+        """
+        with ThreadPoolExecutor(1, "kvinv-writer") as pool:
+            self._pool = pool
+            try:
+                yield
+            finally:
+                self._pool = None
+            self.settle()
+
+    def of(self, work: SourceImage) -> Into:
+        """What takes the writing of a picture's files."""
+
+        def take(write: Callable[[], None]) -> None:
+            if self._pool is None:
+                at_once(write)
+            else:
+                self._pending.append((work, self._pool.submit(write)))
+
+        return take
+
+    def settle(self) -> None:
+        """Wait until everything is written; mark pictures as failed, or raise, as `Failures.of` does."""
+        pending, self._pending = self._pending, []
+        for work, written in pending:
+            with self.failures.of([work]):
+                written.result()
