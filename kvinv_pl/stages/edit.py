@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.edits import Edits
+from kvinv_pl.data.failures import is_out_of_memory
 from kvinv_pl.data.pictures import open_picture, to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
@@ -100,23 +103,28 @@ def edit_picture(
     if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
         edited_at = settings.guide.source_scale
         watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
-    reader, changed = Reader(denoiser, store, targets, settings), list[int]()
+    changed = list[int]()
 
-    def after(i: int, z: Tensor) -> Tensor:
-        z = reader.keep(i, z)
-        other = watch.after_step(i, int(table.timesteps[i]), z) if watch.after_step else None
-        if other is None or other is z:
-            return z
-        changed.append(i)
-        return other.to(z)
+    def sampled(batch: list[str]) -> Float[Tensor, "edits c h w"]:
+        reader = Reader(denoiser, store, batch, settings)
 
-    watch.progress.begin("editing", image.name, len(table))
-    z_T = trajectory[-1:].to(denoiser.device).expand(len(targets), -1, -1, -1)
-    with reader.reading_ahead():
-        z_0 = edit(
-            reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
-            lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after,
-        )  # fmt: skip
+        def after(i: int, z: Tensor) -> Tensor:
+            z = reader.keep(i, z)
+            other = watch.after_step(i, int(table.timesteps[i]), z) if watch.after_step else None
+            if other is None or other is z:
+                return z
+            changed.append(i)
+            return other.to(z)
+
+        watch.progress.begin("editing", image.name, len(table))
+        z_T = trajectory[-1:].to(denoiser.device).expand(len(batch), -1, -1, -1)
+        with reader.reading_ahead():
+            return edit(
+                reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
+                lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after,
+            )  # fmt: skip
+
+    z_0 = in_batches(targets, sampled)
     finite = z_0.isfinite().flatten(1).all(1).tolist()
     geometry = geometry_of(run["picture"])
     decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
@@ -135,6 +143,22 @@ def edit_picture(
         advice = "use a lower guidance scale, or precision 32-true"
         raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
     return [paths[target] for target in records]
+
+
+def in_batches(
+    targets: list[str], sampled: Callable[[list[str]], Float[Tensor, "edits c h w"]]
+) -> Float[Tensor, "edits c h w"]:
+    """What comes of these targets, all at once, or in halves and their halves where memory does not do."""
+    try:
+        return sampled(targets)
+    except (RuntimeError, MemoryError) as error:
+        if len(targets) == 1 or not is_out_of_memory(error):
+            raise
+    # behind the handler, which holds on to what the forward had made
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(targets) + 1) // 2
+    return torch.cat([in_batches(batch, sampled) for batch in (targets[:half], targets[half:])])
 
 
 def sheet_of(store: RunStore) -> Image.Image:

@@ -23,6 +23,7 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.writer import Writer
 from kvinv_pl.errors import NoRoomError, UserError
+from kvinv_pl.stages.edit import in_batches
 from kvinv_pl.stages.reader import Reader
 from kvinv_pl.stages.slots import Slots
 from kvinv_pl.training.datamodule import SourceImages
@@ -173,3 +174,18 @@ def test_what_was_handed_on_is_written_before_an_error_goes_on() -> None:
         begun.set()
         raise KeyboardInterrupt
     assert written == [1]
+
+
+def test_targets_that_do_not_fit_into_memory_together_are_rendered_in_batches() -> None:
+    tried = list[int]()
+
+    def sampled(targets: list[str]) -> Tensor:
+        tried.append(len(targets))
+        if len(targets) > 2:
+            torch.empty(2**50)
+        return torch.tensor([float(target) for target in targets]).view(-1, 1, 1, 1)
+
+    assert in_batches([str(n) for n in range(5)], sampled).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert tried == [5, 3, 2, 1, 2]
+    with pytest.raises(RuntimeError, match="memory"):
+        in_batches(["0"], lambda _: torch.empty(2**50))
