@@ -33,7 +33,10 @@ ASKS = {"cpu", "item", "tolist", "numpy", "equal", "nonzero", "__bool__", "__flo
 
 
 class OnDevice(Tensor):
-    """A tensor as if it were on a device, as is whatever comes of it; what waits for it is counted."""
+    """A tensor as if it were on a device, as is whatever comes of it; what waits for it is counted.
+
+    So is what is of 64 bits there.
+    """
 
     waits: ClassVar[Counter[str]] = Counter()
 
@@ -44,7 +47,10 @@ class OnDevice(Tensor):
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             cls.waits["mask"] += 1
         if name not in ASKS:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            made = super().__torch_function__(func, types, args, kwargs or {})
+            if isinstance(made, Tensor) and made.dtype == torch.float64:  # which Apple's GPUs do not have
+                cls.waits["float64"] += 1
+            return made
         cls.waits[name] += 1
         with torch._C.DisableTorchFunctionSubclass():
             plain = [arg.as_subclass(Tensor) if isinstance(arg, OnDevice) else arg for arg in args]
