@@ -33,7 +33,7 @@ SHORT = {
 IDLE = {
     "invert": {"--guidance", "--start", "--reading", "--seed"},
     "edit": {"--seed"},
-    "plan": {"--start", "--seed", "--overwrite"},
+    "plan": {"--start", "--seed"},
 }
 """Flags that a stage accepts but ignores: all stages share the same options."""
 RUN = ("data.run", "DIR")

@@ -138,7 +138,7 @@ class Reader:
     def reading_ahead(self) -> Iterator[None]:
         """Prefetch: the next steps are read while the network runs."""
         self._attachment = self.denoiser.attached()
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(AHEAD) as pool:  # to hash is most of it, and releases the GIL
             self._pool = pool
             self._prefetch(self.first)
             with self._open, self._options():

@@ -96,6 +96,7 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
         ("fit", set()),  # which remembers for the next edit what it makes nothing of
         ("invert", {"--guidance", "--start", "--reading", "--seed"}),
         ("edit", {"--seed"}),
+        ("plan", {"--start", "--seed"}),
     ],
 )
 def test_the_usual_options_of_a_stage_are_those_that_it_makes_something_of(
