@@ -46,10 +46,17 @@ def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> di
 def too_large(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
     """The rows in which something is finite and too large for a floating dtype, each with what to say of it.
 
-    There is one wait for the device, and for int8 none, which holds everything.
+    There is one wait for the device; none for int8, which holds everything, nor for float32 in float32.
     """
-    values = {name: x for name, x in named.items() if x.is_floating_point() and x.numel()}
-    if dtype == "int8" or not values:
+    if dtype == "int8":
+        return {}
+    most = torch.finfo(DTYPES[dtype]).max
+    values = {
+        name: x
+        for name, x in named.items()
+        if x.is_floating_point() and x.numel() and torch.finfo(x.dtype).max > most
+    }
+    if not values:
         return {}
     lost = [
         (x.isfinite() & ~x.to(DTYPES[dtype]).isfinite()).reshape(len(x), -1).any(1) for x in values.values()
@@ -59,7 +66,7 @@ def too_large(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
         for row, is_lost in enumerate(of_rows):
             if is_lost and row not in found:
                 found[row] = (
-                    f"{name}: expected values within {torch.finfo(DTYPES[dtype]).max:g}, the most that "
+                    f"{name}: expected values within {most:g}, the most that "
                     f"store_dtype {dtype} can hold, got up to {float(x[row].abs().max()):g}; "
                     "use store_dtype bfloat16 or float32"
                 )
