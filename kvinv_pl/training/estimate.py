@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import stored_bytes
 from kvinv_pl.models.checkpoint import Sizes, outline
 from kvinv_pl.models.memory import fitting, free_bytes, in_units
-from kvinv_pl.models.sketch import META, Sketch
+from kvinv_pl.models.sketch import META, Costs, Sketch
 from kvinv_pl.optimizers import needs_closure
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
@@ -96,7 +97,7 @@ class Estimate:
     def __init__(
         self, model: KVInversion, size: tuple[int, int], pictures: int, targets: int, machine: Machine
     ) -> None:
-        """Count it.
+        """Take what is planned.
 
         Args:
             model: The module.
@@ -113,8 +114,12 @@ class Estimate:
         self.variant: CPAttention = next(iter(self.sketch.psi.values()))
         self.learned: list[nn.Parameter] = list(self.variant.parameters())
         self.made = forwards(model.steps, model.inverting, model.tuning, model.editing, self.variant)
-        keeps_bars = model.tuning.kv == "stored" or self.variant.at_pivot
-        self.costs = self.sketch.costs(self.made.tuning_rows, keeps_bars)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the network takes."""
+        keeps_bars = self.model.tuning.kv == "stored" or self.variant.at_pivot
+        return self.sketch.costs(self.made.tuning_rows, keeps_bars)
 
     def lines(self) -> Iterator[str]:
         """For the user."""
