@@ -94,7 +94,7 @@ class Ablation:
         """The self-attentions, as `target_modules` has them."""
         if place != "masactrl":
             return place
-        unet, sizes = outline(self.setup.checkpoint)
+        unet, sizes, _ = outline(self.setup.checkpoint)
         grid = (sizes.sample[0] // sizes.vae_factor, sizes.sample[1] // sizes.vae_factor)
         paths = [site.path for site in self_attentions(unet, grid)]
         return paths[round(len(paths) * 10 / 16) :]

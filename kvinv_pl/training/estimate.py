@@ -62,7 +62,7 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
         data: The pictures; without any, one of the working size is planned.
         machine: Where they will be tuned.
     """
-    sizes = outline(model.checkpoint).sizes
+    sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
     counted = Counter(_size(work, sizes) for work in data.works)
     if not data.works:
         height, width = working_size(sizes.sample, data.size, sizes.multiple)
@@ -106,7 +106,7 @@ class Estimate:
             targets: How many edits each gets.
             machine: Where they will be tuned.
         """
-        outlined = outline(model.checkpoint)
+        outlined = outline(model.checkpoint, model.choices.allow_pickle)
         self.grid = size[1] // outlined.sizes.vae_factor, size[0] // outlined.sizes.vae_factor
         self.model, self.size, self.pictures, self.targets = model, size, pictures, targets
         self.machine = machine
