@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import (  # pyright: ignore[reportMissingImports]  # no part of the dev tools
+    Browser,
+    Page,
+    expect,
+    sync_playwright,
+)
 
 from kvinv_pl.app.report import write_report
 from kvinv_pl.app.studio.serve import serve

@@ -147,7 +147,7 @@ class KVInversionPipeline(OnOneDevice):
         callback_on_step_end: Callable[[Self, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **settings: Any,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Any:
         """Stage 3: the tuned picture edited to each prompt; nothing is random, and nothing tuned again.
 
         Args:
@@ -177,7 +177,9 @@ class KVInversionPipeline(OnOneDevice):
             images = VaeImageProcessor.numpy_to_pt(images) if output_type == "pt" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **unused: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  # what it saves is a run folder
+        self, save_directory: str | os.PathLike[str], **unused: Any
+    ) -> None:
         """Save the tuned picture, with everything but the checkpoint, as a run folder.
 
         `from_pretrained` opens it again, as does `kvinv edit --run`.

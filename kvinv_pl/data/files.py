@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -225,7 +225,7 @@ def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
     with explaining_os_errors("read", file), file.open("rb") as opened:
         # no memory map: the checked bytes are those used
         data = torch.empty(os.fstat(opened.fileno()).st_size, dtype=torch.uint8, pin_memory=pinned)
-        content = memoryview(data.numpy())
+        content = memoryview(cast(Any, data.numpy()))
         opened.readinto(content)
     try:
         head = _Head.of(content)

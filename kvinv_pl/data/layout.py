@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class LaidOut:
     def bytes(self) -> memoryview:
         """The bytes, once they are there."""
         self._arrive()
-        return memoryview(self._data.numpy())
+        return memoryview(cast(Any, self._data.numpy()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name, once it is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -55,8 +55,8 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_C
     if choices.prompt_syntax != "plain":  # of the same words it makes something else
         digests["prompt_syntax"] = choices.prompt_syntax
     if read_as != dtype:
-        found.unet.to(dtype)
-        found.text_encoder.to(dtype)
+        cast(Any, found.unet).to(dtype)
+        cast(Any, found.text_encoder).to(dtype)
     identity = {"checkpoint": name, **found.identity, **choices.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
     return replace(found, scheduler_config=scheduler, identity=identity, notes=[*layers, *tokens])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Sketch:
         psi = COPIES * sum(value.nbytes for value in learned)
         bars = bytes_of_bars(self.sites, branches, self.dtype) if keeps_bars else 0
         with torch.no_grad(), FusedAttention(), LiveMemory(weights) as decoding:
-            self.vae.decode(self.latents(1, torch.float32), return_dict=False)
+            self.vae.decode(cast(Any, self.latents(1, torch.float32)), return_dict=False)
         known = sum(value.nbytes for value in weights)
         return Costs(known, saved + psi + bars, decoding.peak - known, row, first, inner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def _add(
     if taken := [name for name in names if {name.lower(), f"{name.lower()}</w>"} & known]:
         raise UserError(f"{path}: the word {taken[0]!r} is known already: give it another, as WORD={path}")
     tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
-    tokens = tokenizer.convert_tokens_to_ids(names)
+    tokens = cast(list[int], tokenizer.convert_tokens_to_ids(names))
     rows = max(table.num_embeddings, max(tokens) + 1)
     weight = table.weight.new_zeros(rows, table.embedding_dim)
     weight[: table.num_embeddings] = table.weight.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -18,9 +19,8 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 )
 def test_everything_that_the_studio_and_the_report_are_for_works_in_a_browser(tmp_path: Path) -> None:
     pytest.importorskip("playwright")
-    from look_at_studio import looking, report, studio
-
-    with looking(tmp_path / "shots", None) as eye:
-        studio(eye, tmp_path / "runs", checkpoint="menagerie", accelerator="cpu", steps=10, retries=0)
-        report(eye, tmp_path / "runs")
+    look = importlib.import_module("look_at_studio")
+    with look.looking(tmp_path / "shots", None) as eye:
+        look.studio(eye, tmp_path / "runs", checkpoint="menagerie", accelerator="cpu", steps=10, retries=0)
+        look.report(eye, tmp_path / "runs")
     assert len(list((tmp_path / "shots").glob("*.png"))) == 8

@@ -6,7 +6,7 @@ import doctest
 import io
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fits
 import numpy as np
@@ -142,7 +142,9 @@ def test_a_tuned_picture_is_saved_and_opened_without_its_tuning(
 def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tmp_path: Path) -> None:
     for call, line in {
         lambda: pipe.to("cuda:1"): "device: expected cpu, cuda, mps, got cuda:1: tuning takes gradients",
-        lambda: pipe.to(torch.float16): "dtype: it is loaded in torch.float32: give from_pretrained",
+        lambda: cast(Any, pipe).to(
+            torch.float16
+        ): "dtype: it is loaded in torch.float32: give from_pretrained",
         lambda: pipe(TARGET, generator=1): "edit has no setting generator",
         lambda: pipe(TARGET, output_type="latent"): "output_type: expected pil, np or pt, got 'latent'",  # pyright: ignore[reportArgumentType]
         lambda: pipe(

@@ -200,7 +200,7 @@ def test_out_of_memory_of_any_device_is_the_matter_of_the_picture_that_is_too_la
 def test_another_error_of_a_library_is_no_matter_of_memory() -> None:
     work = SourceImage("a", RunStore("a"), Path("a"), "", [])
     with pytest.raises(RuntimeError, match="size of tensor"), Failures(2).of([work]):
-        torch.ones(2) + torch.ones(3)
+        _ = torch.ones(2) + torch.ones(3)
 
 
 def test_where_all_fail_the_line_names_three_and_counts_the_rest() -> None:

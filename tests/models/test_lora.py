@@ -139,7 +139,8 @@ def test_every_layout_is_the_same_lora(checkpoint: Path, lora: Matrices, tmp_pat
     with_metadata = saved(tmp_path / "peft.safetensors", peft(lora), lora_adapter_metadata=said)
     assert same(load(checkpoint, with_metadata), expected)
 
-    (tmp_path / "unet").mkdir(), (tmp_path / "text").mkdir()
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "text").mkdir()
     for folder, model in (("unet", "unet"), ("text", "text_encoder")):
         part = {key: value for key, value in lora.items() if key[0] == model}
         saved(tmp_path / folder / "adapter_model.safetensors", peft(part, "base_model.model."))

@@ -32,7 +32,7 @@ def serve(
     os.environ["GRADIO_TEMP_DIR"] = keep  # read as gradio is imported, and later
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio as gr
+        from gradio.themes import Default
     except ImportError as error:
         raise UserError(
             "kvinv studio needs gradio, which is not installed: pip install 'kvinv-pl[studio]'"
@@ -46,7 +46,7 @@ def serve(
         blocks.queue(default_concurrency_limit=4).launch(
             server_name=host, server_port=port, share=False, quiet=not wait, prevent_thread_lock=True,
             allowed_paths=[str(bench.folder)], footer_links=[], run_history=False, ssr_mode=False, css=CSS,
-            theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+            theme=Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port: expected a free one, got {port}: {error}") from error
