@@ -365,7 +365,7 @@ def test_options_that_are_given_are_the_only_ones_checked() -> None:
 
 def test_an_exemption_is_shown_with_its_reason() -> None:
     lines, failed = report([trial for trial in trials(Excused) if trial.check.name == "alive at reset"])
-    assert not failed and lines[1].startswith("exempt  alive at reset: ") and lines[2] == "        - so"
+    assert not failed and lines[0].startswith("exempt  alive at reset: ") and lines[1] == "        - so"
 
 
 def test_an_exemption_that_is_not_needed_or_not_known_is_refused() -> None:

@@ -35,7 +35,7 @@ class KVInversionPipeline(OnOneDevice):
         >>> reconstruction = pipe.tune(picture, "a striped blue cat standing on sand")
         >>> image = pipe("a striped blue cat running on sand", start=0.1).images[0]
         >>> image.size
-        (64, 64)
+        (128, 128)
 
         The tuned picture is kept, and opened again without its tuning:
 
