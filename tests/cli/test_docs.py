@@ -69,7 +69,8 @@ def test_every_command_of_the_page_does_what_it_says(
             assert answer.code == 0, answer.err
             said = answer.err if args[0] == "run" else answer.out
         if following == "text":
-            assert without_figures(said) == without_figures(shown)
+            # the tiny checkpoint is not the embedded one, whose source guidance is chosen for it
+            assert without_figures(said) == without_figures(shown.replace("source guidance 1, ", ""))
     assert (tmp_path / "runs" / "gated" / "sheet.png").exists()
     assert len(os.listdir(tmp_path / "runs" / "gated" / "edits")) == 4
     monkeypatch.delitem(sys.modules, "gated")
