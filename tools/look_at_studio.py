@@ -84,7 +84,7 @@ def studio(eye: Eye, folder: Path, **settings: Any) -> None:
     page.locator("#animals img").first.wait_for()
     eye.keep(page, "studio-empty")
 
-    page.locator("#animals button").first.click()
+    page.locator("#animals img").first.click()
     picture = page.locator("#picture img")
     picture.wait_for()
     page.wait_for_timeout(1000)
