@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 # before anything imports the libraries that read them; the processes that tests start inherit them
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -25,3 +27,15 @@ if find_spec("beartype"):
 
     names = [f"kvinv_pl.{name}" for name in HOOKED]
     install_import_hook([*names, "kvinv_plugins"], "shapes.check")
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of which only configurations are there."""
+    import checkpoints
+
+    folder = checkpoints.make("tiny", tmp_path_factory.mktemp("bare"))
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name not in ("model_index.json", "config.json"):
+            file.unlink()
+    return folder

@@ -31,6 +31,11 @@ from kvinv_pl.app.studio.serve import serve
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 300_000
 """Milliseconds for a step that tunes or edits."""
+LONG = {"inner_steps": 40, "tolerance": 0.0, "tolerance_growth": 0.0}  # time enough to stop it
+    "inner_steps": 40,
+    "tolerance": 0.0,
+    "tolerance_growth": 0.0,
+}  # so that there is time to stop the tuning
 
 
 class Eye:
@@ -77,7 +82,7 @@ def looking(out: Path, browser: str | None) -> Iterator[Eye]:
 
 def studio(eye: Eye, folder: Path, **settings: Any) -> None:
     """Everything that the studio is for, step by step."""
-    blocks, bench = serve(folder, wait=False, **settings)
+    blocks, bench = serve(folder, wait=False, **{**LONG, **settings})
     url = blocks.local_url
     page = eye.page(DESK, url)
     progress = page.locator("#progress")

@@ -14,9 +14,24 @@ from kvinv_pl.menagerie.world import Animal
 RELATIONS = ("beside", "above", "and")  # of the first of two animals to the second
 
 
+class Strip:
+    """Pictures side by side, read as one."""
+
+    def __init__(self, *canvases: Canvas) -> None:
+        self.canvases = canvases
+
+    def picture(self) -> Image.Image:
+        """What is drawn, RGB."""
+        return Image.fromarray(np.concatenate([np.asarray(c.picture()) for c in self.canvases], 1), "RGB")
+
+    def mask(self) -> Image.Image:
+        """Where the animal is: a 1-bit picture."""
+        return Image.fromarray(np.concatenate([np.asarray(c.mask()) for c in self.canvases], 1))
+
+
 @dataclass(frozen=True)
-class Twice:
-    """The same animal twice in one scene, in two actions, at half its usual size.
+class Pair:
+    """The same animal in two actions, in one picture.
 
     In photographs much occurs twice, so that the self-attention of a model trained on them learns to carry
     texture and identity from one place to another, which is what editing by it rests on. These pictures
@@ -27,12 +42,46 @@ class Twice:
     second: Animal
     relation: str
 
+    @property
+    def seed(self) -> int:
+        """The seed of the animal."""
+        return self.first.seed
+
+    def prompt(self) -> str:
+        """The prompt of the picture."""
+        one, two = self.first, self.second
+        return (
+            f"a {one.coat} {one.colour} {one.species} {one.action} {self.relation} "
+            f"the same {two.species} {two.action} on {one.ground}"
+        )
+
+    def render(self, size: int | None = None) -> Image.Image:
+        """The true picture, RGB, `size` pixels high (None: the model's)."""
+        return self.drawn(size).picture()
+
+    def mask(self, size: int | None = None) -> Image.Image:
+        """Where the two are, without their shadows: a 1-bit picture."""
+        return self.drawn(size).mask()
+
+    def drawn(self, size: int | None = None) -> Canvas | Strip:
+        """What `render` and `mask` are read from."""
+        raise NotImplementedError
+
+
+def another_action(action: str, rng: np.random.Generator) -> str:
+    """Any other action, each as likely."""
+    others = [other for other in ACTIONS if other != action]
+    return others[int(rng.integers(len(others)))]
+
+
+class Twice(Pair):
+    """Both in one scene, at half the animal's usual size."""
+
     @classmethod
     def sample(cls, seed: int) -> Twice:
         """The animal of this seed, in its own and another action; equal on every machine."""
         animal, rng = Animal.sample(seed), np.random.default_rng((seed, 2))
-        others = [action for action in ACTIONS if action != animal.action]
-        other = others[int(rng.integers(len(others)))]
+        other = another_action(animal.action, rng)
         relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
 
         def near(value: float, by: float) -> float:
@@ -57,23 +106,6 @@ class Twice:
             one, two = two, one
         return cls(one, two, relation)
 
-    @property
-    def seed(self) -> int:
-        """The seed of the animal."""
-        return self.first.seed
-
-    def prompt(self) -> str:
-        """The prompt of the picture."""
-        return _told(self.first, self.relation, self.second)
-
-    def render(self, size: int | None = None) -> Image.Image:
-        """The true picture, RGB, `size` pixels a side (None: the model's)."""
-        return self.drawn(size).picture()
-
-    def mask(self, size: int | None = None) -> Image.Image:
-        """Where the two are, without their shadows: a 1-bit picture."""
-        return self.drawn(size).mask()
-
     def drawn(self, size: int | None = None) -> Canvas:
         """What `render` and `mask` are read from."""
         far, near = sorted((self.first, self.second), key=lambda animal: -animal.place[1])
@@ -84,62 +116,17 @@ class Twice:
         return canvas
 
 
-def _told(one: Animal, relation: str, two: Animal) -> str:
-    return (
-        f"a {one.coat} {one.colour} {one.species} {one.action} {relation} "
-        f"the same {two.species} {two.action} on {one.ground}"
-    )
+class Series(Pair):
+    """Two pictures of the animal at its own size, side by side, as a photographer takes a series.
 
-
-class Strip:
-    """Pictures side by side, read as one."""
-
-    def __init__(self, *canvases: Canvas) -> None:
-        self.canvases = canvases
-
-    def picture(self) -> Image.Image:
-        """What is drawn, RGB."""
-        return Image.fromarray(np.concatenate([np.asarray(c.picture()) for c in self.canvases], 1), "RGB")
-
-    def mask(self) -> Image.Image:
-        """Where the animal is: a 1-bit picture."""
-        return Image.fromarray(np.concatenate([np.asarray(c.mask()) for c in self.canvases], 1))
-
-
-@dataclass(frozen=True)
-class Series:
-    """The same animal at its own size in two pictures side by side, as a photographer takes a series.
-
-    A picture is twice as wide as it is high, and only the action differs between its halves.
+    Together they are twice as wide as high, and only the action differs between them.
     """
-
-    first: Animal
-    second: Animal
-    relation: str = "and"
 
     @classmethod
     def sample(cls, seed: int) -> Series:
         """The animal of this seed, in its own and another action; equal on every machine."""
         animal, rng = Animal.sample(seed), np.random.default_rng((seed, 3))
-        others = [action for action in ACTIONS if action != animal.action]
-        return cls(animal, replace(animal, action=others[int(rng.integers(len(others)))]))
-
-    @property
-    def seed(self) -> int:
-        """The seed of the animal."""
-        return self.first.seed
-
-    def prompt(self) -> str:
-        """The prompt of the picture."""
-        return _told(self.first, self.relation, self.second)
-
-    def render(self, size: int | None = None) -> Image.Image:
-        """The true picture, RGB, `size` pixels high (None: the model's) and twice as wide."""
-        return self.drawn(size).picture()
-
-    def mask(self, size: int | None = None) -> Image.Image:
-        """Where the two are, without their shadows: a 1-bit picture."""
-        return self.drawn(size).mask()
+        return cls(animal, replace(animal, action=another_action(animal.action, rng)), "and")
 
     def drawn(self, size: int | None = None) -> Strip:
         """What `render` and `mask` are read from."""

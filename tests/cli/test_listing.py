@@ -21,16 +21,6 @@ from kvinv_pl.data.tensors import DTYPES, StoreDtype
 from kvinv_pl.training.module import KVInversion
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which only configurations are there."""
-    folder = checkpoints.make("tiny", tmp_path_factory.mktemp("bare"))
-    for file in folder.rglob("*"):
-        if file.is_file() and file.name not in ("model_index.json", "config.json"):
-            file.unlink()
-    return folder
-
-
 def rows(out: str) -> list[list[str]]:
     """The columns of every self-attention: mark, path, grid, tokens, width, heads, values, MiB, MiB."""
     lines = [line for line in out.splitlines() if "attn1" in line]

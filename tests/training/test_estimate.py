@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import fits
 import pytest
 import torch
@@ -27,16 +26,6 @@ from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 
 HERE = Machine(torch.device("cpu"), torch.float32, 1, 1e9)
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which only configurations are there."""
-    folder = checkpoints.make("tiny", tmp_path_factory.mktemp("bare"))
-    for file in folder.rglob("*"):
-        if file.is_file() and file.name not in ("model_index.json", "config.json"):
-            file.unlink()
-    return folder
 
 
 @cache

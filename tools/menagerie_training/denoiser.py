@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.menagerie import Animal, Series, Twice
+from kvinv_pl.menagerie.twice import Pair
 from menagerie_training.autoencoder import means
 from menagerie_training.beginning import part, take_over, take_over_words
 from menagerie_training.loop import Stage, Trained, needed
@@ -26,13 +27,13 @@ from menagerie_training.pictures import NAMES, Both, Kind, Rows, Side, pictures,
 KINDS: tuple[Kind, ...] = (Animal, Twice, Series)
 
 
-def captions(scenes: Sequence[Animal | Twice | Series], rng: np.random.Generator) -> list[str]:
+def captions(scenes: Sequence[Animal | Pair], rng: np.random.Generator) -> list[str]:
     """Varied captions of these pictures; one in ten is empty (for guidance)."""
 
     def doing(animal: Animal, subject: str) -> str:
         return f"{subject} {rng.choice(['', 'is ', 'that is '], p=[0.8, 0.1, 0.1])}{animal.action}"
 
-    def caption(scene: Animal | Twice | Series) -> str:
+    def caption(scene: Animal | Pair) -> str:
         if rng.uniform() < 0.1:
             return ""
         if rng.uniform() < 0.55:

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
-from kvinv_pl.data.failures import reason
+from kvinv_pl.data.failures import is_out_of_memory, reason
 from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.stages.progress import Progress
 
@@ -111,10 +109,11 @@ class Jobs:
                 job.result, job.state = job.work(job), "done"
             except StoppedError as error:
                 job.state, job.line = "stopped", str(error)
-            except (UserError, torch.OutOfMemoryError, MemoryError) as error:
-                job.state, job.line = "failed", " ".join(reason(error).split())
             except Exception as error:
-                log.exception("a job of %s failed", job.run)
                 job.state, job.line = "failed", f"{type(error).__name__}: {error}"
+                if isinstance(error, UserError) or is_out_of_memory(error):
+                    job.line = " ".join(reason(error).split())
+                else:
+                    log.exception("a job of %s failed", job.run)
             finally:
                 job.over.set()
