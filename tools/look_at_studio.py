@@ -32,10 +32,6 @@ DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 300_000
 """Milliseconds for a step that tunes or edits."""
 LONG = {"inner_steps": 40, "tolerance": 0.0, "tolerance_growth": 0.0}  # time enough to stop it
-    "inner_steps": 40,
-    "tolerance": 0.0,
-    "tolerance_growth": 0.0,
-}  # so that there is time to stop the tuning
 
 
 class Eye:
