@@ -114,6 +114,7 @@ def studio(eye: Eye, folder: Path, **settings: Any) -> None:
     expect(page.locator("#edits img")).to_have_count(1, timeout=PATIENCE)
     page.get_by_role("button", name="Try them").click()
     expect(page.locator("#edits img")).to_have_count(3, timeout=PATIENCE)
+    page.get_by_text("Dials, which need").click()
     page.locator("#edits button:has(img)").first.click()
     expect(page.locator("#dial-start input[type=number]")).to_have_value("0.2", timeout=PATIENCE)
     eye.keep(page, "studio-edited")
