@@ -61,8 +61,8 @@ def unet(
     channels: tuple[int, ...] = (64, 128, 192),
     layers: int = 1,
     text_width: int = 96,
-    steps: int = 7000,
-    batch: int = 64,
+    steps: int = 3200,
+    batch: int = 40,
     lr: float = 1e-3,
     begin: Path | None = None,
 ) -> None:
@@ -89,9 +89,9 @@ def decoder(
     work: Path = WORK,
     count: int = 10_000,
     size: int = SIZE,
-    steps: int = 400,
+    steps: int = 330,
     batch: int = 16,
-    lr: float = 5e-4,
+    lr: float = 3e-4,
 ) -> None:
     """Train the decoder of the autoencoder further, alone: the latents, and so the U-Net, stay as they are.
 
