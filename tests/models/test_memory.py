@@ -59,7 +59,7 @@ def test_what_was_chosen_is_said_and_used(tmp_path: Path, capsys: pytest.Capture
 
 
 def alive() -> int:
-    """The bytes of all tensors that are alive."""
+    """The bytes of all tensors that the collector knows."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors]
@@ -67,15 +67,19 @@ def alive() -> int:
 
 
 class Alive(Callback):
-    """What is alive when a phase begins, at most, over what was when the fit began."""
+    """What is alive when a phase begins, at most, of what came after the fit began."""
 
     peak = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.before = alive()
+        gc.collect()
+        gc.freeze()  # what is there by now is not looked through again: that takes most of the time
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.peak = max(self.peak, alive() - self.before)
+        self.peak = max(self.peak, alive())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("curriculum", ["sequential", "pivot"])
@@ -98,6 +102,7 @@ def test_what_is_alive_grows_neither_with_timesteps_nor_with_pictures(
         peaks.append(watch.peak)
         level = data.works[0].store.trajectory()[0].numel() * 4
         psi = sum(value.numel() for value in data.works[0].store.step(0).psi.values()) * 4
+    assert peaks[0] > psi  # the pass at work is seen
     assert psi > 3 * level  # so that one psi kept for each timestep would be seen
     assert peaks[1] - peaks[0] <= 3 * 3 * level
     assert peaks[2] - peaks[0] <= 3 * level

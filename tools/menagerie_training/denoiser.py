@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +56,7 @@ def captions(scenes: Sequence[Animal | Pair], rng: np.random.Generator) -> list[
     return [caption(scene) for scene in scenes]
 
 
+@cache
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIPTokenizer with one token for every word of the world; any other word is spelled in bytes."""
     from tokenizers import pre_tokenizers, trainers
