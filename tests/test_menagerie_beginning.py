@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvinv_pl.menagerie import Animal, Series, Twice
+from kvinv_pl.menagerie import Animal, Twice, acting_otherwise
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = 900_000
@@ -35,13 +35,13 @@ def training(name: str) -> Any:
 # --- pictures and words ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Twice, Series])
-def test_pairs_are_drawn_with_the_masks_of_both(kind: type[Twice] | type[Series]) -> None:
-    rgb, mask = training("pictures").drawn(range(CHOOSING, CHOOSING + 3), 32, kind)
-    for row, number in enumerate(range(3)):
-        two = kind.sample(CHOOSING + number)
-        assert np.array_equal(rgb[row].permute(1, 2, 0), np.asarray(two.render(32)))
-        assert np.array_equal(mask[row, 0].bool(), np.asarray(two.mask(32)))
+@pytest.mark.parametrize("sample", [Twice.sample, acting_otherwise])
+def test_pictures_are_drawn_with_their_masks(sample: Any) -> None:
+    rgb, mask = training("pictures").drawn(range(CHOOSING, CHOOSING + 3), 32, sample)
+    for row in range(3):
+        scene = sample(CHOOSING + row)
+        assert np.array_equal(rgb[row].permute(1, 2, 0), np.asarray(scene.render(size=32)))
+        assert np.array_equal(mask[row, 0].bool(), np.asarray(scene.mask(size=32)))
 
 
 def test_a_batch_of_both_has_the_rows_that_were_asked_for() -> None:
@@ -54,26 +54,22 @@ def test_a_batch_of_both_has_the_rows_that_were_asked_for() -> None:
         assert len(mixed.__getitems__(asked)[0]) == len(asked)
 
 
-def test_a_series_is_the_picture_of_an_animal_and_beside_it_its_true_picture_in_another_action() -> None:
+def test_the_second_of_a_pair_is_the_true_picture_of_the_first_in_another_action() -> None:
     for seed in range(CHOOSING, CHOOSING + 20):
-        animal, series = Animal.sample(seed), Series.sample(seed)
-        left, right = np.hsplit(np.asarray(series.render(32)), 2)
-        assert np.array_equal(left, np.asarray(animal.render(size=32)))
-        assert series.second.action != animal.action
-        assert np.array_equal(right, np.asarray(animal.render(series.second.action, 32)))
+        animal, second = Animal.sample(seed), acting_otherwise(seed)
+        assert second.action != animal.action
+        assert np.array_equal(second.render(size=32), np.asarray(animal.render(second.action, 32)))
 
 
-def test_a_third_of_a_batch_is_square_and_the_rest_is_wide() -> None:
+def test_a_fifth_of_a_batch_shows_one_animal_twice_and_the_rest_are_pairs() -> None:
     pictures = training("pictures")
-    square = pictures.Both(pictures.Rows(torch.arange(5)), pictures.Rows(torch.arange(10, 13)))
-    rows = pictures.Side(square, pictures.Rows(torch.arange(20, 22)))
-    first, second = rows.__getitems__([7, 0, 1, 6, 3, 2])
-    assert (first[0].tolist(), second[0].tolist()) == ([0, 12], [21, 20, 21, 20])
-    assert len(rows.__getitems__([4])) == 1  # too few for both
+    rows = pictures.Side(pictures.Rows(torch.arange(3)), pictures.Rows(torch.arange(20, 28)))
+    first, second = rows.__getitems__([7, 0, 1, 6, 3])
+    assert (first[0].tolist(), second[0].tolist()) == ([1], [20, 21, 26, 23])
 
 
-def test_captions_of_pairs_name_both_actions_and_that_it_is_the_same_animal() -> None:
-    scenes = [kind.sample(CHOOSING + number) for number in range(150) for kind in (Twice, Series)]
+def test_captions_of_one_animal_twice_name_both_actions_and_that_it_is_the_same() -> None:
+    scenes = [Twice.sample(CHOOSING + number) for number in range(300)]
     texts = training("denoiser").captions(scenes, np.random.default_rng(0))
     said = [(two, text) for two, text in zip(scenes, texts, strict=True) if text]
     assert 0.05 < 1 - len(said) / len(scenes) < 0.15  # of the empty one
@@ -81,6 +77,28 @@ def test_captions_of_pairs_name_both_actions_and_that_it_is_the_same_animal() ->
         start, end = text.split(" the same ")
         assert two.first.action in start and two.second.action in end and two.first.species in end
     assert sum(text == two.prompt() for two, text in said) > 0.5 * len(said)
+
+
+@torch.no_grad()
+def test_seconds_of_pairs_read_the_firsts_as_an_edit_reads_its_source() -> None:
+    denoiser = training("denoiser")
+    torch.manual_seed(0)
+    unet = denoiser.build_unet(8, 4, (16, 32), 1, 8).eval()
+    text = torch.randn(3, 5, 8)
+    module = denoiser.UNetTraining(unet, torch.nn.Linear(1, 1), None, 1e-3, 10)
+    module.on_train_start()
+    unet, reading = module.nets["unet"], module.reading
+    z = torch.randn(3, 4, 8, 8)  # another picture, a first, and its second
+    alone = unet(z, 500, text).sample
+    reading.pairs = 1
+    read = unet(z, 500, text).sample
+    assert torch.allclose(read[:2], alone[:2], atol=1e-6)  # firsts and others read themselves
+    assert not torch.allclose(read[2], alone[2], atol=1e-4)
+    z[1] = z[2]
+    same = unet(z, 500, text[[0, 2, 2]]).sample
+    assert torch.allclose(same[1], same[2], atol=1e-5)  # whoever reads its own twin reads itself
+    reading.own = True  # each key twice: the same average of the same values
+    assert torch.allclose(unet(z, 500, text[[0, 2, 2]]).sample[2], same[2], atol=1e-5)
 
 
 def test_every_word_of_a_pair_is_one_token_of_the_tokenizer_and_the_prompt_fits() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.twice import Series, Twice
+from kvinv_pl.menagerie.twice import Twice, acting_otherwise
 from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "SIZE",
     "SPECIES",
     "Animal",
-    "Series",
     "Twice",
+    "acting_otherwise",
     "checkpoint",
     "segmenter",
 ]

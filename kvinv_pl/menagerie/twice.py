@@ -1,4 +1,4 @@
-"""The same animal twice: in one scene, or in a series of two pictures."""
+"""The same animal twice: in one scene, or in two pictures of a series."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ from kvinv_pl.menagerie.world import Animal
 RELATIONS = ("beside", "above", "and")  # of the first of two animals to the second
 
 
-class Strip:
-    """Pictures side by side, read as one."""
+def another_action(action: str, rng: np.random.Generator) -> str:
+    """Any other action, each as likely."""
+    others = [other for other in ACTIONS if other != action]
+    return others[int(rng.integers(len(others)))]
 
-    def __init__(self, *canvases: Canvas) -> None:
-        self.canvases = canvases
 
-    def picture(self) -> Image.Image:
-        """What is drawn, RGB."""
-        return Image.fromarray(np.concatenate([np.asarray(c.picture()) for c in self.canvases], 1), "RGB")
-
-    def mask(self) -> Image.Image:
-        """Where the animal is: a 1-bit picture."""
-        return Image.fromarray(np.concatenate([np.asarray(c.mask()) for c in self.canvases], 1))
+def acting_otherwise(seed: int) -> Animal:
+    """The animal of this seed in its own scene and in another action than its own; equal on every machine."""
+    animal = Animal.sample(seed)
+    return replace(animal, action=another_action(animal.action, np.random.default_rng((seed, 3))))
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The same animal in two actions, in one picture.
+class Twice:
+    """Both in one scene, at half the animal's usual size.
 
     In photographs much occurs twice, so that the self-attention of a model trained on them learns to carry
     texture and identity from one place to another, which is what editing by it rests on. These pictures
@@ -56,26 +53,12 @@ class Pair:
         )
 
     def render(self, size: int | None = None) -> Image.Image:
-        """The true picture, RGB, `size` pixels high (None: the model's)."""
+        """The true picture, RGB, `size` pixels a side (None: the model's)."""
         return self.drawn(size).picture()
 
     def mask(self, size: int | None = None) -> Image.Image:
         """Where the two are, without their shadows: a 1-bit picture."""
         return self.drawn(size).mask()
-
-    def drawn(self, size: int | None = None) -> Canvas | Strip:
-        """What `render` and `mask` are read from."""
-        raise NotImplementedError
-
-
-def another_action(action: str, rng: np.random.Generator) -> str:
-    """Any other action, each as likely."""
-    others = [other for other in ACTIONS if other != action]
-    return others[int(rng.integers(len(others)))]
-
-
-class Twice(Pair):
-    """Both in one scene, at half the animal's usual size."""
 
     @classmethod
     def sample(cls, seed: int) -> Twice:
@@ -114,20 +97,3 @@ class Twice(Pair):
             canvas.set_view(*animal.window)
             animal.draw_on(canvas, animal.action)
         return canvas
-
-
-class Series(Pair):
-    """Two pictures of the animal at its own size, side by side, as a photographer takes a series.
-
-    Together they are twice as wide as high, and only the action differs between them.
-    """
-
-    @classmethod
-    def sample(cls, seed: int) -> Series:
-        """The animal of this seed, in its own and another action; equal on every machine."""
-        animal, rng = Animal.sample(seed), np.random.default_rng((seed, 3))
-        return cls(animal, replace(animal, action=another_action(animal.action, rng)), "and")
-
-    def drawn(self, size: int | None = None) -> Strip:
-        """What `render` and `mask` are read from."""
-        return Strip(self.first.drawn(size=size), self.second.drawn(size=size))

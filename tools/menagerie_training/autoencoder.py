@@ -192,7 +192,7 @@ def train(
     if stage.finished():
         return
     L.seed_everything(0, verbose=False)
-    alone, twice = pictures(work, count, size), pictures(work, count, size, Twice)
+    alone, twice = pictures(work, count, size), pictures(work, count, size, Twice.sample)
     vae = build_vae(size, channels, latent_channels)
     teacher = begun_from(vae, begin) if begin else None
     module = VAETraining(vae, lr, steps, kl, teacher)
@@ -217,7 +217,7 @@ def train_decoder(work: Path, count: int, size: int, steps: int, batch: int, lr:
         return
     trained = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent
     L.seed_everything(0, verbose=False)
-    alone, twice = pictures(work, count, size), pictures(work, count, size, Twice)
+    alone, twice = pictures(work, count, size), pictures(work, count, size, Twice.sample)
     module = DecoderTraining(AutoencoderKL.from_pretrained(trained).float().train(), lr, steps)
     stage.fit(module, Both(Rows(*alone), Rows(*twice)), batch)
     cast(AutoencoderKL, module.average["vae"].eval()).save_pretrained(work / "decoder-trained")

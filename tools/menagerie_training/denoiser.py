@@ -11,30 +11,27 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.menagerie import Animal, Series, Twice
-from kvinv_pl.menagerie.twice import Pair
+from kvinv_pl.menagerie import Animal, Twice, acting_otherwise
 from menagerie_training.autoencoder import means
 from menagerie_training.beginning import part, take_over, take_over_words
 from menagerie_training.loop import Stage, Trained, needed
-from menagerie_training.pictures import NAMES, Both, Kind, Rows, Side, pictures, save
-
-KINDS: tuple[Kind, ...] = (Animal, Twice, Series)
+from menagerie_training.pictures import NAMES, Rows, Sampling, Side, pictures, save
 
 
-def captions(scenes: Sequence[Animal | Pair], rng: np.random.Generator) -> list[str]:
+def captions(scenes: Sequence[Animal | Twice], rng: np.random.Generator) -> list[str]:
     """Varied captions of these pictures; one in ten is empty (for guidance)."""
 
     def doing(animal: Animal, subject: str) -> str:
         return f"{subject} {rng.choice(['', 'is ', 'that is '], p=[0.8, 0.1, 0.1])}{animal.action}"
 
-    def caption(scene: Animal | Pair) -> str:
+    def caption(scene: Animal | Twice) -> str:
         if rng.uniform() < 0.1:
             return ""
         if rng.uniform() < 0.55:
@@ -120,6 +117,29 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
+OWN_TOO = 0.3  # share of the steps in which seconds read themselves, too
+
+
+class ReadingTheFirst(AttnProcessor):
+    """Self-attention in which a batch's last pictures read those before them, as in a series of pictures.
+
+    Of the rows, the last 2 `pairs` are the firsts and then the seconds of pairs. A first reads itself; its
+    second reads the first's keys and values, and with `own` its own beside them.
+    """
+
+    pairs, own = 0, False
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attend; as `AttnProcessor` does without pairs."""
+        if not self.pairs:
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+        others, seconds = hidden_states[: -self.pairs], hidden_states[-self.pairs :]
+        read = others[-self.pairs :]
+        if self.own:
+            read = torch.cat([read, seconds], 1)
+        return torch.cat([super().__call__(attn, others), super().__call__(attn, seconds, read)])
+
+
 class UNetTraining(Trained):
     """The usual loss on epsilon, with captions drawn anew for every batch."""
 
@@ -132,47 +152,58 @@ class UNetTraining(Trained):
         self.tokenizer = tokenizer
         self.register_buffer("alphas", build_scheduler().alphas_cumprod, persistent=False)
         self.rng = np.random.default_rng()
+        self.reading = ReadingTheFirst()
 
     def on_train_start(self) -> None:
-        """Seed the captions like the rest, and choose the quicker attention."""
+        """Seed the captions like the rest; let the self-attention of the decoder read across pairs."""
         super().on_train_start()
         self.rng = np.random.default_rng(self.global_step)
-        if self.device.type == "cpu":  # twice as fast as the fused kernel's backward in bf16
-            cast(UNet2DConditionModel, self.nets["unet"]).set_attn_processor(AttnProcessor())
+        unet, plain = cast(UNet2DConditionModel, self.nets["unet"]), AttnProcessor()
+        # On a CPU, AttnProcessor is twice as fast as the fused kernel's backward in bf16.
+        unet.set_attn_processor(
+            {
+                name: self.reading if name.startswith("up_blocks") and ".attn1." in name else plain
+                for name in unet.attn_processors
+            }
+        )
 
     def training_step(self, batch: list[list[Tensor]], _: int) -> Tensor:
-        """Batches of one shape each: scaled latents, the seeds of their animals, their numbers in KINDS."""
-        losses, errors = zip(*(self._losses(*rows) for rows in batch), strict=True)
-        self.log("unet/loss", torch.cat(errors).mean(), prog_bar=True)
-        return torch.cat(losses).mean()
-
-    def _losses(self, z: Tensor, seeds: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
-        """What is minimised and the squared error of epsilon, for each row."""
-        scenes = [KINDS[kind].sample(seed) for kind, seed in zip(kinds.tolist(), seeds.tolist(), strict=True)]
+        """A batch of pictures of one animal twice, and one of pairs: scaled latents and the animals' seeds."""
+        (twice, twice_seeds), (firsts, seconds, seeds) = batch
+        pairs = len(seeds)
+        scenes: list[Animal | Twice] = [Twice.sample(seed) for seed in twice_seeds.tolist()]
+        for sample in (Animal.sample, acting_otherwise):
+            scenes += [sample(seed) for seed in seeds.tolist()]
+        z = torch.cat([twice, firsts, seconds])
         texts = captions(scenes, self.rng)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         context = self.nets["text"](cast(Tensor, ids).to(z.device)).last_hidden_state
         # The pose is decided at the noisy end: it is visited more often (density 1.5 sqrt(t)).
         steps = self.alphas.shape[0]
         t = (torch.rand(len(z), device=z.device) ** (2 / 3) * steps).long().clamp(max=steps - 1)
+        t[-pairs:] = t[-2 * pairs : -pairs]
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
+        self.reading.pairs, self.reading.own = pairs, bool(self.rng.uniform() < OWN_TOO)
         predicted = self.nets["unet"](alpha.sqrt() * z + (1 - alpha).sqrt() * noise, t, context).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))
         # Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and
         # the word of the action, which only tells there, would be learned last: all times count alike.
-        return error * (alpha.flatten() + 0.01) ** -0.75, error.detach()
+        weighted = error * (alpha.flatten() + 0.01) ** -0.75
+        self.log("unet/loss", error.mean(), prog_bar=True)
+        self.log("unet/firsts", weighted[-2 * pairs : -pairs].mean(), prog_bar=True)
+        self.log("unet/seconds", weighted[-pairs:].mean(), prog_bar=True)
+        return weighted.mean()
 
 
-def latents(work: Path, count: int, size: int, kind: Kind) -> Tensor:
+def latents(work: Path, count: int, size: int, sample: Sampling) -> Tensor:
     """Scaled latents of the training pictures, fp32."""
     trained = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent
-    more = "" if kind is Animal else f"-{NAMES[kind]}"
-    file = work / f"latents-{count}-{size}{more}.pt"
+    file = work / f"latents-{NAMES[sample]}-{count}-{size}.pt"
     if not file.exists() or file.stat().st_mtime < (trained / "config.json").stat().st_mtime:
         vae: Any = AutoencoderKL.from_pretrained(trained)
         vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        save(means(vae, pictures(work, count, size, kind)[0]) * vae.config["scaling_factor"], file)
+        save(means(vae, pictures(work, count, size, sample)[0]) * vae.config["scaling_factor"], file)
     return torch.load(file, mmap=True)
 
 
@@ -191,11 +222,13 @@ def train(
     if stage.finished():
         return
     L.seed_everything(0, verbose=False)
-    alone, twice, series = (latents(work, count, size, kind) for kind in KINDS)
+    twice, firsts, seconds = (
+        latents(work, count, size, sample) for sample in (Twice.sample, Animal.sample, acting_otherwise)
+    )
     seeds = torch.arange(count)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(work / "tokenizer")
-    net = build_unet(alone.shape[-1], alone.shape[1], channels, layers, text_width)
+    net = build_unet(firsts.shape[-1], firsts.shape[1], channels, layers, text_width)
     text = build_text_encoder(tokenizer, text_width)
     if begin:
         known = UNet2DConditionModel.from_pretrained(part(begin, "unet"))
@@ -203,9 +236,7 @@ def train(
         words = CLIPTokenizer.from_pretrained(part(begin, "tokenizer"))
         take_over_words(text, tokenizer, CLIPTextModel.from_pretrained(part(begin, "text_encoder")), words)
     module = UNetTraining(net, text, tokenizer, lr, steps)
-    square = Both(*(Rows(z, seeds, torch.full_like(seeds, kind)) for kind, z in enumerate((alone, twice))))
-    wide = Rows(series, seeds, torch.full_like(seeds, 2))
-    stage.fit(module, Side(square, wide), batch)
+    stage.fit(module, Side(Rows(twice, seeds), Rows(firsts, seconds, seeds)), batch)
     cast(UNet2DConditionModel, module.average["unet"]).save_pretrained(work / "unet-trained")
     cast(CLIPTextModel, module.average["text"]).save_pretrained(work / "text-trained")
     stage.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,41 +13,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie import Animal, Series, Twice
+from kvinv_pl.menagerie import Animal, Twice, acting_otherwise
 
 TRAINING_SEEDS = 900_000  # 0 up; 900,000 to 999,999 are for choosing, from 1,000,000 on for reporting
 CHOOSING_SEED = 900_000
 REPORTING_SEED = 1_000_000
 
 
-Kind = type[Animal] | type[Twice] | type[Series]
-NAMES: dict[Kind, str] = {Animal: "pictures", Twice: "pairs", Series: "series"}
+Sampling = Callable[[int], Animal | Twice]  # the scene of a seed
+NAMES: dict[Sampling, str] = {Animal.sample: "pictures", Twice.sample: "pairs", acting_otherwise: "seconds"}
 
 
-def drawn(seeds: range, size: int, kind: Kind = Animal) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, size, width) and masks (n, 1, size, width), uint8, of these seeds' scenes."""
-    scenes = [kind.sample(seed) for seed in seeds]
-    canvases = [scene.drawn(size=size) for scene in scenes]
+def drawn(seeds: range, size: int, sample: Sampling = Animal.sample) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, size, size) and masks (n, 1, size, size), uint8, of these seeds' scenes."""
+    canvases = [sample(seed).drawn(size=size) for seed in seeds]
     rgb = np.stack([np.asarray(canvas.picture()) for canvas in canvases])
     mask = np.stack([np.asarray(canvas.mask()) for canvas in canvases])
     return torch.from_numpy(rgb).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(mask)[:, None].byte()
 
 
-def _drawn(job: tuple[int, int, int, Kind]) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(job: tuple[int, int, int, Sampling]) -> tuple[np.ndarray, np.ndarray]:
     rgb, mask = drawn(range(job[0], job[1]), job[2], job[3])
     return rgb.numpy(), mask.numpy()
 
 
-def pictures(work: Path, count: int, size: int, kind: Kind = Animal) -> tuple[Tensor, Tensor]:
+def pictures(work: Path, count: int, size: int, sample: Sampling = Animal.sample) -> tuple[Tensor, Tensor]:
     """Pictures and masks of the first `count` training seeds, drawn when no file holds as many."""
     if not 1 <= count <= TRAINING_SEEDS:
         raise UserError(f"--count must be 1 to {TRAINING_SEEDS}, the number of training seeds; got {count}")
-    name = NAMES[kind]
+    name = NAMES[sample]
     larger = sorted((number, file) for file, number in _files(work, name, size) if number >= count)
     file = larger[0][1] if larger else work / f"{name}-{count}-{size}.pt"
     if not larger:
         print(f"drawing {count} {name} of {size} pixels", flush=True)
-        jobs = [(first, min(first + 500, count), size, kind) for first in range(0, count, 500)]
+        jobs = [(first, min(first + 500, count), size, sample) for first in range(0, count, 500)]
         if len(jobs) == 1:
             parts = [_drawn(jobs[0])]
         else:
@@ -117,22 +117,20 @@ class Both(Dataset[Any]):
 
 
 class Side(Dataset[Any]):
-    """Two data sets side by side: of a batch, a third of the rows are of the first."""
+    """Two data sets side by side: of a batch, a fifth of the rows are of the first."""
 
-    def __init__(self, first: Both, second: Rows) -> None:
+    def __init__(self, first: Rows, second: Rows) -> None:
         self.first, self.second = first, second
 
     def __len__(self) -> int:
-        """The number of rows of the first."""
-        return len(self.first)
+        """The number of rows of the second."""
+        return len(self.second)
 
     def __getitems__(self, rows: list[int]) -> list[list[Tensor]]:
         """A batch of each."""
-        many = -(-len(rows) // 3)
-        parts = [self.first.__getitems__(rows[:many])]
-        if rest := [row % len(self.second) for row in rows[many:]]:
-            parts.append(self.second.__getitems__(rest))
-        return parts
+        many = len(rows) // 5
+        firsts = [row % len(self.first) for row in rows[:many]]
+        return [self.first.__getitems__(firsts), self.second.__getitems__(rows[many:])]
 
 
 def loader(rows: Rows | Both | Side, batch: int) -> DataLoader[Any]:
