@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def pictures(work: Path, count: int, size: int, sample: Sampling = Animal.sample
         if len(jobs) == 1:
             parts = [_drawn(jobs[0])]
         else:
-            with ProcessPoolExecutor() as pool:
+            # Not by fork: the child of a process in which torch has run in threads can wait for ever.
+            with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
                 parts = list(pool.map(_drawn, jobs))
         save(tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)), file)
     rgb, mask = torch.load(file, mmap=True)
