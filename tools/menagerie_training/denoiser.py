@@ -118,6 +118,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 OWN_TOO = 0.3  # share of the steps in which seconds read themselves, too
+CLEANER = 0.5  # share of the firsts that have less noise than their seconds
 
 
 class ReadingTheFirst(AttnProcessor):
@@ -168,7 +169,7 @@ class UNetTraining(Trained):
         )
 
     def training_step(self, batch: list[list[Tensor]], _: int) -> Tensor:
-        """A batch of pictures of one animal twice, and one of pairs: scaled latents and the animals' seeds."""
+        """A batch of one animal twice, and one of pairs: scaled latents and the seeds of the animals."""
         (twice, twice_seeds), (firsts, seconds, seeds) = batch
         pairs = len(seeds)
         scenes: list[Animal | Twice] = [Twice.sample(seed) for seed in twice_seeds.tolist()]
@@ -180,8 +181,11 @@ class UNetTraining(Trained):
         context = self.nets["text"](cast(Tensor, ids).to(z.device)).last_hidden_state
         # The pose is decided at the noisy end: it is visited more often (density 1.5 sqrt(t)).
         steps = self.alphas.shape[0]
-        t = (torch.rand(len(z), device=z.device) ** (2 / 3) * steps).long().clamp(max=steps - 1)
-        t[-pairs:] = t[-2 * pairs : -pairs]
+        t = torch.rand(len(z), device=z.device) ** (2 / 3) * steps
+        # The cleaner a first, the more its second gains by reading it: half of the firsts are cleaner.
+        cleaner = torch.rand(pairs, device=z.device) * (torch.rand(pairs, device=z.device) < CLEANER)
+        t[-2 * pairs : -pairs] = t[-pairs:] * (1 - cleaner)
+        t = t.long().clamp(max=steps - 1)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         self.reading.pairs, self.reading.own = pairs, bool(self.rng.uniform() < OWN_TOO)
