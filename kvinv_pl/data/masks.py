@@ -9,7 +9,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from kvinv_pl.data.pictures import Geometry, Picture, read_picture, to_mask
+from kvinv_pl.data.geometry import Geometry, to_mask
+from kvinv_pl.data.pictures import Picture, read_picture
 from kvinv_pl.errors import UserError
 
 TINT = (230, 30, 60)

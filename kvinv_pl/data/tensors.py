@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.data.files import Packed
+from kvinv_pl.data.layout import Packed
 from kvinv_pl.errors import UserError
 
 StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from kvinv_pl.data.pictures import as_pixels, open_picture, psnr, to_image
+from kvinv_pl.data.geometry import as_pixels, psnr, to_image
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage

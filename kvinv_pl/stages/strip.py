@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.algorithm.editing import edit
-from kvinv_pl.data.pictures import to_image
+from kvinv_pl.data.geometry import to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.models.denoiser import Denoiser

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kvinv_pl.data import files, layout
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.files import TEMPORARY, Packed
+from kvinv_pl.data.files import TEMPORARY
+from kvinv_pl.data.layout import Packed
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.writer import Writer
