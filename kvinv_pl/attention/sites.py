@@ -100,12 +100,9 @@ def _met(kind: type[UNet2DConditionModel], configuration: str, latent_grid: tupl
 
 
 def grid_of(path: str, tokens: int, maps: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Height and width of the feature map that the nearest module around `path` was given.
+    """Height and width of the feature map that the nearest module around the attention `path` was given.
 
-    Args:
-        path: module path of an attention.
-        tokens: of its sequence.
-        maps: height and width of the last 4-D input of modules, by path.
+    `maps` are those of the last 4-D input of modules, by their paths.
     """
     around = path
     while around:

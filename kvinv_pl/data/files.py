@@ -108,14 +108,8 @@ def write_tensors(
 ) -> None:
     """Write tensors as safetensors, with `kind`, `info` and a digest of everything in the header.
 
-    Raises UserError, and writes nothing, if a number is not finite.
-
-    Args:
-        file: What to write, or replace.
-        kind: Of the file.
-        tensors: By their names, on any device; they may change once this returns.
-        info: The record that goes along.
-        into: Takes the writing.
+    They may be on any device, and change once this returns. Raises UserError, and writes nothing, if a number
+    is not finite.
     """
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
     into(partial(_write, file, metadata, laid_out(tensors)))
@@ -157,12 +151,7 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
 def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
     """Read a file of this kind, and check its digest; raises DamagedError if it does not match.
 
-    The slow parts release the GIL.
-
-    Args:
-        file: What to read.
-        kind: What it must be.
-        pinned: Whether it goes on to a GPU of CUDA.
+    `pinned` is for what goes on to a GPU of CUDA. The slow parts release the GIL.
     """
     _, info = read_header(file, kind)
     with explaining_os_errors("read", file), file.open("rb") as opened:

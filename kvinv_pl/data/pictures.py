@@ -52,9 +52,7 @@ def read_picture(
 ) -> Picture:
     """Read a picture, upright, as `to_eight_bit` makes it of the file's own; raises UserError.
 
-    Args:
-        path: the file.
-        to_eight_bit: from the picture in the file's mode to mode RGB or L; it may add notes.
+    That goes from a picture in the file's mode to mode RGB or L, and may add notes.
     """
     path = Path(path)
     if not os.path.isfile(path):

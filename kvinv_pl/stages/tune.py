@@ -37,15 +37,9 @@ class Tuning:
         plan: Sequence[Phase],
         watch: Watch,
     ) -> None:
-        """Take the network with psi attached, as many slots wide as the phases are.
+        """Take the network with psi attached, as many slots wide as the phases of `plan` are.
 
-        Args:
-            denoiser: The model.
-            attempt: How psi is tuned.
-            which: The pass: all timesteps at their pivots, or z-tilde rolling out.
-            works: The pictures, with the phases of this attempt; phases know them by their number.
-            plan: The phases that remain, in order.
-            watch: Progress, failures and loggers.
+        `works` are the pictures with the phases of this attempt, which know them by their number.
         """
         self.denoiser, self.attempt, self.settings = denoiser, attempt, attempt.settings
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"

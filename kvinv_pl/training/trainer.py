@@ -198,9 +198,10 @@ class KVTrainer(Trainer):
             known_failures = {} if self.ranks.is_main else dict(failures.reasons)
             with reporting_write_errors(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
-                    works = workload.of_share(shares[n])
+                    slots, members = shares[n]
+                    works = [data.works[member] for member in members]
                     with workload.locked(works):
-                        self._run_share(workload, shares[n][0], works)
+                        self._run_share(workload, slots, works)
             self.ranks.report(failures.reasons)
         if lost:
             Progress().note(f"some logs were lost: {lost[0].strerror or lost[0]}")

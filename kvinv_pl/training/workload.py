@@ -32,12 +32,7 @@ class Workload:
     ) -> None:
         """Mark as failed the pictures that were not found, or that have no target to edit to.
 
-        Args:
-            model: The module; its checkpoint need not be loaded yet.
-            data: The pictures.
-            stages: In their order.
-            dry_run: Lightning's fast_dev_run: the first picture only, and nothing is written.
-            editing: Settings of the edits; None: the model's.
+        A dry run is Lightning's fast_dev_run: the first picture only, and nothing is written.
         """
         self.editing = editing or model.editing
         self.model, self.data, self.stages, self.dry_run = model, data, stages, dry_run
@@ -117,10 +112,6 @@ class Workload:
                         f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
                         f"trip, is below the {figures['psnr_demanded']:g} dB required"
                     )
-
-    def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
-        """The pictures of a share."""
-        return [self.data.works[member] for member in share[1]]
 
     @contextmanager
     def locked(self, works: Sequence[SourceImage]) -> Iterator[None]:
