@@ -177,7 +177,7 @@ def test_missing_weights_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_nearest_true_picture_names_the_action_of_a_true_picture() -> None:
     animals = [Animal.sample(CHOOSING + number) for number in range(100)]
-    right = [nearest_action(animal.render(), animal) == animal.action for animal in animals]
+    right = [nearest_action(animal.render(size=64), animal) == animal.action for animal in animals]
     assert sum(right) >= 99
 
 
