@@ -16,17 +16,19 @@ import torch
 torch.set_num_threads(1)
 
 # without cli and training: jsonargparse reads the signatures there, which stay as they are written
-HOOKED = (
-    *("algorithm", "attention", "data", "models", "stages", "bench"),
-    *("menagerie", "testing", "optimizers", "errors"),
-)
-
+PACKAGE = Path(__file__).parents[1] / "kvinv_pl"
+FOLDERS = ("algorithm", "attention", "bench", "data", "menagerie", "models", "stages", "testing")
+STATES_SHAPES = [
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for folder in (*FOLDERS, ".")
+    for file in (PACKAGE / folder).glob("*.py")
+    if file.name != "__init__.py" and "from jaxtyping import" in file.read_text(encoding="utf-8")
+]
 
 if find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    names = [f"kvinv_pl.{name}" for name in HOOKED]
-    install_import_hook([*names, "kvinv_plugins"], "shapes.check")
+    install_import_hook([*STATES_SHAPES, "kvinv_plugins"], "shapes.check")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 import kvinv_pl
-from kvinv_pl.api import KVInverter, Run
+from kvinv_pl.api import KVInverter, Run, open_run
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 
@@ -64,6 +64,12 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
         run.edit(TARGET, guidence=5.0)
     assert kv.model.editing is loaded
     assert run.edit(TARGET).tobytes() == plain
+
+
+def test_a_run_folder_opens_with_what_it_was_tuned_with(run: Run) -> None:
+    opened = open_run(run.folder, accelerator="cpu")
+    assert opened.edit(TARGET).tobytes() == run.edit(TARGET).tobytes()
+    assert opened.owner.model.editing == run.owner.model.editing
 
 
 def test_a_model_changed_in_memory_is_asked_again(image: Path) -> None:

@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from few_words import learn_words
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
@@ -35,6 +37,13 @@ def rgb(picture: Image.Image) -> np.ndarray:
 def grown(mask: Image.Image) -> np.ndarray:
     """The mask and all that anti-aliasing may have touched around it."""
     return np.array(mask.convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+
+
+@cache
+def drawn(seed: int, action: str) -> tuple[np.ndarray, Image.Image]:
+    """The picture and the mask of an animal, which several tests look at."""
+    animal = Animal.sample(seed)
+    return rgb(animal.render(action)), animal.mask(action)
 
 
 def shadow_rows(animal: Animal, size: int) -> np.ndarray:
@@ -64,8 +73,8 @@ def test_different_seeds_give_different_animals_and_every_word_occurs() -> None:
 
 @pytest.mark.parametrize("animal", ANIMALS, ids=lambda animal: animal.prompt().replace(" ", "-"))
 def test_every_action_is_another_picture_and_another_mask(animal: Animal) -> None:
-    pictures = [rgb(animal.render(action)) for action in ACTIONS]
-    masks = [np.array(animal.mask(action)) for action in ACTIONS]
+    pictures = [drawn(animal.seed, action)[0] for action in ACTIONS]
+    masks = [np.array(drawn(animal.seed, action)[1]) for action in ACTIONS]
     for one in range(len(ACTIONS)):
         for other in range(one):
             assert np.square(pictures[one] - pictures[other]).mean() > 1e-3
@@ -76,10 +85,11 @@ def test_only_the_animal_and_its_shadow_differ_between_actions() -> None:
     for animal in ANIMALS:
         own, mask = rgb(animal.render()), grown(animal.mask())
         for action in ACTIONS:
-            elsewhere = ~(mask | grown(animal.mask(action)))
+            picture, there = drawn(animal.seed, action)
+            elsewhere = ~(mask | grown(there))
             elsewhere[shadow_rows(animal, SIZE)] = False
             assert elsewhere.sum() > 0.3 * SIZE**2
-            np.testing.assert_array_equal(rgb(animal.render(action))[elsewhere], own[elsewhere])
+            np.testing.assert_array_equal(picture[elsewhere], own[elsewhere])
 
 
 def test_a_mask_holds_the_animal_without_its_shadow() -> None:
@@ -143,10 +153,10 @@ def test_an_unknown_action_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_training_set_is_drawn_in_minutes() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for number in range(50):
         Animal.sample(CHOOSING + number).render()
-    assert time.perf_counter() - began < 50 * 0.1  # about 5 ms each on an idle core
+    assert time.process_time() - began < 50 * 0.1  # about 5 ms each on an idle core
 
 
 def test_the_world_needs_no_torch() -> None:
@@ -167,7 +177,7 @@ def test_missing_weights_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_nearest_true_picture_names_the_action_of_a_true_picture() -> None:
     animals = [Animal.sample(CHOOSING + number) for number in range(100)]
-    right = [nearest_action(animal.render(), animal) == animal.action for animal in animals]
+    right = [nearest_action(animal.render(size=64), animal) == animal.action for animal in animals]
     assert sum(right) >= 99
 
 
@@ -220,6 +230,7 @@ def command() -> Any:
     """tools/train_menagerie.py as a module."""
     path = sys.path.copy()
     sys.path.insert(0, str(ROOT / "tools"))
+    learn_words()
     yield importlib.import_module("train_menagerie")
     sys.path[:] = path
 
@@ -325,8 +336,13 @@ def test_an_export_leaves_other_folders_alone(
     assert "neither an earlier export nor an empty folder" in capsys.readouterr().err
 
 
-def test_every_word_of_the_world_is_one_token_and_any_other_text_is_read(command: Any) -> None:
-    tokenizer = importlib.import_module("menagerie_training.denoiser").build_tokenizer()
+@pytest.mark.parametrize("which", ["of the training", "of the weights"])
+def test_every_word_of_the_world_is_one_token_and_any_other_text_is_read(which: str, command: Any) -> None:
+    training = importlib.import_module("menagerie_training.denoiser")
+    weights = menagerie.checkpoint() / "tokenizer"
+    tokenizer = training.build_tokenizer()
+    if which == "of the weights":
+        tokenizer = training.CLIPTokenizer.from_pretrained(weights)
     for animal in ANIMALS:
         words = animal.prompt().split()
         assert len(tokenizer(animal.prompt())["input_ids"]) == len(words) + 2

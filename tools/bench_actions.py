@@ -144,7 +144,7 @@ class Bench:
 
     def through_vae(self, draw: Callable[[Case], Image.Image], name: str) -> Row:
         """Pictures that are only encoded and decoded."""
-        from kvinv_pl.data.pictures import Geometry, to_image, to_pixels
+        from kvinv_pl.data.geometry import Geometry, to_image, to_pixels
 
         backbone = self.module().load_backbone(torch.float32)
         pictures = []

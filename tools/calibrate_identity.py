@@ -20,7 +20,7 @@ from menagerie_training.pictures import CHOOSING_SEED, REPORTING_SEED
 from PIL import Image
 from report_menagerie import pages
 
-from kvinv_pl.data.pictures import Geometry, to_image, to_pixels
+from kvinv_pl.data.geometry import Geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import checkpoint
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval

@@ -20,7 +20,7 @@ from menagerie_training.segmenting import BOX_BAR, POINT_BAR, own_iou
 from PIL import Image
 
 from kvinv_pl import menagerie
-from kvinv_pl.data.pictures import as_pixels
+from kvinv_pl.data.geometry import as_pixels
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal

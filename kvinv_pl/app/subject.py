@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from kvinv_pl.data.pictures import fit_geometry, to_image, to_pixels
+from kvinv_pl.data.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import NO_CHOICES, Choices
 from kvinv_pl.models.prompts import mask_from_word

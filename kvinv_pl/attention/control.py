@@ -52,13 +52,9 @@ def controlling(
     grids: Mapping[int, tuple[int, int]],
     middle: Callable[[Attending], Tensor],
 ) -> Iterator[None]:
-    """Have `middle` compute these layers' attention; afterwards each has its own processor again.
+    """Have `middle` compute these layers' attention, (branches, 2, tokens, dim); then all is as it was.
 
-    Args:
-        unet: The U-Net.
-        paths: Module paths of attentions.
-        grids: Height and width of a map, by the number of its pixels.
-        middle: From an `Attending` to (branches, 2, tokens, dim).
+    `grids` are height and width of a map, by the number of its pixels.
     """
     before = {path: _plain(unet, path) for path in paths}
     processors = {path: layer.processor for path, layer in before.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,24 +16,15 @@ from kvinv_pl.errors import UserError
 def convolving(
     unet: nn.Module, paths: Sequence[str], change: Callable[[str, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Have `change` see, and replace, what these convolutions give; afterwards they are as they were.
+    """Have `change` see, and replace, what these convolutions give, (branches, 2, c, h, w); then undo it."""
 
-    Args:
-        unet: The U-Net.
-        paths: Module paths of convolutions.
-        change: From a path and its output to another one, (branches, 2, c, h, w) both.
-    """
-
-    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def changed(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            return change(path, out.unflatten(0, (-1, 2))).to(out.dtype).flatten(0, 1)
-
-        return changed
+    def changed(path: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return change(path, out.unflatten(0, (-1, 2))).to(out.dtype).flatten(0, 1)
 
     layers = dict(unet.named_modules())
     if wrong := [path for path in paths if not isinstance(layers.get(path), nn.Conv2d)]:
         raise UserError(f"{wrong[0]!r} is no convolution of this U-Net: take the paths from its decoder")
     with ExitStack() as hooks:
         for path in paths:
-            hooks.enter_context(layers[path].register_forward_hook(hook(path)))
+            hooks.enter_context(layers[path].register_forward_hook(partial(changed, path)))
         yield

@@ -1,9 +1,11 @@
 """Where CP-attn may sit: the self-attentions of a U-Net, and the choice among them in peft's words."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,42 +66,43 @@ class Selection:
 def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) -> list[Site]:
     """Every self-attention that a forward on latents of this size meets, in the order of the forward.
 
-    A copy of the U-Net without weights (meta device) is run, so grids are seen and never inferred.
+    A copy of the U-Net without weights (meta device) is run, once for all U-Nets of one configuration, so
+    grids are seen and never inferred.
     """
-    config: Any = unet.config
-    refuse_other_conditions(config)
+    refuse_other_conditions(unet.config)
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    return list(_met(type(unet), json.dumps(config), latent_grid))
+
+
+@cache
+def _met(kind: type[UNet2DConditionModel], configuration: str, latent_grid: tuple[int, int]) -> list[Site]:
+    config = json.loads(configuration)
     context = config.get("encoder_hid_dim") or config["cross_attention_dim"]
     width = context if isinstance(context, int) else context[0]
     found: dict[str, Site] = {}
     maps: dict[str, tuple[int, int]] = {}  # the last 4-D input that each module saw
 
-    def watch(path: str):
-        def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(x, Tensor) and x.ndim == 4:
-                maps[path] = (x.shape[2], x.shape[3])
-            alone = len(args) < 2 and kwargs.get("encoder_hidden_states") is None
-            if isinstance(module, Attention) and isinstance(x, Tensor) and alone:
-                tokens = x.shape[1] if x.ndim == 3 else x[0, 0].numel()
-                found[path] = Site(path, 1, grid_of(path, tokens, maps), module.inner_kv_dim, module.heads)
-
-        return before
+    def before(path: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, Tensor) and x.ndim == 4:
+            maps[path] = (x.shape[2], x.shape[3])
+        alone = len(args) < 2 and kwargs.get("encoder_hidden_states") is None
+        if isinstance(module, Attention) and isinstance(x, Tensor) and alone:
+            tokens = x.shape[1] if x.ndim == 3 else x[0, 0].numel()
+            found[path] = Site(path, 1, grid_of(path, tokens, maps), module.inner_kv_dim, module.heads)
 
     with torch.device("meta"), torch.no_grad():
-        shadow: Any = type(unet).from_config(config)
+        shadow: Any = kind.from_config(config)
         for path, module in shadow.named_modules():
-            module.register_forward_pre_hook(watch(path), with_kwargs=True)
+            module.register_forward_pre_hook(partial(before, path), with_kwargs=True)
         shadow(torch.empty(1, config["in_channels"], *latent_grid), torch.zeros(1), torch.empty(1, 1, width))
     return list(found.values())
 
 
 def grid_of(path: str, tokens: int, maps: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Height and width of the feature map that the nearest module around `path` was given.
+    """Height and width of the feature map that the nearest module around the attention `path` was given.
 
-    Args:
-        path: module path of an attention.
-        tokens: of its sequence.
-        maps: height and width of the last 4-D input of modules, by path.
+    `maps` are those of the last 4-D input of modules, by their paths.
     """
     around = path
     while around:

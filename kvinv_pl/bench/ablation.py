@@ -18,7 +18,8 @@ from kvinv_pl.bench.cases import Case, Cases
 from kvinv_pl.bench.records import slug
 from kvinv_pl.bench.table import Report
 from kvinv_pl.data.files import write_atomically, write_png
-from kvinv_pl.data.pictures import as_pixels, open_picture, psnr
+from kvinv_pl.data.geometry import as_pixels, psnr
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError

@@ -17,7 +17,7 @@ from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.running import Canvas, outcome
 from kvinv_pl.bench.table import Report
 from kvinv_pl.data.failures import reason
-from kvinv_pl.data.pictures import as_pixels, psnr
+from kvinv_pl.data.geometry import as_pixels, psnr
 from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.stages.progress import Progress
 

@@ -17,7 +17,8 @@ from kvinv_pl.algorithm.method import Editor, Inversion, Renderer, Scene, sample
 from kvinv_pl.api import KVInverter, as_file
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.network import Network
-from kvinv_pl.data.pictures import Geometry, fit_geometry, open_picture, to_image, to_pixels
+from kvinv_pl.data.geometry import Geometry, fit_geometry, to_image, to_pixels
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.training.trainer import COMPUTE_DTYPES

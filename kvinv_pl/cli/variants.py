@@ -14,7 +14,7 @@ from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
 from kvinv_pl.bench.methods import KINDS, is_method, make, methods
 from kvinv_pl.cli.messages import expected, explain_parser_error
-from kvinv_pl.data.pictures import fit_geometry
+from kvinv_pl.data.geometry import fit_geometry
 from kvinv_pl.data.tensors import StoreDtype, stored_bytes
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import outline

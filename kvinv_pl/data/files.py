@@ -7,9 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvinv_pl.data.layout import LaidOut, Table, laid_out, view
+from kvinv_pl.data.layout import Head, LaidOut, Packed, laid_out
 from kvinv_pl.errors import NoRoomError, UserError
 
 FORMAT = 1
@@ -92,61 +90,6 @@ def _check_format(file: Path, found: object) -> None:
         raise UserError(f"{file} has format {found}, expected {FORMAT}: {advice}")
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The header of a safetensors file."""
-
-    metadata: dict[str, str]
-    table: Table
-    end: int = 0
-    """Where the tensors begin."""
-
-    @classmethod
-    def of(cls, data: bytes | memoryview) -> _Head:
-        """Parse the header; raises ValueError if there is none."""
-        end = 8 + int.from_bytes(data[:8], "little")
-        table = json.loads(bytes(data[8:end]))
-        if not (isinstance(table, dict) and isinstance(metadata := table.pop("__metadata__", {}), dict)):
-            raise ValueError("it has no table of tensors")
-        return cls(metadata, table, end)
-
-    def digest(self, tensors: bytes | memoryview) -> str:
-        """The blake2b of the header without its digest, and of the tensors' bytes."""
-        unsigned = {key: value for key, value in self.metadata.items() if key != "digest"}
-        digest = blake2b(json.dumps([unsigned, self.table], sort_keys=True).encode(), digest_size=32)
-        digest.update(tensors)
-        return digest.hexdigest()
-
-    def signed(self, digest: str) -> bytes:
-        """The header with its digest, padded as safetensors does, so that tensors are aligned to 8 bytes."""
-        table = {"__metadata__": {**self.metadata, "digest": digest}, **self.table}
-        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A file of tensors that has been read, and checked against its digest."""
-
-    info: dict[str, Any]
-    _data: Tensor
-    """The tensors' bytes."""
-    _table: Table
-
-    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors whose names have this prefix; views, not copies.
-
-        safetensors' own `load` copies all of them, which takes longer than everything else in a step of an
-        edit but the network.
-        """
-        return {name: view(self._data, at) for name, at in self._table.items() if name.startswith(prefix)}
-
-    def on(self, device: torch.device | str) -> Packed:
-        """The same on a device, by one copy; from pinned memory nothing waits for it."""
-        return replace(self, _data=self._data.to(device, non_blocking=True))
-
-
 Into = Callable[[Callable[[], None]], None]
 """Takes the writing of a file, to be done now or later."""
 
@@ -165,14 +108,8 @@ def write_tensors(
 ) -> None:
     """Write tensors as safetensors, with `kind`, `info` and a digest of everything in the header.
 
-    Raises UserError, and writes nothing, if a number is not finite.
-
-    Args:
-        file: What to write, or replace.
-        kind: Of the file.
-        tensors: By their names, on any device; they may change once this returns.
-        info: The record that goes along.
-        into: Takes the writing.
+    They may be on any device, and change once this returns. Raises UserError, and writes nothing, if a number
+    is not finite.
     """
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
     into(partial(_write, file, metadata, laid_out(tensors)))
@@ -189,7 +126,7 @@ def _write(file: Path, metadata: dict[str, str], laid: LaidOut) -> None:
                 f"{metadata['kind']} was not written to {file}: {name} is not finite; use a lower learning "
                 "rate or guidance scale, or precision 32-true"
             )
-    head, data = _Head(metadata, laid.table), laid.bytes()
+    head, data = Head(metadata, laid.table), laid.bytes()
     write_atomically(file, head.signed(head.digest(data)), data)
 
 
@@ -214,12 +151,7 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
 def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
     """Read a file of this kind, and check its digest; raises DamagedError if it does not match.
 
-    The slow parts release the GIL.
-
-    Args:
-        file: What to read.
-        kind: What it must be.
-        pinned: Whether it goes on to a GPU of CUDA.
+    `pinned` is for what goes on to a GPU of CUDA. The slow parts release the GIL.
     """
     _, info = read_header(file, kind)
     with explaining_os_errors("read", file), file.open("rb") as opened:
@@ -228,7 +160,7 @@ def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
         content = memoryview(cast(Any, data.numpy()))
         opened.readinto(content)
     try:
-        head = _Head.of(content)
+        head = Head.of(content)
     except ValueError as error:  # it has changed since
         raise _damaged(file, str(error)) from error
     if head.digest(content[head.end :]) != head.metadata.get("digest"):

@@ -1,10 +1,12 @@
-"""The bytes of a file's tensors: laid out where the tensors are, and copied to the host all at once."""
+"""The bytes of a file of tensors: its header, and its tensors as they lie there, on a device or the host."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, cast
 
 import torch
@@ -74,3 +76,58 @@ def view(data: Tensor, at: Mapping[str, Any]) -> Tensor:
     if not math.prod(at["shape"]):
         return torch.empty(at["shape"], dtype=DTYPES[at["dtype"]], device=data.device)
     return data[begin:end].view(DTYPES[at["dtype"]]).view(at["shape"])
+
+
+@dataclass(frozen=True)
+class Head:
+    """The header of a safetensors file."""
+
+    metadata: dict[str, str]
+    table: Table
+    end: int = 0
+    """Where the tensors begin."""
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> Head:
+        """Parse the header; raises ValueError if there is none."""
+        end = 8 + int.from_bytes(data[:8], "little")
+        table = json.loads(bytes(data[8:end]))
+        if not (isinstance(table, dict) and isinstance(metadata := table.pop("__metadata__", {}), dict)):
+            raise ValueError("it has no table of tensors")
+        return cls(metadata, table, end)
+
+    def digest(self, tensors: bytes | memoryview) -> str:
+        """The blake2b of the header without its digest, and of the tensors' bytes."""
+        unsigned = {key: value for key, value in self.metadata.items() if key != "digest"}
+        digest = blake2b(json.dumps([unsigned, self.table], sort_keys=True).encode(), digest_size=32)
+        digest.update(tensors)
+        return digest.hexdigest()
+
+    def signed(self, digest: str) -> bytes:
+        """The header with its digest, padded as safetensors does, so that tensors are aligned to 8 bytes."""
+        table = {"__metadata__": {**self.metadata, "digest": digest}, **self.table}
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A file of tensors that has been read, and checked against its digest."""
+
+    info: dict[str, Any]
+    _data: Tensor
+    """The tensors' bytes."""
+    _table: Table
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors whose names have this prefix; views, not copies.
+
+        safetensors' own `load` copies all of them, which takes longer than everything else in a step of an
+        edit but the network.
+        """
+        return {name: view(self._data, at) for name, at in self._table.items() if name.startswith(prefix)}
+
+    def on(self, device: torch.device | str) -> Packed:
+        """The same on a device, by one copy; from pinned memory nothing waits for it."""
+        return replace(self, _data=self._data.to(device, non_blocking=True))

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from kvinv_pl.data.pictures import Geometry, Picture, read_picture, to_mask
+from kvinv_pl.data.geometry import Geometry, to_mask
+from kvinv_pl.data.pictures import Picture, read_picture
 from kvinv_pl.errors import UserError
 
 TINT = (230, 30, 60)
@@ -20,10 +21,7 @@ def open_mask(path: str | os.PathLike[str], invert: bool = False) -> Picture:
 
     Where the file has transparency, the subject is what is opaque, otherwise what is bright. Of two values,
     whatever they are, the brighter one is the subject: annotation tools write labels, and colours for them.
-
-    Args:
-        path: The file.
-        invert: Whether the subject is what is dark or transparent instead.
+    With `invert` it is the other way round.
     """
 
     def to_grey(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -54,13 +52,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h w"]:
-    """The mask over the model's pixels, in 0..1; refused if it is empty, full or not of its picture's size.
-
-    Args:
-        mask: white on the subject, in the size of the whole picture.
-        geometry: how the picture reaches the model.
-        name: of the mask, in error messages.
-    """
+    """The mask over the model's pixels, in 0..1; refused if empty, full or not of its picture's size."""
     if mask.size != geometry.original:
         expected, got = ("{}x{}".format(*size) for size in (geometry.original, mask.size))
         raise UserError(f"{name} is {got}, its picture is {expected} pixels: make both of one size")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvinv_pl.data.pictures import Geometry, Picture
+from kvinv_pl.data.geometry import Geometry
+from kvinv_pl.data.pictures import Picture
 
 INVERTED = ("model", "scheduler", "picture", "source", "inversion")
 """The fields that a trajectory depends on; psi depends on these and on "tuning"."""

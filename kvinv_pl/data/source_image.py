@@ -10,8 +10,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from kvinv_pl.data.geometry import as_pixels, fit_geometry, to_size, working_size
 from kvinv_pl.data.masks import fitted, open_mask
-from kvinv_pl.data.pictures import as_pixels, fit_geometry, open_picture, to_size, working_size
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import of_picture
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.data.files import Packed
+from kvinv_pl.data.layout import Packed
 from kvinv_pl.errors import UserError
 
 StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
@@ -149,9 +149,10 @@ def of_step(
         kv: K-bar and V-bar by site path; None: they are not stored.
         dtype: What psi, K-bar and V-bar are rounded to; None: they are kept as they are.
     """
-    given = {f"kv.{path}.{key}": bar for path, bars in (kv or {}).items() for key, bar in _named(bars)}
     named = {f"psi.{name}": value for name, value in psi.items()}
-    return {"z": z.float(), **pack({**named, **given}, dtype)}
+    for path, (k, v) in (kv or {}).items():
+        named |= {f"kv.{path}.k": k, f"kv.{path}.v": v}
+    return {"z": z.float(), **pack(named, dtype)}
 
 
 def pack(given: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
@@ -168,7 +169,3 @@ def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that were given to be stored; what was rounded to int8 comes back in fp32."""
     names = [name for name in stored if not name.endswith(SCALE)]
     return {name: dequantized(stored, name) for name in names}
-
-
-def _named(bars: Bars) -> Iterator[tuple[str, Tensor]]:
-    yield from zip("kv", bars, strict=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from kvinv_pl.data.pictures import as_pixels, open_picture, psnr, to_image
+from kvinv_pl.data.geometry import as_pixels, psnr, to_image
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
@@ -24,14 +25,8 @@ def certify(
 ) -> dict[str, Any]:
     """Decode the result of an attempt at tuning, and write its figures if it is the best so far.
 
-    Args:
-        denoiser: the model, on its device.
-        store: the run folder, at that attempt.
-        settings: what makes the picture pass, and how it was tuned.
-        attempt: 0 for the first one, whose phases are in the run folder itself.
-
-    Returns:
-        run.json's field "reconstruction": the figures of the attempt that is kept, and of each attempt.
+    `store` is the run folder at that attempt. Returns run.json's field "reconstruction": the figures of the
+    attempt that is kept, and of each attempt.
     """
     picture, figures = _measure(denoiser, store)
     run = store.read_run()
@@ -53,11 +48,6 @@ def certify(
     store.write_run({**run, "reconstruction": record})  # now the attempt counts
     store.settle()
     return record
-
-
-def is_certified(store: RunStore) -> bool:
-    """Whether the figures of a tuned picture are written."""
-    return "reconstruction" in store.read_run()
 
 
 def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
@@ -113,12 +103,6 @@ class Attempt:
 
         Raises UserError if they were made with other settings; if phases are missing, writes the settings to
         run.json.
-
-        Args:
-            work: The picture, with the phases of this attempt.
-            steps: T.
-            tuning: What psi depends on.
-            editing: The defaults of its edits.
         """
         store, finished = work.store, work.store.done()
         if not self.number:
@@ -135,7 +119,7 @@ class Attempt:
         """Whether the attempt is still to be made or certified."""
         if self.number:
             return next_attempt(work.store, self.settings) == self.number
-        return not is_certified(work.store)
+        return "reconstruction" not in work.store.read_run()
 
     @property
     def inner_steps_at_most(self) -> int:

@@ -16,7 +16,8 @@ from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.failures import is_out_of_memory
-from kvinv_pl.data.pictures import open_picture, to_image
+from kvinv_pl.data.geometry import to_image
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.sheet import sheet

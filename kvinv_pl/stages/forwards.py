@@ -37,15 +37,7 @@ def forwards(
     editing: EditSettings,
     variant: CPAttention,
 ) -> Forwards:
-    """Count the forwards of a picture that is inverted, tuned once and edited.
-
-    Args:
-        steps: T.
-        inverting: Of stage 1.
-        tuning: Of stage 2.
-        editing: Of stage 3.
-        variant: At any site.
-    """
+    """Count the forwards of a picture that is inverted, tuned once and edited."""
     learns = any(True for _ in variant.parameters())
     passes = tuning.passes(learns)
     inner = sum(steps * tuning.steps_at_most(which) for which in passes) if learns else 0

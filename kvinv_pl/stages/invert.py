@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
-from kvinv_pl.data.pictures import open_picture, to_image, to_mask
+from kvinv_pl.data.geometry import to_image, to_mask
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import INVERTED, geometry_of, versions
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import Opened, SourceImage

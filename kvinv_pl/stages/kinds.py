@@ -24,10 +24,7 @@ def plain(value: Any) -> Any:
 def require_kind(name: str, value: object, hint: Any) -> None:
     """Refuse a value of another kind than the annotation's; of those that are not known, any will do.
 
-    Args:
-        name: Of the setting.
-        value: What is given.
-        hint: Its annotation. What is a Literal of texts is checked where the value is used.
+    Which text of a Literal it is, is checked where the value is used.
     """
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if any(get_origin(option) is Literal and isinstance(value, str) for option in options):

@@ -44,14 +44,7 @@ class Planner:
     def plan(
         self, attempt: Attempt, which: Pass, tuning: Record, editing: Mapping[str, Any]
     ) -> tuple[list[SourceImage], list[Phase]]:
-        """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are.
-
-        Args:
-            attempt: Which one.
-            which: The pass.
-            tuning: What psi depends on.
-            editing: The defaults of the edits.
-        """
+        """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are."""
         works, done = [attempt.at(work) for work in self.works], list[set[int] | None]()
         for work in works:
             done.append(None)

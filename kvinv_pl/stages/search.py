@@ -14,7 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.pictures import as_pixels, open_picture, psnr, to_pixels
+from kvinv_pl.data.geometry import as_pixels, psnr, to_pixels
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.data.source_image import SourceImage

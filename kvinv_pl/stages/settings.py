@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -40,16 +40,13 @@ class Settings:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
         """From the parameters of KVInversion, by their names."""
-        return cls(**dict(cls._chosen(given)))
-
-    @classmethod
-    def _chosen(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        chosen = dict[str, Any]()
         for setting in fields(cls):
-            value = next((given[name] for name in options_of(setting) if given[name] is not None), None)
-            value = plain(value)
-            if isinstance(value, int) and setting.type in (float, float | None):
-                value = float(value)
-            yield setting.name, value
+            values = (given[name] for name in options_of(setting) if given[name] is not None)
+            value = plain(next(values, None))
+            whole = isinstance(value, int) and setting.type in (float, float | None)
+            chosen[setting.name] = float(value) if whole else value
+        return cls(**chosen)
 
     def __post_init__(self) -> None:
         """Refuse values of another kind than the fields'."""

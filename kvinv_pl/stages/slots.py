@@ -45,14 +45,7 @@ class Slots:
     def __init__(
         self, denoiser: Denoiser, works: Sequence[SourceImage], negative: str, failures: Failures
     ) -> None:
-        """Start without any phase.
-
-        Args:
-            denoiser: The model.
-            works: The pictures that phases number.
-            negative: The prompt of the unconditional branch.
-            failures: Gets the pictures that cannot be loaded.
-        """
+        """Take the pictures that phases number; those that cannot be loaded go to `failures`."""
         self.denoiser, self.works, self.negative, self.failures = denoiser, works, negative, failures
         self._loaded: dict[int, Member] = {}
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.algorithm.editing import edit
-from kvinv_pl.data.pictures import to_image
+from kvinv_pl.data.geometry import to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.models.denoiser import Denoiser
@@ -23,12 +23,7 @@ def predicted_pictures(
 ) -> list[tuple[int, Image.Image]]:
     """The predicted x_0 at up to `count` steps, evenly spread from noise to the last, each with its timestep.
 
-    Args:
-        denoiser: The model, loaded in the precision of the run.
-        store: A run that is tuned to the end.
-        target: What the source should become.
-        settings: Of the edit.
-        count: How many pictures, 2 or more.
+    The run is tuned to the end, the model loaded in its precision, and `count` 2 or more.
     """
     table, trajectory = denoiser.table, store.trajectory()
     denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)

@@ -12,13 +12,13 @@ from torch import Tensor
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import rounded, too_large
-from kvinv_pl.data.writer import Writer
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase
-from kvinv_pl.stages.progress import Watch, log_phase, log_picture, log_result
+from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.results import Results
 from kvinv_pl.stages.slots import SlotKeeper, Slots
 
 
@@ -37,21 +37,15 @@ class Tuning:
         plan: Sequence[Phase],
         watch: Watch,
     ) -> None:
-        """Take the network with psi attached, as many slots wide as the phases are.
+        """Take the network with psi attached, as many slots wide as the phases of `plan` are.
 
-        Args:
-            denoiser: The model.
-            attempt: How psi is tuned.
-            which: The pass: all timesteps at their pivots, or z-tilde rolling out.
-            works: The pictures, with the phases of this attempt; phases know them by their number.
-            plan: The phases that remain, in order.
-            watch: Progress, failures and loggers.
+        `works` are the pictures with the phases of this attempt, which know them by their number.
         """
         self.denoiser, self.attempt, self.settings = denoiser, attempt, attempt.settings
         self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
         self.watch, self.progress, self.failures = watch, watch.progress, watch.failures
         self.inner_steps = attempt.inner_steps(which)
-        self.writer = Writer(self.failures)
+        self.results = Results(denoiser, attempt, watch)
         self._slots = Slots(denoiser, self.works, self.settings.negative, self.failures)
 
     @property
@@ -219,21 +213,27 @@ class Tuning:
         if not dry_run:
             self._settle()
         for slot, work in slots.active() if not dry_run else ():
+            i = self._phase.steps[slot]
             figures = {
                 "loss_start": float(begins[slot]),
                 "loss_end": float(ends[slot]),
                 "inner_steps": int(self._used[slot]),
             }
+            if self.rolls_out and self.settings.curriculum == "pivot":
+                figures["inner_steps_at_pivot"] = int(self._used_at_pivots[slot])
             psi = {name: value[slot] for name, value in self.denoiser.values().items()}
             with self.failures.of([work]):
                 if self.rolls_out:
                     bars = {path: (k[:, slot], v[:, slot]) for path, (k, v) in kv.items()}
-                    self._write(work, slot, psi, bars, figures, before)
+                    stored = bars if self.settings.kv == "stored" else None
+                    z_from, z_to = before[slot : slot + 1], slots.z[slot : slot + 1]
+                    self.results.write(work, i, psi, stored, figures, z_from, z_to)
                 else:
-                    self._write_at_pivot(work, slot, psi, figures)
+                    self.results.write_at_pivot(work, i, psi, figures)
         self.progress.advance(f"loss {loss:.2e}", made)  # now it is done: who is told may stop here
         if not dry_run and self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
-            self._certify_slots()
+            self._settle()
+            self.results.certify([work for _, work in slots.active()])
 
     def _round(self) -> None:
         """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
@@ -264,76 +264,7 @@ class Tuning:
             slots.z = self._reconstruct()
         return kv
 
-    def _write(
-        self,
-        work: SourceImage,
-        slot: int,
-        psi: dict[str, Tensor],
-        bars: dict[str, tuple[Tensor, Tensor]],
-        figures: dict[str, float],
-        before: Tensor,
-    ) -> None:
-        """Write psi_t, z-tilde, and K-bar and V-bar if stored."""
-        i, z = self._phase.steps[slot], self._slots.z[slot : slot + 1]
-        if self.settings.curriculum == "pivot":
-            figures = {**figures, "inner_steps_at_pivot": int(self._used_at_pivots[slot])}
-        stored = bars if self.settings.kv == "stored" else None
-        dtype, into = self.settings.store_dtype, self.writer.of(work)
-        work.store.save_step(i, psi, z[0], stored, figures, dtype, into)
-        name = self.attempt.logged_as(work)
-        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
-        self._show_z_0(name, i, before[slot : slot + 1], z)
-
-    def _write_at_pivot(
-        self, work: SourceImage, slot: int, psi: dict[str, Tensor], figures: dict[str, float]
-    ) -> None:
-        """Write psi_t as tuned at its pivot, for the roll-out to start from."""
-        i, name = self._phase.steps[slot], f"{self.attempt.logged_as(work)}/at_pivot"
-        work.store.save_pivot(i, psi, figures, self.settings.store_dtype, self.writer.of(work))
-        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
-
     def _settle(self) -> None:
         """Wait for the files of the phase before; a picture of which one cannot be written has failed."""
-        self.writer.settle()
+        self.results.writer.settle()
         self._slots.drop_failed()
-
-    def _show_z_0(self, name: str, i: int, z_from: Tensor, z_to: Tensor) -> None:
-        """Every few steps, log the predicted z_0 as a picture (the paper's Fig. 3)."""
-        table = self.denoiser.table
-        if (
-            self.watch.loggers
-            and self.watch.x_0_every
-            and i % self.watch.x_0_every == 0
-            and table.has_effect(i)
-        ):
-            z_0 = table.predicted_z_0(z_from, z_to, i)
-            pixels = self.denoiser.backbone.decode(z_0)[0].cpu()
-            log_picture(self.watch.loggers, f"{name}/predicted_x_0", i, pixels)
-
-    # ---- the end of a picture's tuning
-
-    def certify_rest(self) -> None:
-        """Certify the pictures that are tuned but not certified, after an interrupted fit."""
-        for work in self.works:
-            with self.failures.of([work]):
-                if work not in self.failures and self.attempt.is_due(work):
-                    self._certify(work)
-
-    def _certify_slots(self) -> None:
-        """Write the certificates of the tuned pictures, and show their PSNR."""
-        self._settle()
-        quality = list[float]()
-        for _, work in self._slots.active():
-            with self.failures.of([work]):
-                quality.append(self._certify(work))
-        demanded = self.settings.required_psnr
-        below = sum(value < demanded for value in quality)
-        missed = f"; {below} of {len(quality)} below the {demanded:g} dB required" if below else ""
-        shown = ", ".join(f"{value:.1f}" for value in quality)
-        self.progress.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
-
-    def _certify(self, work: SourceImage) -> float:
-        """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
-        record = self.attempt.certify(self.denoiser, work)
-        log_result(self.watch.loggers, work.store.folder.name, record)
-        return record["psnr_to_round_trip"]

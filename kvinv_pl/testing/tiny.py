@@ -35,11 +35,10 @@ class TinyModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.unet = _unet().requires_grad_(False).eval()
-        found = _sites()
-        self.self_attentions = tuple(site.path for site in found)
-        self.cross_attentions = tuple(cross_attentions(self.unet))
-        self.decoder = decoder_layers([path for path, _ in self.unet.named_modules()])
-        self._grids = {site.tokens: site.grid for site in found}
+        sites, cross, decoder = _layers()
+        self.self_attentions = tuple(site.path for site in sites)
+        self.cross_attentions, self.decoder = tuple(cross), list(decoder)
+        self._grids = {site.tokens: site.grid for site in sites}
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -116,8 +115,11 @@ def _unet() -> UNet2DConditionModel:
 
 
 @cache
-def _sites() -> list[Site]:
-    return self_attentions(_unet(), GRID)
+def _layers() -> tuple[list[Site], list[str], list[tuple[str, list[str]]]]:
+    """Self-attentions, cross-attentions and the decoder, which are every instance's."""
+    unet = _unet()
+    paths = [path for path, _ in unet.named_modules()]
+    return self_attentions(unet, GRID), cross_attentions(unet), decoder_layers(paths)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.data.failures import MEMORY
-from kvinv_pl.data.pictures import fit_geometry, working_size
+from kvinv_pl.data.geometry import fit_geometry, working_size
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import stored_bytes
 from kvinv_pl.models.checkpoint import Sizes, outline

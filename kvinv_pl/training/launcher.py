@@ -85,15 +85,11 @@ def exiting_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _exit_at_once)
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(TERMINATED))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _exit_at_once(signum: int, frame: FrameType | None) -> None:
-    os._exit(TERMINATED)
 
 
 @contextmanager

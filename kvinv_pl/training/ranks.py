@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from kvinv_pl.data.failures import is_out_of_memory, reason
 from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.training.launcher import TERMINATED, StopRequest, exiting_on_sigterm, stop
 from kvinv_pl.training.work_queue import Shares, WorkQueue
+from kvinv_pl.training.world import World, share_cores, threads_of
 
 STARTER = "KVINV_STARTED_BY"
 """Environment variable of a rank that this program started: the process id of its starter."""
@@ -33,30 +33,6 @@ PAUSE = 0.05
 
 class RankFailedError(StopError):
     """Another rank of the same command has failed."""
-
-
-@dataclass(frozen=True)
-class World:
-    """Which rank this is, of how many."""
-
-    local_rank: int
-    """On this machine."""
-    local_size: int
-    """How many there are on each machine."""
-    node: int
-    nodes: int
-    external: bool
-    """Whether torchrun or SLURM starts all ranks."""
-
-    @property
-    def size(self) -> int:
-        """How many ranks there are on all machines."""
-        return self.local_size * self.nodes
-
-    @property
-    def rank(self) -> int:
-        """The number of this one among them; 0 is the main rank, which reports for all."""
-        return self.node * self.local_size + self.local_rank
 
 
 class Ranks:
@@ -95,7 +71,7 @@ class Ranks:
         """Start further ranks of this machine; at the end wait for them, or stop them all."""
         if self.was_started:
             with exiting_on_sigterm(), self._reporting_errors():
-                self._share_cores()
+                share_cores(self.world, self.device)
                 yield
             return
         starts = self.world.local_size > 1 and not self.world.external
@@ -106,7 +82,7 @@ class Ranks:
                 if starts:
                     self._queue = WorkQueue(folder)
                     self._start(folder)
-                self._share_cores()
+                share_cores(self.world, self.device)
                 yield
                 self._wait(lambda: all(rank.poll() is not None for rank in self._started))
                 if self._started and self._queue is not None:
@@ -230,7 +206,7 @@ class Ranks:
         """Start the other ranks of this machine, by the same command."""
         variables = {STARTER: str(os.getpid()), QUEUE: queue, CALL: str(self.calls)}
         variables |= {"NODE_RANK": str(self.world.node)}
-        if threads := self._threads():
+        if threads := threads_of(self.world, self.device):
             variables["OMP_NUM_THREADS"] = str(threads)
         # a rank that is still starting is not in the list, and would not be stopped
         with self.between_steps():
@@ -239,16 +215,3 @@ class Ranks:
                 # in its own session: Ctrl-C reaches this process, which stops the others
                 rank = subprocess.Popen(self.command, env={**os.environ, **env}, start_new_session=True)
                 self._started.append(rank)
-
-    def _share_cores(self) -> None:
-        """Limit torch to this rank's share of the cores."""
-        if threads := self._threads():
-            torch.set_num_threads(threads)
-
-    def _threads(self) -> int | None:
-        """Cores for each rank; None: set by the user, or a single rank or a GPU."""
-        count = self.world.local_size
-        if count == 1 or self.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
-            return None
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // count)

@@ -12,7 +12,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.training.ranks import Ranks, World
+from kvinv_pl.training.ranks import Ranks
+from kvinv_pl.training.world import World
 
 
 class ImageParallelStrategy(SingleDeviceStrategy):

@@ -198,14 +198,16 @@ class KVTrainer(Trainer):
             known_failures = {} if self.ranks.is_main else dict(failures.reasons)
             with reporting_write_errors(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
-                    works = workload.of_share(shares[n])
+                    slots, members = shares[n]
+                    works = [data.works[member] for member in members]
                     with workload.locked(works):
-                        self._run_share(workload, shares[n][0], works)
+                        self._run_share(workload, slots, works)
             self.ranks.report(failures.reasons)
         if lost:
             Progress().note(f"some logs were lost: {lost[0].strerror or lost[0]}")
         failures.reasons |= self.ranks.reported
-        self._show_results(failures.left(data.works))
+        for line in workload.results(with_quality=self.ranks.world.size > 1):  # others' lines are not shown
+            self.watch.progress.note(line)
         if self.ranks.was_started:
             raise SystemExit(0)  # the starter shows what failed, and continues the program
         if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
@@ -232,21 +234,9 @@ class KVTrainer(Trainer):
         ranks.publish_shares(shares)
         for line in workload.notes() if ranks.is_main else ():
             log.warning("%s", line)  # quiet or not
-        self._show_choices(workload)
-        return shares
-
-    def _show_choices(self, workload: Workload) -> None:
-        """Show what was merged into the checkpoint, and what follows from it and the device by itself."""
-        for line in workload.model.denoiser.backbone.notes:
+        for line in workload.choices(str(self.precision) if self._chooses_precision else None):
             self.watch.progress.note(line)
-        chosen = list[str]()
-        if workload.editing is workload.model.editing and workload.stages != ["invert"]:
-            for name, w in workload.model.chosen_guidance.items():
-                chosen.append(f"{name.replace('_', ' ')} {w:g}")
-        if self._chooses_precision:
-            chosen.append(f"precision {self.precision}")
-        if chosen:
-            self.watch.progress.note(f"chosen by checkpoint and device: {', '.join(chosen)}")
+        return shares
 
     # ---- the stages of pictures side by side
 
@@ -287,7 +277,7 @@ class KVTrainer(Trainer):
                 if self.fast_dev_run:
                     return
             assert fit is not None
-            fit.certify_rest()
+            fit.results.certify_rest(fit.works)
             if not model.denoiser.learns:
                 return  # a retry would give the same
             due = [next_attempt(work.store, model.tuning) for work in failures.left(works)]
@@ -305,27 +295,10 @@ class KVTrainer(Trainer):
         data.inner_steps = fit.inner_steps
         if fit.plan:
             self.fit_loop.epoch_progress.reset()
-            with self.ranks.between_steps(), fit.writer.running():
+            with self.ranks.between_steps(), fit.results.writer.running():
                 super().fit(workload.model, datamodule=data)
 
     @property
     def _version(self) -> str:
         """A folder of logs for each rank, where there are several."""
         return f"rank{self.ranks.world.rank}" if self.ranks.world.size > 1 else ""
-
-    def _show_results(self, works: Sequence[SourceImage]) -> None:
-        for work in works:
-            found = [
-                file
-                for name in ("sheet.png", "reconstruction.png", "run.json")
-                if (file := work.store.folder / name).exists()
-            ]
-            if found or work.store.folder.exists():  # others may be on another machine
-                self.watch.progress.note(f"look at {found[0] if found else work.store.folder}")
-            if self.ranks.world.size > 1 and work.store.has_run():  # other ranks' messages are not shown
-                figures = work.store.read_run().get("reconstruction", {"passed": True})
-                if not figures["passed"]:
-                    self.watch.progress.note(
-                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
-                        f"trip, is below the {figures['psnr_demanded']:g} dB required"
-                    )

@@ -32,12 +32,7 @@ class Workload:
     ) -> None:
         """Mark as failed the pictures that were not found, or that have no target to edit to.
 
-        Args:
-            model: The module; its checkpoint need not be loaded yet.
-            data: The pictures.
-            stages: In their order.
-            dry_run: Lightning's fast_dev_run: the first picture only, and nothing is written.
-            editing: Settings of the edits; None: the model's.
+        A dry run is Lightning's fast_dev_run: the first picture only, and nothing is written.
         """
         self.editing = editing or model.editing
         self.model, self.data, self.stages, self.dry_run = model, data, stages, dry_run
@@ -89,9 +84,34 @@ class Workload:
             prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
         return [*self.data.notes, *cuts(self.model.denoiser.backbone, prompts)]
 
-    def of_share(self, share: tuple[int, list[int]]) -> list[SourceImage]:
-        """The pictures of a share."""
-        return [self.data.works[member] for member in share[1]]
+    def choices(self, precision: str | None) -> list[str]:
+        """Lines for the user: what was merged into the checkpoint, and what follows from it and the device.
+
+        Args:
+            precision: The one that was chosen; None: it was given.
+        """
+        chosen = list[str]()
+        if self.editing is self.model.editing and self.stages != ["invert"]:
+            chosen += [f"{name.replace('_', ' ')} {w:g}" for name, w in self.model.chosen_guidance.items()]
+        chosen += [f"precision {precision}"] if precision else []
+        lines = [f"chosen by checkpoint and device: {', '.join(chosen)}"] if chosen else []
+        return [*self.model.denoiser.backbone.notes, *lines]
+
+    def results(self, with_quality: bool) -> Iterator[str]:
+        """Lines for the user: where to look, and with what quality where that was not shown."""
+        for work in self.failures.left(self.data.works):
+            folder = work.store.folder
+            names = ("sheet.png", "reconstruction.png", "run.json")
+            found = next((file for name in names if (file := folder / name).exists()), folder)
+            if folder.exists():  # others may be on another machine
+                yield f"look at {found}"
+            if with_quality and work.store.has_run():
+                figures = work.store.read_run().get("reconstruction", {"passed": True})
+                if not figures["passed"]:
+                    yield (
+                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
+                        f"trip, is below the {figures['psnr_demanded']:g} dB required"
+                    )
 
     @contextmanager
     def locked(self, works: Sequence[SourceImage]) -> Iterator[None]:

@@ -90,11 +90,21 @@ def test_finding_sites_touches_neither_weights_nor_random_state(unet: UNet2DCond
     weights = {name: (p.data_ptr(), p._version) for name, p in unet.named_parameters()}
     processors = dict(unet.attn_processors)
     state = torch.get_rng_state()
-    self_attentions(unet, LATENT)
+    self_attentions(unet, (32, 16))  # a grid that was not met before
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: (p.data_ptr(), p._version) for name, p in unet.named_parameters()} == weights
     assert all(unet.attn_processors[name] is p for name, p in processors.items())
     assert not any(module._forward_pre_hooks for module in unet.modules())
+
+
+def test_what_was_found_is_remembered_by_the_configuration_and_the_grid_and_cannot_be_changed(
+    unet: UNet2DConditionModel, sites: list[Site], monkeypatch: pytest.MonkeyPatch
+):
+    self_attentions(unet, LATENT).clear()
+    other = self_attentions(tiny_unet(attention_head_dim=4), LATENT)
+    assert {site.heads for site in other} == {4} and {site.heads for site in sites} == {2}
+    monkeypatch.setattr(UNet2DConditionModel, "forward", None)
+    assert self_attentions(tiny_unet(), LATENT) == sites
 
 
 def test_a_unet_with_further_conditions_is_refused_by_the_name_of_the_condition():

@@ -7,21 +7,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
-from commands import QUICK, command, kvinv, photograph, process, refused, times, tree
+from commands import QUICK, kvinv, photograph, process, refused, times, tree
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.training.launcher import STOPPING
 
 
 @pytest.fixture(scope="session")
@@ -445,33 +443,44 @@ def test_a_disk_that_fills_during_the_fit_loses_no_finished_phase(good: list[obj
     assert before.items() <= times(tmp_path / "out").items()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to another process")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to a process")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_goes_on_where_it_was(
-    sent: signal.Signals, code: int, good: list[object], tmp_path: Path
+    sent: signal.Signals,
+    code: int,
+    good: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    slower = [*good, "--steps", 30, "--model.inner_steps", 4, "--model.tolerance_growth", 0]
-    # whoever runs the tests in the background has it ignored, and so would the child
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(
-        command("run", *slower), stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    ) as child:
-        ends = time.monotonic() + 120
-        while not (tmp_path / "out" / "steps" / "1.safetensors").exists() and time.monotonic() < ends:
-            assert child.poll() is None, child.stderr and child.stderr.read()
-            time.sleep(0.02)
-        child.send_signal(sent)
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == code, err
-    assert "stopping after this step; again to stop at once" in err.splitlines()
-    assert "Traceback" not in err and err.splitlines()[-1].startswith(
-        "kvinv: stopped; run the same command to resume"
-    )
-    before = times(tmp_path / "out")
-    assert 2 <= len(before) - 1 < 30
+    """In this process; tests/training/test_strategy.py sends signals to another one."""
+    slower = [*good, "--steps", 5, "--model.tolerance_growth", 0]
+    save_step = RunStore.save_step
+
+    def save(self: RunStore, i: int, *rest: Any) -> None:
+        save_step(self, i, *rest)
+        if i == 1:
+            os.kill(os.getpid(), sent)
+
+    # whoever runs the tests in the background has SIGINT ignored
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(RunStore, "save_step", save)
+            stopped = kvinv("run", *slower)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped.code == code, stopped.err
+    assert STOPPING in capfd.readouterr().err.splitlines()
+    assert "Traceback" not in stopped.err
+    assert stopped.err.splitlines()[-1] == "kvinv: stopped; run the same command to resume"
+    assert RunStore(tmp_path / "out").done() == {0, 1}
+    made = times(tmp_path / "out")
     answer = kvinv("run", *slower)
     assert answer.code == 0 and "inverting" not in answer.err, answer.err
-    assert before.items() <= times(tmp_path / "out").items()
+    assert made.items() <= times(tmp_path / "out").items()
 
 
 def test_debug_shows_where_an_error_came_from(good: list[object], tmp_path: Path) -> None:

@@ -96,8 +96,14 @@ def test_every_key_of_a_config_is_an_option(name: str) -> None:
         assert values.keys() <= defaults(SECTIONS[section]).keys()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [*KIND_OF, *TRAINERS])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    # the options of all stages are those of the same three classes
+    [
+        *((name, "run") for name in [*KIND_OF, *TRAINERS]),
+        *(("menagerie", stage) for stage in STAGES if stage != "run"),
+    ],
+)
 def test_every_stage_takes_every_value_of_a_config(
     name: str, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

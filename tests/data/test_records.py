@@ -12,7 +12,8 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention import Site
 from kvinv_pl.attention.config import of_variant
-from kvinv_pl.data.pictures import fit_geometry, open_picture, psnr
+from kvinv_pl.data.geometry import fit_geometry, psnr
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture
 
 

@@ -10,7 +10,7 @@ import torch
 from fits import SOURCE, tensors
 from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 
-from kvinv_pl.data.pictures import as_pixels, psnr
+from kvinv_pl.data.geometry import as_pixels, psnr
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.certificate import certify, next_attempt

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from kvinv_pl.data import files
+from kvinv_pl.data.layout import Head
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import SomeFailedError, UserError
 from kvinv_pl.stages import edit
@@ -80,7 +81,7 @@ def test_a_trajectory_of_an_older_version_that_is_not_finite_is_made_again(tmp_p
     z = store.trajectory()
     z[2:] = torch.nan
     data = save({"z": z}, {"format": "1", "kind": "trajectory", "info": "{}"})
-    head = files._Head.of(data)
+    head = Head.of(data)
     files.write_atomically(
         store.folder / "trajectory.safetensors", head.signed(head.digest(data[head.end :])), data[head.end :]
     )

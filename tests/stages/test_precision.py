@@ -10,7 +10,7 @@ import torch
 from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl.data.pictures import as_pixels, psnr
+from kvinv_pl.data.geometry import as_pixels, psnr
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import DTYPES
 from kvinv_pl.errors import UserError

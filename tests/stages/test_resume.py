@@ -58,8 +58,6 @@ CURRICULA: dict[str, dict[str, Any]] = {
     ("curriculum", "pictures", "slots", "retries", "precision"),
     [
         ("carry", 1, 1, 1, "32-true"),
-        ("no carry", 1, 1, 0, "32-true"),
-        ("carry", 2, 2, 0, "bf16-mixed"),
         ("no carry", 2, 2, 0, "32-true"),
         ("pivot, no carry", 1, 1, 1, "32-true"),
         ("pivot", 2, 3, 0, "bf16-mixed"),
@@ -81,42 +79,42 @@ def test_a_crash_before_and_after_every_write_changes_no_bit(
         **CURRICULA[curriculum],
     )  # fmt: skip
 
-    def fit(out: Path) -> None:
-        data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(out))
-        fits.trainer(precision=precision).fit(module, datamodule=data)
+    def given(out: Path) -> SourceImages:
+        return SourceImages(str(tmp_path / "in"), SOURCE, out=str(out))
 
+    trainer, whole = fits.trainer(precision=precision), tmp_path / "whole"
+    from_the_start = curriculum == "carry"  # inversion is the same in every curriculum
+    if not from_the_start:
+        trainer.invert(module, given(whole))
     with monkeypatch.context() as patch:
-        crashed = snapshots(patch, tmp_path / "whole", tmp_path / "crashed")
-        fit(tmp_path / "whole")
+        crashed = snapshots(patch, whole, tmp_path / "crashed")
+        trainer.fit(module, datamodule=given(whole))
     # source, trajectory, run.json, what tuning is to be; then for each attempt two steps and its figures
     phases = 4 if "pivot" in curriculum else 2
-    assert len(crashed) >= pictures * (4 + (1 + retries) * (phases + 1))
+    assert len(crashed) >= pictures * ((4 if from_the_start else 1) + (1 + retries) * (phases + 1))
     for out in crashed:
-        fit(out)
-        assert contents(out) == contents(tmp_path / "whole"), out.name
+        trainer.fit(module, datamodule=given(out))
+        assert contents(out) == contents(whole), out.name
 
 
-def test_kills_lose_a_phase_each_at_most_and_change_no_bit(tmp_path: Path) -> None:
-    """Takes long: two processes import everything. Other settings are crashed in this process, above."""
+def test_a_kill_loses_a_phase_at_most_and_changes_no_bit(tmp_path: Path) -> None:
+    """Takes long: a process imports everything. Other settings are crashed in this process, above."""
     for seed in range(2):
         fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
     given = [
         "fit", "--image", tmp_path / "in", "--source", SOURCE, "--checkpoint", fits.checkpoint(),
-        "--steps", 16, "--model.inner_steps", 4, "--model.tolerance_growth", 0, "--model.retries", 0,
+        "--steps", 8, "--model.inner_steps", 2, "--model.tolerance_growth", 0, "--model.retries", 0,
         "--model.slots", 3, "--trainer.accelerator", "cpu", "--trainer.precision", "bf16-mixed",
-        "--trainer.logger", "false", "--model.curriculum", "pivot", "--model.settle_steps", 4,
+        "--trainer.logger", "false", "--model.curriculum", "pivot", "--model.settle_steps", 8,
     ]  # fmt: skip
     assert kvinv(*given, "--out", tmp_path / "whole").code == 0
     store = RunStore(tmp_path / "killed" / "0")
-    for file in ("pivot/5", "steps/5"):
-        child = subprocess.Popen(command(*given, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
-        wait_for(store.folder / f"{file}.safetensors", child)
-        before = store.done(), store.done_at_pivots()
-        child.send_signal(signal.SIGKILL)
-        child.wait(60)
-        after = store.done(), store.done_at_pivots()
-        assert all(there <= now for there, now in zip(before, after, strict=True))
-        assert store.done() != {*range(16)}, "it was over before it was killed"
+    child = subprocess.Popen(command(*given, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
+    wait_for(store.folder / "steps" / "1.safetensors", child)
+    before = store.done()
+    child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    assert before <= store.done() < {*range(8)}, "it was over before it was killed"
     assert kvinv(*given, "--out", tmp_path / "killed").code == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

@@ -19,9 +19,7 @@ from kvinv_pl.stages.search import GRIDS, Candidate, OwnJudge, Search, front, ra
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("search")
-    fits.fit(fits.picture(folder / "cat.png"), folder / "run")
-    return folder / "run"
+    return fits.finished(tmp_path_factory.mktemp("search") / "run").folder
 
 
 @pytest.fixture

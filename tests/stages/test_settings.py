@@ -21,8 +21,7 @@ from kvinv_pl.training.module import KVInversion
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
-    folder = tmp_path_factory.mktemp("run")
-    return fits.fit(fits.picture(folder / "cat.png"), folder / "run")
+    return fits.finished(tmp_path_factory.mktemp("runs") / "run")
 
 
 def records(store: RunStore) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kvinv_pl.data import files, layout
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.files import TEMPORARY, Packed
+from kvinv_pl.data.files import TEMPORARY
+from kvinv_pl.data.layout import Packed
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.writer import Writer
@@ -83,11 +84,7 @@ def test_an_inner_step_waits_for_the_device_once_and_a_file_is_one_copy(
 def test_a_step_of_an_edit_is_one_copy_and_two_steps_are_read_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, moved, ahead = (
-        fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "run"),
-        list[str](),
-        list[int](),
-    )
+    store, moved, ahead = fits.finished(tmp_path / "run"), list[str](), list[int]()
     on, eps = Packed.on, Reader.eps
     monkeypatch.setattr(Packed, "on", lambda self, device: moved.append(str(device)) or on(self, device))
     monkeypatch.setattr(

@@ -30,9 +30,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(image: Path, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
-    """One tuned picture, which tests may edit but not change."""
-    return fits.fit(image, tmp_path_factory.mktemp("runs") / "tuned")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    """One tuned picture, that of `image`, which tests may edit but not change."""
+    return fits.finished(tmp_path_factory.mktemp("runs") / "tuned")
 
 
 @pytest.fixture(scope="module")
@@ -492,8 +492,8 @@ def test_an_edit_with_another_variant_than_tuned_is_refused(tuned: RunStore) -> 
         fits.edit(tuned, target_modules="all")
 
 
-def test_a_picture_that_is_not_tuned_to_the_end_is_not_edited(image: Path, tmp_path: Path) -> None:
-    store = fits.fit(image, tmp_path / "run")
+def test_a_picture_that_is_not_tuned_to_the_end_is_not_edited(tmp_path: Path) -> None:
+    store = fits.finished(tmp_path / "run")
     (tmp_path / "run" / "steps" / "1.safetensors").unlink()
     with pytest.raises(UserError, match="not tuned to the end: resume it with `kvinv fit`"):
         fits.edit(store)

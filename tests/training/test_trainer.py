@@ -152,7 +152,7 @@ def test_of_pictures_side_by_side_each_goes_on_where_it_was(tmp_path: Path) -> N
 
 
 def test_a_finished_fit_is_not_done_again(image: Path, tmp_path: Path) -> None:
-    store = fits.fit(image, tmp_path / "run")
+    store = fits.finished(tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in store.folder.rglob("*.*g")} | {
         file: file.stat().st_mtime_ns for file in store.folder.rglob("*.safetensors")
     }
@@ -357,7 +357,7 @@ def test_warnings_that_are_not_lightnings_advice_are_let_through(image: Path, tm
 def test_a_process_that_is_asked_to_end_does_not_wait_for_the_end_of_sampling(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, made = fits.fit(image, tmp_path / "run"), list[str]()
+    store, made = fits.finished(tmp_path / "run"), list[str]()
 
     def advance(self: Progress, detail: str, steps: int = 1) -> None:
         made.append(detail)
@@ -399,10 +399,8 @@ def test_an_edit_without_a_target_is_refused_before_anything_is_done(image: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_another_picture_in_the_same_folder_is_refused_unless_it_is_to_be_overwritten(
-    image: Path, tmp_path: Path
-) -> None:
-    first = fits.fit(image, tmp_path / "run")
+def test_another_picture_in_the_same_folder_is_refused_unless_it_is_to_be_overwritten(tmp_path: Path) -> None:
+    first = fits.finished(tmp_path / "run")
     steps = tensors(first)
     other = fits.picture(tmp_path / "dog.png", seed=9)
     with pytest.raises(UserError, match=r"made with picture\.\w+ = "):
@@ -413,8 +411,8 @@ def test_another_picture_in_the_same_folder_is_refused_unless_it_is_to_be_overwr
     assert not set(tensors(first).values()) & set(steps.values())
 
 
-def test_a_run_in_use_is_not_touched_even_to_overwrite_it(image: Path, tmp_path: Path) -> None:
-    store = fits.fit(image, tmp_path / "run")
+def test_a_run_in_use_is_not_touched_even_to_overwrite_it(tmp_path: Path) -> None:
+    store = fits.finished(tmp_path / "run")
     steps = tensors(store)
     other = fits.picture(tmp_path / "dog.png", seed=9)
     with store.lock(), pytest.raises(InUseError, match="in use by process"):
@@ -422,8 +420,8 @@ def test_a_run_in_use_is_not_touched_even_to_overwrite_it(image: Path, tmp_path:
     assert tensors(store) == steps
 
 
-def test_overwriting_with_a_picture_that_cannot_be_read_loses_nothing(image: Path, tmp_path: Path) -> None:
-    store = fits.fit(image, tmp_path / "run")
+def test_overwriting_with_a_picture_that_cannot_be_read_loses_nothing(tmp_path: Path) -> None:
+    store = fits.finished(tmp_path / "run")
     steps = tensors(store)
     (tmp_path / "bad.png").write_text("no picture")
     with pytest.raises(UserError):

@@ -17,7 +17,8 @@ from kvinv_pl.api import KVInverter, Run, load, settings_to_open
 from kvinv_pl.app.again import as_yaml, settings_again
 from kvinv_pl.app.studio.jobs import Job, Jobs, Told
 from kvinv_pl.data.files import write_atomically, write_png
-from kvinv_pl.data.pictures import open_picture, to_image
+from kvinv_pl.data.geometry import to_image
+from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import settings_of

@@ -1,0 +1,77 @@
+"""What tuning leaves of a picture: its files, phase by phase, what the loggers get, and its certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvinv_pl.data.source_image import SourceImage
+from kvinv_pl.data.tensors import Bars
+from kvinv_pl.data.writer import Writer
+from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.stages.certificate import Attempt
+from kvinv_pl.stages.progress import Watch, log_phase, log_picture, log_result
+
+
+class Results:
+    """Writes the phases of pictures at one attempt, by `writer`, and their certificates; and logs both."""
+
+    def __init__(self, denoiser: Denoiser, attempt: Attempt, watch: Watch) -> None:
+        self.denoiser, self.attempt, self.watch = denoiser, attempt, watch
+        self.writer = Writer(watch.failures)
+
+    def write(
+        self,
+        work: SourceImage,
+        i: int,
+        psi: Mapping[str, Tensor],
+        kv: Mapping[str, Bars] | None,
+        figures: Mapping[str, float],
+        z_from: Float[Tensor, "1 c h w"],
+        z_to: Float[Tensor, "1 c h w"],
+    ) -> None:
+        """Write psi_t, z-tilde after the step, and K-bar and V-bar if they are stored."""
+        dtype, name = self.attempt.settings.store_dtype, self.attempt.logged_as(work)
+        work.store.save_step(i, psi, z_to[0], kv, figures, dtype, self.writer.of(work))
+        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
+        table, every = self.denoiser.table, self.watch.x_0_every
+        if self.watch.loggers and every and i % every == 0 and table.has_effect(i):  # the paper's Fig. 3
+            z_0 = table.predicted_z_0(z_from, z_to, i)
+            log_picture(
+                self.watch.loggers, f"{name}/predicted_x_0", i, self.denoiser.backbone.decode(z_0)[0].cpu()
+            )
+
+    def write_at_pivot(
+        self, work: SourceImage, i: int, psi: Mapping[str, Tensor], figures: Mapping[str, float]
+    ) -> None:
+        """Write psi_t as tuned at its pivot, for the roll-out to start from."""
+        work.store.save_pivot(i, psi, figures, self.attempt.settings.store_dtype, self.writer.of(work))
+        name = f"{self.attempt.logged_as(work)}/at_pivot"
+        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
+
+    def certify(self, works: Sequence[SourceImage]) -> None:
+        """Write the certificates of tuned pictures, and show their PSNR."""
+        quality = list[float]()
+        for work in works:
+            with self.watch.failures.of([work]):
+                quality.append(self._certify(work))
+        demanded = self.attempt.settings.required_psnr
+        below = sum(value < demanded for value in quality)
+        missed = f"; {below} of {len(quality)} below the {demanded:g} dB required" if below else ""
+        shown = ", ".join(f"{value:.1f}" for value in quality)
+        self.watch.progress.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
+
+    def certify_rest(self, works: Sequence[SourceImage]) -> None:
+        """Certify those that are tuned but not certified, after an interrupted fit; and say nothing."""
+        for work in works:
+            with self.watch.failures.of([work]):
+                if work not in self.watch.failures and self.attempt.is_due(work):
+                    self._certify(work)
+
+    def _certify(self, work: SourceImage) -> float:
+        """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
+        record = self.attempt.certify(self.denoiser, work)
+        log_result(self.watch.loggers, work.store.folder.name, record)
+        return record["psnr_to_round_trip"]

@@ -1,0 +1,46 @@
+"""Which rank this process is, of how many, and its share of the cores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """Which rank this is, of how many."""
+
+    local_rank: int
+    """On this machine."""
+    local_size: int
+    """How many there are on each machine."""
+    node: int
+    nodes: int
+    external: bool
+    """Whether torchrun or SLURM starts all ranks."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are on all machines."""
+        return self.local_size * self.nodes
+
+    @property
+    def rank(self) -> int:
+        """The number of this one among them; 0 is the main rank, which reports for all."""
+        return self.node * self.local_size + self.local_rank
+
+
+def share_cores(world: World, device: torch.device) -> None:
+    """Limit torch to this rank's share of the cores."""
+    if threads := threads_of(world, device):
+        torch.set_num_threads(threads)
+
+
+def threads_of(world: World, device: torch.device) -> int | None:
+    """Cores for each rank; None: set by the user, or a single rank or a GPU."""
+    if world.local_size == 1 or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world.local_size)
