@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -74,13 +75,16 @@ class Plan:
         if workers == 1:
             bench.run()
             return bench
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            tasks = [pool.submit(_part, self, part, workers) for part in range(workers)]
-            try:
-                for task in tasks:
+        with ExitStack() as pools:  # one each: the end of one process is no end of the others
+            tasks = []
+            for part in range(workers):
+                pool = pools.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+                tasks.append(pool.submit(_part, self, part, workers))
+            for part, task in enumerate(tasks, 1):
+                try:
                     task.result()
-            except BrokenProcessPool:
-                bench.progress.note("a process ended before its cases were done: the same command goes on")
+                except BrokenProcessPool:
+                    bench.progress.note(f"process {part} of {workers} ended before its cases were done")
         return bench
 
 

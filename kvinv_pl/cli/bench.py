@@ -69,6 +69,6 @@ def bench(
     files = write_results(found, report, shown)
     print(report.markdown())
     print(f"look at {files[0]}")
-    failed = {f"{row}, {case}": why for row, lost in report.failed.items() for case, why in lost.items()}
-    if failed:
-        raise SomeFailedError(failed, sum(map(len, report.rows.values())) + len(failed))
+    if failures := report.failures:
+        everything = [*report.rows.values(), *report.failed.values()]
+        raise SomeFailedError(failures, sum(map(len, everything)))
