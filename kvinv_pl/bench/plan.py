@@ -15,6 +15,7 @@ import torch
 from kvinv_pl.bench.bench import Bench, Setup
 from kvinv_pl.bench.cases import Cases, drawn_world
 from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.edit_bench import edit_bench, is_edit_bench
 from kvinv_pl.bench.listed import listed
 from kvinv_pl.bench.metrics import UNEDITED, clip_score, structure_distance
 from kvinv_pl.bench.pie import is_pie_bench, pie_bench
@@ -61,6 +62,8 @@ class Plan:
         place = Path(self.data).expanduser()
         if is_pie_bench(place):
             return pie_bench(place, self.cases, metrics)
+        if is_edit_bench(place):
+            return edit_bench(place, self.cases, metrics)
         return listed(place, self.cases, metrics)
 
     @property

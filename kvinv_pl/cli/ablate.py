@@ -34,7 +34,7 @@ def ablate(
 
     Args:
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, grids, strips.
-        data: world (the drawn world, where the truth is known), a folder of PIE-Bench, or a list of your own.
+        data: world (the drawn world, where the truth is known), or what `kvinv bench` takes.
         cases: How many.
         seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
         place: Where CP-attn is: encoder, middle, decoder, all, or masactrl (the layers that MasaCtrl takes

@@ -40,8 +40,8 @@ def bench(
             in brackets, 'direct+masactrl(layer=3)'; what a method does not have is a setting of the model,
             'kv_inversion(attention=low_rank)'. With @16 behind it, on the first 16 cases alone.
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, pictures.
-        data: world (the drawn world, where the truth is known), a folder of PIE-Bench, or a list of your own
-            as `kvinv run` takes it, with masks of what may be edited.
+        data: world (the drawn world, where the truth is known), a folder of PIE-Bench or EditBench, or a list
+            of your own as `kvinv run` takes it (or a folder with one in it), with masks of the part to edit.
         cases: How many; left out, 64 of the world, and all of a folder or list.
         seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
         checkpoint: As for `kvinv run`.

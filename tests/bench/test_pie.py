@@ -185,5 +185,8 @@ def test_a_list_of_ones_own_has_a_case_for_each_target_and_masks_of_what_may_be_
     (tmp_path / "list.csv").write_text("image,source\ncat.png,a cat\n")
     with pytest.raises(UserError, match=r"cat.png has no target"):
         listed(tmp_path / "list.csv", None, [])
-    with pytest.raises(UserError, match="expected world, a folder of PIE-Bench or a list"):
+    (tmp_path / "list.csv").write_text(rows)
+    assert [case.name for case in listed(tmp_path, None, []).cases] == ["0001-cat", "0002-cat"]  # its folder
+    (tmp_path / "other.csv").write_text(rows)
+    with pytest.raises(UserError, match=r"a folder with one list in it, got .* with 2 lists"):
         listed(tmp_path, None, [])
