@@ -17,7 +17,7 @@ from kvinv_pl.bench.cases import Cases, drawn_world
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.edit_bench import edit_bench, is_edit_bench
 from kvinv_pl.bench.listed import listed
-from kvinv_pl.bench.metrics import UNEDITED, clip_score, structure_distance
+from kvinv_pl.bench.metrics import UNEDITED, clip_score, lpips, structure_distance
 from kvinv_pl.bench.pie import is_pie_bench, pie_bench
 from kvinv_pl.bench.records import Records
 from kvinv_pl.errors import UserError
@@ -40,6 +40,7 @@ class Plan:
     seed_base: int = 1_000_000
     clip: str | None = None
     dino: str | None = None
+    lpips: str | None = None
 
     def bench(self, quiet: bool = False) -> Bench:
         """Everything that can be refused is refused here, before anything is computed."""
@@ -54,6 +55,7 @@ class Plan:
         metrics = [UNEDITED]
         metrics += [clip_score(self.clip, self._device)] if self.clip else []
         metrics += [structure_distance(self.dino, self._device)] if self.dino else []
+        metrics += [lpips(self.lpips, self._device)] if self.lpips else []
         if self.cases is not None and self.cases < 1:
             raise UserError(f"cases: expected 1 or more, got {self.cases}")
         if self.data == WORLD:

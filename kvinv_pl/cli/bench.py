@@ -25,6 +25,7 @@ def bench(
     ours: str = OURS,
     clip: str | None = None,
     dino: str | None = None,
+    lpips: str | None = None,
     shown: int = 24,
     workers: int = 1,
     accelerator: str = "auto",
@@ -52,6 +53,7 @@ def bench(
         ours: The row that the others are compared with, case by case.
         clip: A CLIP folder as transformers saves it, for CLIP scores.
         dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
+        lpips: The file of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
         shown: How many cases are shown as pictures.
         workers: Processes that share the cases, on a GPU each as far as there are any.
         accelerator: cpu, gpu, mps or auto.
@@ -63,7 +65,7 @@ def bench(
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
     folder = Path(out).expanduser()
-    plan = Plan(tuple(method), folder, setup, data, cases, seed_base, clip, dino)
+    plan = Plan(tuple(method), folder, setup, data, cases, seed_base, clip, dino, lpips)
     found = plan.run(workers)
     report = found.report(ours)
     files = write_results(found, report, shown)
