@@ -47,7 +47,7 @@ def ablate(
         steps: As for `kvinv run`.
         guidance: As for `kvinv run`.
         settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
-        clip: A CLIP folder as transformers saves it, for CLIP scores.
+        clip: A CLIP folder as transformers saves it, or menagerie, for CLIP scores.
         dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
         lpips: The file of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
         shown: How many cases are shown as pictures.
