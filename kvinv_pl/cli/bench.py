@@ -8,8 +8,10 @@ from kvinv_pl.errors import SomeFailedError
 OURS = "kv_inversion"
 METHODS = [
     *("ddim+plain", "ddim+prompt_to_prompt", "ddim+masactrl", "direct+prompt_to_prompt", "direct+masactrl"),
-    *("negative_prompt+prompt_to_prompt", "edit_friendly+plain", OURS),
+    *("negative_prompt+prompt_to_prompt", "edit_friendly+plain", f"{OURS}(attention=recorded)"),
+    *(OURS, f"{OURS}(background=kept)"),
 ]
+"""What `make bench` compares: the rows of the README's table, and published methods beside them."""
 
 
 def bench(
