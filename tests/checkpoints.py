@@ -17,6 +17,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
+    StableDiffusionInstructPix2PixPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
@@ -62,6 +65,24 @@ def clip(folder: Path) -> Path:
     return folder
 
 
+def instructed(folder: Path) -> Path:
+    """An InstructPix2Pix of random weights in a folder: its U-Net has twice the channels of a latent."""
+    nothing: Any = None
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        StableDiffusionInstructPix2PixPipeline(
+            vae=_vae("tiny"),
+            text_encoder=text_encoder("tiny"),
+            tokenizer=tokenizer("tiny"),
+            unet=_unet("tiny", 8),
+            scheduler=_scheduler("tiny"),
+            safety_checker=nothing,
+            feature_extractor=nothing,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
 def tokens() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A byte-level vocabulary in CLIP's order and the merges that make one token of each word."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -96,12 +117,13 @@ def _build(kind: Kind, folder: Path) -> None:
         change_json(folder / "unet" / "config.json", _diffusers_version="0.8.0.dev0", sample_size=32)
 
 
-def _unet(kind: Kind) -> UNet2DConditionModel:
+def _unet(kind: Kind, in_channels: int = 4) -> UNet2DConditionModel:
     common: dict[str, Any] = {"norm_num_groups": 8, "cross_attention_dim": 16}
     heads: Any
     if kind == "tiny":
         return UNet2DConditionModel(
             sample_size=8,
+            in_channels=in_channels,
             layers_per_block=1,
             block_out_channels=(16, 32),
             down_block_types=("CrossAttnDownBlock2D",) * 2,

@@ -17,11 +17,13 @@ import torch
 from few_words import learn_words
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 from kvinv_pl.menagerie.judge import FILE, WORDS, Judge, accuracy, nearest_action
+from kvinv_pl.models.clip import Clip
 from kvinv_pl.models.sam import Segmenter
 from kvinv_pl.models.stable_diffusion import Backbone
 
@@ -222,6 +224,7 @@ TINY: dict[str, list[str]] = {
     "unet": ["--count=24", "--size=32", "--channels=[16,16]", "--text_width=16", "--batch=4"],
     "judge": ["--count=24", "--size=32", "--batch=4", "--cases=4"],
     "sam": ["--count=24", "--size=32", "--width=16", "--layers=2", "--batch=4", "--cases=2"],
+    "clip": ["--count=24", "--size=32", "--width=16", "--layers=1", "--batch=4", "--cases=1"],
 }
 
 
@@ -313,6 +316,10 @@ def test_an_export_is_an_ordinary_checkpoint_in_half_precision(
     Judge.load(folder)
     mask = Segmenter.load(str(folder / "sam")).segment(ANIMALS[0].render(), points=[(31, 40)])
     assert mask.size == (SIZE, SIZE)
+    seen = Clip.load(folder / "clip")
+    assert seen.size == 32 and 0 <= seen.score(ANIMALS[0].render(), ANIMALS[0].prompt()) <= 100
+    processor = CLIPImageProcessorPil.from_pretrained(folder / "clip")
+    assert processor(ANIMALS[0].render(), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 
     backbone = Backbone.load(str(folder))
     assert backbone.sample_size == (32, 32)
@@ -402,6 +409,53 @@ def test_the_loss_of_a_mask_is_least_at_the_truth(segmenting: Any) -> None:
     for worse, scores in ((logits, none), (-logits, none), (logits.roll(3, -1), sure), (logits * 0, none)):
         assert segmenting.mask_loss(worse, scores, masks)[0] > loss + 0.1
     assert segmenting.mask_loss(-logits, none, masks)[1] == 0
+
+
+# --- the CLIP ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def contrasting(command: Any) -> Any:
+    """tools/menagerie_training/contrasting.py as a module."""
+    return importlib.import_module("menagerie_training.contrasting")
+
+
+def test_a_caption_is_true_of_the_pictures_that_it_says_nothing_wrong_of(contrasting: Any) -> None:
+    texts = ["a picture of a cat sitting", "a blue dog that is running on the sand", "a qqq cat lying"]
+    words = [list(each) for each in WORDS.values()]
+    told = [
+        [kind[n] if n >= 0 else None for kind, n in zip(words, row, strict=True)]
+        for row in contrasting.said(texts).tolist()
+    ]
+    assert told[0] == ["cat", None, None, "sitting", None] and told[2] == ["cat", None, None, "lying", None]
+    assert told[1] == ["dog", "blue", None, "running", "sand"]
+    own = contrasting.said([animal.prompt() for animal in ANIMALS])
+    assert torch.equal(own, contrasting.facts(ANIMALS))
+    changed = contrasting.others(texts, np.random.default_rng(0))
+    for text, other in zip(texts, changed, strict=True):
+        (before, after), *more = [
+            pair for pair in zip(text.split(), other.split(), strict=True) if pair[0] != pair[1]
+        ]
+        assert not more and before in ACTIONS and after in ACTIONS
+
+
+def test_the_loss_of_a_clip_is_least_where_only_true_captions_fit(contrasting: Any) -> None:
+    true = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    right = torch.where(true, 20.0, -20.0)
+    best = contrasting.contrastive_loss(right, true)
+    for worse in (-right, right * 0, right.flip(0), right + torch.tensor([0.0, 0, 0, 60.0])):
+        assert contrasting.contrastive_loss(worse, true) > best + 0.1
+    two = true[:, :2]
+    plain = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    by_hand = torch.nn.functional.cross_entropy
+    clip_loss = (by_hand(plain, torch.arange(2)) + by_hand(plain.T, torch.arange(2))) / 2
+    assert torch.allclose(contrasting.contrastive_loss(plain, two), clip_loss)
+
+
+def test_the_shipped_size_of_a_clip_is_below_3_mb_in_half_precision(contrasting: Any) -> None:
+    tokenizer = importlib.import_module("menagerie_training.denoiser").build_tokenizer()
+    clip = contrasting.build_clip(tokenizer, 64, 96, 4)
+    assert 2 * sum(each.numel() for each in clip.parameters()) < 3e6
 
 
 def test_a_report_leaves_out_the_sam_of_a_folder_without_one(

@@ -1,4 +1,4 @@
-"""Work with the studio, and read a report, in a real browser, at desk and phone width; screenshots are kept.
+"""Work with the studio, read a report and a bench, in a real browser at desk and phone width; shots are kept.
 
 Every step is checked: load, click, tune, stop, reload, go on, edit, compare, try several, a broken picture,
 two pages at once, downloads; nothing is fetched from anywhere else, and nothing is wider than a phone.
@@ -27,6 +27,10 @@ from playwright.sync_api import (  # pyright: ignore[reportMissingImports]  # no
 
 from kvinv_pl.app.report import write_report
 from kvinv_pl.app.studio.serve import serve
+from kvinv_pl.bench.cases import DrawnCase
+from kvinv_pl.bench.page import page as page_of_bench
+from kvinv_pl.bench.table import Report
+from kvinv_pl.menagerie.case import Case as Drawn
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 300_000
@@ -157,6 +161,42 @@ def report(eye: Eye, folder: Path) -> None:
     eye.keep(eye.page(PHONE, file.resolve().as_uri()), "report-phone")
 
 
+def bench(eye: Eye) -> None:
+    """The page of a bench: sorted by a click, its slider, its cases and thumbnails, on a phone."""
+    cases = {case.name: case for case in (DrawnCase(Drawn.of_seed(seed), 64) for seed in (900_000, 900_001))}
+    columns = ("same animal %", "right action %", "PIE PSNR")
+    rows = {
+        row: {case: {columns[0]: value, columns[1]: 100 - value, columns[2]: value / 2} for case in cases}
+        for row, value in (("low", 10.0), ("high", 90.0), ("middle", 50.0))
+    }
+    report = Report(rows, columns, dict.fromkeys(cases, ""), "middle")
+    file = eye.out / "bench.html"
+    text = page_of_bench("A bench", list(cases.values()), report, lambda row, case: cases[case].truth())
+    file.write_text(text, encoding="utf-8")
+    page = eye.page(DESK, file.resolve().as_uri())
+    names, heads = page.locator("#table tbody td:first-child"), page.locator("#table th")
+    assert names.all_inner_texts() == ["low", "high", "middle"]
+    for column, order, sorting in (
+        (2, ["high", "middle", "low"], "descending"),
+        (2, ["low", "middle", "high"], "ascending"),
+        (0, ["high", "low", "middle"], "ascending"),
+    ):
+        heads.nth(column).get_by_role("button").click()
+        assert names.all_inner_texts() == order
+        assert heads.nth(column).get_attribute("aria-sort") == sorting
+    page.get_by_label("show each row less ours").check()
+    expect(page.locator("#table tbody tr", has_text="low").locator("td").nth(2)).to_contain_text("-40.00")
+    page.locator("#slider").fill("20")
+    assert "80%" in page.locator("#above").evaluate("each => each.style.clipPath")
+    second = list(cases.values())[1]
+    page.locator("#case").select_option(second.name)
+    expect(page.locator("#prompts")).to_contain_text(second.target)
+    page.locator("#thumbs button", has_text="high").click()
+    expect(page.locator("#caption")).to_contain_text("left of the slider: high")
+    eye.keep(page, "bench")
+    eye.keep(eye.page(PHONE, file.resolve().as_uri()), "bench-phone")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("shots"), help="where the screenshots go")
@@ -166,3 +206,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place, looking(given.out, given.browser) as eye:
         studio(eye, Path(place) / "runs", checkpoint="menagerie", accelerator="cpu", steps=given.steps)
         report(eye, Path(place) / "runs")
+        bench(eye)

@@ -1,4 +1,4 @@
-"""Train the embedded models: the autoencoder, the U-Net with its text encoder, the judge, and the SAM.
+"""Train the embedded models: the autoencoder, the U-Net with its text encoder, the judge, SAM and CLIP.
 
 Each stage is a command of its own, resumed by giving it again; the next one reads its results in `--work`:
 
@@ -7,6 +7,7 @@ Each stage is a command of its own, resumed by giving it again; the next one rea
     python tools/train_menagerie.py decoder
     python tools/train_menagerie.py judge
     python tools/train_menagerie.py sam
+    python tools/train_menagerie.py clip
     python tools/train_menagerie.py export --to kvinv_pl/menagerie/weights
     python tools/report_menagerie.py
 
@@ -162,8 +163,37 @@ def sam(
     segmenting.train(work, count, size, width, layers, steps, batch, lr, cases)
 
 
+def clip(
+    work: Path = WORK,
+    count: int = 60_000,
+    size: int = SIZE // 2,
+    width: int = 96,
+    layers: int = 4,
+    steps: int = 3000,
+    batch: int = 96,
+    lr: float = 1e-3,
+    cases: int = 200,
+) -> None:
+    """Train the CLIP of pictures and prompts, save it under `work`/clip-trained and print its own accuracy.
+
+    Args:
+        work: where pictures, checkpoints, logs and results lie
+        count: how many training pictures
+        size: pixels a side to which it brings a picture
+        width: of both encoders, and of what they have in common
+        layers: of the vision encoder; the text encoder has two
+        steps: training steps
+        batch: pictures a step
+        lr: highest learning rate
+        cases: reporting seeds on which the accuracy is measured
+    """
+    from menagerie_training import contrasting
+
+    contrasting.train(work, count, size, width, layers, steps, batch, lr, cases)
+
+
 def export(to: Path, work: Path = WORK) -> None:
-    """Write what was trained as a Stable Diffusion folder that diffusers loads, the judge and the SAM in it.
+    """Write what was trained as a Stable Diffusion folder that diffusers loads, with the judge, SAM and CLIP.
 
     Args:
         to: the folder; that of the package is kvinv_pl/menagerie/weights
@@ -176,7 +206,8 @@ def export(to: Path, work: Path = WORK) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run one stage."""
-    call({"vae": vae, "unet": unet, "decoder": decoder, "judge": judge, "sam": sam, "export": export}, args)
+    stages = {"vae": vae, "unet": unet, "decoder": decoder, "judge": judge, "sam": sam, "clip": clip}
+    call({**stages, "export": export}, args)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,16 @@ class Model(Protocol):
         """The prompts as the network reads them."""
         ...
 
+    def vectors(self, word: str) -> Float[Tensor, "tokens e"]:
+        """The vectors of a word's tokens before they are read, in fp32."""
+        ...
+
+    def embed_with(
+        self, prompts: list[str], words: Mapping[str, Float[Tensor, "_ e"]]
+    ) -> Float[Tensor, "n L d"]:
+        """The prompts with these vectors for these words, wherever they stand; gradients reach them."""
+        ...
+
     def tokens(self, prompt: str) -> list[str]:
         """The prompt's tokens; the last one of a word ends in </w>."""
         ...
@@ -160,7 +170,10 @@ class Scene:
 
 @dataclass(eq=False)
 class Inverted:
-    """What an inversion leaves: where sampling begins, and how it makes a step; this one makes DDIM's."""
+    """What an inversion leaves: where sampling begins, and how it makes a step; this one makes DDIM's.
+
+    Its scene is what an edit is given: an inversion may have put a word into the prompts.
+    """
 
     scene: Scene
     start: Float[Tensor, "1 c h w"]
@@ -173,6 +186,8 @@ class Inverted:
     """What the unconditional branch reads; None: the empty prompt."""
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Of the network, in sampling; where there are none, its own."""
+    read: Float[Tensor, "2 L d"] | None = field(default=None, repr=False)
+    """What the conditional branch of source and target reads; None: their prompts."""
 
     @cached_property
     def scales(self) -> tuple[float, float]:
@@ -184,7 +199,7 @@ class Inverted:
         """What source and target read at step i, in every branch."""
         given = self.scene.contexts
         negative = given[:1] if self.negative is None else self.negative
-        both = torch.stack([negative.expand(2, -1, -1), given[1:]])
+        both = torch.stack([negative.expand(2, -1, -1), given[1:] if self.read is None else self.read])
         return both[-max(branches_at(w) for w in self.scales) :]
 
     def seen(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:

@@ -14,7 +14,7 @@ from PIL import Image
 from kvinv_pl.api import KVInverter
 from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.bench.bench import Setup
-from kvinv_pl.bench.cases import Case, Cases
+from kvinv_pl.bench.cases import Case, Cases, figures_of
 from kvinv_pl.bench.records import slug
 from kvinv_pl.bench.table import Report
 from kvinv_pl.data.files import write_atomically, write_png
@@ -151,19 +151,20 @@ class Ablation:
     def report(self) -> Report:
         """The figures of every cell."""
         rows: dict[str, dict[str, Mapping[str, float]]] = {}
+        unmeasured: dict[str, dict[str, Mapping[str, str]]] = {}
         for way in map(str, self.ways):
             scores = rows.setdefault(way, {})
             for case in self.data.cases:
                 if (way, case.name) not in self._files:
                     continue
-                picture, figures = self.open(way, case.name), dict[str, float]()
-                for metric in self.data.metrics:
-                    figures |= metric.measure(case, picture)
+                picture = self.open(way, case.name)
+                figures, lost = figures_of(self.data.metrics, case, lambda: picture)  # noqa: B023
+                unmeasured.setdefault(way, {})[case.name] = lost
                 figures[LIKENESS] = psnr(as_pixels(case.picture()), as_pixels(picture))
                 scores[case.name] = figures
         columns = [*(name for metric in self.data.metrics for name in metric.columns), LIKENESS]
         kinds = {case.name: case.kind for case in self.data.cases}
-        return Report(dict(rows), columns, kinds, None, self._lost)
+        return Report(dict(rows), columns, kinds, None, self._lost, unmeasured)
 
     def grids(self, shown: int) -> Iterator[Path]:
         """The pictures of the first cases as in Fig. 6: places downward, starts to the right."""

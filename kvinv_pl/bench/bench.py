@@ -10,20 +10,20 @@ from PIL import Image
 
 from kvinv_pl import api
 from kvinv_pl.algorithm.ddim import StepTable
-from kvinv_pl.bench.cases import THROUGH_VAE, Case, Cases
+from kvinv_pl.bench.cases import THROUGH_VAE, Case, Cases, figures_of, said
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.costs import Cost, measured, plain_sampling
 from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.running import Canvas, outcome
 from kvinv_pl.bench.table import Report
-from kvinv_pl.data.failures import reason
 from kvinv_pl.data.geometry import as_pixels, psnr
-from kvinv_pl.errors import StopError, UserError
+from kvinv_pl.errors import StopError
 from kvinv_pl.stages.progress import Progress
 
 COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB")
 """What every row is measured by that is computed by a method: the source as it samples it, against the VAE's
 round trip; its seconds; these over plain sampling's; and memory at its peak, less plain sampling's."""
+BROKEN_OFF = "its process ended while it was computed"
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,14 @@ class Bench:
             yield row.text, row.cases, lambda case, row=row: self._edit(row, case)
 
     def _one(self, name: str, case: Case, draw: Callable[[Case], None]) -> None:
-        """Compute one case; whatever a method raises is this case's alone."""
+        """Compute one case; whatever a method raises, and the end of its process, is this case's alone."""
+        self.records.fail(name, case.name, BROKEN_OFF)  # what is true if this is the last that is done
         try:
             draw(case)
         except StopError:
             raise
         except Exception as error:
-            known = isinstance(error, UserError | MemoryError)
-            text = reason(error) if known else f"{type(error).__name__}: {reason(error)}"
-            self.records.fail(name, case.name, text)
+            self.records.fail(name, case.name, said(error))
 
     def _reference(self, name: str, case: Case, picture: Image.Image) -> None:
         if name.endswith(THROUGH_VAE):
@@ -145,29 +144,28 @@ class Bench:
     # ---- what is known
 
     def _measure(self, name: str, case: Case) -> None:
-        """Add the figures that are missing of a finished case."""
+        """Add the figures that are missing of a finished case; whatever a metric raises is noted."""
         if not self.records.done(name, case.name):
             return
         known = self.records.figures(name, case.name)
-        found: dict[str, float] = {}
-        for metric in self.data.metrics:
-            if not set(metric.columns) <= known.keys():
-                found |= metric.measure(case, self.records.open(name, case.name))
-        if found:
-            self.records.add(name, case.name, found)
+        missing = [metric for metric in self.data.metrics if not set(metric.columns) <= known.keys()]
+        if missing:
+            found, lost = figures_of(missing, case, lambda: self.records.open(name, case.name))
+            self.records.add(name, case.name, found, lost)
 
     def report(self, ours: str | None = None) -> Report:
         """What is known now; `ours` is the row that the others are compared with."""
         columns = [*(column for metric in self.data.metrics for column in metric.columns), *COSTS]
-        rows, failed = {}, {}
+        rows, failed, lost = {}, {}, {}
         for name, count, _ in self._all():
             cases = self.data.first(count)
             done = [case.name for case in cases if self.records.done(name, case.name)]
             rows[name] = {case: self.records.figures(name, case) for case in done}
+            lost[name] = {case: self.records.lost(name, case) for case in done}
             failed[name] = {
                 case.name: (self.records.read(name, case.name) or {}).get("failed", "it was not computed")
                 for case in cases
                 if case.name not in done
             }
         kinds = {case.name: case.kind for case in self.data.cases}
-        return Report(rows, columns, kinds, ours if ours in rows else None, failed)
+        return Report(rows, columns, kinds, ours if ours in rows else None, failed, lost)

@@ -9,10 +9,16 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from kvinv_pl.errors import UserError
+from kvinv_pl.data.failures import reason
+from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.menagerie.case import Case as Drawn
 
-THROUGH_VAE = "through the VAE"
+SOURCE, THROUGH_VAE = "source", "through the VAE"
+
+
+def is_reference(row: str) -> bool:
+    """Whether it is one of the rows that no method makes."""
+    return row == SOURCE or row.endswith(THROUGH_VAE)
 
 
 class Case(Protocol):
@@ -60,6 +66,27 @@ class Metric:
     measure: Measure
     model: str = ""
     """Whose figures they are: a bench is not gone on with by another."""
+
+
+def figures_of(
+    metrics: Sequence[Metric], case: Case, opened: Callable[[], Image.Image]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of an edited picture, by column; and why there are none, where a metric raised anything."""
+    found, lost = dict[str, float](), dict[str, str]()
+    for metric in metrics:
+        try:
+            found |= metric.measure(case, opened())
+        except StopError:
+            raise
+        except Exception as error:
+            lost |= dict.fromkeys(metric.columns, said(error))
+    return found, lost
+
+
+def said(error: Exception) -> str:
+    """Why something failed, in one line; of an error that nobody foresaw, with its kind."""
+    known = isinstance(error, UserError | MemoryError)
+    return " ".join((reason(error) if known else f"{type(error).__name__}: {reason(error)}").split())
 
 
 @dataclass(frozen=True)
@@ -137,7 +164,7 @@ def drawn_world(size: tuple[int, int], count: int, seed_base: int, metrics: Sequ
         raise UserError(f"the drawn world's pictures are square, and the model's are {size[1]} x {size[0]}")
     cases = [DrawnCase(Drawn.of_seed(seed), size[0]) for seed in range(seed_base, seed_base + count)]
     references: dict[str, Callable[[Case], Image.Image]] = {
-        "source": lambda case: case.picture(),
+        SOURCE: lambda case: case.picture(),
         f"truth {THROUGH_VAE}": lambda case: _drawn(case).truth(),
         f"another animal of the same words, {THROUGH_VAE}": lambda case: _drawn(case).another(),
     }

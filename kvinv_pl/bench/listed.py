@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from kvinv_pl.bench.cases import THROUGH_VAE, Cases, Metric
+from kvinv_pl.bench.cases import SOURCE, THROUGH_VAE, Case, Cases, Metric
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.masks import open_mask
 from kvinv_pl.data.pictures import open_picture
@@ -24,39 +24,57 @@ class ListedCase:
     source: str
     target: str
     file: Path
-    mask: Path | None
+    masks: Sequence[Path] = ()
+    """White where the picture may be edited, each in its part."""
     kind: str = ""
 
     @property
     def editable(self) -> np.ndarray | None:
-        """The mask, white where the picture may be edited."""
-        if self.mask is None:
-            return None
-        found = open_mask(self.mask).image
-        if found.size != self.picture().size:
-            raise UserError(f"{self.mask} is of another size than {self.file}: make both of one size")
-        return np.asarray(found.convert("L")) >= 128
+        """Where any of the masks is white."""
+        size, found = self.picture().size, [open_mask(mask).image for mask in self.masks]
+        for file, mask in zip(self.masks, found, strict=True):
+            if mask.size != size:
+                raise UserError(f"{file} is of another size than {self.file}: make both of one size")
+        return np.any([np.asarray(mask.convert("L")) >= 128 for mask in found], 0) if found else None
 
     def picture(self) -> Image.Image:
         """The source."""
         return open_picture(self.file).image
 
 
-def listed(file: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
-    """The rows of a list as `kvinv run` takes it, one case for each target; the first `count`, or all."""
-    if file.suffix.lower() not in LISTS:
-        raise UserError(
-            f"data: expected world, a folder of PIE-Bench or a list ({', '.join(LISTS)}), got {file}"
-        )
+def through_nothing() -> Mapping[str, Callable[[Case], Image.Image]]:
+    """The rows of photographs that no method makes."""
+    return {SOURCE: lambda case: case.picture(), f"{SOURCE} {THROUGH_VAE}": lambda case: case.picture()}
+
+
+def listed(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
+    """The rows of a list as `kvinv run` takes it, one case for each target; the first `count`, or all.
+
+    Args:
+        place: The list, or a folder with one list in it.
+        count: How many.
+        metrics: By which they are measured.
+    """
+    file = _list(place)
     cases = list[ListedCase]()
     for row in rows_of(file, "", [], None):
         if not row.targets:
             raise UserError(f"{file}: {row.image.name} has no target: fill the column targets")
         for target in row.targets:
             name = f"{len(cases) + 1:04d}-{row.image.stem}"
-            cases.append(ListedCase(name, row.source, target, row.image, row.mask))
-    references = {
-        "source": lambda case: case.picture(),
-        f"source {THROUGH_VAE}": lambda case: case.picture(),
-    }
-    return Cases(f"the list {file.resolve()}", cases[:count], metrics, references)
+            masks = () if row.mask is None else (row.mask,)
+            cases.append(ListedCase(name, row.source, target, row.image, masks))
+    return Cases(f"the list {file.resolve()}", cases[:count], metrics, through_nothing())
+
+
+def _list(place: Path) -> Path:
+    """The list that is meant."""
+    lists = sorted(file for file in place.glob("*") if file.suffix.lower() in LISTS) if place.is_dir() else []
+    file = lists[0] if len(lists) == 1 else place
+    if file.suffix.lower() not in LISTS or file.is_dir():
+        kinds = ", ".join(LISTS)
+        raise UserError(
+            f"data: expected world, a folder of PIE-Bench or EditBench, a list ({kinds}) or a folder with "
+            f"one list in it, got {place}" + (f" with {len(lists)} lists" if lists else "")
+        )
+    return file

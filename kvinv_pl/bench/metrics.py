@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from kvinv_pl.bench.cases import Case, Metric
 from kvinv_pl.models.clip import Clip
 from kvinv_pl.models.dino import Dino
+from kvinv_pl.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
+from kvinv_pl.models.lpips import Lpips, spread
 
 BEST = 100.0  # dB, of equal pictures
 SMALLEST = 11  # pixels a side, the window of SSIM
@@ -46,10 +50,15 @@ def unedited(case: Case, picture: Image.Image) -> Mapping[str, float]:
         found[f"{rule} MSE x10^4"] = 1e4 * float(mse)
     if min(keep.shape) < SMALLEST:
         return found | {f"{rule} SSIM x10^2": math.nan for rule in ("PIE", "unedited")}
-    black = [each * keep[..., None] for each in (source, edited)]
+    black = [_black_where(region, each) for each in (source, edited)]
     found["PIE SSIM x10^2"] = 100 * float(_ssim(*black).mean())
     found["unedited SSIM x10^2"] = 100 * float(_ssim(source, edited).mean(0)[keep].mean())
     return found
+
+
+def _black_where(region: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """As PIE-Bench takes the part out that may be edited."""
+    return picture * ~region[..., None]
 
 
 def _ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -88,6 +97,33 @@ def structure_distance(folder: str, device: str = "cpu") -> Metric:
         }
 
     return Metric("dino", ("PIE structure x10^3", "structure x10^3"), measure, folder)
+
+
+def lpips(file: str, device: str = "cpu") -> Metric:
+    """LPIPS of the unedited part against the source, times 1000, by SqueezeNet.
+
+    PIE: of pictures that are black where they may be edited, the mean over the whole frame, as published; the
+    other is the mean over the unedited pixels of the pictures as they are. The channels' weights are those
+    that torchmetrics brings along.
+    """
+    linear = Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "squeeze.pth"
+    model, columns = Lpips.load(file, linear, device), ("PIE LPIPS x10^3", "unedited LPIPS x10^3")
+
+    def measure(case: Case, picture: Image.Image) -> Mapping[str, float]:
+        region = case.editable
+        if region is None or region.all() or min(region.shape) < SMALLEST_FOR_LPIPS:
+            return dict.fromkeys(columns, math.nan)
+        pair = [np.asarray(each.convert("RGB"), np.float32) / 255 for each in (case.picture(), picture)]
+        whole, black = (
+            [torch.from_numpy(each).permute(2, 0, 1)[None].to(device) * 2 - 1 for each in pictures]
+            for pictures in (pair, [_black_where(region, each) for each in pair])
+        )
+        published = sum(float(each.mean()) for each in model.distances(black[0], black[1]))
+        where = spread(model.distances(whole[0], whole[1]), (region.shape[0], region.shape[1]))[0, 0]
+        own = float(where.cpu()[torch.from_numpy(~region)].mean())
+        return dict(zip(columns, (1e3 * published, 1e3 * own), strict=True))
+
+    return Metric("lpips", columns, measure, file)
 
 
 def black_but(picture: Image.Image, region: np.ndarray) -> Image.Image:

@@ -17,6 +17,7 @@ from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import word_positions
+from kvinv_pl.models.spoken import read_with, vectors_of_word
 from kvinv_pl.models.weighing import weighing
 
 
@@ -44,6 +45,16 @@ class Network:
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the U-Net reads them."""
         return self.backbone.embed(prompts)
+
+    def vectors(self, word: str) -> Float[Tensor, "tokens e"]:
+        """The text model's own, of a word's tokens."""
+        return vectors_of_word(self.backbone.prompts, word)
+
+    def embed_with(
+        self, prompts: list[str], words: Mapping[str, Float[Tensor, "_ e"]]
+    ) -> Float[Tensor, "n L d"]:
+        """The prompts with these vectors for these words."""
+        return read_with(self.backbone.prompts, prompts, words)
 
     def tokens(self, prompt: str) -> list[str]:
         """The prompt's tokens, without those of its start and its end, as far as they are read."""

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from kvinv_pl.bench.cases import Case
+from kvinv_pl.bench.ranks import ranks
 from kvinv_pl.bench.table import Mean, Report
 
 Opened = Callable[[str, str], Image.Image]
@@ -37,6 +38,7 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Opened) -> s
                 pictures[row] = data_uri(opened(row, case.name))
         shown.append({"name": case.name, "source": case.source, "target": case.target, "pictures": pictures})
     known = report.known
+    measured = {name for name in known if any(report.mean(row, name).count for row in report.rows)}
     content = {
         "columns": known,
         "ours": report.ours,
@@ -46,6 +48,7 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Opened) -> s
                 "cases": len(scores),
                 "failed": len(report.failed.get(row, ())),
                 "means": [_plain(report.mean(row, name)) for name in known],
+                "lost": [report.unmeasured(row, name) for name in known],
                 "less": None
                 if report.ours in (None, row)
                 else [_plain(report.difference(row, name)) for name in known],
@@ -53,7 +56,8 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Opened) -> s
             }
             for row, scores in report.rows.items()
         ],
-        "axes": next((axes for axes in AXES if set(axes) <= set(known)), None),
+        "axes": next((axes for axes in AXES if set(axes) <= measured), None),
+        "ranks": [[each.metric, _plain(each.methods), _plain(each.edits)] for each in ranks(report)],
         "cases": shown,
     }
     return filled(title, content)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kvinv_pl.bench.cases import THROUGH_VAE, Cases, Metric
+from kvinv_pl.bench.cases import Cases, Metric
+from kvinv_pl.bench.listed import through_nothing
 from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
@@ -79,11 +80,7 @@ def pie_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Cas
         cases = cases[:count]
     if missing := next((case for case in cases if not case.file.is_file()), None):
         raise UserError(f"{file} names {missing.file}, which is not there: expected {PICTURES} beside it")
-    references = {
-        "source": lambda case: case.picture(),
-        f"source {THROUGH_VAE}": lambda case: case.picture(),
-    }
-    return Cases(f"PIE-Bench in {folder.resolve()}", cases, metrics, references)
+    return Cases(f"PIE-Bench in {folder.resolve()}", cases, metrics, through_nothing())
 
 
 def _case(file: Path, name: str, entry: Mapping[str, Any]) -> PieCase:

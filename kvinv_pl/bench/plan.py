@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from kvinv_pl.bench.bench import Bench, Setup
 from kvinv_pl.bench.cases import Cases, drawn_world
 from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.edit_bench import edit_bench, is_edit_bench
 from kvinv_pl.bench.listed import listed
-from kvinv_pl.bench.metrics import UNEDITED, clip_score, structure_distance
+from kvinv_pl.bench.metrics import UNEDITED, clip_score, lpips, structure_distance
 from kvinv_pl.bench.pie import is_pie_bench, pie_bench
 from kvinv_pl.bench.records import Records
 from kvinv_pl.errors import UserError
@@ -38,6 +40,7 @@ class Plan:
     seed_base: int = 1_000_000
     clip: str | None = None
     dino: str | None = None
+    lpips: str | None = None
 
     def bench(self, quiet: bool = False) -> Bench:
         """Everything that can be refused is refused here, before anything is computed."""
@@ -52,6 +55,7 @@ class Plan:
         metrics = [UNEDITED]
         metrics += [clip_score(self.clip, self._device)] if self.clip else []
         metrics += [structure_distance(self.dino, self._device)] if self.dino else []
+        metrics += [lpips(self.lpips, self._device)] if self.lpips else []
         if self.cases is not None and self.cases < 1:
             raise UserError(f"cases: expected 1 or more, got {self.cases}")
         if self.data == WORLD:
@@ -60,6 +64,8 @@ class Plan:
         place = Path(self.data).expanduser()
         if is_pie_bench(place):
             return pie_bench(place, self.cases, metrics)
+        if is_edit_bench(place):
+            return edit_bench(place, self.cases, metrics)
         return listed(place, self.cases, metrics)
 
     @property
@@ -74,13 +80,16 @@ class Plan:
         if workers == 1:
             bench.run()
             return bench
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            tasks = [pool.submit(_part, self, part, workers) for part in range(workers)]
-            try:
-                for task in tasks:
+        with ExitStack() as pools:  # one each: the end of one process is no end of the others
+            tasks = []
+            for part in range(workers):
+                pool = pools.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+                tasks.append(pool.submit(_part, self, part, workers))
+            for part, task in enumerate(tasks, 1):
+                try:
                     task.result()
-            except BrokenProcessPool:
-                bench.progress.note("a process ended before its cases were done: the same command goes on")
+                except BrokenProcessPool:
+                    bench.progress.note(f"process {part} of {workers} ended before its cases were done")
         return bench
 
 

@@ -72,13 +72,20 @@ class Records:
         write_png(self.picture(row, case), picture)
         self.add(row, case, figures)
 
-    def add(self, row: str, case: str, figures: Mapping[str, float]) -> None:
-        """Add figures to a case."""
+    def lost(self, row: str, case: str) -> dict[str, str]:
+        """Why a finished case lacks figures, by their names."""
+        return (self.read(row, case) or {}).get("not measured", {})
+
+    def add(
+        self, row: str, case: str, figures: Mapping[str, float], lost: Mapping[str, str] | None = None
+    ) -> None:
+        """Add figures to a case, and why others cannot be had: `lost` takes the place of what it was."""
         plain = {
             name: value if math.isfinite(value) else None
             for name, value in {**self.figures(row, case), **figures}.items()
         }
-        write_json(self.picture(row, case).with_suffix(".json"), {"figures": plain})
+        why = {"not measured": dict(lost)} if lost else {}
+        write_json(self.picture(row, case).with_suffix(".json"), {"figures": plain, **why})
 
     def fail(self, row: str, case: str, reason: str) -> None:
         """Note why a case failed; it is tried again when the bench goes on."""

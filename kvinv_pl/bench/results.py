@@ -8,7 +8,7 @@ from kvinv_pl.bench.ablation import Ablation
 from kvinv_pl.bench.bench import Bench
 from kvinv_pl.bench.fronts import findings, pareto
 from kvinv_pl.bench.page import page
-from kvinv_pl.bench.ranks import ranks
+from kvinv_pl.bench.ranks import as_csv, as_markdown, ranks
 from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.table import Report
 from kvinv_pl.data.files import write_png
@@ -27,13 +27,14 @@ def write_results(bench: Bench, report: Report, shown: int) -> list[Path]:
     """
     text = f"# {bench.data.title}\n\n{report.markdown()}"
     if found := ranks(report):
-        text += f"\n## Do the metrics order edits as the truth does?\n\n{found}\n"
+        text += f"\n## Do the metrics order edits as the truth does?\n\n{as_markdown(found)}\n"
     records = bench.records
     files = [
         records.write("page.html", page(bench.data.title, bench.data.cases[:shown], report, records.open)),
         records.write("table.md", text),
         records.write("figures.csv", report.csv()),
         records.write("figures.json", report.json()),
+        *([records.write("ranks.csv", as_csv(found))] if found else []),
     ]
     return [*files, *_sheets(bench, report, shown)]
 

@@ -91,7 +91,7 @@ def edited(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, 
     """The source and the target at the end of sampling."""
     with torch.no_grad():
         inverted = inversion.invert(scene)
-        return sample(scene, inverted, editor.control(scene, inverted))
+        return sample(scene, inverted, editor.control(inverted.scene, inverted))
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,6 +60,8 @@ class Report:
     ours: str | None = None
     """The row that the others are compared with."""
     failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    lost: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
+    """By row, case and column, why there is no figure of a case that did not fail."""
 
     def mean(self, row: str, column: str, among: Callable[[str], bool] = lambda case: True) -> Mean:
         """Over the cases of a row."""
@@ -78,8 +80,28 @@ class Report:
 
     @property
     def known(self) -> list[str]:
-        """The columns in which any row has a value."""
-        return [name for name in self.columns if any(self.mean(row, name).count for row in self.rows)]
+        """The columns in which any row has a value, or should have one."""
+        return [
+            name
+            for name in self.columns
+            if any(self.mean(row, name).count or self.unmeasured(row, name) for row in self.rows)
+        ]
+
+    def unmeasured(self, row: str, column: str, among: Callable[[str], bool] = lambda case: True) -> int:
+        """How many cases of a row lack this figure because its metric failed."""
+        return sum(column in why and among(case) for case, why in self.lost.get(row, {}).items())
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why, by row and case: what was not computed, and what was not measured."""
+        found = {f"{row}, {case}": why for row, cases in self.failed.items() for case, why in cases.items()}
+        for row, cases in self.lost.items():
+            for case, lost in cases.items():
+                columns = {why: [name for name in lost if lost[name] == why] for why in lost.values()}
+                if columns:
+                    parts = (f"{', '.join(names)} not measured: {why}" for why, names in columns.items())
+                    found[f"{row}, {case}"] = "; ".join(parts)
+        return found
 
     def markdown(self) -> str:
         """All tables, each under its heading."""
@@ -94,9 +116,7 @@ class Report:
                 if row != self.ours
             ]
             parts.append(f"## Less {self.ours}, case by case\n\n{markdown(self.known, lines)}")
-        reasons = [
-            f"* {row}, {case}: {why}" for row, cases in self.failed.items() for case, why in cases.items()
-        ]
+        reasons = [f"* {which}: {why}" for which, why in self.failures.items()]
         if reasons:
             parts.append("## Failed\n\n" + "\n".join(reasons))
         return "\n\n".join(parts) + "\n"
@@ -107,8 +127,14 @@ class Report:
             count = sum(map(among, scores))
             lost = sum(map(among, self.failed.get(row, ())))
             cases = f"{count} ({lost} failed)" if lost else str(count)
-            lines.append([row, cases, *(self.mean(row, name, among) for name in self.known)])
+            lines.append([row, cases, *(self._cell(row, name, among) for name in self.known)])
         return markdown(["cases", *self.known], lines)
+
+    def _cell(self, row: str, column: str, among: Callable[[str], bool]) -> str:
+        lost = self.unmeasured(row, column, among)
+        return " ".join(
+            [str(self.mean(row, column, among)), f"({lost} not measured)" if lost else ""]
+        ).strip()
 
     def csv(self) -> str:
         """One line for each row, case and column."""
@@ -143,6 +169,7 @@ class Report:
                     for case, figures in scores.items()
                 },
                 "failed": dict(self.failed.get(row, {})),
+                "not measured": {case: dict(why) for case, why in self.lost.get(row, {}).items() if why},
             }
             if self.ours in self.rows and row != self.ours:
                 rows[row]["less ours"] = {name: plain(self.difference(row, name)) for name in self.known}

@@ -23,6 +23,7 @@ def ablate(
     settings: dict[str, Any] = {},  # noqa: B006
     clip: str | None = None,
     dino: str | None = None,
+    lpips: str | None = None,
     shown: int = 8,
     accelerator: str = "auto",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
@@ -34,7 +35,7 @@ def ablate(
 
     Args:
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, grids, strips.
-        data: world (the drawn world, where the truth is known), a folder of PIE-Bench, or a list of your own.
+        data: world (the drawn world, where the truth is known), or what `kvinv bench` takes.
         cases: How many.
         seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
         place: Where CP-attn is: encoder, middle, decoder, all, or masactrl (the layers that MasaCtrl takes
@@ -46,8 +47,9 @@ def ablate(
         steps: As for `kvinv run`.
         guidance: As for `kvinv run`.
         settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
-        clip: A CLIP folder as transformers saves it, for CLIP scores.
+        clip: A CLIP folder as transformers saves it, or menagerie, for CLIP scores.
         dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
+        lpips: The file of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
         shown: How many cases are shown as pictures.
         accelerator: cpu, gpu, mps or auto.
         precision: As for `kvinv run`.
@@ -59,7 +61,7 @@ def ablate(
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
     folder = Path(out).expanduser()
-    plan = Plan((), folder, setup, data, cases, seed_base, clip, dino)
+    plan = Plan((), folder, setup, data, cases, seed_base, clip, dino, lpips)
     found = Ablation(setup, plan.load_cases(), folder, place, reading, sharpness, start)
     found.run()
     text, files = write_ablation(found, shown)

@@ -8,8 +8,10 @@ from kvinv_pl.errors import SomeFailedError
 OURS = "kv_inversion"
 METHODS = [
     *("ddim+plain", "ddim+prompt_to_prompt", "ddim+masactrl", "direct+prompt_to_prompt", "direct+masactrl"),
-    *("negative_prompt+prompt_to_prompt", "edit_friendly+plain", OURS),
+    *("negative_prompt+prompt_to_prompt", "edit_friendly+plain", f"{OURS}(attention=recorded)"),
+    *(OURS, f"{OURS}(background=kept)"),
 ]
+"""What `make bench` compares: the rows of the README's table, and published methods beside them."""
 
 
 def bench(
@@ -25,6 +27,7 @@ def bench(
     ours: str = OURS,
     clip: str | None = None,
     dino: str | None = None,
+    lpips: str | None = None,
     shown: int = 24,
     workers: int = 1,
     accelerator: str = "auto",
@@ -40,8 +43,8 @@ def bench(
             in brackets, 'direct+masactrl(layer=3)'; what a method does not have is a setting of the model,
             'kv_inversion(attention=low_rank)'. With @16 behind it, on the first 16 cases alone.
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, pictures.
-        data: world (the drawn world, where the truth is known), a folder of PIE-Bench, or a list of your own
-            as `kvinv run` takes it, with masks of what may be edited.
+        data: world (the drawn world, where the truth is known), a folder of PIE-Bench or EditBench, or a list
+            of your own as `kvinv run` takes it (or a folder with one in it), with masks of the part to edit.
         cases: How many; left out, 64 of the world, and all of a folder or list.
         seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
         checkpoint: As for `kvinv run`.
@@ -50,8 +53,9 @@ def bench(
             the one for the checkpoint.
         settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
         ours: The row that the others are compared with, case by case.
-        clip: A CLIP folder as transformers saves it, for CLIP scores.
+        clip: A CLIP folder as transformers saves it, or menagerie, for CLIP scores.
         dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
+        lpips: The file of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
         shown: How many cases are shown as pictures.
         workers: Processes that share the cases, on a GPU each as far as there are any.
         accelerator: cpu, gpu, mps or auto.
@@ -63,12 +67,12 @@ def bench(
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
     folder = Path(out).expanduser()
-    plan = Plan(tuple(method), folder, setup, data, cases, seed_base, clip, dino)
+    plan = Plan(tuple(method), folder, setup, data, cases, seed_base, clip, dino, lpips)
     found = plan.run(workers)
     report = found.report(ours)
     files = write_results(found, report, shown)
     print(report.markdown())
     print(f"look at {files[0]}")
-    failed = {f"{row}, {case}": why for row, lost in report.failed.items() for case, why in lost.items()}
-    if failed:
-        raise SomeFailedError(failed, sum(map(len, report.rows.values())) + len(failed))
+    if failures := report.failures:
+        everything = [*report.rows.values(), *report.failed.values()]
+        raise SomeFailedError(failures, sum(map(len, everything)))

@@ -17,6 +17,7 @@ __all__ = [
     "Twice",
     "acting_otherwise",
     "checkpoint",
+    "clip",
     "segmenter",
 ]
 
@@ -34,10 +35,19 @@ def checkpoint() -> Path:
 
 def segmenter() -> Path:
     """The folder of the shipped SAM, which knows the animals of this world, as transformers saves it."""
-    folder = checkpoint() / "sam"
+    return _beside("sam", "SAM")
+
+
+def clip() -> Path:
+    """The folder of the CLIP that knows the pictures and prompts of this world, as transformers saves it."""
+    return _beside("clip", "CLIP")
+
+
+def _beside(name: str, what: str) -> Path:
+    folder = checkpoint() / name
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"the SAM of the menagerie is missing: expected it in {folder}; "
-            "install the package again, train it with tools/train_menagerie.py, or give another"
+            f"the {what} of the menagerie is missing: expected it in {folder}; "
+            f"install the package again, train it with tools/train_menagerie.py {name}, or give another"
         )
     return folder

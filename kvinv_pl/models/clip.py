@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.loading import AGAIN, attempt, quiet
 
-NEEDED = "expected a CLIP folder as transformers saves it (openai/clip-vit-large-patch14, for one)"
+NEEDED = "expected a CLIP folder as transformers saves it (openai/clip-vit-large-patch14), or menagerie"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 
 
@@ -38,8 +39,8 @@ class Clip:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Clip:
-        """Load a folder as transformers saves it."""
-        place = Path(folder).expanduser()
+        """Load a folder as transformers saves it, or "menagerie", the one of the embedded world."""
+        place = menagerie.clip() if str(folder) == "menagerie" else Path(folder).expanduser()
         kind = _config(place, "config.json").get("model_type")
         if kind != "clip":
             raise UserError(f"{place} is of the kind {kind}; {NEEDED}")

@@ -77,6 +77,10 @@ class PromptReader:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n L d"]:
         """The text model's reading of prompts, as long as all of them are; see `as_long`."""
+        return self.read(prompts)
+
+    def read(self, prompts: Sequence[str]) -> Float[Tensor, "n L d"]:
+        """The same, by which gradients may reach what the text model is given."""
         read = [self.chunks(prompt) for prompt in prompts]
         rows = [chunk for chunks in read for chunk in chunks]
         start, end, pad = (int(getattr(self.tokenizer, f"{name}_token_id")) for name in ("bos", "eos", "pad"))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvinv_pl.algorithm.words import common_subject
 from kvinv_pl.attention.cross_attention import cross_attentions, watching
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.errors import UserError
@@ -85,30 +86,15 @@ def attention_to_word(
     return require_finite(seen.mean(0), "the model's attention to the word", backbone.unet.dtype)
 
 
-STRUCTURE = frozenset(
-    ["a", "an", "the", "is", "are", "was", "were", "that", "which", "of", "in", "on", "at", "and"]
-)
-"""Words that cannot be the subject."""
-
-
 def subject_of(source: str, target: str) -> str:
-    """The word for the subject where none is given: the last that both prompts have before they differ.
-
-    "a cat standing on grass" and "a cat running on grass" are both of a cat. Raises UserError where both
-    begin with nothing in common, or do not differ.
-    """
-    source_words, target_words = (
-        [word.strip(",.;:") for word in prompt.split()] for prompt in (source, target)
-    )
-    equal = [a.lower() == b.lower() for a, b in zip(target_words, source_words, strict=False)]
-    common = target_words[: [*equal, False].index(False)]
-    words = [word for word in common if word.lower() not in STRUCTURE]
-    if not words or (all(equal) and len(source_words) == len(target_words)):
+    """The word for the subject where none is given; a UserError where the prompts do not tell it."""
+    found = common_subject(source, target)
+    if found is None:
         raise UserError(
             f"subject: which word of {target!r} is the subject cannot be told from {source!r}: "
             "give --model.subject"
         )
-    return words[-1]
+    return found
 
 
 def subject_positions(

@@ -46,7 +46,7 @@ class Search:
     Args:
         auto: The names of the settings.
         candidates: How many edits of each target are shown beside one another.
-        clip: The folder of a CLIP that judges; None: the model itself does.
+        clip: The folder of a CLIP that judges, or menagerie; None: the model itself does.
     """
 
     auto: tuple[str, ...]

@@ -51,9 +51,20 @@ class TinyModel:
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """A drawn vector for every word, and for the start and the end."""
-        words = [["<", *prompt.split()] for prompt in prompts]
-        rows = [[*row, *[">"] * LENGTH][:LENGTH] for row in words]
-        return torch.stack([torch.stack([_drawn(word) for word in row]) for row in rows])
+        return self.embed_with(prompts, {})
+
+    def vectors(self, word: str) -> Float[Tensor, "1 e"]:
+        """The drawn one."""
+        return _drawn(word)[None].clone()
+
+    def embed_with(
+        self, prompts: list[str], words: Mapping[str, Float[Tensor, "1 e"]]
+    ) -> Float[Tensor, "n L d"]:
+        """The same with other vectors for some words."""
+        rows = [["<", *prompt.split(), *[">"] * LENGTH][:LENGTH] for prompt in prompts]
+        return torch.stack(
+            [torch.stack([words[word][0] if word in words else _drawn(word) for word in row]) for row in rows]
+        )
 
     def tokens(self, prompt: str) -> list[str]:
         """Its words."""

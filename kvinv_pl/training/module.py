@@ -115,8 +115,8 @@ class KVInversion(LightningModule):
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
         candidates: How many edits of each target to show beside one another, the most promising first, in
             candidates.png; with more than 1 and nothing auto, the start is searched.
-        judge: A CLIP folder that judges what is searched; left out, the model itself does, by which prompt
-            predicts an edit's noise better.
+        judge: A CLIP folder that judges what is searched, or menagerie, the CLIP of the embedded world; left
+            out, the model itself does, by which prompt predicts an edit's noise better.
         seed: Of random starts of psi.
         slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
             what fits into memory, 8 at most.

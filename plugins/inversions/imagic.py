@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.learning import learn
@@ -65,12 +64,5 @@ class Imagic:
 class Optimised(Inverted):
     """DDIM's steps with the learned embedding and the learned network."""
 
-    read: Float[Tensor, "2 L d"] | None = field(default=None, repr=False)
-    """What the conditional branch of source and target reads."""
     losses: tuple[list[float], list[float]] = field(default=([], []), repr=False)
     """Of the embedding's steps and of the network's."""
-
-    def contexts(self, i: int) -> Float[Tensor, "branches 2 L d"]:
-        """Those that were learned, in the conditional branch."""
-        given = super().contexts(i)
-        return given if self.read is None else torch.cat([given[:-1], self.read[None]])

@@ -1,4 +1,4 @@
-"""The studio and the report in a real browser, where playwright and a Chromium are there."""
+"""The studio, the report and a bench in a real browser, where playwright and a Chromium are there."""
 
 from __future__ import annotations
 
@@ -23,4 +23,5 @@ def test_everything_that_the_studio_and_the_report_are_for_works_in_a_browser(tm
     with look.looking(tmp_path / "shots", None) as eye:
         look.studio(eye, tmp_path / "runs", checkpoint="menagerie", accelerator="cpu", steps=10, retries=0)
         look.report(eye, tmp_path / "runs")
-    assert len(list((tmp_path / "shots").glob("*.png"))) == 8
+        look.bench(eye)
+    assert len(list((tmp_path / "shots").glob("*.png"))) == 10

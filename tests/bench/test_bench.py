@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ import numpy as np
 import pytest
 from commands import Answer, kvinv, refused
 
-from kvinv_pl.bench.bench import Setup
-from kvinv_pl.bench.page import filled
+from kvinv_pl.bench.bench import BROKEN_OFF, Bench, Setup
+from kvinv_pl.bench.cases import Case, Metric
+from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.page import TEMPLATE, filled, page
 from kvinv_pl.bench.plan import Plan
-from kvinv_pl.bench.records import slug
+from kvinv_pl.bench.records import Records, slug
+from kvinv_pl.bench.results import write_results
+from kvinv_pl.bench.table import Report
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.progress import Progress
 
 QUICK = {"inner_steps": 1, "retries": 0, "required_psnr": 0.0}
 BROKEN = "plain(guidance=nonsense)@1"
@@ -52,6 +59,10 @@ def figures(out: Path) -> dict[str, Any]:
     return json.loads((out / "figures.json").read_text())["rows"]
 
 
+def content_of(page: str) -> dict[str, Any]:
+    return json.loads(re.search(r"const content = (.*);\n", page)[1])  # pyright: ignore[reportOptionalSubscript]
+
+
 def times(out: Path) -> dict[str, int]:
     return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in out.rglob("pictures/*/*.png")}
 
@@ -77,7 +88,7 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
     assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
     table = (out / "table.md").read_text()
     assert answer.out.startswith("## All cases") and answer.out.partition("look at")[0].strip() in table
-    assert "## Failed" in table and "metrics order edits" in table
+    assert "## Failed" in table and "metrics order edits" not in table  # of two methods that are there
     assert (out / "sheets" / "1000001.png").exists() and (out / "figures.csv").exists()
 
 
@@ -88,14 +99,62 @@ def test_the_pictures_are_of_the_models_size_and_those_of_the_cases(done: tuple[
     assert fits.levels(edited, fits.opened(out / "pictures" / "source" / "1000000.png")) > 0
 
 
+def test_how_metrics_rank_is_in_the_table_in_the_page_and_in_a_file_of_its_own(copy: Path) -> None:
+    setup = Setup(str(fits.checkpoint()), 1, None, QUICK, "cpu")
+    bench = Plan((), copy, setup, cases=2).bench(quiet=True)
+    right = {"x": (0.0, 0.0), "y": (100.0, 0.0), "z": (100.0, 100.0)}
+    rows: dict[str, Any] = {
+        name: {
+            str(case): {"same animal %": value, "right action %": 100.0, "PIE PSNR": n + value / 50}
+            for case, value in enumerate(values)
+        }
+        for n, (name, values) in enumerate(right.items())
+    }
+    report = Report(rows, ("same animal %", "right action %", "PIE PSNR"), {"0": "", "1": ""})
+    write_results(bench, report, 0)
+    assert "| PIE PSNR | 1.00 [" in (copy / "table.md").read_text()
+    first, methods, edits = (copy / "ranks.csv").read_text().splitlines()
+    assert first == "metric,over,count,rank correlation,low,high"
+    assert methods.startswith("PIE PSNR,methods,3,1.0,") and edits.startswith("PIE PSNR,edits,6,0.904534,")
+    ((name, over_methods, _),) = content_of((copy / "page.html").read_text())["ranks"]
+    assert name == "PIE PSNR" and over_methods[0] == 1.0
+
+
 def test_the_page_needs_nothing_beside_it(done: tuple[Path, Answer]) -> None:
-    page = (done[0] / "page.html").read_text()
-    assert not re.search(r"(src|href)=[\"']?(http|//)|@import|url\(", page)
-    content = json.loads(re.search(r"const content = (.*);\n", page)[1])  # pyright: ignore[reportOptionalSubscript]
+    text = (done[0] / "page.html").read_text()
+    assert not re.search(r"(src|href)=[\"']?(http|//)|@import|url\(", text)
+    content = content_of(text)
     assert len(content["cases"]) == 2 and content["axes"] == ["right action %", "same animal %"]
     assert all(uri.startswith("data:image/png") for uri in content["cases"][0]["pictures"].values())
     assert [row["name"] for row in content["rows"]][-1] == content["ours"] == "kv_inversion"
     assert "</script><b>" not in filled("<b>", {"name": "</script><b>"})
+
+
+def test_the_pages_script_finds_what_it_asks_for_and_every_bracket_is_closed() -> None:
+    """The page is clicked through in a browser by tools/look_at_studio.py."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    inside, ids, void = list[str](), set[str](), {"meta", "img", "input"}
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            ids.update(str(value) for name, value in attrs if name == "id")
+            inside.extend([tag] if tag not in void else [])
+
+        def handle_endtag(self, tag: str) -> None:
+            assert inside.pop() == tag
+
+    Tags().feed(text)
+    assert not inside
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    assert set(re.findall(r'\bat\("(\w+)"\)', script)) <= ids
+    code = re.sub(r'"(?:\\.|[^"\\\n])*"|/dB\|PSNR/', "", script)  # without texts
+    opened = list[str]()
+    for sign in re.findall(r"[(){}\[\]]", code):
+        if sign in "({[":
+            opened.append(sign)
+        else:
+            assert opened.pop() + sign in ("()", "{}", "[]")
+    assert not opened and code.count("`") % 2 == 0
 
 
 def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> None:
@@ -128,6 +187,97 @@ def test_two_parts_are_a_whole(tmp_path: Path) -> None:
     assert set(report.rows["direct+plain"]) == {"1000000"} and not any(report.failed.values())
 
 
+def test_a_metric_that_breaks_costs_its_own_figures_alone_and_is_tried_again(tmp_path: Path) -> None:
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    plan = Plan(("ddim+plain",), tmp_path, setup, cases=2)
+
+    def breaks(case: Case, picture: Any) -> dict[str, float]:
+        if broken and case.name == "1000001":
+            raise ZeroDivisionError("division\nby zero")
+        return {"one": 1.0, "two": 2.0}
+
+    def run() -> tuple[Bench, Report]:
+        data = plan.load_cases()
+        data = replace(data, metrics=[Metric("breaks", ("one", "two"), breaks), *data.metrics])
+        bench = Bench(setup, data, [Contestant.parse("ddim+plain")], Records(tmp_path), Progress(quiet=True))
+        bench.run()
+        return bench, bench.report()
+
+    broken = True
+    bench, report = run()
+    why = "ZeroDivisionError: division by zero"
+    assert bench.records.lost("ddim+plain", "1000001") == {"one": why, "two": why}
+    assert report.failures["ddim+plain, 1000001"] == f"one, two not measured: {why}"
+    assert not any(report.failed.values()) and report.mean("ddim+plain", "PIE PSNR").count == 2
+    assert "1.00 (1 not measured)" in report.markdown() and why in report.markdown()
+    assert json.loads(report.json())["rows"]["ddim+plain"]["not measured"]["1000001"]["two"] == why
+    row = content_of(page("", [], report, bench.records.open))["rows"][-1]
+    assert row["lost"][row["means"].index([2.0, 2.0, 2.0])] == 1
+    broken = False
+    bench, report = run()
+    assert not report.failures and report.mean("ddim+plain", "two").count == 2
+    assert "not measured" not in report.markdown()
+
+
+def test_a_mask_of_another_size_is_told_at_the_end_and_stops_nothing(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "cat.png", (20, 16))
+    fits.picture(tmp_path / "mask.png", (8, 8))
+    rows = f"image,source,targets,mask\ncat.png,{fits.SOURCE},{fits.TARGET},mask.png\n"
+    (tmp_path / "list.csv").write_text(rows)
+    answer = bench(tmp_path / "out", "ddim+plain", data=tmp_path / "list.csv", cases=1)
+    assert answer.code == 1 and "of another size than" in answer.err and "3 of 3 pictures" in answer.err
+    assert "(1 not measured)" in answer.out and (tmp_path / "out" / "page.html").exists()
+
+
+DIES = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Dies:
+    \"\"\"Ends its process at a picture of the colour that a file beside this one names.\"\"\"
+
+    def render(self, model, picture, source, target, steps=None, guidance=None):
+        if source == Path(__file__).with_name("deadly.txt").read_text():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return picture
+"""
+
+
+def test_a_killed_process_is_reported_with_its_case_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes are started anew, each of which imports everything: some ten seconds."""
+    info = tmp_path / "dying-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dying\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvinv_pl.methods]\ndies = dying_method:Dies\n")
+    (tmp_path / "dying_method.py").write_text(DIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    plan = Plan(("ddim+plain", "dies"), tmp_path / "two", setup, cases=3)
+    (tmp_path / "deadly.txt").write_text(plan.load_cases().cases[1].source)
+    report = plan.run(2).report()
+    assert "process 2 of 2 ended before its cases were done" in capsys.readouterr().err
+    assert report.failures == {"dies, 1000001": BROKEN_OFF}
+    assert set(report.rows["ddim+plain"]) == {"1000000", "1000001", "1000002"}
+    before = times(tmp_path / "two")
+    (tmp_path / "deadly.txt").write_text("")
+    assert not plan.run(1).report().failures
+    after = times(tmp_path / "two")
+    assert after.keys() - before.keys() == {"pictures/dies/1000001.png"}
+    assert all(after[name] == before[name] for name in before)
+    alone = replace(plan, out=tmp_path / "one")
+    one, two = (json.loads(each.run(1).report().json())["rows"] for each in (alone, plan))
+    for row in one:
+        for case, figures in one[row]["cases"].items():
+            untimed = figures.keys() - {"seconds", "time x", "memory +MiB"}
+            assert {name: figures[name] for name in untimed} == {
+                name: two[row]["cases"][case][name] for name in untimed
+            }
+
+
 def test_a_bench_on_pictures_of_ones_own(tmp_path: Path) -> None:
     fits.picture(tmp_path / "cat.png", (20, 16))
     (tmp_path / "mask.png").write_bytes(_half(tmp_path))
@@ -156,7 +306,7 @@ def test_mistakes_are_refused_before_anything_is_computed(tmp_path: Path) -> Non
     refused(bench(tmp_path / "a", "plain", cases=0), "cases: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", workers=0), "workers: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is asked for twice")
-    refused(bench(tmp_path / "a", "plain", data=tmp_path), "expected world, a folder of PIE-Bench or a list")
+    refused(bench(tmp_path / "a", "plain", data=tmp_path), "expected world, a folder of PIE-Bench")
     refused(bench(tmp_path / "a", "plain", clip=tmp_path), "has no config.json")
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError, match="has no setting"):

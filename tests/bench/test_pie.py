@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import fits
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kvinv_pl.bench.listed import listed
-from kvinv_pl.bench.metrics import UNEDITED, black_but, unedited
+from kvinv_pl.bench.metrics import UNEDITED, black_but, clip_score, lpips, unedited
 from kvinv_pl.bench.pie import KINDS, SIDE, is_pie_bench, mask_of, pie_bench
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.clip import MEAN, STD, Clip
+from kvinv_pl.models.lpips import Lpips, spread, squeezenet
 
 
 def entry(path: str, kind: int, **others: Any) -> dict[str, Any]:
@@ -156,6 +161,59 @@ def ssim_by_hand(source: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> fl
     return float(np.mean(total))
 
 
+def test_lpips_of_the_unedited_part_is_published_over_the_frame_and_also_of_its_own_pixels(
+    tmp_path: Path,
+) -> None:
+    """The first on blackened pictures; the second does not see what changes where it may."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = {f"features.{name}": tensor for name, tensor in squeezenet().state_dict().items()}
+    torch.save(weights, tmp_path / "squeezenet.pth")
+    metric = lpips(str(tmp_path / "squeezenet.pth"))
+    rng = np.random.default_rng(0)
+    source, edited = (rng.integers(0, 256, (48, 40, 3), dtype=np.uint8) for _ in range(2))
+    mask = np.zeros((48, 40), bool)
+    mask[:, :20] = True
+    found = metric.measure(Given(source, mask), Image.fromarray(edited))
+    linear = Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "squeeze.pth"
+    model = Lpips.load(tmp_path / "squeezenet.pth", linear)
+
+    def unit(pixels: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+
+    black = [unit(np.where(mask[..., None], 0, each)) for each in (source, edited)]
+    frame = sum(float(each.mean()) for each in model.distances(black[0], black[1]))
+    assert found["PIE LPIPS x10^3"] == pytest.approx(1e3 * frame, rel=1e-4)
+    where = spread(model.distances(unit(source), unit(edited)), (48, 40))[0, 0].numpy()
+    assert found["unedited LPIPS x10^3"] == pytest.approx(1e3 * float(where[~mask].mean()), rel=1e-4)
+    small = Given(source[:16, :16], mask[:16, 4:20])
+    assert all(map(math.isnan, metric.measure(small, Image.fromarray(source[:16, :16])).values()))
+    assert all(map(math.isnan, metric.measure(Given(source, None), Image.fromarray(source)).values()))
+
+
+def test_clip_scores_are_100_times_the_cosine_of_the_picture_and_of_what_may_be_edited(
+    tmp_path: Path,
+) -> None:
+    folder = checkpoints.clip(tmp_path / "clip")
+    clip = Clip.load(folder)
+    mask = np.zeros((clip.size, clip.size), bool)
+    mask[: clip.size // 2] = True
+    cosines = []
+    for text in ("a cat running", "a dog sitting"):
+        rng = np.random.default_rng(len(text))
+        edited = rng.integers(0, 256, (clip.size, clip.size, 3), dtype=np.uint8)
+        found = clip_score(str(folder)).measure(Given(edited, mask, target=text), Image.fromarray(edited))
+        for name, pixels in (("whole", edited), ("edited", np.where(mask[..., None], edited, 0))):
+            x = torch.from_numpy(pixels / 255).permute(2, 0, 1)
+            mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+            tokens = clip.tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                out = clip.model(input_ids=tokens, pixel_values=((x - mean) / std)[None].float())
+            cosines.append(float(out.text_embeds[0] @ out.image_embeds[0]))
+            assert found[f"CLIP {name}"] == pytest.approx(100 * max(0.0, cosines[-1]), abs=1e-3)
+    assert max(cosines) > 0
+
+
 def test_what_is_equal_has_100_dB_and_where_all_may_be_edited_nothing_is_known() -> None:
     source = np.zeros((16, 16, 3), np.uint8)
     nothing = np.zeros((16, 16), bool)
@@ -185,5 +243,8 @@ def test_a_list_of_ones_own_has_a_case_for_each_target_and_masks_of_what_may_be_
     (tmp_path / "list.csv").write_text("image,source\ncat.png,a cat\n")
     with pytest.raises(UserError, match=r"cat.png has no target"):
         listed(tmp_path / "list.csv", None, [])
-    with pytest.raises(UserError, match="expected world, a folder of PIE-Bench or a list"):
+    (tmp_path / "list.csv").write_text(rows)
+    assert [case.name for case in listed(tmp_path, None, []).cases] == ["0001-cat", "0002-cat"]  # its folder
+    (tmp_path / "other.csv").write_text(rows)
+    with pytest.raises(UserError, match=r"a folder with one list in it, got .* with 2 lists"):
         listed(tmp_path, None, [])

@@ -145,6 +145,8 @@ def test_flexiedit_without_reinversion_is_sampling_from_the_damped_latents(scene
         ("imagic", {"text_rate": 0.05}, {"text_steps": 15, "network_steps": 0}),
         ("imagic", {"network_rate": 3e-3}, {"text_steps": 0, "network_steps": 15}),
         ("dreambooth", {"rate": 0.02}, {"steps": 15}),
+        ("textual_inversion", {"rate": 0.05}, {"steps": 15, "batch": 1}),
+        ("custom_diffusion", {"rate": 0.02}, {"steps": 15, "batch": 1}),
     ],
 )
 def test_what_is_learned_of_a_picture_denoises_it_better(
@@ -152,11 +154,54 @@ def test_what_is_learned_of_a_picture_denoises_it_better(
 ) -> None:
     def losses(rate: dict[str, float]) -> list[float]:
         found: Any = make(name, "inversion", **options, **rate).invert(scene)
-        assert bool(found.weights) == bool(options.get("network_steps", 1))
-        return found.losses if name == "dreambooth" else [*found.losses[0], *found.losses[1]]
+        assert bool(found.weights) == (name != "textual_inversion" and bool(options.get("network_steps", 1)))
+        return [*found.losses[0], *found.losses[1]] if name == "imagic" else found.losses
 
     learned, never = losses(rate), losses(dict.fromkeys(rate, 0.0))  # of the same draws
     assert len(learned) == 15 and learned[0] == never[0] and sum(learned[5:]) < sum(never[5:])
+
+
+def test_textual_inversion_learns_the_subjects_word_and_changes_nothing_else(scene: Scene) -> None:
+    brief = {"steps": 3, "batch": 1}
+    found = make("textual_inversion", "inversion", rate=0.1, **brief).invert(scene)
+    moved = (found.read != scene.contexts[1:]).any(-1)
+    assert not found.weights and moved[0].nonzero().flatten().tolist() == [2]  # < a cat
+    assert torch.equal(moved[0], moved[1]) and torch.equal(found.read[0, 2], found.read[1, 2])
+    unmoved = make("textual_inversion", "inversion", rate=0.0, **brief).invert(scene)
+    assert torch.equal(unmoved.read, scene.contexts[1:])
+    empty = replace(scene, source="")
+    assert make("textual_inversion", "inversion", word="cat", **brief).invert(empty).losses != found.losses
+
+
+def test_a_batch_of_learning_is_the_mean_over_its_draws(scene: Scene) -> None:
+    losses = {
+        batch: make("textual_inversion", "inversion", rate=0.0, steps=6 // batch, batch=batch)
+        .invert(scene)
+        .losses
+        for batch in (1, 3)
+    }
+    assert losses[3] == pytest.approx([sum(losses[1][:3]) / 3, sum(losses[1][3:]) / 3])
+
+
+def test_custom_diffusion_learns_keys_and_values_of_words_and_a_word_before_the_subject(scene: Scene) -> None:
+    found = make("custom_diffusion", "inversion", steps=3, batch=1, rate=0.1).invert(scene)
+    assert (found.scene.source, found.scene.target) == ("a ktn cat standing", "a ktn cat running")
+    wanted = {f"{path}.{name}.weight" for path in scene.model.cross_attentions for name in ("to_k", "to_v")}
+    assert found.weights.keys() == wanted
+    assert all(not torch.equal(each, scene.model.weights[path]) for path, each in found.weights.items())
+    moved = (found.read != scene.model.embed(["a ktn cat standing", "a ktn cat running"])).any(-1)
+    assert moved.nonzero()[:, 1].tolist() == [2, 2]
+    asked = list[Scene]()
+
+    class Asks:  # an edit is given the prompts as they have become
+        guidance, empty_source = None, False
+
+        def control(self, scene: Scene, inverted: Inverted) -> Control:
+            asked.append(scene)
+            return Control()
+
+    edited(scene, make("custom_diffusion", "inversion", steps=1, batch=1), Asks())
+    assert asked[0].target == "a ktn cat running"
 
 
 def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene: Scene) -> None:
@@ -179,6 +224,8 @@ def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene:
         ("proximal", {"norm": "l2"}, "norm: expected l0 or l1, got 'l2'"),
         ("imagic", {"text_steps": -1}, "text_steps, network_steps: expected 0 or more, got -1"),
         ("dreambooth", {"rank": 0}, "rank, steps: expected 1 or more, got 0"),
+        ("textual_inversion", {"batch": 0}, "steps, batch: expected 1 or more, got 0"),
+        ("custom_diffusion", {"steps": 0}, "steps, batch: expected 1 or more, got 0"),
         ("flexiedit", {"region": (0.5, 0.0, 0.2, 1.0)}, "region: expected left < right"),
         ("pix2pix_zero", {"sentences": ((), ("a",))}, "sentences: expected some about the source"),
         ("plug_and_play", {"layer": 4}, "layer: expected 0 to 3, got 4"),
@@ -190,3 +237,11 @@ def test_what_a_method_cannot_be_made_with_is_said(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make(name, "edit", "inversion", **options).control(scene, None)
+
+
+def test_a_subject_that_cannot_be_told_is_asked_for(scene: Scene) -> None:
+    for name in ("textual_inversion", "custom_diffusion"):
+        with pytest.raises(UserError, match="give it by the method's option word"):
+            make(name, "inversion").invert(replace(scene, source=""))
+        with pytest.raises(UserError, match="'dog' is not in the prompt 'a cat running'"):
+            make(name, "inversion", word="dog").invert(scene)

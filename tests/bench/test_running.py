@@ -78,6 +78,24 @@ def test_every_pair_of_inversion_and_edit_runs(canvas: Canvas, inversion: str) -
                 assert sample(scene, inverted, edit.control(scene, inverted)).isfinite().all()
 
 
+def test_a_prompt_is_read_with_other_vectors_for_a_word_and_gradients_reach_them(canvas: Canvas) -> None:
+    model = canvas.scene(SOURCE, TARGET, 2.0).model
+    own = {word: model.vectors(word) for word in ("cat", "zebra")}
+    assert len(own["cat"]) == 1 and len(own["zebra"]) == 5  # spelled in bytes
+    prompts = [SOURCE, "a zebra running", "a dog sitting"]
+    plain = model.embed(prompts)
+    for word, vectors in own.items():
+        assert torch.equal(model.embed_with(prompts, {word: vectors}), plain)
+        other = vectors.roll(1, -1).requires_grad_(True)
+        with torch.enable_grad():
+            read = model.embed_with(prompts, {word: other})
+            (gradient,) = torch.autograd.grad(read[..., 0].sum(), [other])
+        assert gradient.abs().sum(1).all()
+        changed = [not torch.equal(*pair) for pair in zip(read, plain, strict=True)]
+        assert changed == [word in prompt for prompt in prompts]
+    assert torch.equal(model.embed(prompts), plain)
+
+
 def test_an_exception_in_a_control_leaves_the_network_as_it_was(canvas: Canvas) -> None:
     class Breaks(Control):
         def attend(self, i: int, at: Any) -> Tensor:

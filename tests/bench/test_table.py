@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.regression import spearman_corrcoef
 
 from kvinv_pl.bench.contestants import Contestant
-from kvinv_pl.bench.ranks import METRICS, ranks, spearman
+from kvinv_pl.bench.ranks import METRICS, as_csv, as_markdown, ranks, spearman
 from kvinv_pl.bench.table import Mean, Report, markdown
 from kvinv_pl.errors import UserError
 
@@ -84,6 +86,10 @@ def test_spearman_is_of_ranks_and_shares_ties() -> None:
     by_hand = np.corrcoef([0, 1.5, 1.5, 3], [0, 2, 1, 3])[0, 1]
     assert spearman(x, y) == pytest.approx(by_hand)
     assert math.isnan(spearman([1, 1], [1, 2]))
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 2, 40).astype(float), rng.integers(0, 9, 40).astype(float)
+    theirs = spearman_corrcoef(torch.from_numpy(x), torch.from_numpy(y))
+    assert spearman(x, y) == pytest.approx(float(theirs), abs=1e-4)
 
 
 def test_a_metric_that_orders_as_the_truth_has_rank_1_and_less_error_is_better() -> None:
@@ -98,12 +104,42 @@ def test_a_metric_that_orders_as_the_truth_has_rank_1_and_less_error_is_better()
             }
             for case in range(4)
         }  # fmt: skip
-    columns = ("same animal %", "right action %", *METRICS)
-    found = cells(ranks(Report(rows, columns, {str(case): "" for case in range(4)})))
-    assert found["PIE PSNR"]["over methods"].startswith("1.00 [")
-    assert found["PIE structure x10^3"]["over methods"].startswith("-1.00 [")
-    assert 0.5 < float(found["PIE PSNR"]["over edits"].split()[0]) < 1
+    columns, kinds = ("same animal %", "right action %", *METRICS), {str(case): "" for case in range(4)}
+    structure, psnr = ranks(Report(rows, columns, kinds))
+    assert (psnr.metric, psnr.methods.value, psnr.methods.count) == ("PIE PSNR", pytest.approx(1), 3)
+    assert structure.methods.value == pytest.approx(-1) and structure.edits.count == 12
+    assert 0.5 < psnr.edits.value < 1 and psnr.edits.low <= psnr.edits.value <= psnr.edits.high
+    table = cells(as_markdown([psnr]))
+    assert table["PIE PSNR"]["over methods"].startswith("1.00 [")
+    assert as_csv([structure]).splitlines()[1].startswith("PIE structure x10^3,methods,3,-1.0,")
     assert not ranks(Report(rows, ("PIE PSNR",), {}))
+    assert not ranks(Report({name: rows[name] for name in "xy"}, columns, kinds))
+
+
+def test_ranks_are_of_methods_alone_and_of_cases_whose_truth_is_known() -> None:
+    """Rows that no method makes, and a case without a verdict, would turn the order round."""
+    rows: dict[str, Any] = {
+        name: {
+            case: {"same animal %": 100.0 * (n > limit), "right action %": 100.0, "CLIP whole": float(n)}
+            for limit, case in enumerate("abc")
+        }
+        for n, name in enumerate("wxyz")
+    }
+    columns, kinds = ("same animal %", "right action %", "CLIP whole"), dict.fromkeys("abcd", "")
+    (plain,) = ranks(Report(rows, columns, kinds))
+    assert plain.methods.value == pytest.approx(1) and plain.edits.count == 12
+    wrong = {case: {"same animal %": 0.0, "right action %": 100.0, "CLIP whole": 99.0} for case in "abc"}
+    references = {"source": wrong, "truth through the VAE": wrong}
+    assert ranks(Report({**references, **rows}, columns, kinds)) == [plain]
+    for n, name in enumerate("wxyz"):
+        rows[name]["d"] = {"same animal %": NAN, "right action %": 100.0, "CLIP whole": 99.0 - n}
+    assert ranks(Report(rows, columns, kinds)) == [plain]
+    constant = {
+        name: {case: {**each, "CLIP whole": 1.0} for case, each in cases.items()}
+        for name, cases in rows.items()
+    }
+    (unknown,) = ranks(Report(constant, columns, kinds))
+    assert not unknown.methods.count and as_csv([unknown]).splitlines()[1] == "CLIP whole,methods,0,,,"
 
 
 def test_a_row_is_typed_as_it_is_read() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -13,6 +14,9 @@ import pytest
 import segmenters
 from commands import QUICK, kvinv
 
+from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.cli.ablate import ablate
+from kvinv_pl.cli.bench import METHODS, bench
 from kvinv_pl.cli.new_variant import write
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -116,6 +120,36 @@ def test_the_tools_that_the_pages_name_are_there_and_take_what_they_are_given(co
             assert re.search(rf"\b{name.replace('-', '_')}: |--{name}\b", source)
     if args and not args[0].startswith("-"):
         assert f"def {args[0]}(" in source
+
+
+COMPARED = [
+    command
+    for page in PAGES
+    for command in re.findall(
+        r"^(?:kvinv (?:bench|ablate) [^\n#]*|make bench ARGS=\"[^\n\"]*)",
+        page.read_text(encoding="utf-8"),
+        re.M,
+    )
+]
+
+
+def test_benches_that_are_shown_and_that_make_runs_have_options_and_rows_that_there_are() -> None:
+    commands = {"bench": bench, "ablate": ablate}
+    (made,) = re.findall(
+        r"kvinv (bench .*) \$\(ARGS\)", (DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    )
+    lines = [made, *(line.removeprefix("kvinv ").replace('make bench ARGS="', "bench ") for line in COMPARED)]
+    assert len(lines) > 4
+    for line in lines:
+        verb, *args = shlex.split(line)
+        options = inspect.signature(commands[verb]).parameters
+        for n, arg in enumerate(args):
+            if arg.startswith("--"):
+                assert arg[2:] in options, line
+            if arg == "--method":
+                Contestant.parse(args[n + 1])
+    rows = [Contestant.parse(text) for text in METHODS]
+    assert len({row.text for row in rows}) == len(rows)
 
 
 def test_the_pages_name_tools() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.clip import MEAN, STD, Clip
 from kvinv_pl.models.dino import Dino
@@ -67,6 +68,19 @@ def test_a_folder_of_something_else_is_refused_in_one_line(
             load(other)
         with pytest.raises(UserError, match=r"has no config.json"):
             load(tmp_path)
+
+
+def test_the_clip_of_the_menagerie_is_read_from_beside_its_checkpoint_or_its_absence_told(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(menagerie, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the CLIP of the menagerie is missing: .*train_menagerie.py clip"):
+        Clip.load("menagerie")
+    (tmp_path / "weights" / "clip").symlink_to(clip_folder)
+    given, named = Clip.load(clip_folder), Clip.load("menagerie")
+    assert torch.equal(given.of_text("a cat"), named.of_text("a cat"))
 
 
 def test_structure_is_the_self_similarity_of_the_last_keys(dino_folder: Path, tmp_path: Path) -> None:

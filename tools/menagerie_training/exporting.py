@@ -1,4 +1,4 @@
-"""Stage `export`: the trained parts as an ordinary Stable Diffusion folder, the judge and the SAM in it."""
+"""Stage `export`: the trained parts as an ordinary Stable Diffusion folder, with the judge, SAM and CLIP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from transformers import CLIPTextModel, CLIPTokenizer, SamModel, SamProcessor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, SamModel, SamProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from kvinv_pl.errors import UserError
@@ -49,9 +50,10 @@ def _clean(folder: Path) -> None:
     """
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        if "dtype" in config:
-            config["dtype"] = "float32"
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            part.pop("_name_or_path", None)
+            if "dtype" in part:
+                part["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -91,9 +93,17 @@ def export(work: Path, to: Path) -> None:
         SamProcessor.from_pretrained(segmenter).save_pretrained(to / "sam")
     else:
         print(f"no SAM goes along: {segmenter} has none, which the stage sam writes")
+    contrastive = work / "clip-trained"
+    if (contrastive / "model.safetensors").exists():
+        clip: Any = CLIPModel.from_pretrained(contrastive)
+        clip.half().save_pretrained(to / "clip")
+        CLIPTokenizer.from_pretrained(contrastive).save_pretrained(to / "clip")
+        CLIPImageProcessorPil.from_pretrained(contrastive).save_pretrained(to / "clip")
+    else:
+        print(f"no CLIP goes along: {contrastive} has none, which the stage clip writes")
     _clean(to)
     shutil.copyfile(judge_file, to / FILE)
-    records = [work / stage / "settings.json" for stage in ("vae", "unet", "decoder", "judge", "sam")]
+    records = [work / stage / "settings.json" for stage in ("vae", "unet", "decoder", "judge", "sam", "clip")]
     recipe = {path.parent.name: json.loads(path.read_text())["settings"] for path in records if path.exists()}
     (to / "training.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
