@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -115,7 +115,7 @@ class FromPretrained(OnOneDevice):
             )
         accelerator = ACCELERATORS[self._device.type]
         found = KVInverter(self._module, accelerator=accelerator, precision=self._precision)
-        found.progress = ProgressBar(self.progress_bar)
+        found.progress = ProgressBar(cast(Any, self).progress_bar)
         return found
 
     def _picture(self) -> Run:

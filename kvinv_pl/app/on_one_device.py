@@ -63,11 +63,13 @@ class OnOneDevice(DiffusionPipeline):
         """Of the U-Net and the text model."""
         return COMPUTE_DTYPES[self._precision]
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
         """Move the model to a device, on which the stages run.
 
         Args:
-            device: cpu, cuda or mps.
+            device: cpu, cuda or mps; a dtype alone may stand in its place.
             dtype: Only the one that it was loaded in.
         """
         if isinstance(device, torch.dtype):
