@@ -21,7 +21,7 @@ ifneq ($(shell cat $(MADE) 2>/dev/null),$(shell $(PYTHON) $(FOR)))
 endif
 
 .NOTPARALLEL:
-.PHONY: help demo bench test test-all lint clean
+.PHONY: help demo bench docs test test-all lint clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -31,6 +31,11 @@ demo: $(MADE) ## Edit the action of a drawn animal and say where the pictures ar
 
 bench: $(MADE) ## Compare published methods on the drawn world; make bench ARGS="--cases 12" for fewer cases
 	$(VENV)/bin/kvinv bench --out bench $(ARGS)
+
+docs: $(TOOLS) ## Make a site of the pages, with the docstrings of the public names; a broken link fails
+	$(RUN) -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
+	@cp build/docs/README.html build/docs/index.html
+	@echo build/docs/index.html
 
 test: $(TOOLS) ## Run the tests, on two cores, but for whole benches
 	$(PYTEST) -m "not slow" $(ARGS)

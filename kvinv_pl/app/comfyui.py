@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.api import KVInverter, Run, load
 from kvinv_pl.app import subject
-from kvinv_pl.app.studio.dials import Dial, dials, read
+from kvinv_pl.app.comfyui_types import Bar, as_input, as_mask, as_picture, as_tensor
+from kvinv_pl.app.studio.dials import dials, read
 from kvinv_pl.attention.registry import variants
-from kvinv_pl.stages.progress import Progress
+from kvinv_pl.data.run_store import RunStore
 
 Inputs = dict[str, dict[str, Any]]
 PRECISIONS = ["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
 class Node:
-    """What ComfyUI asks of every node; `run` is called with the inputs by their names."""
+    """What ComfyUI asks of every node; `run` is called with the inputs by their names.
+
+    It is called again when an input changes, and for nothing else: nothing in a node is random.
+    """
 
     CATEGORY: ClassVar[str] = "KV Inversion"
     FUNCTION: ClassVar[str] = "run"
@@ -30,17 +32,24 @@ class Node:
 class LoadModel(Node):
     """A checkpoint with the settings of the tuning."""
 
+    DESCRIPTION: ClassVar = "A Stable Diffusion checkpoint, and how pictures are tuned with it."
     RETURN_TYPES: ClassVar = ("KV_MODEL",)
+    RETURN_NAMES: ClassVar = ("model",)
+    OUTPUT_TOOLTIPS: ClassVar = ("for Tune a picture; its files are read when it begins",)
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """As of `kvinv_pl.load`."""
+        checkpoint = "menagerie, a folder as diffusers saves it, a .safetensors file, or a hub id"
+        attention = "which variant of CP-attn; masked takes a mask"
+        steps = "DDIM steps, of the tuning and of edits; with few, such as 10, most edits miss the action"
+        precision = "of the U-Net and the text model; auto: by checkpoint and device"
         return {
             "required": {
-                "checkpoint": ("STRING", {"default": "menagerie", "tooltip": "a folder, file or hub id"}),
-                "attention": (sorted(variants()), {"default": "full_kv", "tooltip": "masked takes a mask"}),
-                "steps": ("INT", {"default": 50, "min": 1, "max": 1000}),
-                "precision": (PRECISIONS, {"default": "auto"}),
+                "checkpoint": ("STRING", {"default": "menagerie", "tooltip": checkpoint}),
+                "attention": (sorted(variants()), {"default": "full_kv", "tooltip": attention}),
+                "steps": ("INT", {"default": 50, "min": 1, "max": 1000, "tooltip": steps}),
+                "precision": (PRECISIONS, {"default": "auto", "tooltip": precision}),
             }
         }
 
@@ -52,45 +61,65 @@ class LoadModel(Node):
 class TunePicture(Node):
     """Invert and tune one picture."""
 
+    DESCRIPTION: ClassVar = "Inverts and tunes one picture, once; its edits need no new tuning."
     RETURN_TYPES: ClassVar = ("KV_RUN", "IMAGE")
     RETURN_NAMES: ClassVar = ("run", "reconstruction")
+    OUTPUT_TOOLTIPS: ClassVar = ("for Edit a tuned picture", "the picture as the tuned model gives it back")
+    _tuned: ClassVar[set[str]] = set()
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """A picture with its prompt, and a mask for variants that take one."""
-        source = ("STRING", {"multiline": True, "tooltip": "what the picture shows"})
-        required = {"model": ("KV_MODEL",), "image": ("IMAGE",), "source": source}
-        folder = ("STRING", {"default": "", "tooltip": "the run folder, gone on with if it is there"})
-        return {"required": required, "optional": {"mask": ("MASK",), "folder": folder}}
+        source = ("STRING", {"multiline": True, "default": "", "tooltip": "what the picture shows"})
+        folder = "the run folder, gone on with if it is there; left empty, the run is gone with the graph"
+        return {
+            "required": {
+                "model": ("KV_MODEL", {"tooltip": "of Load for KV Inversion"}),
+                "image": ("IMAGE", {"tooltip": "a picture of any size; of a batch, the first"}),
+                "source": source,
+            },
+            "optional": {
+                "mask": ("MASK", {"tooltip": "of the subject, in the picture's size; for masked"}),
+                "folder": ("STRING", {"default": "", "tooltip": folder}),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, folder: str = "", **inputs: Any) -> float | str:
+        """Not equal to itself where a folder that was tuned here has gone since: it is tuned anew."""
+        return float("nan") if folder in cls._tuned and not RunStore(Path(folder)).has_run() else ""
 
     def run(
         self,
         model: KVInverter,
-        image: Float[Tensor, "n h w 3"],
+        image: Float[Tensor, "n h w c"],
         source: str,
-        mask: Float[Tensor, "n h w"] | None = None,
+        mask: Float[Tensor, "*n h w"] | None = None,
         folder: str = "",
     ) -> tuple[Run, Tensor]:
-        """Tune the first picture of the batch."""
+        """Tune it, from where it was stopped if there is a folder."""
         model.progress = Bar()
-        run = model.tune(
-            as_picture(image), source, folder or None, None if mask is None else as_picture(mask)
-        )
+        run = model.tune(as_picture(image), source, folder or None, as_mask(mask))
+        if folder:
+            self._tuned.add(folder)
         return run, as_tensor(run.reconstruction)
 
 
 class EditPicture(Node):
     """A tuned picture edited to a target; every setting of an edit is an input."""
 
+    DESCRIPTION: ClassVar = "Changes by words what the subject of a tuned picture is doing."
     RETURN_TYPES: ClassVar = ("IMAGE",)
+    OUTPUT_TOOLTIPS: ClassVar = ("the edit, in the picture's size",)
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """A run, a target, and the dials."""
-        target = ("STRING", {"multiline": True, "tooltip": "what it should become"})
+        target = ("STRING", {"multiline": True, "default": "", "tooltip": "what it should become"})
+        run = ("KV_RUN", {"tooltip": "of Tune a picture"})
         return {
-            "required": {"run": ("KV_RUN",), "target": target},
-            "optional": {dial.name: _input(dial) for dial in dials()},
+            "required": {"run": run, "target": target},
+            "optional": {dial.name: as_input(dial) for dial in dials()},
         }
 
     def run(self, run: Run, target: str, **stands: Any) -> tuple[Tensor]:
@@ -103,62 +132,26 @@ class EditPicture(Node):
 class FindSubject(Node):
     """The mask of a picture's subject, by SAM: at a point, or the most prominent."""
 
+    DESCRIPTION: ClassVar = "The mask of a picture's subject, by Segment Anything."
     RETURN_TYPES: ClassVar = ("MASK",)
+    OUTPUT_TOOLTIPS: ClassVar = ("1 on the subject, 0 elsewhere",)
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """A picture and a point."""
         at = ("INT", {"default": -1, "min": -1, "max": 16384, "tooltip": "in pixels; -1: the most prominent"})
-        sam = (
-            "STRING",
-            {"default": "menagerie", "tooltip": "a folder as transformers saves a SAM, or a hub id"},
-        )
-        return {"required": {"image": ("IMAGE",), "x": at, "y": at, "sam": sam}}
+        sam = "menagerie, a folder as transformers saves a SAM, or a hub id"
+        return {
+            "required": {
+                "image": ("IMAGE", {"tooltip": "a picture; of a batch, the first"}), "x": at, "y": at,
+                "sam": ("STRING", {"default": "menagerie", "tooltip": sam}),
+            }
+        }  # fmt: skip
 
-    def run(self, image: Float[Tensor, "n h w 3"], x: int, y: int, sam: str) -> tuple[Tensor]:
+    def run(self, image: Float[Tensor, "n h w c"], x: int, y: int, sam: str) -> tuple[Tensor]:
         """1 on the subject, 0 elsewhere."""
         found = subject.at_points(as_picture(image), [(x, y)] if min(x, y) >= 0 else [], sam=sam)
         return (as_tensor(found),)
-
-
-class Bar(Progress):
-    """ComfyUI's progress bar and its cancel button, where it is there."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-
-    def show(self, detail: str) -> None:
-        """Move the bar; raises ComfyUI's own exception if the user has cancelled."""
-        comfy: Any = [sys.modules.get(f"comfy.{name}") for name in ("model_management", "utils")]
-        if None not in comfy:
-            comfy[0].throw_exception_if_processing_interrupted()
-            comfy[1].ProgressBar(1000).update_absolute(round(1000 * self.share))
-
-
-def _input(dial: Dial) -> tuple[Any, ...]:
-    """A dial as ComfyUI has one; what the model decides if it is left empty is a text, a number too."""
-    said: dict[str, Any] = {"tooltip": dial.help, "default": dial.default}
-    if dial.kind == "choice":
-        return list(dial.choices), said
-    if dial.default is None or dial.kind == "text":
-        return "STRING", {**said, "default": dial.default or ""}
-    if dial.kind == "switch":
-        return "BOOLEAN", said
-    low, high = dial.range or (0.0, 1e6)
-    kind = "INT" if dial.kind == "whole number" else "FLOAT"
-    return kind, {**said, "min": low, "max": high, "step": dial.step}
-
-
-def as_picture(tensor: Float[Tensor, "n h w *c"]) -> Image.Image:
-    """The first of a batch of pictures or masks, in 0..1."""
-    return Image.fromarray((tensor[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
-
-
-def as_tensor(image: Image.Image) -> Float[Tensor, "1 h w *c"]:
-    """A batch of one picture or mask, in 0..1."""
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
-    size = (1, image.height, image.width)
-    return values.view(size if image.mode == "L" else (*size, -1))
 
 
 NODE_CLASS_MAPPINGS = {

@@ -16,6 +16,7 @@ from kvinv_pl.training.precision import COMPUTE_DTYPES
 
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
 """Devices of torch, and what a trainer calls them."""
+OF_PSI = "the attentions are those that psi is put into; torch's own kernels save memory without being asked"
 ONE_DEVICE = "tuning takes gradients through the whole U-Net, which is on one device"
 
 
@@ -31,6 +32,17 @@ def one_device(name: str, given: str | torch.device) -> torch.device:
             "CUDA_VISIBLE_DEVICES says which GPU"
         )
     return torch.device(device.type)
+
+
+def precision_in(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> str | None:
+    """What a trainer calls this dtype, which diffusers takes by an older name, too; None if none is given."""
+    if dtype is not None and torch_dtype is not None:
+        raise UserError("dtype: expected it once, got torch_dtype as well, which is its older name")
+    given = torch_dtype if dtype is None else dtype
+    names = {held_in: name for name, held_in in COMPUTE_DTYPES.items()}
+    if given is not None and given not in names:
+        raise UserError(f"dtype: expected float32, bfloat16 or float16, got {given}")
+    return None if given is None else names[given]
 
 
 class OnOneDevice(DiffusionPipeline):
@@ -51,17 +63,19 @@ class OnOneDevice(DiffusionPipeline):
         """Of the U-Net and the text model."""
         return COMPUTE_DTYPES[self._precision]
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
         """Move the model to a device, on which the stages run.
 
         Args:
-            device: cpu, cuda or mps.
+            device: cpu, cuda or mps; a dtype alone may stand in its place.
             dtype: Only the one that it was loaded in.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype not in (None, self.dtype):
-            raise UserError(f"dtype: it is loaded in {self.dtype}: give from_pretrained torch_dtype={dtype}")
+            raise UserError(f"dtype: it is loaded in {self.dtype}: give from_pretrained dtype={dtype}")
         if device is None:
             return self
         place = one_device("device", device)
@@ -93,6 +107,14 @@ class OnOneDevice(DiffusionPipeline):
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """Refuse it."""
         raise UserError(f"enable_group_offload: {ONE_DEVICE}: take enable_model_cpu_offload")
+
+    def set_attention_slice(self, slice_size: Any) -> None:
+        """Refuse what would take psi out of the attentions."""
+        raise UserError(f"enable_attention_slicing: {OF_PSI}")
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Refuse what would take psi out of the attentions."""
+        raise UserError(f"enable_xformers_memory_efficient_attention: {OF_PSI}")
 
     @contextmanager
     def _stage(self) -> Iterator[None]:

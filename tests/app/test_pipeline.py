@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import io
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from fits import SOURCE, TARGET
 
 import kvinv_pl
@@ -28,11 +30,6 @@ def quiet(name: Path | str, **settings: Any) -> KVInversionPipeline:
     pipe = KVInversionPipeline.from_pretrained(name, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png", (45, 30))
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +59,10 @@ def test_it_is_a_pipeline_of_diffusers_with_the_parts_of_the_checkpoint(pipe: KV
 
 
 def test_it_is_the_tuning_and_the_edit_of_the_trainer(
-    pipe: KVInversionPipeline, image: Path, folder: Path, tmp_path: Path
+    pipe: KVInversionPipeline, folder: Path, tuned: RunStore
 ) -> None:
-    store = fits.fit(image, tmp_path / "run")
-    assert fits.tensors(RunStore(folder)) == fits.tensors(store)
-    (edited,) = fits.edit(store, negative="a dog", guidance=3.0, start=0.4)
+    assert fits.tensors(RunStore(folder)) == fits.tensors(tuned)
+    (edited,) = fits.edit(tuned, negative="a dog", guidance=3.0, start=0.4)
     images = pipe(TARGET, negative_prompt="a dog", guidance_scale=3.0, start=0.4).images
     assert [found.tobytes() for found in images] == [edited.tobytes()]
 
@@ -82,6 +78,44 @@ def test_inverting_first_and_then_tuning_is_the_same(
         pipe.save_pretrained(tmp_path / "saved")
     pipe.tune()
     assert fits.tensors(RunStore(tmp_path / "run")) == fits.tensors(RunStore(folder))
+
+
+def test_the_parts_of_another_pipeline_make_one_in_the_dtype_that_is_asked_for() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers, on the tiny checkpoint
+        other = StableDiffusionPipeline.from_pretrained(fits.checkpoint(), safety_checker=None)
+    pipe = KVInversionPipeline.from_pipe(other, dtype=torch.bfloat16, steps=7)
+    assert pipe.dtype == pipe.unet.dtype == torch.bfloat16 and other.unet.dtype == torch.float32
+    ours, theirs = pipe.unet.state_dict(), other.unet.state_dict()
+    assert all(torch.equal(ours[name], value.bfloat16()) for name, value in theirs.items())
+    assert pipe._module is not None and pipe._module.steps == 7
+
+
+def test_where_the_model_is_and_in_which_type_is_said_as_diffusers_says_it(tmp_path: Path) -> None:
+    shutil.copytree(fits.checkpoint(), tmp_path / "half")
+    for file in (tmp_path / "half").rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    half = quiet(tmp_path / "half", variant="fp16", torch_dtype=torch.bfloat16, device_map="cpu")
+    assert half.dtype == half.unet.dtype == torch.bfloat16 and half.device == torch.device("cpu")
+    assert half.to("cpu", torch.bfloat16) is half and half.to(torch.bfloat16) is half
+
+
+def test_an_offloaded_model_is_on_the_accelerator_while_a_stage_runs_and_then_on_the_cpu(
+    pipe: KVInversionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, moved, before = pipe._module, list[str](), pipe(TARGET).images[0]
+    assert module is not None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: moved.append("cleared"))
+    monkeypatch.setattr(module, "to", lambda place: moved.append(str(place)))
+    pipe.enable_model_cpu_offload()
+    assert pipe.device == torch.device("cuda") and moved == ["cpu"]
+    with pipe._stage():  # which a trainer begins by moving the module to pipe.device
+        moved.append("stage")
+    assert moved == ["cpu", "stage", "cpu", "cleared"]
+    monkeypatch.undo()
+    assert pipe.to("cpu")(TARGET).images[0] == before
 
 
 def test_several_prompts_give_as_many_pictures_in_the_type_that_is_asked_for(
@@ -144,7 +178,7 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         lambda: pipe.to("cuda:1"): "device: expected cpu, cuda, mps, got cuda:1: tuning takes gradients",
         lambda: cast(Any, pipe).to(
             torch.float16
-        ): "dtype: it is loaded in torch.float32: give from_pretrained",
+        ): "dtype: it is loaded in torch.float32: give from_pretrained dtype=torch.float16",
         lambda: pipe(TARGET, generator=1): "edit has no setting generator",
         lambda: pipe(TARGET, output_type="latent"): "output_type: expected pil, np or pt, got 'latent'",  # pyright: ignore[reportArgumentType]
         lambda: pipe(
@@ -160,7 +194,15 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         ): "device_map: expected cpu, cuda, mps, got bal",
         lambda: quiet(
             fits.checkpoint(), torch_dtype=torch.float64
-        ): "torch_dtype: expected float32, bfloat16",
+        ): "dtype: expected float32, bfloat16 or float16, got torch.float64",
+        lambda: quiet(
+            fits.checkpoint(), torch_dtype=torch.float32, dtype=torch.float32
+        ): "dtype: expected it once, got torch_dtype as well",
+        pipe.enable_attention_slicing: "enable_attention_slicing: the attentions are those that psi",
+        pipe.enable_xformers_memory_efficient_attention: "attention: the attentions are those that psi",
+        pipe.enable_group_offload: "one device: take enable_model_cpu_offload",
+        lambda: pipe(TARGET, num_inference_steps=20): "edit has no setting num_inference_steps",
+        lambda: pipe(TARGET, num_images_per_prompt=2): "edit has no setting num_images_per_prompt",
         lambda: quiet(fits.checkpoint(), use_safetensors=True): "load has no setting use_safetensors",
         lambda: quiet(fits.checkpoint())(TARGET): "no picture is tuned: call",
         lambda: pipe.save_pretrained(tmp_path, variant="fp16"): "takes a folder alone, got variant as well",

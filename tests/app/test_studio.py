@@ -21,6 +21,7 @@ from kvinv_pl.app.studio.dials import dials, kind_of, numbers, read
 from kvinv_pl.app.studio.jobs import Job, Jobs, Told
 from kvinv_pl.app.studio.workbench import Workbench
 from kvinv_pl.cli.model_settings import read_model_settings
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings
 
@@ -37,15 +38,10 @@ def done(job: Job) -> Job:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "My cat!.png", (24, 16))
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> Iterator[Workbench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, image: Path) -> Iterator[Workbench]:
     """A workbench with a tuned run and two edits of it."""
     found = bench_in(tmp_path_factory.mktemp("studio") / "runs")
-    assert done(found.tune(picture, SOURCE, TARGET)).state == "done"
+    assert done(found.tune(image, SOURCE, TARGET)).state == "done"
     assert done(found.edit("my-cat", TARGET, [{"start": 0.0}, {"start": 1.0}])).state == "done"
     yield found
     found.jobs.close()
@@ -87,18 +83,23 @@ def test_dials_are_read_as_settings_and_what_is_empty_is_as_loaded() -> None:
 # ------------------------------------------------------------------------------------------ the workbench
 
 
-def test_a_picture_is_tuned_and_edited_as_everywhere_else(
-    bench: Workbench, picture: Path, tmp_path: Path
-) -> None:
-    store = fits.fit(picture, tmp_path / "run")
+def test_a_picture_is_tuned_and_edited_as_everywhere_else(bench: Workbench, tuned: RunStore) -> None:
     assert bench.runs() == ["my-cat"] and bench.prompts("my-cat") == (SOURCE, [TARGET])
-    assert fits.tensors(bench.store("my-cat")) == fits.tensors(store)
-    (edited,) = fits.edit(store, start=1.0)
+    assert fits.tensors(bench.store("my-cat")) == fits.tensors(tuned)
+    (edited,) = fits.edit(tuned, start=1.0)
     assert [record["start"] for record, _ in bench.edits("my-cat")] == [1.0, 0.0]
     newest = bench.edits("my-cat")[0][1]
     assert fits.opened(newest).tobytes() == edited.tobytes()
-    assert [text for _, text in bench.frames(newest)][-1] == "timestep 1"
-    assert {fits.opened(file).size for file, _ in bench.frames(newest)} == {(24, 16)}
+    assert [text for _, text in bench.frames("my-cat", newest)][-1] == "timestep 1"
+    assert {fits.opened(file).size for file, _ in bench.frames("my-cat", newest)} == {(45, 30)}
+
+
+def test_what_the_model_predicts_is_kept_along_a_tuning_and_along_every_edit(bench: Workbench) -> None:
+    of_tuning, of_edit = bench.frames("my-cat"), bench.frames("my-cat", bench.edits("my-cat")[0][1])
+    assert [text for _, text in of_tuning] == [text for _, text in of_edit]
+    reconstruction = fits.opened(bench.store("my-cat").folder / "reconstruction.png")
+    away = [fits.levels(fits.opened(file), reconstruction) for file, _ in of_tuning]
+    assert away == sorted(away, reverse=True) and away[0] > away[-1] and away[-1] < 8
 
 
 def test_its_settings_are_read_by_the_command_line_and_its_run_folder_is_packed(bench: Workbench) -> None:
@@ -118,7 +119,7 @@ def test_its_settings_are_read_by_the_command_line_and_its_run_folder_is_packed(
 
 
 def test_a_stopped_tuning_keeps_what_is_done_and_goes_on_to_the_same(
-    tmp_path: Path, picture: Path, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image: Path, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, show = bench_in(tmp_path / "runs"), Told.show
 
@@ -128,7 +129,7 @@ def test_a_stopped_tuning_keeps_what_is_done_and_goes_on_to_the_same(
         show(told, detail)
 
     monkeypatch.setattr(Told, "show", stop_after_a_timestep)
-    job = done(other.tune(picture, SOURCE))
+    job = done(other.tune(image, SOURCE))
     assert job.state == "stopped" and "what is done is kept" in job.line
     assert 0 < len(other.store("my-cat").done()) < 3
     monkeypatch.undo()
@@ -190,7 +191,7 @@ def test_a_configuration_file_says_what_pictures_are_tuned_with(tmp_path: Path) 
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:.*no_silent_downcasting"
 )
 def test_the_page_answers_gradios_client_and_says_what_is_wrong(
-    bench: Workbench, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(bench.folder / ".studio" / "uploads"))
     pytest.importorskip("gradio")
@@ -216,7 +217,7 @@ def test_the_page_answers_gradios_client_and_says_what_is_wrong(
         assert [record["start"] for record, _ in bench.edits("my-cat")][:2] == [0.5, 0.0]
         with pytest.raises(AppError, match="expected what the picture should become"):
             client.predict("my-cat", " ", *stands, api_name="/edit")
-        chosen = client.predict(handle_file(str(picture)), SOURCE, "", api_name="/tune")
+        chosen = client.predict(handle_file(str(image)), SOURCE, "", api_name="/tune")
         assert (
             chosen["value"] == "my-cat-2" and done(bench.jobs.of("my-cat-2") or pytest.fail()).state == "done"
         )
@@ -236,5 +237,5 @@ def test_a_folder_is_opened_again_with_its_runs_by_another_workbench(bench: Work
     assert done(again.edit("my-cat", "a horse", [{}])).state == "done"
     assert len(bench.edits("my-cat")) == before + 1
     assert json.loads((bench.folder / "my-cat" / ".studio" / "asked.json").read_text())["source"] == SOURCE
-    assert len(again.frames(again.edits("my-cat")[0][1])) == 3
+    assert len(again.frames("my-cat", again.edits("my-cat")[0][1])) == 3
     again.jobs.close()

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -100,6 +101,50 @@ def test_every_command_of_the_page_on_masks_works(
     assert all(f"docs/{name}" in readme for name in pages)
 
 
+TUNED = DOCS.parent / "tests" / "data" / "run_format_1" / "tuned"
+RUN_ABOVE = {"masks.md", "write-a-variant.md"}
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """What kvinv is given on a page, whoever starts it; ... stands for what is the same everywhere."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [
+        line.replace(" ... ", " ")
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+        for whole in (block.splitlines() if kind in ("", "sh") else [])
+        for line in whole.split("&&")
+    ]
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [
+        words[words.index(name) + 1 :] for words in split for name in ("kvinv", "kvinv_pl") if name in words
+    ]
+
+
+GIVEN = {
+    page.name: commands_of(page)
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    if page.name not in RUN_ABOVE and commands_of(page)
+}
+
+
+@pytest.mark.parametrize("page", GIVEN)
+def test_every_other_command_of_the_pages_is_one_that_kvinv_takes(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").symlink_to(DOCS.parent / "configs")
+    write("my_variant", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("kvinv_pl.app.studio.serve.serve", lambda *args, **settings: None)
+    for verb, *args in GIVEN[page]:
+        if "--run" in args:  # what an edit is made with, the run says
+            shutil.copytree(TUNED, args[args.index("--run") + 1], dirs_exist_ok=True)
+        # options, their values and files are read, and nothing is done
+        answer = kvinv(verb, *args, *([] if verb == "studio" else ["--print_config"]))
+        assert answer.code == 0 and not answer.err, answer.err
+    monkeypatch.delitem(sys.modules, "my_variant", raising=False)
+
+
 PAGES = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 TOOLS = [
     command
@@ -152,5 +197,6 @@ def test_benches_that_are_shown_and_that_make_runs_have_options_and_rows_that_th
     assert len({row.text for row in rows}) == len(rows)
 
 
-def test_the_pages_name_tools() -> None:
+def test_the_pages_name_tools_and_commands() -> None:
     assert len(set(TOOLS)) > 8
+    assert len(GIVEN) > 8 and sum(map(len, GIVEN.values())) > 25

@@ -1,4 +1,4 @@
-"""The page: its parts, and which call each of them makes."""
+"""The page: its parts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import gradio as gr
 
-from kvinv_pl.app.studio.calls import ANIMALS, Calls, polite
 from kvinv_pl.app.studio.dials import Dial, dials
+from kvinv_pl.app.studio.picture_calls import ANIMALS, PictureCalls
+from kvinv_pl.app.studio.run_calls import RunCalls
+from kvinv_pl.app.studio.wiring import wire
 from kvinv_pl.app.studio.workbench import Workbench
 from kvinv_pl.menagerie import Animal
 
-TICK = 1.0
-"""Seconds between two looks at the work."""
 CSS = """
 .kv-bar { height: .6rem; border-radius: .3rem; background: var(--border-color-primary); overflow: hidden }
 .kv-bar div { height: 100%; background: var(--color-accent); transition: width .3s }
@@ -24,7 +24,6 @@ TITLE = "# KV Inversion studio\nTune a picture once, then change by words what i
 
 def page(bench: Workbench, checkpoint: str = "menagerie", sam: str = "menagerie") -> gr.Blocks:
     """The page over a workbench; its calls have names for gradio's client, too."""
-    calls = Calls(bench, checkpoint, sam)
     with gr.Blocks(title="KV Inversion studio", analytics_enabled=False) as blocks:
         gr.Markdown(TITLE)
         with gr.Row():
@@ -32,7 +31,7 @@ def page(bench: Workbench, checkpoint: str = "menagerie", sam: str = "menagerie"
                 of_picture = _picture_parts(checkpoint == "menagerie")
             with gr.Column(scale=3, min_width=300):
                 of_run = _run_parts()
-        _wire(blocks, calls, of_picture, of_run)
+        wire(blocks, PictureCalls(bench, checkpoint, sam), RunCalls(bench), of_picture, of_run)
     return blocks
 
 
@@ -117,51 +116,3 @@ def _component(dial: Dial) -> Any:
     if dial.kind == "choice":
         return gr.Radio(list(dial.choices), **given)
     return gr.Checkbox(**given) if dial.kind == "switch" else gr.Textbox(**given)
-
-
-def _wire(blocks: gr.Blocks, calls: Calls, left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Which part makes which call, on what, and where its answer is shown."""
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
-    own: dict[str, Any] = {"api_visibility": "private", **quiet}
-    picture, source, word, mask, tinted = (
-        left[name] for name in ("picture", "source", "word", "mask", "tinted")
-    )
-    run, target, knobs, progress = (right[name] for name in ("run", "target", "knobs", "progress"))
-    names = ("progress", "certificate", "compare", "edits", "frames", "get_picture", "get_settings", "picked")
-    results = [right[name] for name in names]
-    taken = [picture, source, left["target"], word, mask, tinted]
-    left["animals"].select(polite(calls.take), None, taken, **own)
-    picture.select(polite(calls.point), picture, [mask, tinted], api_visibility="private")
-    gr.on([picture.upload, picture.clear, left["forget"].click], calls.unmask, None, [mask, tinted], **own)
-    left["find"].click(polite(calls.by_word), [picture, word, source], [mask, tinted], api_name="subject")
-    left["tune"].click(polite(calls.begin), [picture, source, left["target"], mask], run, api_name="tune")
-
-    run.change(polite(calls.choose), run, [target, *knobs, *results], api_name="open", **quiet)
-    right["edits"].select(polite(calls.pick), run, [target, *knobs, *results], **own)
-    right["resume"].click(polite(calls.resume), run, None, api_name="resume", **quiet)
-    right["stop"].click(polite(calls.stop), run, None, api_name="stop", **quiet)
-    clicked, given = [right["edit"].click, target.submit], [run, target]
-    edited = gr.on(
-        clicked, polite(calls.edit), [*given, *knobs], [progress, right["picked"]], api_name="edit", **quiet
-    )
-    tried = right["several"].click(
-        polite(calls.several), [*given, right["vary"], right["values"], *knobs], [progress, right["picked"]],
-        api_name="candidates", **quiet,
-    )  # fmt: skip
-    for done in (edited, tried):
-        done.success(polite(calls.refresh), [run, right["picked"]], results, **own)
-    moved = [knob.release for knob in knobs if isinstance(knob, gr.Slider)]
-    gr.on(
-        [right["vary"].change, run.change, *moved],
-        calls.suggest,
-        [right["vary"], *knobs],
-        right["values"],
-        **own,
-    )
-    right["pack"].click(polite(calls.pack), run, right["get_run"], api_name="pack")
-
-    # a page that was closed finds the work again: it is asked for by the run's name
-    seen = right["seen"]
-    gr.Timer(TICK).tick(calls.tick, [run, seen], [progress, seen], api_name="progress", **quiet)
-    seen.change(polite(calls.refresh), run, results, **own)
-    blocks.load(calls.open_page, run, run, api_name="runs", **quiet)

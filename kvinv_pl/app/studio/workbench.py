@@ -11,25 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
-from kvinv_pl.api import KVInverter, Run, load, settings_to_open
+from kvinv_pl.api import Run
 from kvinv_pl.app.again import as_yaml, settings_again
+from kvinv_pl.app.studio.frames import OWN, Frames, frames_of
 from kvinv_pl.app.studio.jobs import Job, Jobs, Told
+from kvinv_pl.app.studio.one_model import OneModel
 from kvinv_pl.data.files import write_atomically, write_png
-from kvinv_pl.data.geometry import to_image
 from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings
-
-FRAMES = 8
-"""Predicted pictures along an edit."""
-OWN = ".studio"
-"""Of the folder, and of a run: what the page keeps besides."""
-MASKED = "masked"
 
 
 class Workbench:
@@ -42,12 +34,9 @@ class Workbench:
             folder: Where the runs are.
             **settings: Arguments of `load` for the pictures that are tuned here.
         """
-        self.folder, self._settings = folder.resolve(), settings
+        self.folder = folder.resolve()
         (self.folder / OWN).mkdir(parents=True, exist_ok=True)
-        self.jobs = Jobs()
-        inverter = load(**settings)  # refuses bad settings now
-        self._model: tuple[set[str], KVInverter] | None = ({"tune False"}, inverter)
-        self._editing = inverter.model.editing
+        self.jobs, self._model = Jobs(), OneModel(settings)
 
     # ---- runs
 
@@ -103,10 +92,13 @@ class Workbench:
         mask = folder / OWN / "mask.png"
 
         def work(job: Job) -> None:
-            inverter = self._to_tune(mask.is_file())
+            inverter = self._model.to_tune(mask.is_file())
             inverter.progress, inverter.after_step = Told(job), None
             inverter.tune(picture, source, folder, mask if mask.is_file() else None)
-            self._model = ({*(self._model or (set[str](),))[0], _opened_as(folder)}, inverter)
+            self._model.has_tuned(folder)
+            frames = Frames(inverter, RunStore(folder))
+            frames.read_tuning()
+            frames.save(None)
 
         return self.jobs.add(Job(name, "tune", work))
 
@@ -115,8 +107,8 @@ class Workbench:
         store = self.store(name)
 
         def work(job: Job) -> list[Path]:
-            inverter, files = self._to_edit(store.folder), list[Path]()
-            frames = _Frames(inverter, store)
+            inverter, files = self._model.to_edit(store.folder), list[Path]()
+            frames = Frames(inverter, store)
             inverter.progress, inverter.after_step = Told(job), frames.see
             for settings in each:
                 files += Run(inverter, store.folder).edits([target], **settings)
@@ -135,10 +127,9 @@ class Workbench:
         """Every edit of a run, the newest first."""
         return self.store(name).edits()[::-1]
 
-    def frames(self, edit: Path) -> list[tuple[Path, str]]:
-        """The predicted pictures along an edit, with their timesteps; none for an edit made elsewhere."""
-        found = sorted((edit.parents[1] / OWN / "frames" / edit.stem).glob("*.png"))
-        return [(file, f"timestep {int(file.stem.partition('-')[2])}") for file in found]
+    def frames(self, name: str, edit: Path | None = None) -> list[tuple[Path, str]]:
+        """The predicted pictures along one of its edits, or its tuning, with their timesteps."""
+        return frames_of(self.store(name).folder, edit)
 
     def settings_file(self, name: str, edit: dict[str, Any] | None) -> Path:
         """The settings of a run and of one of its edits, as the command line takes them."""
@@ -158,29 +149,7 @@ class Workbench:
         run = self.record(name) if name else None
         known = {setting.name for setting in fields(EditSettings)}
         own = {key: value for key, value in (run or {}).get("editing", {}).items() if key in known}
-        return replace(self._editing, **own)
-
-    # ---- the model
-
-    def _to_tune(self, masked: bool) -> KVInverter:
-        """The model with the settings of this studio; with a mask, the variant that reads one."""
-        key = f"tune {masked}"
-        if self._model is None or key not in self._model[0]:
-            self._model = None  # two at once may be too much for the memory
-            settings = dict(self._settings)
-            if masked and "attention" not in settings:
-                settings["attention"] = MASKED
-            self._model = ({key}, load(**settings))
-        return self._model[1]
-
-    def _to_edit(self, folder: Path) -> KVInverter:
-        """The model that a run was tuned with."""
-        key = _opened_as(folder)
-        if self._model is None or key not in self._model[0]:
-            self._model = None
-            device = {name: self._settings[name] for name in ("accelerator",) if name in self._settings}
-            self._model = ({key}, load(**{**settings_to_open(folder), **device}))
-        return self._model[1]
+        return replace(self._model.editing, **own)
 
     def _new_name(self, stem: str) -> str:
         """A name for a run that no other has."""
@@ -189,42 +158,6 @@ class Workbench:
         return next(name for name in names if not (self.folder / name).exists())
 
 
-class _Frames:
-    """The pictures that an edit is heading for, every few steps."""
-
-    def __init__(self, inverter: KVInverter, store: RunStore) -> None:
-        self._model, self._store = inverter.model, store
-        self._before: Tensor | None = None
-        self._seen: list[tuple[int, Image.Image]] = []
-
-    def see(self, i: int, t: int, z: Tensor) -> None:
-        """Note what the latents before and after a step say of the picture."""
-        denoiser = self._model.denoiser
-        table, geometry = denoiser.table, geometry_of(self._store.read_run()["picture"])
-        before = self._store.trajectory()[-1:].to(z) if i == 0 else self._before
-        every = max(1, len(table) // FRAMES)
-        if before is not None and table.has_effect(i) and (i % every == 0 or i == len(table) - 1):
-            pixels = denoiser.backbone.decode(table.predicted_z_0(before[:1], z[:1], i))[0].cpu()
-            self._seen.append((t, to_image(pixels, geometry)))
-        self._before = z
-
-    def save(self, edit: Path) -> None:
-        """Write them beside the run's edits."""
-        place = self._store.folder / OWN / "frames" / edit.stem
-        shutil.rmtree(place, ignore_errors=True)
-        for n, (t, picture) in enumerate(self._seen):
-            write_png(place / f"{n:02d}-{t}.png", picture)
-        self._seen = []
-
-
 def _asked(folder: Path) -> Path:
     """Where a run that was begun here has its prompts."""
     return folder / OWN / "asked.json"
-
-
-def _opened_as(folder: Path) -> str:
-    """What a model must be to edit this run; settings of the edit itself make no difference."""
-    found = settings_of(folder)
-    of_edit = {setting.name for setting in fields(EditSettings)}
-    model = {name: value for name, value in found["model"].items() if name not in of_edit}
-    return json.dumps([model, found.get("trainer")], sort_keys=True)

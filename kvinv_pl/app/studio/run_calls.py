@@ -1,73 +1,28 @@
-"""What the parts of the page call: the workbench is asked or told, and what comes is shown."""
+"""What the right side of the page calls: a run, its edits, and what there is of them to take along."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from kvinv_pl.app import subject
 from kvinv_pl.app.again import as_made
 from kvinv_pl.app.studio import looks
 from kvinv_pl.app.studio.dials import dials, numbers, read
-from kvinv_pl.app.studio.workbench import OWN, Workbench
-from kvinv_pl.data import masks
-from kvinv_pl.data.files import write_png
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.app.studio.workbench import Workbench
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie import Animal
 from kvinv_pl.stages.settings import EditSettings
 
-ANIMALS = (7, 12, 23)
-"""Seeds of those that are there to try."""
 
+class RunCalls:
+    """The calls of a run; which one, the page says each time."""
 
-class Calls:
-    """The calls of one page; what a user is in the middle of is in the page itself."""
-
-    def __init__(self, bench: Workbench, checkpoint: str, sam: str) -> None:
-        """Take the workbench, and the models that find a subject by its word and by a click."""
-        self.bench, self.checkpoint, self.sam = bench, checkpoint, sam
-
-    # ---- a picture
-
-    def take(self, event: gr.SelectData) -> tuple[Any, ...]:
-        """An animal of the embedded world, with prompts and its word."""
-        animal = Animal.sample(ANIMALS[event.index])
-        other = "sitting" if animal.action == "running" else "running"
-        file = write_png(self.bench.folder / OWN / f"{animal.species}-{animal.seed}.png", animal.render())
-        return str(file), animal.prompt(), animal.prompt(other), animal.species, *self.unmask()
-
-    def point(self, file: str | None, event: gr.SelectData) -> tuple[Image.Image, Any]:
-        """The subject where the picture was clicked on."""
-        image, (x, y) = _opened(file), event.index
-        return _tinted(image, subject.at_points(image, [(x, y)], sam=self.sam))
-
-    def by_word(self, file: str | None, word: str, source: str) -> tuple[Image.Image, Any]:
-        """The subject by its word in the source prompt."""
-        image = _opened(file)
-        if not word.strip() or not source.strip():
-            raise UserError("the subject: expected its word, and what the picture shows with that word in it")
-        return _tinted(image, subject.of_word(image, word.strip(), source, self.checkpoint))
-
-    def unmask(self) -> tuple[None, Any]:
-        """No mask."""
-        return None, gr.Image(visible=False)
-
-    def begin(self, file: str | None, source: str, target: str, mask: Image.Image | None) -> Any:
-        """A new run, which is the page's from here on."""
-        if file is None:
-            raise UserError("tune: expected a picture, got none: drop one, or take an animal")
-        job = self.bench.tune(file, source.strip(), target.strip(), mask)
-        return gr.Dropdown(choices=self.bench.runs(), value=job.run)
-
-    # ---- a run
+    def __init__(self, bench: Workbench) -> None:
+        """Take the workbench."""
+        self.bench = bench
 
     def open_page(self, name: str | None) -> Any:
         """The runs of the folder; chosen is the one that is worked on, or else the newest."""
@@ -98,7 +53,7 @@ class Calls:
             settings = gr.DownloadButton(value=str(file), interactive=True)
         if at is not None:
             picture = gr.DownloadButton(value=str(at), interactive=True)
-        frames = [(str(file), text) for file, text in bench.frames(at)] if at else []
+        frames = [(str(file), text) for file, text in bench.frames(name, at)]
         return (
             looks.progress(bench, bench.jobs.of(name)), looks.said(bench, name), looks.pair(bench, name, at),
             looks.gallery(bench, name), frames, picture, settings, at,
@@ -157,46 +112,10 @@ class Calls:
         return next((record for record, file in self.bench.edits(name) if file == at), None)
 
 
-def polite(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, whose UserErrors become a line on the page."""
-
-    def told(error: UserError) -> gr.Error:
-        return gr.Error(" ".join(str(error).split()), print_exception=False)
-
-    @wraps(call)
-    def steps(*args: Any) -> Iterator[Any]:
-        try:
-            yield from call(*args)
-        except UserError as error:
-            raise told(error) from None
-
-    @wraps(call)
-    def once(*args: Any) -> Any:
-        try:
-            return call(*args)
-        except UserError as error:
-            raise told(error) from None
-
-    return steps if inspect.isgeneratorfunction(call) else once
-
-
 def _required(name: str | None) -> str:
     if not name:
         raise UserError("expected a run, got none: tune a picture first, or choose one of the list")
     return name
-
-
-def _opened(file: str | None) -> Image.Image:
-    if file is None:
-        raise UserError("the subject: expected a picture, got none: drop one first")
-    return open_picture(file).image
-
-
-def _tinted(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Any]:
-    """The mask, and the picture with the subject tinted."""
-    share = mask.histogram()[255] / (mask.width * mask.height)
-    label = f"The subject: {share:.0%} of the picture"
-    return mask, gr.Image(masks.shown(image, mask), visible=True, label=label)
 
 
 def _stands(settings: EditSettings, record: dict[str, Any] | None = None) -> list[Any]:

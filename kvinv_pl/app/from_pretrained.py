@@ -1,0 +1,128 @@
+"""What a pipeline is loaded from, and saved as."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from typing_extensions import Self
+
+from kvinv_pl.api import KVInverter, Run, load_module, settings_to_open
+from kvinv_pl.app.on_one_device import ACCELERATORS, OnOneDevice, one_device, precision_in
+from kvinv_pl.app.progress_bar import ProgressBar
+from kvinv_pl.app.saving import save_run
+from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.errors import UserError
+from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.precision import COMPUTE_DTYPES
+
+
+class FromPretrained(OnOneDevice):
+    """A pipeline around the module of a checkpoint, with a tuned picture or without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run: Run | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device_map: str | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load a checkpoint to tune pictures with, or a tuned picture with its checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: What `load` takes: a folder as diffusers saves it, a .safetensors
+                file, a hub id, "menagerie"; or what `save_pretrained` wrote, or any run folder.
+            dtype: Of the U-Net and the text model: float32 (the default), bfloat16 or (on a GPU) float16. A
+                tuned picture has its own.
+            torch_dtype: Its older name.
+            device_map: cpu, cuda or mps, for the whole model, as `to`.
+            **settings: Arguments of KVInversion, such as steps=50, start=0.1 or attention="low_rank".
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        found: dict[str, Any] = {"checkpoint": name}
+        folder = Path(name).expanduser()
+        tuned = RunStore(folder).has_run()
+        if tuned:
+            found = settings_to_open(folder)
+        precision = found.pop("precision", "32-true")
+        precision = precision_in(dtype, torch_dtype) or precision
+        pipe = cls._around(load_module(**{**found, **settings}), precision)
+        if device_map is not None:
+            pipe.to(one_device("device_map", device_map))
+        if tuned:
+            pipe._run = Run(pipe._inverter(), folder)
+        return pipe
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Take the parts of a StableDiffusionPipeline, with LoRAs that are active; it stays as it is.
+
+        Args:
+            pipeline: The pipeline, whose parts are copied.
+            dtype: As `from_pretrained` has it.
+            torch_dtype: Its older name.
+            **settings: As `from_pretrained` takes them.
+        """
+        precision = precision_in(dtype, torch_dtype) or "32-true"
+        return cls._around(load_module(pipeline, **settings), precision)
+
+    @classmethod
+    def _around(cls, module: KVInversion, precision: str) -> Self:
+        """A pipeline whose parts are the module's own."""
+        backbone = module.load_backbone(COMPUTE_DTYPES[precision])
+        pipe = cls(**{part: getattr(backbone, part) for part in cls._get_signature_keys(cls)[0]})
+        pipe._module, pipe._precision = module, precision
+        return pipe
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  # what it saves is a run folder
+        self, save_directory: str | os.PathLike[str], **unused: Any
+    ) -> None:
+        """Save the tuned picture, with everything but the checkpoint, as a run folder.
+
+        `from_pretrained` opens it again, as does `kvinv edit --run`.
+
+        Args:
+            save_directory: A folder that is new or empty.
+            **unused: None.
+        """
+        run = self._picture()
+        if unused:
+            raise UserError(f"save_pretrained takes a folder alone, got {next(iter(unused))} as well")
+        save_run(run.folder, Path(save_directory).expanduser())
+
+    def _inverter(self) -> KVInverter:
+        """The calls of the api, on this device."""
+        if self._module is None:
+            raise UserError(
+                "expected a pipeline of KVInversionPipeline.from_pretrained, got one without a model"
+            )
+        accelerator = ACCELERATORS[self._device.type]
+        found = KVInverter(self._module, accelerator=accelerator, precision=self._precision)
+        found.progress = ProgressBar(cast(Any, self).progress_bar)
+        return found
+
+    def _picture(self) -> Run:
+        """The picture that was inverted or tuned."""
+        if self._run is None:
+            raise UserError(
+                "no picture is tuned: call tune(image, prompt) first, or open one by from_pretrained"
+            )
+        self._run.owner = self._inverter()  # the device may be another one by now
+        return self._run

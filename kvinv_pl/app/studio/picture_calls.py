@@ -1,0 +1,71 @@
+"""What the left side of the page calls: a picture, its subject, and its tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from kvinv_pl.app import subject
+from kvinv_pl.app.studio.frames import OWN
+from kvinv_pl.app.studio.workbench import Workbench
+from kvinv_pl.data import masks
+from kvinv_pl.data.files import write_png
+from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import Animal
+
+ANIMALS = (7, 12, 23)
+"""Seeds of those that are there to try."""
+
+
+class PictureCalls:
+    """The calls of a picture that is not tuned yet; what a user is in the middle of is in the page itself."""
+
+    def __init__(self, bench: Workbench, checkpoint: str, sam: str) -> None:
+        """Take the workbench, and the models that find a subject by its word and by a click."""
+        self.bench, self.checkpoint, self.sam = bench, checkpoint, sam
+
+    def take(self, event: gr.SelectData) -> tuple[Any, ...]:
+        """An animal of the embedded world, with prompts and its word."""
+        animal = Animal.sample(ANIMALS[event.index])
+        other = "sitting" if animal.action == "running" else "running"
+        file = write_png(self.bench.folder / OWN / f"{animal.species}-{animal.seed}.png", animal.render())
+        return str(file), animal.prompt(), animal.prompt(other), animal.species, *self.unmask()
+
+    def point(self, file: str | None, event: gr.SelectData) -> tuple[Image.Image, Any]:
+        """The subject where the picture was clicked on."""
+        image, (x, y) = _opened(file), event.index
+        return _tinted(image, subject.at_points(image, [(x, y)], sam=self.sam))
+
+    def by_word(self, file: str | None, word: str, source: str) -> tuple[Image.Image, Any]:
+        """The subject by its word in the source prompt."""
+        image = _opened(file)
+        if not word.strip() or not source.strip():
+            raise UserError("the subject: expected its word, and what the picture shows with that word in it")
+        return _tinted(image, subject.of_word(image, word.strip(), source, self.checkpoint))
+
+    def unmask(self) -> tuple[None, Any]:
+        """No mask."""
+        return None, gr.Image(visible=False)
+
+    def begin(self, file: str | None, source: str, target: str, mask: Image.Image | None) -> Any:
+        """A new run, which is the page's from here on."""
+        if file is None:
+            raise UserError("tune: expected a picture, got none: drop one, or take an animal")
+        job = self.bench.tune(file, source.strip(), target.strip(), mask)
+        return gr.Dropdown(choices=self.bench.runs(), value=job.run)
+
+
+def _opened(file: str | None) -> Image.Image:
+    if file is None:
+        raise UserError("the subject: expected a picture, got none: drop one first")
+    return open_picture(file).image
+
+
+def _tinted(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Any]:
+    """The mask, and the picture with the subject tinted."""
+    share = mask.histogram()[255] / (mask.width * mask.height)
+    label = f"The subject: {share:.0%} of the picture"
+    return mask, gr.Image(masks.shown(image, mask), visible=True, label=label)

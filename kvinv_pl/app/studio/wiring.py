@@ -1,0 +1,100 @@
+"""Which part of the page makes which call, on what, and where its answer is shown."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+
+from kvinv_pl.app.studio.picture_calls import PictureCalls
+from kvinv_pl.app.studio.run_calls import RunCalls
+from kvinv_pl.errors import UserError
+
+TICK = 1.0
+"""Seconds between two looks at the work."""
+
+
+def wire(
+    blocks: gr.Blocks,
+    of_picture: PictureCalls,
+    of_run: RunCalls,
+    left: dict[str, Any],
+    right: dict[str, Any],
+) -> None:
+    """Connect the parts of both sides to their calls."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
+    own: dict[str, Any] = {"api_visibility": "private", **quiet}
+    picture, source, word, mask, tinted = (
+        left[name] for name in ("picture", "source", "word", "mask", "tinted")
+    )
+    run, target, knobs, progress = (right[name] for name in ("run", "target", "knobs", "progress"))
+    names = ("progress", "certificate", "compare", "edits", "frames", "get_picture", "get_settings", "picked")
+    results = [right[name] for name in names]
+    taken = [picture, source, left["target"], word, mask, tinted]
+    left["animals"].select(polite(of_picture.take), None, taken, **own)
+    picture.select(polite(of_picture.point), picture, [mask, tinted], api_visibility="private")
+    gr.on(
+        [picture.upload, picture.clear, left["forget"].click], of_picture.unmask, None, [mask, tinted], **own
+    )
+    left["find"].click(
+        polite(of_picture.by_word), [picture, word, source], [mask, tinted], api_name="subject"
+    )
+    left["tune"].click(
+        polite(of_picture.begin), [picture, source, left["target"], mask], run, api_name="tune"
+    )
+
+    run.change(polite(of_run.choose), run, [target, *knobs, *results], api_name="open", **quiet)
+    right["edits"].select(polite(of_run.pick), run, [target, *knobs, *results], **own)
+    right["resume"].click(polite(of_run.resume), run, None, api_name="resume", **quiet)
+    right["stop"].click(polite(of_run.stop), run, None, api_name="stop", **quiet)
+    clicked, given = [right["edit"].click, target.submit], [run, target]
+    edited = gr.on(
+        clicked, polite(of_run.edit), [*given, *knobs], [progress, right["picked"]], api_name="edit", **quiet
+    )
+    tried = right["several"].click(
+        polite(of_run.several), [*given, right["vary"], right["values"], *knobs], [progress, right["picked"]],
+        api_name="candidates", **quiet,
+    )  # fmt: skip
+    for done in (edited, tried):
+        done.success(polite(of_run.refresh), [run, right["picked"]], results, **own)
+    moved = [knob.release for knob in knobs if isinstance(knob, gr.Slider)]
+    gr.on(
+        [right["vary"].change, run.change, *moved],
+        of_run.suggest,
+        [right["vary"], *knobs],
+        right["values"],
+        **own,
+    )
+    right["pack"].click(polite(of_run.pack), run, right["get_run"], api_name="pack")
+
+    # a page that was closed finds the work again: it is asked for by the run's name
+    seen = right["seen"]
+    gr.Timer(TICK).tick(of_run.tick, [run, seen], [progress, seen], api_name="progress", **quiet)
+    seen.change(polite(of_run.refresh), run, results, **own)
+    blocks.load(of_run.open_page, run, run, api_name="runs", **quiet)
+
+
+def polite(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, whose UserErrors become a line on the page."""
+
+    def told(error: UserError) -> gr.Error:
+        return gr.Error(" ".join(str(error).split()), print_exception=False)
+
+    @wraps(call)
+    def steps(*args: Any) -> Iterator[Any]:
+        try:
+            yield from call(*args)
+        except UserError as error:
+            raise told(error) from None
+
+    @wraps(call)
+    def once(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except UserError as error:
+            raise told(error) from None
+
+    return steps if inspect.isgeneratorfunction(call) else once
