@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -20,7 +20,7 @@ from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import load, sizes
-from kvinv_pl.models.choices import NO_CHOICES, Choices
+from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
 from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.folder import NEEDED
 from kvinv_pl.models.in_memory import Pipeline
@@ -161,6 +161,9 @@ def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
     if (betas := config.get("beta_schedule", "linear")) == "sigmoid":  # of DDPM's, which DDIM lacks
         theirs: Any = DDPMScheduler.from_config(dict(config))
         own["trained_betas"] = theirs.betas.tolist()
+    if (spacing := config.get("timestep_spacing", "leading")) not in get_args(Spacing):
+        known = ", ".join(get_args(Spacing))
+        raise UserError(f"the scheduler says timestep_spacing {spacing!r}, expected one of {known}")
     elif betas not in BETAS:
         raise UserError(f"the scheduler says beta_schedule {betas!r}, expected {', '.join(BETAS)} or sigmoid")
     return attempt(Path("scheduler"), partial(DDIMScheduler.from_config, dict(config), **own))

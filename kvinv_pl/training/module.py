@@ -62,6 +62,9 @@ class KVInversion(LightningModule):
         vae: Another VAE for the checkpoint: a .safetensors file, a folder or a hub id.
         prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
         clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
+        timestep_spacing: Where the steps lie in the noise schedule, in the words of diffusers: leading (the
+            noisiest timesteps are left out, more of them with fewer steps), linspace or trailing (from the
+            noisiest timestep on); left out, as the checkpoint says.
             the last, 2 the last but one.
         loras: LoRAs to merge into the weights: files or hub ids, each with a weight as FILE:WEIGHT if it is
             not 1.
@@ -133,6 +136,7 @@ class KVInversion(LightningModule):
         vae: str | None = None,
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
         clip_skip: int = 1,
+        timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None,
         loras: str | list[str] | None = None,
         embeddings: str | list[str] | None = None,
         prompt_syntax: PromptSyntax = "plain",

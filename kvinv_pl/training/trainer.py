@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.noisy_end import left_out
 from kvinv_pl.stages.certificate import next_attempt
 from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings
@@ -237,7 +238,10 @@ class KVTrainer(Trainer):
 
     def _show_choices(self, workload: Workload) -> None:
         """Show what was merged into the checkpoint, and what follows from it and the device by itself."""
-        for line in workload.model.denoiser.backbone.notes:
+        denoiser = workload.model.denoiser
+        for line in denoiser.backbone.notes:
+            self.watch.progress.note(line)
+        if "invert" in workload.stages and (line := left_out(denoiser.backbone, denoiser.table)):
             self.watch.progress.note(line)
         chosen = list[str]()
         if workload.editing is workload.model.editing and workload.stages != ["invert"]:
