@@ -17,6 +17,7 @@ from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.changes import Changes, of_pipeline
 from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.in_memory import Pipeline
@@ -199,7 +200,8 @@ class KVInversion(LightningModule):
         self.pipeline: Pipeline | None = None  # in place of the checkpoint, from Python
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None
-        self._loaded: tuple[str, Choices, torch.dtype] | None = None
+        self._changes: Changes | None = None
+        self._loaded: object = None
 
     # ---- the frozen model, once
 
@@ -211,11 +213,20 @@ class KVInversion(LightningModule):
         return self._network
 
     def load_backbone(self, dtype: torch.dtype) -> Backbone:
-        """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`."""
-        if self._loaded != (self.checkpoint, self.choices, dtype):
+        """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`.
+
+        A pipeline in memory that was changed since is copied anew; a change of the loaded model itself
+        becomes part of its identity.
+        """
+        inside = None if self.pipeline is None else of_pipeline(self.pipeline)
+        wanted = (self.checkpoint, self.choices, dtype, inside)
+        if self._loaded != wanted:
+            self._network = self._changes = self._loaded = None  # two would not always fit
             backbone = Backbone.load(self.pipeline or self.checkpoint, dtype, self.choices)
             self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
-            self._loaded = (self.checkpoint, self.choices, dtype)
+            self._changes, self._loaded = Changes(backbone), wanted
+        elif self._changes is not None and self._changes.take():
+            self.denoiser.release()  # psi is attached to the layers that there are now
         return self.denoiser.backbone
 
     def setup(self, stage: str) -> None:
