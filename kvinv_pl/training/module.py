@@ -1,6 +1,6 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,10 +62,10 @@ class KVInversion(LightningModule):
             the full ones, or those that there are.
         vae: Another VAE for the checkpoint: a .safetensors file, a folder or a hub id.
         prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
-        clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
         timestep_spacing: Where the steps lie in the noise schedule, in the words of diffusers: leading (the
             noisiest timesteps are left out, more of them with fewer steps), linspace or trailing (from the
             noisiest timestep on); left out, as the checkpoint says.
+        clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
             the last, 2 the last but one.
         loras: LoRAs to merge into the weights: files or hub ids, each with a weight as FILE:WEIGHT if it is
             not 1.
@@ -136,8 +136,8 @@ class KVInversion(LightningModule):
         variant: str | None = None,
         vae: str | None = None,
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
-        clip_skip: int = 1,
         timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None,
+        clip_skip: int = 1,
         loras: str | list[str] | None = None,
         embeddings: str | list[str] | None = None,
         prompt_syntax: PromptSyntax = "plain",
@@ -307,8 +307,17 @@ class KVInversion(LightningModule):
         """What psi depends on, besides the trajectory."""
         return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
-    def choose_slots(self, grid: tuple[int, int], pictures: int, progress: Progress) -> int:
-        """The number of slots for so many pictures of one latent size; shown if chosen automatically."""
+    def choose_slots(
+        self, grid: tuple[int, int], pictures: int, progress: Progress, sources: Sequence[str] = ()
+    ) -> int:
+        """The number of slots for so many pictures of one latent size; shown if chosen automatically.
+
+        Args:
+            grid: Height and width of the latents.
+            pictures: How many there are.
+            progress: Shows it.
+            sources: Their prompts.
+        """
         if self.slots != "auto":
             return int(self.slots)
         self.denoiser.place(grid, 1)
@@ -316,7 +325,8 @@ class KVInversion(LightningModule):
         if count == 1:
             return 1
         keeps_bars = self.tuning.kv == "stored" or self.denoiser.at_pivot
-        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count, keeps_bars)
+        prompts = (self.tuning.negative, *sources)
+        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count, keeps_bars, prompts)
         progress.note(f"slots: {found} of {count} {what} side by side ({reason})")
         return found
 

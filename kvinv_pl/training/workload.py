@@ -72,7 +72,8 @@ class Workload:
                 self.model.to(device)
                 # spread the pictures over the devices
                 per_device = -(-len(members) // devices) if devices else 1
-                slots = self.model.choose_slots((height, width), per_device, progress)
+                sources = [self.data.works[member].source for member in members]
+                slots = self.model.choose_slots((height, width), per_device, progress, sources)
                 # slots chosen automatically may be more than pictures: they hold timesteps, too
                 share_size = min(slots, per_device) if self.model.slots == "auto" else slots
             shares += [
