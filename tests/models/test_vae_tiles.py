@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kvinv_pl.models import vae_tiles
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.training.estimate import Estimate, Machine
 
 SIDES = (24, 40)
+HERE = Machine(torch.device("cpu"), torch.float32, 1, 1e9)
 
 
 @pytest.fixture
@@ -62,3 +64,13 @@ def test_a_picture_above_the_limit_is_taken_by_tiles_as_diffusers_takes_it_and_o
     assert not torch.equal(tiled, z) and not torch.equal(rendered, decoded)
     small_tiles(10**9)  # and the next picture is taken as a whole
     assert torch.equal(backbone.encode(pixels), z) and torch.equal(backbone.decode(z), decoded)
+
+
+def test_a_plan_counts_what_decoding_by_tiles_takes_and_says_so(small_tiles: Callable[[int], None]) -> None:
+    def planned(whole: int) -> tuple[int, str]:
+        small_tiles(whole)
+        plan = Estimate(fits.model(), (32, 32), 1, 1, HERE)
+        return plan.costs.decoding, "".join(plan._memory(1))
+
+    (whole, said), (tiled, told) = planned(32 * 32), planned(32 * 32 - 1)
+    assert tiled < whole and "or decoding by tiles" in told and "by tiles" not in said
