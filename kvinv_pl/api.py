@@ -60,7 +60,7 @@ class Run:
         """
         _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
         changes = {name: value for name, value in settings.items() if value is not None}
-        # overwrite: the model in memory may have changed, with a LoRA for example
+        # overwrite: a record does not tell all that may be other in memory, such as a hook
         data = SourceImages(run=str(self.folder), targets=targets, overwrite=True)
         model = self.owner.model
         self.owner.trainer().edit(model, data, replace(model.editing, **changes))

@@ -72,12 +72,24 @@ def test_a_run_folder_opens_with_what_it_was_tuned_with(run: Run) -> None:
     assert opened.owner.model.editing == run.owner.model.editing
 
 
-def test_a_model_changed_in_memory_is_asked_again(image: Path) -> None:
-    kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", **SETTINGS)
+def test_a_model_changed_in_memory_is_another_model_until_the_change_is_undone(
+    image: Path, tmp_path: Path
+) -> None:
+    kv = kvinv_pl.load(fits.checkpoint(), accelerator="cpu", **{**SETTINGS, "steps": 1, "inner_steps": 1})
     run = kv.tune(image, SOURCE)
-    before = run.edit(TARGET).tobytes()
-    kv.model.denoiser.backbone.unet.conv_out.weight.data *= -1
-    assert run.edit(TARGET).tobytes() != before
+    before, backbone = run.edit(TARGET).tobytes(), kv.model.denoiser.backbone
+    unet: Any = backbone.unet
+    unet.conv_out.weight.data *= -1
+    other = kv.tune(image, SOURCE, tmp_path / "other")
+    model = RunStore(other.folder).read_run()["model"]
+    assert model["changed_in_memory"] == ["unet"] and "changed in memory" in backbone.notes[-1]
+    assert other.edit(TARGET).tobytes() != before
+    with pytest.raises(UserError, match=r"was made with model.changed_in_memory = 'nothing', not \['unet'\]"):
+        run.edit(TARGET)
+    unet.conv_out.weight.data *= -1
+    assert run.edit(TARGET).tobytes() == before and not backbone.notes
+    with pytest.raises(UserError, match=r"was made with model.changed_in_memory = \['unet'\], not 'nothing'"):
+        kv.tune(image, SOURCE, tmp_path / "other")
 
 
 def test_an_edit_may_replay_what_it_reads(kv: KVInverter, run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,39 @@ def test_the_front_is_printed_with_its_ratios(
     bench.main(["front", "--geometry=sd15-quarter", "--rounds", "2"])
     out = capsys.readouterr().out
     assert out.count("ratio") == 2 and "GFLOP" in out
+
+
+def test_a_clock_adds_up_what_each_part_takes_and_a_fit_says_what_is_left(tool: Any):
+    beside, ticks = tool("tuning_costs.beside"), iter([1.0, 3.0, 10.0, 11.0, 20.0, 24.0])
+    clock = beside.Clock(now=lambda: next(ticks))
+
+    def fails() -> None:
+        raise RuntimeError
+
+    assert clock.around("a", lambda x: 2 * x)(3) == 6
+    with pytest.raises(RuntimeError):
+        clock.around("a", fails)()
+    clock.around("b", len)("")
+    assert clock.seconds == {"a": 3.0, "b": 4.0}
+    fit = beside.Fit(10.0, clock.seconds)
+    assert fit.rest == 3.0 and fit.share == 0.3
+
+
+@pytest.mark.slow
+def test_what_a_fit_takes_beside_its_networks_is_printed(
+    tool: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    models, bench = tool("tuning_costs.models"), tool("bench_tuning")
+    tiny = {"sample_size": 16, "block_out_channels": (32,) * 4, "cross_attention_dim": 64}
+    monkeypatch.setattr(models, "GEOMETRIES", {"tiny": {**tiny, "layers_per_block": 1}})
+    threads = torch.get_num_threads()
+    try:
+        bench.main(["beside", "--geometry=tiny", "--pixels", "128", "--steps", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    shares = re.findall(r" s +([\d.]+)%", capsys.readouterr().out)
+    assert len(shares) == 4 and sum(map(float, shares)) == pytest.approx(100, abs=0.3)
+    assert all(float(share) > 0 for share in shares)
 
 
 def test_flags_may_have_dashes_and_an_unknown_geometry_is_one_line(

@@ -2,6 +2,7 @@
 
     python tools/bench_tuning.py front                # the frozen front: FLOPs, time, memory of an inner step
     python tools/bench_tuning.py curves --cases 4     # reconstruction against FLOPs, with null-text inversion
+    python tools/bench_tuning.py beside               # what a fit takes beside its networks
 
 Alternatives run in turn in one process; times are medians with the distance between their quartiles, and
 ratios are medians over the rounds. FLOPs are counted by torch.utils.flop_counter, for Stable Diffusion 1.5 on
@@ -96,12 +97,41 @@ def curves(
         print(f"{best.way} over {other.way}: {best.gflops / other.gflops:.2f} of its FLOPs")
 
 
+def beside(
+    geometry: str = "sd15-half", pixels: int = 256, steps: int = 10, rounds: int = 1, threads: int = 1
+) -> None:
+    """The share of a fit, inversion included, that is outside U-Net, VAE and text model.
+
+    Args:
+        geometry: of the model, whose weights are random
+        pixels: a side of the picture
+        steps: DDIM steps, each with all of its inner steps
+        rounds: how many fits are timed, after one that is not
+        threads: of the CPU
+    """
+    from tuning_costs import models
+    from tuning_costs.beside import BACKWARD, FORWARD, OTHERS, fits
+
+    if geometry not in models.GEOMETRIES:
+        raise UserError(f"geometry: expected {', '.join(models.GEOMETRIES)}, got {geometry}")
+    torch.set_num_threads(threads)
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    found = sorted(fits(geometry, pixels, steps, rounds, device), key=lambda fit: fit.share)
+    middle = found[len(found) // 2]
+    print(f"{geometry} at {pixels} px, {steps} steps, fp32, on {device}, {threads} threads, {rounds} fits")
+    for part in (FORWARD, BACKWARD, OTHERS):
+        print(f"  {part:20s} {middle.parts[part]:9.2f} s {middle.parts[part] / middle.whole:7.1%}")
+    print(f"  {'all else':20s} {middle.rest:9.2f} s {middle.share:7.1%}")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake is one line and exit code 2."""
     given = sys.argv[1:] if args is None else args
     try:
         auto_cli(
-            {"front": front, "curves": curves}, args=[_as_declared(arg) for arg in given], as_positional=False
+            {"front": front, "curves": curves, "beside": beside},
+            args=[_as_declared(arg) for arg in given],
+            as_positional=False,
         )
     except UserError as error:
         print(f"bench_tuning: {error}", file=sys.stderr)

@@ -35,8 +35,8 @@ class StepTable:
         if self.alphas[0] == 0:
             raise UserError(
                 "the schedule begins at alpha = 0 (zero terminal SNR): nothing of the picture is left there, "
-                "and epsilon cannot tell of it; set timestep_spacing to leading in the checkpoint's "
-                "scheduler_config.json, or if it predicts v, prediction_type v_prediction"
+                "and epsilon cannot tell of it; give --model.timestep_spacing leading, or if the model "
+                "predicts v, --model.prediction_type v_prediction"
             )
         if not ((self.alphas > 0) & (self.alphas <= 1)).all() or (self.alphas.diff() < 0).any():
             raise UserError(

@@ -18,7 +18,7 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 Stage = Literal["invert", "fit", "edit"]
-CHOSEN = ("variant", "vae", "prediction_type", "loras", "embeddings")
+CHOSEN = ("variant", "vae", "prediction_type", "timestep_spacing", "loras", "embeddings")
 """What run.json has with the checkpoint if it was chosen."""
 
 

@@ -47,8 +47,8 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_C
         added, tokens = with_embeddings(words, found.tokenizer, found.text_encoder, choices.allow_pickle)
     digests |= {**merged, **added}
     scheduler = dict(found.scheduler_config)
-    if choices.prediction_type is not None:
-        scheduler["prediction_type"] = choices.prediction_type
+    own = {"prediction_type": choices.prediction_type, "timestep_spacing": choices.timestep_spacing}
+    scheduler |= {option: chosen for option, chosen in own.items() if chosen is not None}
     if choices.clip_skip != 1:
         _skip(found.text_encoder, choices.clip_skip)
         digests["clip_skip"] = str(choices.clip_skip)

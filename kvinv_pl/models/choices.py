@@ -9,6 +9,7 @@ from typing_extensions import Self
 from kvinv_pl.models.prompt_syntax import PromptSyntax
 
 Prediction = Literal["epsilon", "v_prediction"]
+Spacing = Literal["leading", "linspace", "trailing"]
 LISTS = ("loras", "embeddings")
 
 
@@ -19,6 +20,7 @@ class Choices:
     variant: str | None = None
     vae: str | None = None
     prediction_type: Prediction | None = None
+    timestep_spacing: Spacing | None = None
     clip_skip: int = 1
     prompt_syntax: PromptSyntax = "plain"
     loras: str | list[str] | None = None

@@ -74,8 +74,11 @@ def _changes(
             unknown.append(name)
     if unknown or not found:
         raise UserError(_not_understood(path, unknown))
+    named = dict[str, str]()
     for key, parts in found.items():
         name, layer = layers[key]
+        if (other := named.setdefault(name, key)) != key:
+            raise UserError(f"{path} changes {name} twice, as {other} and as {key}: leave one of them out")
         try:
             product = _product(parts)
         except (KeyError, RuntimeError, IndexError) as error:

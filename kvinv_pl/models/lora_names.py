@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import CLIPTextModel
 
+from kvinv_pl.models.sgm_names import blocks_of, sgm_name
+
 Changeable = nn.Linear | nn.Conv2d
 Spelled = dict[str, tuple[str, Changeable]]
 # kohya: X.lora_down.weight, lora_up, lora_mid and X.alpha; peft: X.lora_A.weight and lora_B; diffusers before
@@ -48,9 +50,11 @@ def role_of(tensor: str) -> tuple[str, str]:
 
 def spelled(unet: nn.Module, text_encoder: CLIPTextModel) -> Spelled:
     """Every layer under all names that files give it, and its own, which begins with unet or text_encoder."""
-    found = Spelled()
+    found, blocks = Spelled(), blocks_of(unet)
     for path, layer in _layers(unet):
         names = [f"lora_unet_{path.replace('.', '_')}", *_dotted("unet.", path)]
+        if (first := sgm_name(path, blocks)) is not None:
+            names.append(f"lora_unet_{first}")
         found |= dict.fromkeys(names, (f"unet.{path}", layer))
     for path, layer in _layers(getattr(text_encoder, "text_model", text_encoder)):
         names = [f"lora_te_text_model_{path.replace('.', '_')}", *_dotted("text_encoder.", path)]

@@ -36,7 +36,9 @@ def free_bytes(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float, keeps_bars: bool = True) -> int:
+def bytes_per_slot(
+    denoiser: Denoiser, grid: tuple[int, int], w: float, keeps_bars: bool = True, prompts: Iterable[str] = ()
+) -> int:
     """Memory for tuning one picture of this latent size: saved activations, psi with its copies, and bars.
 
     Args:
@@ -44,12 +46,14 @@ def bytes_per_slot(denoiser: Denoiser, grid: tuple[int, int], w: float, keeps_ba
         grid: Height and width of the latents.
         w: Guidance of tuning.
         keeps_bars: Whether a phase ends with K-bar and V-bar of every site, to be written.
+        prompts: Of all pictures that are tuned side by side, which read as many chunks as all of them have.
     """
     denoiser.place(grid, 1)
     backbone, device = denoiser.backbone, denoiser.device
     z = torch.zeros(1, backbone.latent_channels, *grid, device=device)
     t = denoiser.table.timesteps[:1].to(device)
-    contexts = backbone.embed(["", ""])[:, None]
+    chunks = backbone.prompts.length_of(["", *prompts]) // backbone.prompts.length
+    contexts = backbone.embed(["", ""])[:, None].repeat(1, 1, chunks, 1)
     with denoiser.attached().blend():
         saved = saved_bytes(lambda: denoiser.guided_prediction(contexts, w)(z, t), denoiser.parameters())
     bars = bytes_of_bars([cp.site for cp in denoiser.cps], branches_at(w), backbone.unet.dtype)
@@ -80,12 +84,17 @@ def saved_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
 
 
 def side_by_side(
-    denoiser: Denoiser, grid: tuple[int, int], w: float, pictures: int, keeps_bars: bool = True
+    denoiser: Denoiser,
+    grid: tuple[int, int],
+    w: float,
+    pictures: int,
+    keeps_bars: bool = True,
+    prompts: Iterable[str] = (),
 ) -> tuple[int, str]:
-    """How many of so many pictures to tune side by side, and the reason."""
+    """How many of so many pictures to tune side by side, and the reason; see `bytes_per_slot`."""
     if pictures == 1:
         return 1, "one picture"
-    each, free = bytes_per_slot(denoiser, grid, w, keeps_bars), free_bytes(denoiser.device)
+    each, free = bytes_per_slot(denoiser, grid, w, keeps_bars, prompts), free_bytes(denoiser.device)
     return fitting(each, free, pictures), f"each takes about {in_units(each)}, {in_units(free)} are free"
 
 

@@ -69,6 +69,10 @@ class PromptReader:
         starts = ((n * self.length + 1, chunk) for n, chunk in enumerate(self.chunks(prompt)))
         return [range(start, start + len(chunk)) for start, chunk in starts]
 
+    def length_of(self, prompts: Iterable[str]) -> int:
+        """L of what `embed` gives for these prompts together: so many tokens as whole chunks have."""
+        return self.length * lcm(*(len(self.chunks(prompt)) for prompt in prompts))
+
     def unread(self, prompt: str) -> str:
         """The end of a prompt that is not read; empty for a prompt that fits."""
         read = sum(map(len, self.chunks(prompt)))

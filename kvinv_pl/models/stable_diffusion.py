@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -20,13 +20,14 @@ from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import load, sizes
-from kvinv_pl.models.choices import NO_CHOICES, Choices
+from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
 from kvinv_pl.models.finite import require_finite
 from kvinv_pl.models.folder import NEEDED
 from kvinv_pl.models.in_memory import Pipeline
 from kvinv_pl.models.loading import attempt
 from kvinv_pl.models.prompt_reader import PromptReader
 from kvinv_pl.models.prompt_syntax import PromptSyntax
+from kvinv_pl.models.vae_tiles import tile
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
@@ -87,6 +88,7 @@ class Backbone(nn.Module):
         if h % self.vae_factor or w % self.vae_factor:
             raise UserError(f"both sides of a picture must be multiples of {self.vae_factor}, got {h} x {w}")
         shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config["scaling_factor"]
+        tile(self.vae, h, w)
         with torch.autocast(pixels.device.type, enabled=False):
             rows = pixels.float().split(max(1, PIXELS_AT_ONCE // (h * w)))
             means = torch.cat([self.vae.encode(x, return_dict=False)[0].mean for x in rows])
@@ -96,7 +98,9 @@ class Backbone(nn.Module):
     def decode(self, z: Float[Tensor, "n c i j"]) -> Float[Tensor, "n 3 h w"]:
         """Decode(z_0): pixels in [-1, 1], in fp32."""
         shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config["scaling_factor"]
-        at_once = max(1, PIXELS_AT_ONCE // (z.shape[-2] * z.shape[-1] * self.vae_factor**2))
+        h, w = (side * self.vae_factor for side in z.shape[-2:])
+        at_once = max(1, PIXELS_AT_ONCE // (h * w))
+        tile(self.vae, h, w)
         with torch.autocast(z.device.type, enabled=False):
             rows = (z.float() / scale + shift).split(at_once)
             pixels = torch.cat([self.vae.decode(x, return_dict=False)[0] for x in rows])
@@ -157,6 +161,9 @@ def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
         raise UserError(
             f"the scheduler says prediction_type {prediction!r}, expected epsilon or v_prediction"
         )
+    if (spacing := config.get("timestep_spacing", "leading")) not in get_args(Spacing):
+        known = ", ".join(get_args(Spacing))
+        raise UserError(f"the scheduler says timestep_spacing {spacing!r}, expected one of {known}")
     own = dict[str, Any](clip_sample=False, thresholding=False)
     if (betas := config.get("beta_schedule", "linear")) == "sigmoid":  # of DDPM's, which DDIM lacks
         theirs: Any = DDPMScheduler.from_config(dict(config))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +18,8 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import stored_bytes
 from kvinv_pl.models.checkpoint import Sizes, outline
 from kvinv_pl.models.memory import fitting, free_bytes, in_units
-from kvinv_pl.models.sketch import META, Costs, Sketch
+from kvinv_pl.models.sampling import Sample, sample
+from kvinv_pl.models.sketch import META, Costs, Sketch, tokens_of
 from kvinv_pl.optimizers import needs_closure
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
@@ -57,19 +57,24 @@ class Machine:
 def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterator[str]:
     """Lines for the user. Of the checkpoint only configurations are read, and nothing is written.
 
+    The network is timed where there is memory for it, with other weights.
+
     Args:
         model: The module, whose checkpoint need not be loaded.
         data: The pictures; without any, one of the working size is planned.
         machine: Where they will be tuned.
     """
     sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
-    counted = Counter(_size(work, sizes) for work in data.works)
-    if not data.works:
+    works = dict[tuple[int, int], list[SourceImage]]()
+    for work in data.works:
+        works.setdefault(_size(work, sizes), []).append(work)
+    if not works:
         height, width = working_size(sizes.sample, data.size, sizes.multiple)
-        counted[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = 1
+        works[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = []
     targets, disk = max((len(work.targets) for work in data.works), default=0), 0
-    for size, pictures in counted.items():
-        each = Estimate(model, size, pictures, max(1, targets), machine)
+    for size, found in works.items():
+        pictures, prompts = max(1, len(found)), [work.source for work in found]
+        each = Estimate(model, size, pictures, max(1, targets), machine, prompts)
         yield from each.lines()
         disk += pictures * sum(each.on_disk())
     out = data.out.absolute()
@@ -95,7 +100,13 @@ class Estimate:
     """What the pictures of one size take."""
 
     def __init__(
-        self, model: KVInversion, size: tuple[int, int], pictures: int, targets: int, machine: Machine
+        self,
+        model: KVInversion,
+        size: tuple[int, int],
+        pictures: int,
+        targets: int,
+        machine: Machine,
+        prompts: Sequence[str] = (),
     ) -> None:
         """Take what is planned.
 
@@ -105,15 +116,31 @@ class Estimate:
             pictures: How many there are.
             targets: How many edits each gets.
             machine: Where they will be tuned.
+            prompts: What they show.
         """
-        outlined = outline(model.checkpoint, model.choices.allow_pickle)
-        self.grid = size[1] // outlined.sizes.vae_factor, size[0] // outlined.sizes.vae_factor
         self.model, self.size, self.pictures, self.targets = model, size, pictures, targets
         self.machine = machine
-        self.sketch = Sketch(outlined, model.variant, model.selection, self.grid, machine.dtype)
+        self._tokens = tokens_of([model.tuning.negative, *prompts], model.choices.prompt_syntax)
+        self._sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
+        self.grid = size[1] // self._sizes.vae_factor, size[0] // self._sizes.vae_factor
+        self.sketch = self._sketch_at(self.grid)
         self.variant: CPAttention = next(iter(self.sketch.psi.values()))
         self.learned: list[nn.Parameter] = list(self.variant.parameters())
         self.made = forwards(model.steps, model.inverting, model.tuning, model.editing, self.variant)
+
+    def _sketch_at(self, grid: tuple[int, int]) -> Sketch:
+        model, machine = self.model, self.machine
+        outlined = outline(model.checkpoint, model.choices.allow_pickle)
+        return Sketch(outlined, model.variant, model.selection, grid, machine.dtype, self._tokens)
+
+    @cached_property
+    def sample(self) -> Sample | None:
+        """The network, timed; None: there is not the memory for it."""
+        device, multiple = self.machine.device, self._sizes.multiple // self._sizes.vae_factor
+        if self.costs.weights + self.costs.slot > free_bytes(device):
+            return None
+        speed = self.machine.speed
+        return sample(self._sketch_at, self.grid, multiple, self.made.tuning_rows, device, speed)
 
     @cached_property
     def costs(self) -> Costs:
@@ -163,9 +190,10 @@ class Estimate:
     def _memory(self, slots: int) -> Iterator[str]:
         costs, free = self.costs, free_bytes(self.machine.device)
         needed = costs.weights + max(slots * costs.slot, costs.decoding)
+        decoding = f"decoding{' by tiles' if costs.tiled else ''} {in_units(costs.decoding)}"
         yield (
             f"  memory: about {in_units(needed)}: U-Net and VAE {in_units(costs.weights)}, a slot "
-            f"{in_units(costs.slot)}, or decoding {in_units(costs.decoding)}; {in_units(free)} are free"
+            f"{in_units(costs.slot)}, or {decoding}; {in_units(free)} are free"
         )
         if needed > free:
             yield f"  that is more than is free: {MEMORY.partition(';')[0]}"
@@ -184,25 +212,44 @@ class Estimate:
     def _work(self) -> Iterator[str]:
         made, costs, tuning = self.made, self.costs, self.model.tuning
         inversion = made.inversion * made.inversion_rows * costs.row
-        ends = made.tuning - made.inner_steps
-        tuned = ends * costs.forward + made.inner_steps * costs.inner_step
+        ends = (made.tuning - made.inner_steps) * costs.forward
+        inner_steps = made.inner_steps * costs.inner_step
         edit = made.edit * made.edit_rows * costs.row
         source = made.edit * made.source_rows * costs.row
-        whole = inversion + tuned + self.targets * edit + source
         yield (
-            f"  work: inversion {_flop(inversion)}, tuning {_flop(tuned)} at most, "
+            f"  work: inversion {_flop(inversion)}, tuning {_flop(ends + inner_steps)} at most, "
             f"an edit {_flop(edit + source)}"
         )
-        yield (
-            f"  time: about {clock(whole / self.machine.speed)} a picture at most, with {self.targets} "
-            f"edit{'s' if self.targets > 1 else ''}, at {_flop(self.machine.speed)}/s, half of what products "
-            "of matrices reach here now"
-        )
+        yield from self._time(inversion + ends + self.targets * edit + source, inner_steps)
         if tuning.retries and self.learned:
             times = "again" if tuning.retries == 1 else f"again, {tuning.retries} times at most"
             yield f"  below {tuning.required_psnr:g} dB it is tuned {times}, with twice the inner steps"
         if self.learned and needs_closure(self.model.optimizer([nn.Parameter(torch.zeros(1))])):
             yield "  the optimiser evaluates the loss itself: each inner step has further forwards"
+
+    def _time(self, forwards: float, inner_steps: float) -> Iterator[str]:
+        """By operations of forwards, and of inner steps with their backward."""
+        edits = f"{self.targets} edit{'s' if self.targets > 1 else ''}"
+        if (timed := self.sample) is None:
+            whole = clock((forwards + inner_steps) / self.machine.speed)
+            yield (
+                f"  time: about {whole} a picture at most, with {edits}: a guess from products of matrices "
+                f"({_flop(self.machine.speed)}/s), as there is not the memory to time the network; it may be "
+                "several times as long"
+            )
+            return
+        parts = zip(timed.forward.spread(forwards), timed.inner_step.spread(inner_steps), strict=True)
+        low, middle, high = (clock(sum(part)) for part in parts)
+        yield (
+            f"  time: about {middle} a picture at most, with {edits}; {low} to {high} by the quickest and "
+            "the slowest time of the network here; VAE, disk and what else the machine does come on top"
+        )
+        one, step = (f"{spread.spread(spread.flop)[1]:.3g} s" for spread in (timed.forward, timed.inner_step))
+        scaled = "" if timed.grid == self.grid else ", scaled up by operations, which is less certain"
+        yield (
+            f"  timed: a forward {one}, an inner step {step}, at latents of {timed.grid[1]} x "
+            f"{timed.grid[0]}{scaled}"
+        )
 
 
 def _flop(count: float) -> str:

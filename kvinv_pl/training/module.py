@@ -1,6 +1,6 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.changes import Changes, of_pipeline
 from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.in_memory import Pipeline
@@ -61,6 +62,9 @@ class KVInversion(LightningModule):
             the full ones, or those that there are.
         vae: Another VAE for the checkpoint: a .safetensors file, a folder or a hub id.
         prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
+        timestep_spacing: Where the steps lie in the noise schedule, in the words of diffusers: leading (the
+            noisiest timesteps are left out, more of them with fewer steps), linspace or trailing (from the
+            noisiest timestep on); left out, as the checkpoint says.
         clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
             the last, 2 the last but one.
         loras: LoRAs to merge into the weights: files or hub ids, each with a weight as FILE:WEIGHT if it is
@@ -132,6 +136,7 @@ class KVInversion(LightningModule):
         variant: str | None = None,
         vae: str | None = None,
         prediction_type: Literal["epsilon", "v_prediction"] | None = None,
+        timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None,
         clip_skip: int = 1,
         loras: str | list[str] | None = None,
         embeddings: str | list[str] | None = None,
@@ -195,7 +200,8 @@ class KVInversion(LightningModule):
         self.pipeline: Pipeline | None = None  # in place of the checkpoint, from Python
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None
-        self._loaded: tuple[str, Choices, torch.dtype] | None = None
+        self._changes: Changes | None = None
+        self._loaded: object = None
 
     # ---- the frozen model, once
 
@@ -207,11 +213,20 @@ class KVInversion(LightningModule):
         return self._network
 
     def load_backbone(self, dtype: torch.dtype) -> Backbone:
-        """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`."""
-        if self._loaded != (self.checkpoint, self.choices, dtype):
+        """Load the checkpoint, unless it is loaded; the U-Net and the text model are loaded in `dtype`.
+
+        A pipeline in memory that was changed since is copied anew; a change of the loaded model itself
+        becomes part of its identity.
+        """
+        inside = None if self.pipeline is None else of_pipeline(self.pipeline)
+        wanted = (self.checkpoint, self.choices, dtype, inside)
+        if self._loaded != wanted:
+            self._network = self._changes = self._loaded = None  # two would not always fit
             backbone = Backbone.load(self.pipeline or self.checkpoint, dtype, self.choices)
             self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
-            self._loaded = (self.checkpoint, self.choices, dtype)
+            self._changes, self._loaded = Changes(backbone), wanted
+        elif self._changes is not None and self._changes.take():
+            self.denoiser.release()  # psi is attached to the layers that there are now
         return self.denoiser.backbone
 
     def setup(self, stage: str) -> None:
@@ -292,8 +307,17 @@ class KVInversion(LightningModule):
         """What psi depends on, besides the trajectory."""
         return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
-    def choose_slots(self, grid: tuple[int, int], pictures: int, progress: Progress) -> int:
-        """The number of slots for so many pictures of one latent size; shown if chosen automatically."""
+    def choose_slots(
+        self, grid: tuple[int, int], pictures: int, progress: Progress, sources: Sequence[str] = ()
+    ) -> int:
+        """The number of slots for so many pictures of one latent size; shown if chosen automatically.
+
+        Args:
+            grid: Height and width of the latents.
+            pictures: How many there are.
+            progress: Shows it.
+            sources: Their prompts.
+        """
         if self.slots != "auto":
             return int(self.slots)
         self.denoiser.place(grid, 1)
@@ -301,7 +325,8 @@ class KVInversion(LightningModule):
         if count == 1:
             return 1
         keeps_bars = self.tuning.kv == "stored" or self.denoiser.at_pivot
-        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count, keeps_bars)
+        prompts = (self.tuning.negative, *sources)
+        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count, keeps_bars, prompts)
         progress.note(f"slots: {found} of {count} {what} side by side ({reason})")
         return found
 

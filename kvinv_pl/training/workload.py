@@ -12,6 +12,7 @@ from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.cut_prompts import cuts
+from kvinv_pl.models.noisy_end import left_out
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
@@ -67,7 +68,8 @@ class Workload:
                 self.model.to(device)
                 # spread the pictures over the devices
                 per_device = -(-len(members) // devices) if devices else 1
-                slots = self.model.choose_slots((height, width), per_device, progress)
+                sources = [self.data.works[member].source for member in members]
+                slots = self.model.choose_slots((height, width), per_device, progress, sources)
                 # slots chosen automatically may be more than pictures: they hold timesteps, too
                 share_size = min(slots, per_device) if self.model.slots == "auto" else slots
             shares += [
@@ -95,7 +97,10 @@ class Workload:
             chosen += [f"{name.replace('_', ' ')} {w:g}" for name, w in self.model.chosen_guidance.items()]
         chosen += [f"precision {precision}"] if precision else []
         lines = [f"chosen by checkpoint and device: {', '.join(chosen)}"] if chosen else []
-        return [*self.model.denoiser.backbone.notes, *lines]
+        denoiser = self.model.denoiser
+        if "invert" in self.stages and (line := left_out(denoiser.backbone, denoiser.table)):
+            lines.insert(0, line)
+        return [*denoiser.backbone.notes, *lines]
 
     def results(self, with_quality: bool) -> Iterator[str]:
         """Lines for the user: where to look, and with what quality where that was not shown."""

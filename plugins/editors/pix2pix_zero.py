@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,9 @@ class Pix2PixZero:
         edited = scene.contexts[2]
         if self.sentences is not None:
             before, after = (scene.model.embed(list(about)).mean(0) for about in self.sentences)
-            edited = scene.contexts[1] + after - before
+            length = lcm(len(edited), len(before), len(after))  # they may be of several chunks
+            source, before, after = (repeated(each, length) for each in (scene.contexts[1], before, after))
+            edited = source + after - before
         return Led(scene, inverted, self.amount, edited)
 
 
@@ -59,9 +62,9 @@ class Led(Control):
         self.losses: list[float] = []
         """Of each step, before it was made."""
 
-    def contexts(self, i: int, given: Float[Tensor, "branches 2 L d"]) -> Float[Tensor, "branches 2 L d"]:
-        """For the target, c + Delta c."""
-        given = given.clone()
+    def contexts(self, i: int, given: Float[Tensor, "branches 2 L d"]) -> Float[Tensor, "branches 2 M d"]:
+        """For the target, c + Delta c; the others as long as that, where sentences are the longer ones."""
+        given = repeated(given, len(self.edited)).clone()
         given[-1, 1] = self.edited
         return given
 
@@ -81,6 +84,11 @@ class Led(Control):
             (gradient,) = torch.autograd.grad(loss.sum(), [x])
         self.losses.append(float(loss.detach().sum()))
         return torch.cat([z[:1], z[1:] - self.amount * gradient.to(z)])
+
+
+def repeated(reading: Float[Tensor, "*rows L d"], length: int) -> Float[Tensor, "*rows M d"]:
+    """A prompt's embedding as often as makes it so long, from which attention reads the same."""
+    return torch.cat([reading] * (length // reading.shape[-2]), -2)
 
 
 class Seen(Control):

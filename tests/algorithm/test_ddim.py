@@ -186,7 +186,7 @@ def test_a_step_that_stays_at_its_alpha_has_no_effect_and_is_known() -> None:
 def test_zero_terminal_snr_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match="zero terminal SNR") as error:
         scheduler_and_table(50, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    assert "\n" not in str(error.value) and "timestep_spacing to leading" in str(error.value)
+    assert "\n" not in str(error.value) and "--model.timestep_spacing leading" in str(error.value)
     assert "rescale" not in str(error.value)  # without it, every timestep would have another noise
 
 

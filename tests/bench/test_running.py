@@ -350,3 +350,16 @@ def test_a_method_of_anybody_serves(picture: Image.Image) -> None:
         )
         == 0
     )
+
+
+def test_the_sentences_of_pix2pix_zero_may_be_of_more_chunks_than_the_prompts(picture: Image.Image) -> None:
+    scene = Canvas.of(loaded(prompt_syntax="webui"), picture).scene(SOURCE, TARGET, 3.0)
+    about, other = ("a cat BREAK a dog", "a cat"), ("a dog BREAK a horse", "a red dog")
+    found = list[Tensor]()
+    for sentences in ((about, about), (about, other)):
+        led = make("pix2pix_zero", "edit", amount=0.01, sentences=sentences)
+        found += edited(scene, make("ddim", "inversion"), led)
+    assert close(found[0], found[1])  # no direction
+    assert close(found[0], found[2]) and not close(
+        found[2], found[3]
+    )  # the source reads the same beside them

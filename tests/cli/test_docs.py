@@ -66,8 +66,9 @@ def test_every_command_of_the_page_does_what_it_says(
                 assert " passed" in capsys.readouterr().out
                 continue
             assert program == "kvinv"
-            # the tiny model reconstructs next to nothing, and says so
-            quick = ["--checkpoint", model, "--model.required_psnr", 0, *QUICK] if args[0] == "run" else []
+            # the tiny model reconstructs next to nothing, and says so; so few steps begin late, and say so
+            told = ["--model.required_psnr", 0, "--model.timestep_spacing", "trailing"]
+            quick = ["--checkpoint", model, *told, *QUICK] if args[0] == "run" else []
             answer = kvinv(*args, *quick)
             assert answer.code == 0, answer.err
             said = answer.err if args[0] == "run" else answer.out

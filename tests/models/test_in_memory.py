@@ -18,6 +18,7 @@ from peft import LoraConfig
 
 import kvinv_pl
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.changes import of_pipeline
 from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.stable_diffusion import Backbone
@@ -90,6 +91,15 @@ def test_a_pipeline_is_known_again_whatever_was_changed_in_it(checkpoint: Path) 
     }
 
 
+def test_a_change_of_whatever_is_copied_is_seen_by_its_fingerprints(checkpoint: Path) -> None:
+    found = list[str]()
+    for change in CHANGES.values():
+        pipe = pipeline(checkpoint)
+        change(pipe)
+        found.append(repr(of_pipeline(pipe)))
+    assert len(set(found)) == len(CHANGES) and repr(of_pipeline(pipeline(checkpoint))) == found[0]
+
+
 def test_loras_that_are_active_are_merged_as_diffusers_fuses_them(checkpoint: Path) -> None:
     pipe, fused, off = pipeline(checkpoint), pipeline(checkpoint), pipeline(checkpoint)
     for each in (pipe, fused, off):
@@ -151,8 +161,11 @@ def test_a_picture_is_tuned_and_edited_with_a_pipeline_and_not_gone_on_with_by_a
     assert pipe.unet.attn_processors == processors
     again = kvinv_pl.load(pipe, accelerator="cpu", **SETTINGS)
     assert again.tune(image, fits.SOURCE, out=out).edit(fits.TARGET).tobytes() == edited.tobytes()
-    CHANGES["a weight"](pipe)
-    with pytest.raises(UserError, match=r"was made with model\.sha256"):
-        kvinv_pl.load(pipe, accelerator="cpu", **SETTINGS).tune(image, fits.SOURCE, out=out)
+    CHANGES["a LoRA"](pipe)
+    for loaded in (again, kvinv_pl.load(pipe, accelerator="cpu", **SETTINGS)):
+        with pytest.raises(UserError, match=r"was made with model\.sha256"):
+            loaded.tune(image, fits.SOURCE, out=out)
+    pipe.unet.disable_lora()
+    assert again.tune(image, fits.SOURCE, out=out).edit(fits.TARGET).tobytes() == edited.tobytes()
     answer = kvinv("edit", "--run", out, "--target", "a dog")
     assert answer.code == 2 and "go on from Python, with load(pipeline)" in answer.err, answer

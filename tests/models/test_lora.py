@@ -11,16 +11,20 @@ import fits
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import cached, make
+from checkpoints import cached, make, text_encoder
 from commands import QUICK, kvinv
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import save_file
+from single_files import FAMILIES, Family, unet_name
 from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.families import CONFIGS
 from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.lora import name_and_weight
+from kvinv_pl.models.lora_names import role_of, spelled
 from kvinv_pl.models.stable_diffusion import Backbone
 
 RANK, ALPHA = 2, 3.0
@@ -153,6 +157,54 @@ def test_every_layout_is_the_same_lora(checkpoint: Path, lora: Matrices, tmp_pat
     torch.save(kohya(lora), tmp_path / "kohya.pt")
     assert same(load(checkpoint, str(tmp_path / "kohya.pt"), allow_pickle=True), expected)
     assert not same(expected, without_alpha)
+
+
+FIRST = {
+    "lora_unet_up_blocks_0_attentions_0": "lora_unet_output_blocks_0_1",
+    "lora_unet_down_blocks_0_attentions_0": "lora_unet_input_blocks_1_1",
+}
+
+
+def in_first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What kohya writes of a U-Net of Stable Diffusion's first code."""
+    found = dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        start = next((start for start in FIRST if name.startswith(start)), None)
+        found[name if start is None else name.replace(start, FIRST[start])] = tensor.clone()
+    return found
+
+
+def test_a_lora_in_the_names_of_the_first_code_is_the_same_lora(
+    checkpoint: Path, lora: Matrices, tmp_path: Path
+) -> None:
+    named, other = kohya(lora), in_first_names(kohya(lora))
+    assert not any("up_blocks" in name or "down_blocks" in name for name in other)
+    expected = load(checkpoint, saved(tmp_path / "kohya.safetensors", named))
+    assert same(load(checkpoint, saved(tmp_path / "first.safetensors", other)), expected)
+    with pytest.raises(UserError, match=r"changes unet\.\S+ twice, as lora_unet_\S+ and as lora"):
+        load(checkpoint, saved(tmp_path / "both.safetensors", named | other))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_true_size_is_known_by_its_name_in_the_first_code(family: Family) -> None:
+    config = json.loads((CONFIGS / f"{family}.json").read_text())
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(config["unet"])
+    layers = spelled(unet, text_encoder("tiny"))
+    paths = [path for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    names = [f"lora_unet_{unet_name(f'{path}.weight').removesuffix('.weight')}" for path in paths]
+    names = [name.replace(".", "_") for name in names]
+    assert [layers[name][0] for name in names] == [f"unet.{path}" for path in paths]
+    # diffusers' converter is right where there are attentions alone
+    state = dict[str, Tensor]()
+    for n, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if ".attentions." in path:
+            state |= {f"{name}.lora_{role}.weight": torch.tensor(n) for role in ("down", "up")}
+    converted, _ = StableDiffusionPipeline.lora_state_dict(dict(state), unet_config=unet.config)
+    assert len(converted) == len(state)
+    for name, number in converted.items():
+        key, role = role_of(name)
+        assert role and layers[key][0] == f"unet.{paths[int(number)]}"
 
 
 def test_a_rank_stabilised_lora_is_scaled_by_the_root_of_its_rank(

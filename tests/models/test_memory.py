@@ -33,6 +33,24 @@ def test_what_a_slot_takes_grows_with_the_picture_and_with_the_branches(module: 
     assert one_branch > memory.COPIES * psi > 0
 
 
+def test_a_slot_reads_as_many_chunks_as_all_prompts_have() -> None:
+    made = fits.model(slots="auto", prompt_syntax="webui")
+    made.load_backbone(torch.float32)
+    denoiser, long = made.denoiser, ("a BREAK cat", "a BREAK b BREAK c")
+
+    def counted(*prompts: str) -> int:
+        return memory.bytes_per_slot(denoiser, (8, 8), 2.0, prompts=prompts)
+
+    def real(*prompts: str) -> int:
+        z, t = torch.zeros(1, 4, 8, 8), denoiser.table.timesteps[:1]
+        predict = denoiser.guided_prediction(denoiser.backbone.embed(["", *prompts])[:2, None].clone(), 2.0)
+        with denoiser.attached().blend():
+            return memory.saved_bytes(lambda: predict(z, t), denoiser.parameters())
+
+    assert counted("a cat", "a dog") == counted() < counted(long[0]) < counted(*long)
+    assert counted(*long) - counted() == real(*long) - real("")
+
+
 @pytest.mark.parametrize(
     ("fitting", "pictures", "chosen"), [(0.5, 5, 1), (3.2, 5, 3), (3.2, 2, 2), (1e6, 1000, memory.MOST)]
 )

@@ -233,17 +233,20 @@ def test_an_edit_takes_what_was_chosen_with_the_checkpoint_of_its_run(tmp_path: 
     save_file(changed, weights, metadata={"format": "pt"})
     Image.new("RGB", (32, 32), "teal").save(picture)
     chosen = ("--model.vae", vae, "--model.prediction_type", "v_prediction", "--model.clip_skip", 2)
+    chosen += ("--model.timestep_spacing", "trailing")
     fit = ("fit", "--checkpoint", checkpoint, "--image", picture, "--source", "a cat", "--out", out)
     fitted = kvinv(*fit, *chosen, *QUICK, "--model.required_psnr", 0)
     assert fitted.code == 0, fitted.err
     model = json.loads((out / "run.json").read_text())["model"]
     assert model["prediction_type"] == "v_prediction" and model["vae"] == str(vae)
-    assert model["clip_skip"] == 2
+    assert model["clip_skip"] == 2 and model["timestep_spacing"] == "trailing"
     edited = kvinv("edit", "--run", out, "--target", "a dog")
     assert edited.code == 0, edited.err
     for other in (("--model.vae", checkpoint), ("--model.clip_skip", 1)):
         answer = kvinv("edit", "--run", out, "--target", "a dog", *other)
         assert answer.code == 2 and "model" in answer.err, answer
+    spaced = kvinv("edit", "--run", out, "--target", "a dog", "--model.timestep_spacing", "leading")
+    assert spaced.code == 2 and "scheduler" in spaced.err, spaced
 
 
 def test_the_self_attentions_of_a_file_are_shown_without_its_weights(tmp_path: Path) -> None:

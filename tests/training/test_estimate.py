@@ -17,8 +17,11 @@ from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 
 from kvinv_pl.cli.arguments import kinds_of
 from kvinv_pl.data.failures import MEMORY
-from kvinv_pl.models import memory
+from kvinv_pl.models import memory, sampling
+from kvinv_pl.models.sampling import Sample, Timed, sample
+from kvinv_pl.models.sketch import TOKENS, tokens_of
 from kvinv_pl.stages.forwards import forwards
+from kvinv_pl.stages.progress import clock
 from kvinv_pl.training import estimate
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.estimate import Estimate, Machine
@@ -81,6 +84,39 @@ def test_a_variant_that_wants_a_mask_is_planned_without_one() -> None:
     assert planned(attention=Masked).costs.slot > planned().costs.slot
 
 
+def test_a_prompt_of_more_chunks_is_planned_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tokens_of(["a BREAK b"], "plain") == TOKENS == tokens_of(["a", ""], "webui")
+    assert tokens_of(["a, " * 50, "a"], "webui") == 2 * TOKENS
+    long = Estimate(fits.model(prompt_syntax="webui"), (16, 16), 1, 1, HERE, ["a BREAK b", "a"])
+    assert long.costs.slot > planned().costs.slot and long.costs.row > planned().costs.row
+
+
+def test_the_network_is_timed_where_it_is_planned_for_or_at_less_where_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "ENOUGH", 0)
+    for speed, grid, size in ((1e15, (8, 8), 16), (1.0, (2, 2), 4)):
+        plan = Estimate(fits.model(attention=Masked), (16, 16), 1, 1, HERE)
+        timed = sample(plan._sketch_at, plan.grid, 2, 2, HERE.device, speed)
+        assert timed.grid == grid
+        costs = planned(size, attention=Masked).costs
+        assert (timed.forward.flop, timed.inner_step.flop) == (costs.forward, costs.inner_step)
+        assert all(seconds > 0 for seconds in (*timed.forward.seconds, *timed.inner_step.seconds))
+
+
+def test_the_time_that_is_planned_is_that_of_what_was_timed_times_its_count() -> None:
+    plan = Estimate(fits.model(), (16, 16), 1, 2, HERE)
+    made, costs = plan.made, plan.costs
+    timed = Timed([60.0, 30.0, 120.0], costs.forward), Timed([600.0, 300.0, 1200.0], costs.inner_step)
+    plan.__dict__["sample"] = Sample((4, 4), *timed)
+    rows = made.inversion * made.inversion_rows + 2 * made.edit * made.edit_rows
+    forwards = made.tuning - made.inner_steps + rows * costs.row / costs.forward
+    low, middle, high = (clock(part * (forwards + 10 * made.inner_steps)) for part in (30, 60, 120))
+    time, how = (line for line in plan.lines() if line.startswith(("  time", "  timed")))
+    assert f"about {middle} a picture at most, with 2 edits; {low} to {high} by" in time
+    assert "a forward 60 s, an inner step 600 s, at latents of 4 x 4, scaled up by operations" in how
+
+
 def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,11 +127,13 @@ def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
     assert "a picture of 12 x 12, latents of 6 x 6, 2 steps, float32 on cpu" in answer.out
     assert "forwards: inversion 2, tuning 4 to 6 (4 with a backward at most), the edits 2" in answer.out
     assert "slots: 1 (pictures one after the other)" in answer.out and not tree(tmp_path)
+    assert "timed: a forward " in answer.out and "at latents of 6 x 6" in answer.out
     for seed in range(2):
         fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
     monkeypatch.setattr(estimate, "free_bytes", lambda device: 0)
     answer = kvinv("plan", *quick, "--image", tmp_path / "in", "--source", SOURCE, "--model.slots", 2)
     assert "2 pictures of 16 x 16" in answer.out
     assert "slots: 2 for pictures" in answer.out and "that is more than is free: take a smaller" in answer.out
+    assert "a guess from products of matrices" in answer.out and "timed" not in answer.out
     assert tree(tmp_path) == {f"in/{seed}.png" for seed in range(2)}
     refused(kvinv("plan", *quick, "--image", tmp_path / "no.png"), "expected a picture file at")

@@ -327,6 +327,7 @@ def test_progress_and_the_place_to_look_are_all_that_is_said(
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert said.out == "" and lightning_log == []
+    assert lines.pop(0).startswith("--steps 3 begins at timestep 667 of 999, and the noisiest 33% of")
     assert lines.pop(0) == "chosen by checkpoint and device: precision 32-true"
     assert [line.partition(":")[0] for line in lines[:3]] == [
         "inverting cat.png", "tuning cat.png", "editing cat.png",

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.attention.attachment import Attachment, attach
+from kvinv_pl.models.families import tokenizer
 from kvinv_pl.models.feature_cache import FeatureCache
 
 FOUR_LEVELS: dict[str, Any] = {
@@ -32,6 +37,44 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "sd15-half": {"sample_size": 32, "block_out_channels": (160, 320, 640, 640), "cross_attention_dim": 384},
 }
 """sd15: Stable Diffusion 1.5 at 512 px. The others: its blocks, narrower and at 128 or 256 px, for a CPU."""
+
+
+def pipeline(geometry: str) -> StableDiffusionPipeline:
+    """A whole model of a geometry: VAE and text model are as much narrower than those of 1.5 as the U-Net."""
+    config = {**FOUR_LEVELS, **GEOMETRIES[geometry]}
+    width, part = config["cross_attention_dim"], config["block_out_channels"][0] / 320
+    words = tokenizer("<|endoftext|>")
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=12,
+        num_attention_heads=max(1, width // 64),
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=tuple(max(32, round(each * part / 32) * 32) for each in (128, 256, 512, 512)),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=8 * config["sample_size"],
+    )
+    nothing: Any = None
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=words,
+        unet=UNet2DConditionModel(**config),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+            set_alpha_to_one=False, clip_sample=False,
+        ),
+        safety_checker=nothing,
+        feature_extractor=nothing,
+        requires_safety_checker=False,
+    )  # fmt: skip
 
 
 @dataclass
