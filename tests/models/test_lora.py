@@ -200,7 +200,8 @@ def test_every_layer_of_true_size_is_known_by_its_name_in_the_first_code(family:
     for n, (name, path) in enumerate(zip(names, paths, strict=True)):
         if ".attentions." in path:
             state |= {f"{name}.lora_{role}.weight": torch.tensor(n) for role in ("down", "up")}
-    converted, _ = StableDiffusionPipeline.lora_state_dict(dict(state), unet_config=unet.config)
+    diffusers: Any = StableDiffusionPipeline
+    converted, _ = diffusers.lora_state_dict(dict(state), unet_config=unet.config)
     assert len(converted) == len(state)
     for name, number in converted.items():
         key, role = role_of(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import fits
 import pytest
@@ -20,7 +20,7 @@ from kvinv_pl.models.stable_diffusion import Backbone
 @pytest.mark.parametrize("spacing", get_args(Spacing))
 def test_a_spacing_that_is_chosen_is_that_of_diffusers(spacing: Spacing) -> None:
     chosen = Backbone.load(str(fits.checkpoint()), choices=Choices(timestep_spacing=spacing))
-    scheduler = DDIMScheduler.from_pretrained(fits.checkpoint() / "scheduler", timestep_spacing=spacing)
+    scheduler: Any = DDIMScheduler.from_pretrained(fits.checkpoint() / "scheduler", timestep_spacing=spacing)
     scheduler.set_timesteps(7)
     assert torch.equal(chosen.step_table(7).timesteps, scheduler.timesteps)
 

@@ -43,7 +43,7 @@ def pipeline(geometry: str) -> StableDiffusionPipeline:
     """A whole model of a geometry: VAE and text model are as much narrower than those of 1.5 as the U-Net."""
     config = {**FOUR_LEVELS, **GEOMETRIES[geometry]}
     width, part = config["cross_attention_dim"], config["block_out_channels"][0] / 320
-    words = tokenizer("<|endoftext|>")
+    words: Any = tokenizer("<|endoftext|>")
     text = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
@@ -53,28 +53,29 @@ def pipeline(geometry: str) -> StableDiffusionPipeline:
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
     )
-    vae = AutoencoderKL(
-        block_out_channels=tuple(max(32, round(each * part / 32) * 32) for each in (128, 256, 512, 512)),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=8 * config["sample_size"],
-    )
+    vae: dict[str, Any] = {
+        "block_out_channels": [max(32, round(each * part / 32) * 32) for each in (128, 256, 512, 512)],
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 8 * config["sample_size"],
+    }
+    scheduler: Any = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        set_alpha_to_one=False, clip_sample=False,
+    )  # fmt: skip
     nothing: Any = None
     return StableDiffusionPipeline(
-        vae=vae,
+        vae=AutoencoderKL(**vae),
         text_encoder=CLIPTextModel(text),
         tokenizer=words,
         unet=UNet2DConditionModel(**config),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-            set_alpha_to_one=False, clip_sample=False,
-        ),
+        scheduler=scheduler,
         safety_checker=nothing,
         feature_extractor=nothing,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
 
 
 @dataclass
