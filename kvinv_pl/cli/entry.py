@@ -38,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit codes: 0; 1 where some of many pictures failed, with a line for each of them; 2 with one line for a
     user's mistake, or where all pictures failed; 130 if interrupted, and 143 if terminated (SIGTERM).
     """
+    # Before torch is loaded: its threads, when they wait, would else keep a core busy that another program
+    # holds one of them up for, and each layer of a small U-Net waits.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def test_help_answers_without_the_heavy_libraries() -> None:
     assert done.returncode == 0, done.stderr
     for verb in ("run", "invert", "fit", "edit", "world", "variants", "check", "new-variant"):
         assert f"\n  {verb}" in done.stdout
+
+
+def test_waiting_threads_leave_a_busy_machine_its_cores_unless_they_are_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for given, kept in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        else:
+            monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        kvinv("--help")
+        assert os.environ["OMP_WAIT_POLICY"] == kept
 
 
 def test_no_arguments_and_help_end_well() -> None:
