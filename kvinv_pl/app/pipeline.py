@@ -17,6 +17,14 @@ from kvinv_pl.app.step_callback import GIVEN, as_after_step
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 
+NO_SETTINGS = {
+    "num_inference_steps": "its steps are those of the tuning; from_pretrained(..., steps=...), tune again",
+    "generator": "nothing in an edit is random, the same call gives the same picture",
+    "height": "its size is that of the picture that was tuned",
+    "width": "its size is that of the picture that was tuned",
+}
+"""Parameters that other pipelines have, and why an edit has not."""
+
 
 class KVInversionPipeline(FromPretrained):
     """Tune a picture, then edit it by text.
@@ -113,6 +121,8 @@ class KVInversionPipeline(FromPretrained):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: expected pil, np or pt, got {output_type!r}")
+        for name in settings.keys() & NO_SETTINGS.keys():
+            raise UserError(f"edit has no setting {name}: {NO_SETTINGS[name]}")
         given = {"negative": negative_prompt, "guidance": guidance_scale}
         settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
         run = self._picture()

@@ -41,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # Before torch is loaded: its threads, when they wait, would else keep a core busy that another program
     # holds one of them up for, and each layer of a small U-Net waits.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises those who train networks
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]

@@ -145,7 +145,9 @@ def sites(
     count, psi_alone, key_values = (sum(of[site] for site in chosen) for of in (values, psi, bars))
     print(f"* {len(chosen)} of {len(every)} chosen: {count:,} values of psi a step; {steps} steps take")
     print(f"  with kv replayed: {psi_alone:.2f} MiB on disk, psi as {store_dtype}")
-    print(f"  with kv stored: {psi_alone + key_values:.2f} MiB, K-bar and V-bar (both branches) with it")
+    print(
+        f"  with kv stored: {psi_alone + key_values:.2f} MiB, K-bar and V-bar of two branches (one: half) too"
+    )
 
 
 def _values(cp: CPAttention) -> int:

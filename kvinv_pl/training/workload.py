@@ -78,13 +78,16 @@ class Workload:
         return shares
 
     def notes(self) -> list[str]:
-        """Lines for the user: what was skipped, and which prompts the model does not read to their end."""
+        """Lines for the user: what was skipped, targets that change nothing, and prompts that are cut."""
         prompts = [
             ("negative prompt", text) for text in (self.model.inverting.negative, self.editing.negative)
         ]
+        same = list[str]()
         for work in self.failures.left(self.data.works):
+            if work.source in work.targets:
+                same.append(f"{work.label}: a target is the source prompt, so that its edit changes nothing")
             prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
-        return [*self.data.notes, *cuts(self.model.denoiser.backbone, prompts)]
+        return [*self.data.notes, *same, *cuts(self.model.denoiser.backbone, prompts)]
 
     def choices(self, precision: str | None) -> list[str]:
         """Lines for the user: what was merged into the checkpoint, and what follows from it and the device.

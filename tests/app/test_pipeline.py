@@ -179,7 +179,7 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         lambda: cast(Any, pipe).to(
             torch.float16
         ): "dtype: it is loaded in torch.float32: give from_pretrained dtype=torch.float16",
-        lambda: pipe(TARGET, generator=1): "edit has no setting generator",
+        lambda: pipe(TARGET, generator=1): "edit has no setting generator: nothing in an edit is random",
         lambda: pipe(TARGET, output_type="latent"): "output_type: expected pil, np or pt, got 'latent'",  # pyright: ignore[reportArgumentType]
         lambda: pipe(
             TARGET,
@@ -201,7 +201,9 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         pipe.enable_attention_slicing: "enable_attention_slicing: the attentions are those that psi",
         pipe.enable_xformers_memory_efficient_attention: "attention: the attentions are those that psi",
         pipe.enable_group_offload: "one device: take enable_model_cpu_offload",
-        lambda: pipe(TARGET, num_inference_steps=20): "edit has no setting num_inference_steps",
+        lambda: pipe(
+            TARGET, num_inference_steps=20
+        ): "edit has no setting num_inference_steps: its steps are those of the tuning",
         lambda: pipe(TARGET, num_images_per_prompt=2): "edit has no setting num_images_per_prompt",
         lambda: quiet(fits.checkpoint(), use_safetensors=True): "load has no setting use_safetensors",
         lambda: quiet(fits.checkpoint())(TARGET): "no picture is tuned: call",

@@ -220,6 +220,13 @@ def test_run_leaves_all_that_the_design_lists(cat: list[object], model: Path, tm
     assert (dog["source"], dog["guidance"], dog["reading"], dog["start"]) == ("a cat", 7.5, "frozen", 0.0)
 
 
+def test_a_target_that_asks_for_nothing_is_told(cat: list[object], caplog: pytest.LogCaptureFixture) -> None:
+    assert kvinv("run", *cat, "--target", "a cat", "--target", "a dog").code == 0
+    assert caplog.text.count("a target is the source prompt") == 1
+    caplog.clear()
+    assert kvinv("run", *cat, "--target", "a fox").code == 0 and "source prompt" not in caplog.text
+
+
 def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], tmp_path: Path) -> None:
     first = kvinv("run", *cat, "--target", "a dog")
     assert first.code == 0 and "inverting" in first.err and "tuning" in first.err

@@ -113,7 +113,7 @@ def test_the_time_that_is_planned_is_that_of_what_was_timed_times_its_count() ->
     forwards = made.tuning - made.inner_steps + rows * costs.row / costs.forward
     low, middle, high = (clock(part * (forwards + 10 * made.inner_steps)) for part in (30, 60, 120))
     time, how = (line for line in plan.lines() if line.startswith(("  time", "  timed")))
-    assert f"about {middle} a picture at most, with 2 edits; {low} to {high} by" in time
+    assert f"about {middle} a picture, with 2 edits and all inner steps made; {low} to {high} by" in time
     assert "a forward 60 s, an inner step 600 s, at latents of 4 x 4, scaled up by operations" in how
 
 
