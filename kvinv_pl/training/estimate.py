@@ -241,9 +241,9 @@ class Estimate:
         parts = zip(timed.forward.spread(forwards), timed.inner_step.spread(inner_steps), strict=True)
         low, middle, high = (clock(sum(part)) for part in parts)
         yield (
-            f"  time: about {middle} a picture, with {edits} and all inner steps made; {low} to {high} by the "
-            "quickest and the slowest time of the network here; VAE, disk and what else the machine does come "
-            "on top"
+            f"  time: about {middle} a picture, with {edits} and all inner steps made; {low} to {high} by "
+            "the quickest and the slowest time of the network here; VAE, disk and what else the machine "
+            "does come on top"
         )
         one, step = (f"{spread.spread(spread.flop)[1]:.3g} s" for spread in (timed.forward, timed.inner_step))
         scaled = "" if timed.grid == self.grid else ", scaled up by operations, which is less certain"
