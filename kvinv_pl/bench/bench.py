@@ -61,7 +61,7 @@ class Bench:
     data: Cases
     rows: Sequence[Contestant]
     records: Records
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = field(default_factory=lambda: Progress(counted="case"))
     _model: tuple[Mapping[str, Any], api.KVInverter] | None = field(default=None, init=False)
     _plain: dict[tuple[tuple[int, int], float], Cost] = field(default_factory=dict, init=False)
 

@@ -48,7 +48,9 @@ class Plan:
         names = [Contestant.parse(text) for text in rows]
         if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
             raise UserError(f"{min(twice)} is asked for twice, with other numbers of cases: name it once")
-        return Bench(self.setup, self.load_cases(), names, Records(self.out), Progress(quiet=quiet))
+        return Bench(
+            self.setup, self.load_cases(), names, Records(self.out), Progress(quiet=quiet, counted="case")
+        )
 
     def load_cases(self) -> Cases:
         """The cases, with the figures that they are measured by."""

@@ -22,7 +22,7 @@ OTHERS = {
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed, or show one with its options",
     "sites": "show the self-attentions of a checkpoint, and what psi takes there",
-    "check": "check that an attention variant does what every variant must",
+    "check": "check that an attention variant, or a method to compare with, does what it must",
     "methods": "list the published methods to compare with, or show one with its options",
     "bench": "compare methods on the same cases: tables, pictures, and one page",
     "ablate": "edit from every start, with every place of CP-attn: the paper's ablation, with figures",

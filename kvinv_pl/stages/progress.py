@@ -22,8 +22,9 @@ REPEATED = 30.0  # seconds, elsewhere
 class Progress:
     """One line that is rewritten on a terminal; elsewhere a line now and then and one at the end."""
 
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
-        """Write to `stream` (None: standard error), or nothing at all if `quiet`."""
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False, counted: str = "step") -> None:
+        """Write to `stream` (None: standard error), or nothing if `quiet`; what is counted is a noun."""
+        self._counted = counted
         self.stream = stream
         self.quiet = quiet
         self._task = ""
@@ -65,7 +66,8 @@ class Progress:
     def finish(self, detail: str = "") -> None:
         """The stage is over: leave a line that stays."""
         took = clock(time.monotonic() - self._began)
-        self.note(f"{self._task}: {self._done} steps in {took}{', ' if detail else ''}{detail}")
+        counted = f"{self._done} {self._counted}{'' if self._done == 1 else 's'}"
+        self.note(f"{self._task}: {counted} in {took}{', ' if detail else ''}{detail}")
 
     def note(self, text: str) -> None:
         """Print a line for the user."""

@@ -73,6 +73,7 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
     out, answer = done
     assert answer.code == 1
     assert "kvinv: plain(guidance=nonsense), 1000000: " in answer.err and "1 of " in answer.err
+    assert "bench source: 2 cases in " in answer.err
     rows = figures(out)
     assert list(rows) == [
         *("source", "truth through the VAE", "another animal of the same words, through the VAE"),

@@ -91,7 +91,7 @@ def test_the_finished_line_replaces_the_running_one(clock: Callable[[float], Non
     watch.finish()
     watch.note("look at sheet.png")
     assert re.split(r"\r\x1b\[2K", stream.getvalue())[-2:] == [
-        "editing cat.png: 1 steps in 0.5 s\n",
+        "editing cat.png: 1 step in 0.5 s\n",
         "look at sheet.png\n",
     ]
 
