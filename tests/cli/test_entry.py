@@ -60,13 +60,13 @@ def test_help_answers_without_the_heavy_libraries() -> None:
 def test_waiting_threads_leave_a_busy_machine_its_cores_unless_they_are_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for given, kept in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+    for given, kept in ((None, "10000"), ("7", "7")):
         if given:
-            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+            monkeypatch.setenv("GOMP_SPINCOUNT", given)
         else:
-            monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+            monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         kvinv("--help")
-        assert os.environ["OMP_WAIT_POLICY"] == kept
+        assert os.environ["GOMP_SPINCOUNT"] == kept
 
 
 def test_no_arguments_and_help_end_well() -> None:
