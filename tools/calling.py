@@ -20,7 +20,7 @@ def call(command: Callable[..., Any] | dict[str, Any], args: list[str] | None = 
     `--seed-base` is `--seed_base`; a user's mistake is one line and exit code 2.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as kvinv does, for programs that load torch later
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as kvinv; of use where torch is loaded later
     typed = sys.argv[1:] if args is None else args
     normalized = [
         re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in typed

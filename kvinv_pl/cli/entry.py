@@ -38,8 +38,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit codes: 0; 1 where some of many pictures failed, with a line for each of them; 2 with one line for a
     user's mistake, or where all pictures failed; 130 if interrupted, and 143 if terminated (SIGTERM).
     """
-    # Before torch is loaded: its threads, when they wait for one that another program holds up, would else keep
-    # a core busy for milliseconds at every layer. So many turns of libgomp's are some ten microseconds.
+    # Before torch is loaded: its threads, when they wait for one that another program holds up, would else
+    # keep a core busy for milliseconds at every layer. So many turns of libgomp's are some ten microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises those who train networks
     argv = list(sys.argv[1:] if args is None else args)
