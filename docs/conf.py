@@ -57,8 +57,8 @@ def _complete(_app: Any, page: str, source: list[str]) -> None:
 
 
 def _take_as_it_is(_app: Any, what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
-    """A bar is a bar in docstrings, |eps|, and what stands before a colon is not the type of an attribute."""
-    lines[:] = [line.replace("|", r"\|") for line in lines]
+    """A bar is a bar in docstrings, |eps|, FILE:WEIGHT is no address, a colon tells no type."""
+    lines[:] = [line.replace("|", r"\|").replace("FILE:", r"FILE\:") for line in lines]
     if what in ("attribute", "property"):
         lines[:1] = [line.replace(": ", " - ") for line in lines[:1]]
 
