@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, cat
 
 from kvinv_pl.algorithm.editing import first_step
@@ -28,10 +28,11 @@ from kvinv_pl.stages.settings import EditSettings
 
 @dataclass(eq=False)
 class Source:
-    """The source's rows in a forward with its edits: its prompts, and its latent at the current step."""
+    """The source's rows in a forward with its edits: its prompts, its latent and the timestep of that."""
 
     contexts: Float[Tensor, "branches L d"]
     z: Float[Tensor, "1 c h w"] | None = None
+    t: Int[Tensor, ""] | None = None
 
 
 AHEAD = 2
@@ -125,10 +126,10 @@ class Reader:
         """The output of every branch of every edit."""
         count, extra = len(self.branches), 0
         rows, times, contexts = z.repeat_interleave(count, 0), t.repeat_interleave(count), self.contexts
-        if self.source is not None and self.source.z is not None:
+        if self.source is not None and self.source.z is not None and self.source.t is not None:
             extra = len(self.source.contexts)
             rows = cat([self.source.z.expand(extra, -1, -1, -1), rows])
-            times = cat([t[:1].expand(extra), times])
+            times = cat([self.source.t.to(t).expand(extra), times])
             contexts = cat(as_long([self.source.contexts, contexts]))
         with self.denoiser.autocast():
             eps = self.denoiser.backbone.predict(rows, times, contexts)[extra:]
@@ -156,16 +157,26 @@ class Reader:
         """Begin to read this step and those after it that may be read ahead."""
         pinned = self.denoiser.device.type == "cuda"
         for i in range(first, min(first + AHEAD, len(self.denoiser.table))):
-            if i not in self._prefetched:
-                self._prefetched[i] = self._pool.submit(self.store.step, i, pinned)
+            if (read := self._read_at(i)) not in self._prefetched:
+                self._prefetched[read] = self._pool.submit(self.store.step, read, pinned)
+
+    def _read_at(self, i: int) -> int:
+        """The step whose K-bar and V-bar step i reads."""
+        steps = len(self.denoiser.table)
+        return min(i + round(self.settings.ahead * steps), steps - 1)
 
     @contextmanager
     def psi(self, i: int) -> Iterator[None]:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
-        step = self._prefetched.pop(i).result().on(self.denoiser.device)
+        read = self._read_at(i)
+        step = self._prefetched[read].result().on(self.denoiser.device)
+        if self._read_at(i + 1) != read:
+            del self._prefetched[read]
         self._prefetch(i + 1)
         self._at, attachment = i, self._attachment
-        self._source_z = step.z[None]
+        if self._in_source is not None:
+            here = step if read == i else self.store.step(i).on(self.denoiser.device)
+            self._source_z = here.z[None]
         if i == self.first and self._positions is not None:
             self._follow(self._positions, attachment)
         if self.settings.reading == "frozen" and self.source is None:
@@ -186,14 +197,17 @@ class Reader:
 
     @contextmanager
     def _replayed(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
-        """Run the source's rows along, from the latent at which K-bar and V-bar of step i were recorded."""
-        if i == 0 or self.denoiser.at_pivot:
-            source.z = self._trajectory[len(self.denoiser.table) - i][None].to(self.denoiser.device)
+        """Run the source's rows along, from the latent at which K-bar and V-bar that step i reads were recorded."""
+        read, table = self._read_at(i), self.denoiser.table
+        source.t = table.timesteps[read]
+        if read == 0 or self.denoiser.at_pivot:
+            source.z = self._trajectory[len(table) - read][None].to(self.denoiser.device)
         elif i == self.first:
-            source.z = self.store.step(i - 1).z[None].to(self.denoiser.device)
+            source.z = self.store.step(read - 1).z[None].to(self.denoiser.device)
         with attachment.replaying(len(source.contexts), self.reads):
             yield
-        source.z = step.z[None]  # z-tilde of the next step
+        if self._read_at(i + 1) != read:
+            source.z = step.z[None]  # z-tilde of the next step
 
 
 def _subject_map(

@@ -173,6 +173,7 @@ class EditSettings(Settings):
     sharpness: float = field(metadata={"idle": 1.0, "range": (0.5, 3.0)})
     mixing: Mixing = field(metadata={"idle": "replace"})
     background: Background = field(metadata={"idle": "free"})
+    ahead: float = field(metadata={"idle": 0.0, "range": (0.0, 1.0)})
 
     def __post_init__(self) -> None:
         """Validate, with the names of the parameters in errors."""
@@ -192,6 +193,10 @@ class EditSettings(Settings):
         if self.mixing != "replace" and self.reading != "frozen":
             raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
         one_of("background", self.background, Background)
+        if not 0 <= self.ahead <= 1:
+            raise UserError(f"ahead: expected a share of the steps, 0 to 1, got {self.ahead}")
+        if self.ahead and self.reading != "frozen":
+            raise UserError(f"ahead: expected 0 with reading {self.reading}, got {self.ahead}")
 
     @property
     def guide(self) -> Guidance:

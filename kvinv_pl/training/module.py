@@ -117,6 +117,8 @@ class KVInversion(LightningModule):
             own keys and values side by side with them).
         background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
+        ahead: By which share of the steps K-bar and V-bar are ahead of the edit, with the reading frozen: it
+            reads those of a later timestep, in which more of the source is seen.
         candidates: How many edits of each target to show beside one another, the most promising first, in
             candidates.png; with more than 1 and nothing auto, the start is searched.
         judge: A CLIP folder that judges what is searched, or menagerie, the CLIP of the embedded world; left
@@ -168,6 +170,7 @@ class KVInversion(LightningModule):
         sharpness: float | Auto = 1.0,
         mixing: Mixing = "replace",
         background: Background = "free",
+        ahead: float = 0.0,
         candidates: int = 1,
         judge: str | None = None,
         seed: int = 0,

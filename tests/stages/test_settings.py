@@ -102,6 +102,8 @@ def test_settings_are_changed_by_making_others(kind: Any) -> None:
         ({"mixing": "both"}, "mixing: expected replace or concat, got 'both'"),
         ({"mixing": "concat", "reading": "blend"}, "mixing: expected replace with reading blend, got concat"),
         ({"background": "mine"}, "background: expected free or kept, got 'mine'"),
+        ({"ahead": 1.5}, "ahead: expected a share of the steps, 0 to 1, got 1.5"),
+        ({"ahead": 0.5, "reading": "blend"}, "ahead: expected 0 with reading blend, got 0.5"),
     ],
 )
 def test_an_option_of_an_edit_that_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -124,6 +126,23 @@ def test_a_mixed_edit_is_another_edit_and_the_same_whether_stored_or_replayed(tu
     (plain,) = fits.edit(tuned)
     (stored,), (replayed,) = (fits.edit(tuned, kv=kv, mixing="concat") for kv in ("stored", "replayed"))
     assert records(tuned)[-1]["mixing"] == "concat"
+    assert fits.levels(stored, replayed) <= 1 < fits.levels(stored, plain)
+
+
+def test_an_edit_that_reads_ahead_reads_later_timesteps_whether_stored_or_replayed(
+    tuned: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[int]()
+    step = RunStore.step
+    monkeypatch.setattr(RunStore, "step", lambda self, i, *pinned: (read.append(i), step(self, i, *pinned))[1])
+    (plain,) = fits.edit(tuned)
+    steps = sorted(set(read))
+    half = round(0.5 * len(steps))
+    read.clear()
+    (stored,) = fits.edit(tuned, ahead=0.5)
+    assert sorted(read) == steps[half:] and "ahead" not in records(tuned)[0]
+    (replayed,) = fits.edit(tuned, ahead=0.5, kv="replayed")
+    assert records(tuned)[-1]["ahead"] == 0.5
     assert fits.levels(stored, replayed) <= 1 < fits.levels(stored, plain)
 
 
