@@ -47,9 +47,11 @@ from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import precision_of
 
 
-def guidance_for(checkpoint: str) -> dict[str, float]:
+def defaults_for(checkpoint: str, reading: Reading) -> dict[str, float]:
     """What is left out: as measured for the embedded model, or as usual with Stable Diffusion."""
-    return {"guidance": 5.0, "source_guidance": 1.0} if checkpoint == "menagerie" else {"guidance": 7.5}
+    if checkpoint == "menagerie":
+        return {"guidance": 5.0, "source_guidance": 1.0, "ahead": 0.4 if reading == "frozen" else 0.0}
+    return {"guidance": 7.5, "ahead": 0.0}
 
 
 class KVInversion(LightningModule):
@@ -118,7 +120,8 @@ class KVInversion(LightningModule):
         background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
         ahead: By which share of the steps K-bar and V-bar are ahead of the edit, with the reading frozen: it
-            reads those of a later timestep, in which more of the source is seen.
+            reads those of a later timestep, in which more of the source is seen. Left out, 0.4 for the
+            embedded model with the reading frozen, else 0.
         candidates: How many edits of each target to show beside one another, the most promising first, in
             candidates.png; with more than 1 and nothing auto, the start is searched.
         judge: A CLIP folder that judges what is searched, or menagerie, the CLIP of the embedded world; left
@@ -170,7 +173,7 @@ class KVInversion(LightningModule):
         sharpness: float | Auto = 1.0,
         mixing: Mixing = "replace",
         background: Background = "free",
-        ahead: float = 0.0,
+        ahead: float | None = None,
         candidates: int = 1,
         judge: str | None = None,
         seed: int = 0,
@@ -182,11 +185,11 @@ class KVInversion(LightningModule):
         """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
         asked = {**locals()}
         given = settled(asked)
-        chosen = {name: w for name, w in guidance_for(checkpoint).items() if given[name] is None}
+        chosen = {k: value for k, value in defaults_for(checkpoint, reading).items() if given[k] is None}
         given |= chosen
         super().__init__()
         self.searching = Search.of(asked)
-        self.chosen_guidance = {name: w for name, w in chosen.items() if asked[name] is None}
+        self.chosen = {k: value for k, value in chosen.items() if asked[k] is None and (k, value) != ("ahead", 0)}
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(

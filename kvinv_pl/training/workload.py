@@ -97,7 +97,7 @@ class Workload:
         """
         chosen = list[str]()
         if self.editing is self.model.editing and self.stages != ["invert"]:
-            chosen += [f"{name.replace('_', ' ')} {w:g}" for name, w in self.model.chosen_guidance.items()]
+            chosen += [f"{name.replace('_', ' ')} {w:g}" for name, w in self.model.chosen.items()]
         chosen += [f"precision {precision}"] if precision else []
         lines = [f"chosen by checkpoint and device: {', '.join(chosen)}"] if chosen else []
         denoiser = self.model.denoiser

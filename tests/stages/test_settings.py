@@ -52,6 +52,9 @@ def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(
     module = KVInversion(checkpoint)
     assert (module.editing.guidance, module.editing.source_guidance) == (w, w_s)
     assert module.tuning.guidance == (w_s or w)
+    assert module.editing.ahead == (0.4 if checkpoint == "menagerie" else 0.0)
+    assert KVInversion(checkpoint, reading="blend").editing.ahead == 0.0
+    assert KVInversion(checkpoint, ahead=0.1).editing.ahead == 0.1
     assert KVInversion(checkpoint, guidance=0.0).editing.guidance == 0.0
     assert KVInversion(checkpoint, source_guidance=2.0).tuning.guidance == 2.0
 
