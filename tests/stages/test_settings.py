@@ -30,8 +30,9 @@ def records(store: RunStore) -> list[dict[str, Any]]:
 
 def test_every_setting_is_a_parameter_of_the_module_and_has_its_default_there() -> None:
     parameters = signature(KVInversion).parameters
-    module = KVInversion("owner/name", guidance=9.0)
-    defaults = {name: parameter.default for name, parameter in parameters.items()} | {"guidance": 9.0}
+    by_checkpoint = {"guidance": 9.0, "ahead": 0.2}
+    module = KVInversion("owner/name", **by_checkpoint)
+    defaults = {name: parameter.default for name, parameter in parameters.items()} | by_checkpoint
     for settings in (module.inverting, module.tuning, module.editing):
         for setting in fields(settings):
             chosen = [defaults[name] for name in options_of(setting)]
