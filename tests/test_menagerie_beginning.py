@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from few_words import learn_words
 
 from kvinv_pl.menagerie import Animal, Twice, acting_otherwise
@@ -83,24 +84,66 @@ def test_captions_of_one_animal_twice_name_both_actions_and_that_it_is_the_same(
 
 @torch.no_grad()
 def test_seconds_of_pairs_read_the_firsts_as_an_edit_reads_its_source() -> None:
-    denoiser = training("denoiser")
+    denoiser, pairs = training("denoiser"), training("pairs")
     torch.manual_seed(0)
     unet = denoiser.build_unet(8, 4, (16, 32), 1, 8).eval()
     text = torch.randn(3, 5, 8)
-    module = denoiser.UNetTraining(unet, torch.nn.Linear(1, 1), None, 1e-3, 10)
+    module = denoiser.UNetTraining(unet, torch.nn.Linear(1, 1), None, None, 1e-3, 10)
     module.on_train_start()
     unet, reading = module.nets["unet"], module.reading
     z = torch.randn(3, 4, 8, 8)  # another picture, a first, and its second
     alone = unet(z, 500, text).sample
-    reading.pairs = 1
+    reading.pairs = pairs.Pairs(1)
     read = unet(z, 500, text).sample
     assert torch.allclose(read[:2], alone[:2], atol=1e-6)  # firsts and others read themselves
     assert not torch.allclose(read[2], alone[2], atol=1e-4)
     z[1] = z[2]
     same = unet(z, 500, text[[0, 2, 2]]).sample
     assert torch.allclose(same[1], same[2], atol=1e-5)  # whoever reads its own twin reads itself
-    reading.own = True  # each key twice: the same average of the same values
+    reading.pairs = pairs.Pairs(1, own=True)  # each key twice: the same average of the same values
     assert torch.allclose(unet(z, 500, text[[0, 2, 2]]).sample[2], same[2], atol=1e-5)
+
+
+def test_the_drawings_know_what_corresponds_in_a_pair_and_what_of_it_counts(tmp_path: Path) -> None:
+    known = training("pairs").knowledge(tmp_path, 3, (16, 8))
+    for seed in range(3):
+        first, second = Animal.sample(seed), acting_otherwise(seed)
+        outside = ~np.logical_or(*(np.array(each.mask(size=16)) for each in (first, second))).ravel()
+        at = known.corresponding[256][seed]
+        assert (at == torch.arange(256))[outside].float().mean() > 0.9  # the scenery stays
+        of_first, of_second = (torch.from_numpy(np.array(each.mask(size=16))) for each in (first, second))
+        of_animal = at[of_second.flatten()]
+        assert of_first.flatten()[of_animal[of_animal >= 0]].float().mean() > 0.6  # a token has some of both
+        assert known.weight[seed][of_second].mean() > 1.5 * known.weight[seed][~of_second].mean()
+    assert known.corresponding[64].shape == (3, 64) and known.weight.mean(0).mean() == pytest.approx(1)
+    again = training("pairs").knowledge(tmp_path, 3, (16, 8))  # from its file
+    assert torch.equal(again.of(torch.tensor([2])).corresponding[64][0], known.corresponding[64][2])
+
+
+@torch.no_grad()
+def test_attention_misses_nothing_where_it_lies_on_what_corresponds() -> None:
+    """Of attention that is spread evenly, the near share is what a token and its neighbours weigh."""
+    pairs = training("pairs")
+    attn = Attention(4, heads=1, dim_head=4, bias=False)
+    tokens, reading = 16, pairs.ReadingTheFirst()
+    hidden = torch.randn(2, tokens, 4)
+    at = torch.arange(tokens).roll(1)[None]
+
+    def missed(scale: float, found: torch.Tensor) -> float:
+        attn.to_q.weight.copy_(torch.eye(4) * scale)
+        attn.to_k.weight.copy_(torch.eye(4) * scale)
+        reading.pairs = pairs.Pairs(1, known=pairs.Known({tokens: found}, torch.ones(1, 4, 4)))
+        reading(attn, hidden)
+        return float(reading.pairs.missed())
+
+    hidden[:] = torch.nn.functional.normalize(torch.randn(tokens, 4), dim=-1)
+    hidden[1] = hidden[1][at[0]]  # the second shows at a token what the first shows at the one before
+    assert missed(100.0, at) < 0.01 < missed(100.0, at.roll(7, 1))
+    near = pairs.nearness(tokens).sum(1)[at] / tokens
+    assert missed(0.0, at) == pytest.approx(-near.log().mean().item(), rel=1e-4)
+    unknown = at.clone()
+    unknown[0, 3:] = -1  # counts for nothing
+    assert missed(0.0, unknown) == pytest.approx(-near[0, :3].log().mean().item(), rel=1e-4)
 
 
 def test_every_word_of_a_pair_is_one_token_of_the_tokenizer_and_the_prompt_fits() -> None:

@@ -66,6 +66,7 @@ def unet(
     batch: int = 40,
     lr: float = 1e-3,
     begin: Path | None = None,
+    processes: int = 1,
 ) -> None:
     """Train the U-Net together with its text encoder and save the averages under `work`/unet-trained.
 
@@ -77,13 +78,14 @@ def unet(
         layers: residual layers a block
         text_width: width of the text encoder
         steps: training steps
-        batch: pictures a step
+        batch: pictures a step: a fifth of one animal twice, and of the others, pairs, both pictures
         lr: highest learning rate
         begin: folder of a checkpoint whose U-Net, text encoder and words to begin with
+        processes: on a CPU, how many to train in, each of one thread and with a batch of its own
     """
     from menagerie_training import denoiser
 
-    denoiser.train(work, count, size, channels, layers, text_width, steps, batch, lr, begin)
+    denoiser.train(work, count, size, channels, layers, text_width, steps, batch, lr, begin, processes)
 
 
 def decoder(

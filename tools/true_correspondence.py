@@ -49,28 +49,33 @@ class PartsCanvas(Canvas):
         self.at[inside] = np.stack([u * length, v], -1)[inside]
 
 
-def correspondence(animal: Animal, target: str, grid: int, fine: int = 8) -> np.ndarray:
+def correspondence(before: PartsCanvas, after: PartsCanvas, grid: int) -> np.ndarray:
     """For each token of the edit, the source's token that shows the same; -1 where there is none.
 
-    The background is where it was. (grid * grid,), row by row.
+    The background is where it was. (grid * grid,), row by row; the side of both is a multiple of `grid`.
     """
-    size = grid * fine
-    before, after = (PartsCanvas(animal, action, size) for action in (animal.action, target))
-    known = {number: np.argwhere(before.shape == number) for number in np.unique(before.shape) if number}
+    fine = len(after.shape) // grid
+
+    def tiles(values: np.ndarray) -> np.ndarray:
+        rows = values.reshape(grid, fine, grid, fine, -1).swapaxes(1, 2)
+        return rows.reshape(grid * grid, fine * fine, -1)
+
+    shapes, places = tiles(after.shape)[..., 0], tiles(after.at)
+    scenery = (tiles(before.shape)[..., 0] == 0).mean(1) > 0.5
+    known = dict[int, tuple[np.ndarray, np.ndarray]]()
+    for number in np.unique(before.shape[before.shape > 0]):
+        pixels = np.argwhere(before.shape == number)
+        known[int(number)] = pixels, before.at[pixels[:, 0], pixels[:, 1]]
     found = np.full(grid * grid, -1)
-    for token in range(grid * grid):
-        row, column = divmod(token, grid)
-        tile = np.s_[row * fine : (row + 1) * fine, column * fine : (column + 1) * fine]
-        numbers, counts = np.unique(after.shape[tile], return_counts=True)
-        number = int(numbers[counts.argmax()])
-        if number == 0:
-            found[token] = token if (before.shape[tile] == 0).mean() > 0.5 else -1
+    for token, shape in enumerate(shapes):
+        number = int(np.bincount(shape).argmax())
+        if number == 0 and scenery[token]:
+            found[token] = token
         elif number in known:
-            here = after.at[tile][after.shape[tile] == number].mean(0)
-            pixels = known[number]
-            places = before.at[pixels[:, 0], pixels[:, 1]]
-            nearest = pixels[((places - here) ** 2).sum(1).argmin()] // fine
-            found[token] = nearest[0] * grid + nearest[1]
+            pixels, at = known[number]
+            here = places[token][shape == number].mean(0)
+            row, column = pixels[((at - here) ** 2).sum(1).argmin()] // fine
+            found[token] = row * grid + column
     return found
 
 
@@ -83,7 +88,8 @@ def reading_what_corresponds(animal: Animal, actions: Sequence[str]) -> Iterator
     def attend(self: Any, site: Any, q: Tensor, bars: Any, own: Any, sdpa: Any) -> Tensor:
         grid = site.grid[0]
         if grid not in maps:
-            maps[grid] = torch.from_numpy(np.stack([correspondence(animal, t, grid) for t in actions]))
+            before, *edits = (PartsCanvas(animal, t, 8 * grid) for t in (animal.action, *actions))
+            maps[grid] = torch.from_numpy(np.stack([correspondence(before, after, grid) for after in edits]))
         at = maps[grid].repeat_interleave(q.shape[0] // len(actions), 0)[:, None, :, None].to(q.device)
         mine = own()
         edits = [bar.to(q).repeat(q.shape[0] // bar.shape[0], 1, 1, 1) for bar in bars]

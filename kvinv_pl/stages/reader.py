@@ -197,7 +197,7 @@ class Reader:
 
     @contextmanager
     def _replayed(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
-        """Run the source's rows along, from the latent at which K-bar and V-bar that step i reads were recorded."""
+        """Run the source's rows along, from the latent at which these K-bar and V-bar were recorded."""
         read, table = self._read_at(i), self.denoiser.table
         source.t = table.timesteps[read]
         if read == 0 or self.denoiser.at_pivot:

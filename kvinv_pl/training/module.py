@@ -189,7 +189,8 @@ class KVInversion(LightningModule):
         given |= chosen
         super().__init__()
         self.searching = Search.of(asked)
-        self.chosen = {k: value for k, value in chosen.items() if asked[k] is None and (k, value) != ("ahead", 0)}
+        shown = {k: value for k, value in chosen.items() if asked[k] is None}
+        self.chosen = {k: value for k, value in shown.items() if (k, value) != ("ahead", 0)}
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(

@@ -138,7 +138,7 @@ def test_an_edit_that_reads_ahead_reads_later_timesteps_whether_stored_or_replay
 ) -> None:
     read = list[int]()
     step = RunStore.step
-    monkeypatch.setattr(RunStore, "step", lambda self, i, *pinned: (read.append(i), step(self, i, *pinned))[1])
+    monkeypatch.setattr(RunStore, "step", lambda self, i, *on: (read.append(i), step(self, i, *on))[1])
     (plain,) = fits.edit(tuned)
     steps = sorted(set(read))
     half = round(0.5 * len(steps))

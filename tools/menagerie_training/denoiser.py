@@ -11,7 +11,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -22,6 +22,7 @@ from kvinv_pl.menagerie import Animal, Twice, acting_otherwise
 from menagerie_training.autoencoder import means
 from menagerie_training.beginning import part, take_over, take_over_words
 from menagerie_training.loop import Stage, Trained, needed
+from menagerie_training.pairs import Known, Pairs, ReadingTheFirst, knowledge
 from menagerie_training.pictures import NAMES, Rows, Sampling, Side, pictures, save
 
 
@@ -117,28 +118,10 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-OWN_TOO = 0.3  # share of the steps in which seconds read themselves, too
-CLEANER = 0.5  # share of the firsts that have less noise than their seconds
-
-
-class ReadingTheFirst(AttnProcessor):
-    """Self-attention in which a batch's last pictures read those before them, as in a series of pictures.
-
-    Of the rows, the last 2 `pairs` are the firsts and then the seconds of pairs. A first reads itself; its
-    second reads the first's keys and values, and with `own` its own beside them.
-    """
-
-    pairs, own = 0, False
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Attend; as `AttnProcessor` does without pairs."""
-        if not self.pairs:
-            return super().__call__(attn, hidden_states, *args, **kwargs)
-        others, seconds = hidden_states[: -self.pairs], hidden_states[-self.pairs :]
-        read = others[-self.pairs :]
-        if self.own:
-            read = torch.cat([read, seconds], 1)
-        return torch.cat([super().__call__(attn, others), super().__call__(attn, seconds, read)])
+OWN_TOO = 0.2  # share of the steps in which seconds read themselves, too
+AS_NOISY, CLEAN = 0.2, 0.4  # shares of the firsts that are as noisy as their seconds, and nearly clean
+OTHERS = 0.5  # weight of the error of all but the seconds
+MISSED = 0.05  # weight of how little the seconds read of what corresponds
 
 
 class UNetTraining(Trained):
@@ -147,13 +130,14 @@ class UNetTraining(Trained):
     alphas: Tensor
 
     def __init__(
-        self, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, lr: float, steps: int
-    ) -> None:
-        super().__init__(lr, steps, 0.999, unet=unet, text=text)
+        self, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, known: Known,
+        lr: float, steps: int,
+    ) -> None:  # fmt: skip
+        super().__init__(lr, steps, 0.998, unet=unet, text=text)
         self.tokenizer = tokenizer
         self.register_buffer("alphas", build_scheduler().alphas_cumprod, persistent=False)
         self.rng = np.random.default_rng()
-        self.reading = ReadingTheFirst()
+        self.reading, self.known = ReadingTheFirst(), known
 
     def on_train_start(self) -> None:
         """Seed the captions like the rest; let the self-attention of the decoder read across pairs."""
@@ -182,22 +166,28 @@ class UNetTraining(Trained):
         # The pose is decided at the noisy end: it is visited more often (density 1.5 sqrt(t)).
         steps = self.alphas.shape[0]
         t = torch.rand(len(z), device=z.device) ** (2 / 3) * steps
-        # The cleaner a first, the more its second gains by reading it: half of the firsts are cleaner.
-        cleaner = torch.rand(pairs, device=z.device) * (torch.rand(pairs, device=z.device) < CLEANER)
-        t[-2 * pairs : -pairs] = t[-pairs:] * (1 - cleaner)
+        # The cleaner a first, the more its second gains by reading it.
+        kind, share = torch.rand(2, pairs, device=z.device)
+        cleaner = torch.where(kind < AS_NOISY, 1.0, torch.where(kind < AS_NOISY + CLEAN, 0.1 * share, share))
+        t[-2 * pairs : -pairs] = t[-pairs:] * cleaner
         t = t.long().clamp(max=steps - 1)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
-        self.reading.pairs, self.reading.own = pairs, bool(self.rng.uniform() < OWN_TOO)
+        known = self.known.of(seeds.cpu())
+        self.reading.pairs = reading = Pairs(pairs, bool(self.rng.uniform() < OWN_TOO), known)
         predicted = self.nets["unet"](alpha.sqrt() * z + (1 - alpha).sqrt() * noise, t, context).sample
-        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        squares = (predicted.float() - noise).square().mean(1)
+        weight = torch.full_like(squares, OTHERS)
+        weight[-pairs:] = known.weight.to(weight)
         # Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and
         # the word of the action, which only tells there, would be learned last: all times count alike.
-        weighted = error * (alpha.flatten() + 0.01) ** -0.75
-        self.log("unet/loss", error.mean(), prog_bar=True)
+        weighted = (squares * weight).mean((1, 2)) * (alpha.flatten() + 0.01) ** -0.75
+        self.log("unet/loss", squares.mean(), prog_bar=True)
         self.log("unet/firsts", weighted[-2 * pairs : -pairs].mean(), prog_bar=True)
         self.log("unet/seconds", weighted[-pairs:].mean(), prog_bar=True)
-        return weighted.mean()
+        missed = reading.missed()
+        self.log("unet/missed", missed, prog_bar=True)
+        return weighted.mean() + MISSED * missed
 
 
 def latents(work: Path, count: int, size: int, sample: Sampling) -> Tensor:
@@ -213,7 +203,7 @@ def latents(work: Path, count: int, size: int, sample: Sampling) -> Tensor:
 
 def train(
     work: Path, count: int, size: int, channels: tuple[int, ...], layers: int, text_width: int,
-    steps: int, batch: int, lr: float, begin: Path | None,
+    steps: int, batch: int, lr: float, begin: Path | None, processes: int,
 ) -> None:  # fmt: skip
     """Train the U-Net with its text encoder; their averages come to `work`/unet-trained and text-trained."""
     settings = {
@@ -239,8 +229,11 @@ def train(
         take_over(net, known.state_dict(), new_inputs=False)
         words = CLIPTokenizer.from_pretrained(part(begin, "tokenizer"))
         take_over_words(text, tokenizer, CLIPTextModel.from_pretrained(part(begin, "text_encoder")), words)
-    module = UNetTraining(net, text, tokenizer, lr, steps)
-    stage.fit(module, Side(Rows(twice, seeds), Rows(firsts, seconds, seeds)), batch)
+    grids = [firsts.shape[-1] >> level for level in range(len(channels) - 1)]
+    module = UNetTraining(net, text, tokenizer, knowledge(work, count, grids), lr, steps)
+    stage.fit(module, Side(Rows(twice, seeds), Rows(firsts, seconds, seeds)), batch, processes)
+    if module.global_rank:
+        return
     cast(UNet2DConditionModel, module.average["unet"]).save_pretrained(work / "unet-trained")
     cast(CLIPTextModel, module.average["text"]).save_pretrained(work / "text-trained")
     stage.finish()

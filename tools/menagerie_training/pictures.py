@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,25 @@ def _drawn(job: tuple[int, int, int, Sampling]) -> tuple[np.ndarray, np.ndarray]
     return rgb.numpy(), mask.numpy()
 
 
+def _rows(of: Callable[[int], np.ndarray], seeds: range) -> np.ndarray:
+    return np.stack([of(seed) for seed in seeds])
+
+
+def by_seeds(of: Callable[[int], np.ndarray], count: int) -> np.ndarray:
+    """What `of` gives for each of the first `count` seeds, by as many processes as there are cores."""
+    jobs = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
+    return np.concatenate(in_processes(partial(_rows, of), jobs))
+
+
+def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    """`work` of every job, in processes if there are several."""
+    if len(jobs) == 1:
+        return [work(jobs[0])]
+    # Not by fork: the child of a process in which torch has run in threads can wait for ever.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return list(pool.map(work, jobs))
+
+
 def pictures(work: Path, count: int, size: int, sample: Sampling = Animal.sample) -> tuple[Tensor, Tensor]:
     """Pictures and masks of the first `count` training seeds, drawn when no file holds as many."""
     if not 1 <= count <= TRAINING_SEEDS:
@@ -48,12 +68,7 @@ def pictures(work: Path, count: int, size: int, sample: Sampling = Animal.sample
     if not larger:
         print(f"drawing {count} {name} of {size} pixels", flush=True)
         jobs = [(first, min(first + 500, count), size, sample) for first in range(0, count, 500)]
-        if len(jobs) == 1:
-            parts = [_drawn(jobs[0])]
-        else:
-            # Not by fork: the child of a process in which torch has run in threads can wait for ever.
-            with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-                parts = list(pool.map(_drawn, jobs))
+        parts = in_processes(_drawn, jobs)
         save(tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)), file)
     rgb, mask = torch.load(file, mmap=True)
     return rgb[:count], mask[:count]
