@@ -39,15 +39,15 @@ def write_results(bench: Bench, report: Report, shown: int) -> list[Path]:
     return [*files, *_sheets(bench, report, shown)]
 
 
-def write_ablation(ablation: Ablation, shown: int) -> tuple[str, list[Path]]:
-    """Write everything of an ablation; its tables, and the paths, those to look at first."""
-    report, folder, data = ablation.report(), ablation.folder, ablation.data
+def write_ablation(ablation: Ablation, report: Report, shown: int) -> tuple[list[str], list[Path]]:
+    """Write everything of an ablation; what is told of the paper's findings, and the paths, as above."""
+    data = ablation.data
     parts = [f"# Ablation: {data.title}", report.markdown()]
     if best := pareto(report):
         parts.append(f"## The front of right action and same animal\n\n{best}")
     if lines := findings(report, ablation.ways):
         parts.append("## The paper's findings\n\n" + "\n".join(f"* {line}" for line in lines))
-    text, records = "\n\n".join(parts) + "\n", Records(folder)
+    text, records = "\n\n".join(parts) + "\n", Records(ablation.folder)
     files = [
         records.write(
             "page.html", page(f"Ablation: {data.title}", data.cases[:shown], report, ablation.open)
@@ -56,7 +56,7 @@ def write_ablation(ablation: Ablation, shown: int) -> tuple[str, list[Path]]:
         records.write("figures.csv", report.csv()),
         records.write("figures.json", report.json()),
     ]
-    return text, [*files, *ablation.grids(shown), *ablation.strips(shown)]
+    return lines, [*files, *ablation.grids(shown), *ablation.strips(shown)]
 
 
 def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:

@@ -45,7 +45,11 @@ def test_every_cell_is_rendered_from_one_tuned_run_of_its_place_and_again_nothin
         "1000000-frozen-1.png", "1000000-frozen-2.png", "1000000-blend-1.png",
     }  # fmt: skip
     assert fits.opened(tmp_path / "strips" / "1000000.png").width > 3 * 192
-    assert "## The front of right action and same animal" in answer.out
+    assert "## The front of right action and same animal" in (tmp_path / "table.md").read_text()
+    assert (
+        "likeness" in answer.out and "accent" not in answer.out and str(tmp_path / "table.md") in answer.out
+    )
+    assert "steps 3: with so few" in answer.err
     assert "The decoder is best: cannot be told" in answer.out
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/**/*.png")}
     setup = Setup(str(fits.checkpoint()), 3, 2.0, QUICK, "cpu")
