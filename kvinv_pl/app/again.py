@@ -22,9 +22,7 @@ SHORT = {"guidance", "start", "reading", "negative"}
 def settings_again(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The configuration that makes a tuned run again, as `kvinv run --config` takes it.
 
-    Args:
-        run: Its run.json.
-        edit: The record of one of its edits, whose target and settings take the place of the run's own.
+    The target and settings of `edit`, the record of one of its edits, take the place of the run's own.
     """
     tuning, model = run["tuning"], run["model"]
     editing = dict(run["editing"])
@@ -76,11 +74,9 @@ def edit_command(folder: Path | str, run: Mapping[str, Any], edit: Mapping[str, 
 
 
 def as_made(edit: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings that an edit was made with; its record leaves out those that did nothing.
+    """All settings that an edit was made with, of which its record leaves out those that did nothing.
 
-    Args:
-        edit: Its record.
-        tuned: The settings of its run, for what neither the record nor the setting itself says.
+    `tuned` are the run's, for what neither the record nor the setting itself says.
     """
     otherwise = {
         setting.name: setting.metadata["idle"] if "idle" in setting.metadata else tuned.get(setting.name)

@@ -24,12 +24,7 @@ LARGE = 1 << 20
 
 
 def write_report(folder: Path, file: Path) -> Path:
-    """Write the report of a run folder or of all runs in a folder; its path.
-
-    Args:
-        folder: A run folder, or a folder with run folders in it.
-        file: The HTML file.
-    """
+    """Write the report of a run folder, or of all runs in a folder, as an HTML file; its path."""
     failed = dict[str, str]()
     runs = list[dict[str, Any]]()
     for work in works_in(folder, [], failed):

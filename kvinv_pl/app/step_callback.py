@@ -18,10 +18,7 @@ def as_after_step(
 ) -> Callable[[int, int, Tensor], Tensor | None] | None:
     """What is called after each step with its index, its timestep and the latents, and may return others.
 
-    Args:
-        pipe: The pipeline that the callback is given.
-        callback: A function, or a PipelineCallback, which names its inputs itself.
-        inputs: Which tensors it asks for.
+    A PipelineCallback names its inputs itself.
     """
     if callback is None:
         return None

@@ -84,6 +84,8 @@ class Ablation:
 
     def run(self) -> None:
         """Tune and edit."""
+        if advice := self.setup.advice:
+            self.progress.note(advice)
         for place in self.places:
             model = self.setup.load({"retries": 0, "target_modules": self._modules(place)})
             works = self._tuned(place, model)

@@ -23,6 +23,8 @@ from kvinv_pl.stages.progress import Progress
 COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB")
 """What every row is measured by that is computed by a method: the source as it samples it, against the VAE's
 round trip; its seconds; these over plain sampling's; and memory at its peak, less plain sampling's."""
+FEW_STEPS = 25
+"""Below so many, most edits of the drawn world miss the action."""
 BROKEN_OFF = "its process ended while it was computed"
 
 
@@ -45,6 +47,16 @@ class Setup:
         precision: Any = self.precision
         return api.load(self.checkpoint, accelerator=self.accelerator, precision=precision, **given)
 
+    @property
+    def advice(self) -> str:
+        """Of few steps, if they are."""
+        if self.steps >= FEW_STEPS:
+            return ""
+        return (
+            f"steps {self.steps}: with so few, most edits miss the action, unless the checkpoint is made for "
+            "few: leave --steps at 50"
+        )
+
     def record(self) -> dict[str, Any]:
         """What pictures depend on."""
         return {
@@ -63,7 +75,7 @@ class Bench:
     records: Records
     progress: Progress = field(default_factory=lambda: Progress(counted="case"))
     _model: tuple[Mapping[str, Any], api.KVInverter] | None = field(default=None, init=False)
-    _plain: dict[tuple[tuple[int, int], float], Cost] = field(default_factory=dict, init=False)
+    _plain: dict[tuple[str, tuple[int, int]], Cost] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Refuse a folder of another bench, before anything is computed."""
@@ -113,7 +125,7 @@ class Bench:
     def _edit(self, row: Contestant, case: Case) -> None:
         model, picture = self._loaded(row.settings), case.picture()
         canvas = Canvas.of(model, picture)
-        trip, plain = canvas.show(canvas.z_0), self._sampling(canvas, case.target)
+        trip, plain = canvas.show(canvas.z_0), self._sampling(row.text, canvas, case.target)
         inversion, editor = row.made()
         own = any("guidance" in given for given in (row.settings, *row.options.values()))
         guidance = None if own else self.setup.guidance
@@ -124,13 +136,13 @@ class Bench:
             figures["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
         self.records.save(row.text, case.name, made.edited, figures)
 
-    def _sampling(self, canvas: Canvas, target: str) -> Cost | None:
-        """What plain sampling costs on this machine, measured once for each size; None: not by DDIM."""
+    def _sampling(self, row: str, canvas: Canvas, target: str) -> Cost | None:
+        """What plain sampling costs, once a row and size, as the load changes; None: not by DDIM."""
         if not isinstance(canvas.denoiser.table, StepTable):
             return None
-        w = 7.5 if self.setup.guidance is None else self.setup.guidance
-        key = (canvas.geometry.resized, w)
+        key = (row, canvas.geometry.resized)
         if key not in self._plain:
+            w = 7.5 if self.setup.guidance is None else self.setup.guidance
             self._plain[key] = plain_sampling(canvas, target, w)
         return self._plain[key]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvinv_pl.bench.cases import Cases, Metric
-from kvinv_pl.bench.listed import ListedCase, through_nothing
+from kvinv_pl.bench.listed import ListedCase, through_nothing, understood
 from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.manifest import SUFFIXES
 from kvinv_pl.errors import UserError
@@ -53,18 +53,11 @@ def _cases(file: Path) -> Iterator[ListedCase]:
     """Those of one type and one size; a list of entries, or entries by their names."""
     with explaining_os_errors("read", file):
         text = file.read_text(encoding="utf-8")
-    try:
+    with understood(file, f"list of EditBench with {SOURCE}, {TARGET} and a picture in every entry"):
         read = json.loads(text)
         entries = read.items() if isinstance(read, dict) else enumerate(read)
         for key, entry in entries:
             yield _case(file, str(key), entry, isinstance(read, dict))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{file} is no list of EditBench: {type(error).__name__} {error}; expected entries with "
-            f"{SOURCE}, {TARGET} and a picture: download it again"
-        ) from error
 
 
 def _case(file: Path, key: str, entry: Mapping[str, Any], by_name: bool) -> ListedCase:

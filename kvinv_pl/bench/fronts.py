@@ -7,18 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from kvinv_pl.bench.ablation import LIKENESS, Way
 from kvinv_pl.bench.table import Mean, Report, markdown
+from kvinv_pl.stages.search import unbeaten
 
 ACTION, ANIMAL, QUALITY = "right action %", "same animal %", "animal dB"
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points that no other is better than in one and as good in the other; those with NaN are none."""
-
-    def beaten(a: tuple[float, float]) -> bool:
-        return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
-
-    known = [n for n, point in enumerate(points) if not any(map(math.isnan, point))]
-    return sorted((n for n in known if not beaten(points[n])), key=lambda n: points[n][0])
 
 
 def pareto(report: Report) -> str:
@@ -27,7 +18,7 @@ def pareto(report: Report) -> str:
         return ""
     rows = list(report.rows)
     points = [(report.mean(row, ACTION).value, report.mean(row, ANIMAL).value) for row in rows]
-    lines = [[rows[n], report.mean(rows[n], ACTION), report.mean(rows[n], ANIMAL)] for n in front(points)]
+    lines = [[rows[n], report.mean(rows[n], ACTION), report.mean(rows[n], ANIMAL)] for n in unbeaten(points)]
     return markdown([ACTION, ANIMAL], lines)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +35,24 @@ class ListedCase:
         size, found = self.picture().size, [open_mask(mask).image for mask in self.masks]
         for file, mask in zip(self.masks, found, strict=True):
             if mask.size != size:
-                raise UserError(f"{file} is of another size than {self.file}: make both of one size")
+                got, expected = ("{}x{}".format(*each) for each in (mask.size, size))
+                raise UserError(f"{file} is {got}, its picture is {expected} pixels: make both of one size")
         return np.any([np.asarray(mask.convert("L")) >= 128 for mask in found], 0) if found else None
 
     def picture(self) -> Image.Image:
         """The source."""
         return open_picture(self.file).image
+
+
+@contextmanager
+def understood(file: Path, what: str) -> Iterator[None]:
+    """Refuse a file of a published benchmark that is not as it was published."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no {what}: {type(error).__name__} {error}; download it again") from error
 
 
 def through_nothing() -> Mapping[str, Callable[[Case], Image.Image]]:
@@ -50,10 +63,7 @@ def through_nothing() -> Mapping[str, Callable[[Case], Image.Image]]:
 def listed(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
     """The rows of a list as `kvinv run` takes it, one case for each target; the first `count`, or all.
 
-    Args:
-        place: The list, or a folder with one list in it.
-        count: How many.
-        metrics: By which they are measured.
+    A folder with one list in it does as well.
     """
     file = _list(place)
     cases = list[ListedCase]()

@@ -41,6 +41,7 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Opened) -> s
     measured = {name for name in known if any(report.mean(row, name).count for row in report.rows)}
     content = {
         "columns": known,
+        "notes": report.notes,
         "ours": report.ours,
         "rows": [
             {

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from kvinv_pl.bench.cases import Cases, Metric
-from kvinv_pl.bench.listed import through_nothing
+from kvinv_pl.bench.listed import through_nothing, understood
 from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
@@ -66,20 +66,16 @@ def pie_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Cas
     file = _mapping(folder)
     with explaining_os_errors("read", file):
         text = file.read_text(encoding="utf-8")
-    try:
+    with understood(file, "mapping file of PIE-Bench"):
         mapping = json.loads(text)
         cases = [_case(file, name, entry) for name, entry in mapping.items()]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{file} is no mapping file of PIE-Bench: {type(error).__name__} {error}; download it again"
-        ) from error
     cases.sort(key=lambda case: (case.kind != POSE, case.kind))
     if count is not None:
         cases = cases[:count]
     if missing := next((case for case in cases if not case.file.is_file()), None):
-        raise UserError(f"{file} names {missing.file}, which is not there: expected {PICTURES} beside it")
+        raise UserError(
+            f"{file} names {missing.file}, which is not there: expected {PICTURES} beside it: unpack it there"
+        )
     return Cases(f"PIE-Bench in {folder.resolve()}", cases, metrics, through_nothing())
 
 
@@ -92,7 +88,9 @@ def _case(file: Path, name: str, entry: Mapping[str, Any]) -> PieCase:
     path = str(entry["image_path"])
     number = entry.get("editing_type_id", path.partition("_")[0])
     if str(number) not in map(str, range(len(KINDS))):
-        raise UserError(f"{file}: {name} is of the type {number!r}, expected 0 to {len(KINDS) - 1}")
+        raise UserError(
+            f"{file}: {name} is of the type {number!r}, expected 0 to {len(KINDS) - 1}: download it again"
+        )
     mask = entry["mask"]
     runs = tuple(int(n) for n in (mask.split() if isinstance(mask, str) else mask))
     return PieCase(str(name), KINDS[int(number)], source, target, file.parent / PICTURES / path, runs)

@@ -79,6 +79,8 @@ class Plan:
         if workers < 1:
             raise UserError(f"workers: expected 1 or more, got {workers}")
         bench = self.bench()
+        if advice := self.setup.advice:
+            bench.progress.note(advice)
         if workers == 1:
             bench.run()
             return bench

@@ -18,45 +18,37 @@ NOTED = 2  # figures under a picture of a sheet
 
 
 def write_results(bench: Bench, report: Report, shown: int) -> list[Path]:
-    """Write everything; the paths, those to look at first.
-
-    Args:
-        bench: Whose pictures they are.
-        report: Its figures.
-        shown: How many cases are shown as pictures.
-    """
-    text = f"# {bench.data.title}\n\n{report.markdown()}"
+    """Write everything, with so many cases shown as pictures; the paths, those to look at first."""
+    data, records = bench.data, bench.records
+    text = f"# {data.title}\n\n{report.markdown()}"
     if found := ranks(report):
         text += f"\n## Do the metrics order edits as the truth does?\n\n{as_markdown(found)}\n"
-    records = bench.records
-    files = [
-        records.write("page.html", page(bench.data.title, bench.data.cases[:shown], report, records.open)),
-        records.write("table.md", text),
-        records.write("figures.csv", report.csv()),
-        records.write("figures.json", report.json()),
-        *([records.write("ranks.csv", as_csv(found))] if found else []),
-    ]
+    files = _written(records, report, text, page(data.title, data.cases[:shown], report, records.open))
+    files += [records.write("ranks.csv", as_csv(found))] if found else []
     return [*files, *_sheets(bench, report, shown)]
 
 
-def write_ablation(ablation: Ablation, shown: int) -> tuple[str, list[Path]]:
-    """Write everything of an ablation; its tables, and the paths, those to look at first."""
-    report, folder, data = ablation.report(), ablation.folder, ablation.data
-    parts = [f"# Ablation: {data.title}", report.markdown()]
+def write_ablation(ablation: Ablation, report: Report, shown: int) -> tuple[list[str], list[Path]]:
+    """Write everything of an ablation; what is told of the paper's findings, and the paths, as above."""
+    data, title = ablation.data, f"Ablation: {ablation.data.title}"
+    parts = [f"# {title}", report.markdown()]
     if best := pareto(report):
         parts.append(f"## The front of right action and same animal\n\n{best}")
     if lines := findings(report, ablation.ways):
         parts.append("## The paper's findings\n\n" + "\n".join(f"* {line}" for line in lines))
-    text, records = "\n\n".join(parts) + "\n", Records(folder)
-    files = [
-        records.write(
-            "page.html", page(f"Ablation: {data.title}", data.cases[:shown], report, ablation.open)
-        ),
-        records.write("table.md", text),
-        records.write("figures.csv", report.csv()),
-        records.write("figures.json", report.json()),
-    ]
-    return text, [*files, *ablation.grids(shown), *ablation.strips(shown)]
+    html = page(title, data.cases[:shown], report, ablation.open)
+    files = _written(Records(ablation.folder), report, "\n\n".join(parts) + "\n", html)
+    return lines, [*files, *ablation.grids(shown), *ablation.strips(shown)]
+
+
+def _written(records: Records, report: Report, text: str, html: str) -> list[Path]:
+    contents = {
+        "page.html": html,
+        "table.md": text,
+        "figures.csv": report.csv(),
+        "figures.json": report.json(),
+    }
+    return [records.write(name, content) for name, content in contents.items()]
 
 
 def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:

@@ -13,6 +13,17 @@ import numpy as np
 
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval
 
+NOTES: Mapping[str, str] = {
+    "second recall": (
+        "second recall and precision: how much of the second colour is found, and how much of what is found "
+        "is in its place, beyond chance: 1 is all, 0 as if it lay anywhere on the animal, below 0 less"
+    ),
+    "time x": (
+        "time x: the seconds over those of sampling one picture, measured before the first case of a row and "
+        "size; other work on the machine shifts both, and may bring it below 1"
+    ),
+}
+"""What a figure does not say of itself, by the column that brings it up."""
 Scores = Mapping[str, Mapping[str, float]]
 """Of one row: every case's figures, by case and column; NaN where a case has nothing to judge."""
 
@@ -92,6 +103,11 @@ class Report:
         return sum(column in why and among(case) for case, why in self.lost.get(row, {}).items())
 
     @property
+    def notes(self) -> list[str]:
+        """What is to be known of the columns."""
+        return [text for name, text in NOTES.items() if name in self.known]
+
+    @property
     def failures(self) -> dict[str, str]:
         """Why, by row and case: what was not computed, and what was not measured."""
         found = {f"{row}, {case}": why for row, cases in self.failed.items() for case, why in cases.items()}
@@ -106,6 +122,7 @@ class Report:
     def markdown(self) -> str:
         """All tables, each under its heading."""
         parts = ["## All cases\n\n" + self._means(lambda case: True)]
+        parts += ["\n".join(f"* {note}" for note in self.notes)] if self.notes else []
         kinds = list(dict.fromkeys(self.kinds.values()))
         for kind in kinds if len(kinds) > 1 else ():
             parts.append(f"## {kind}\n\n" + self._means(lambda case, kind=kind: self.kinds[case] == kind))

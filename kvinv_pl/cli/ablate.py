@@ -1,6 +1,7 @@
 """`kvinv ablate`. The docstring is the help."""
 
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, Literal
 
 PLACES = ["encoder", "middle", "decoder", "all", "masactrl"]
@@ -58,12 +59,17 @@ def ablate(
     from kvinv_pl.bench.bench import Setup
     from kvinv_pl.bench.plan import Plan
     from kvinv_pl.bench.results import write_ablation
+    from kvinv_pl.bench.summary import summary
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
     folder = Path(out).expanduser()
     plan = Plan((), folder, setup, data, cases, seed_base, clip, dino, lpips)
     found = Ablation(setup, plan.load_cases(), folder, place, reading, sharpness, start)
     found.run()
-    text, files = write_ablation(found, shown)
-    print(text)
-    print(f"look at {files[0]}")
+    report = found.report()
+    lines, files = write_ablation(found, report, shown)
+    print(summary(report, get_terminal_size().columns))
+    print("\n".join(lines))
+    if report.failures:
+        print(f"{len(report.failures)} edits failed or were not measured: {files[1]} says why")
+    print(f"all figures with their intervals, and the front: {files[1]}; look at {files[0]}")

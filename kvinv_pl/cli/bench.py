@@ -1,6 +1,7 @@
 """`kvinv bench`. The docstring is the help."""
 
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, Literal
 
 from kvinv_pl.errors import SomeFailedError
@@ -64,6 +65,7 @@ def bench(
     from kvinv_pl.bench.bench import Setup
     from kvinv_pl.bench.plan import Plan
     from kvinv_pl.bench.results import write_results
+    from kvinv_pl.bench.summary import summary
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
     folder = Path(out).expanduser()
@@ -71,8 +73,8 @@ def bench(
     found = plan.run(workers)
     report = found.report(ours)
     files = write_results(found, report, shown)
-    print(report.markdown())
-    print(f"look at {files[0]}")
+    print(summary(report, get_terminal_size().columns))
+    print(f"all figures with their intervals, and what failed: {files[1]}; look at {files[0]}")
     if failures := report.failures:
         everything = [*report.rows.values(), *report.failed.values()]
         raise SomeFailedError(failures, sum(map(len, everything)))

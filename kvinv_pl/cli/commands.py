@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, get_origin
 
 from kvinv_pl.cli.arguments import CommandLine, kinds_of, readable_errors
+from kvinv_pl.cli.messages import without_null
 from kvinv_pl.cli.variant_names import expand_variant_names, make_importable
 from kvinv_pl.errors import UserError
 
@@ -64,7 +65,7 @@ def command(verb: str, argv: list[str]) -> None:
 
 def _help(verb: str, text: str) -> str:
     """The help, with the positional argument as such in its usage."""
-    usage, gap, rest = text.partition("\n\n")
+    usage, gap, rest = without_null(text).partition("\n\n")
     name = FIRST.get(verb, "")
     return usage.replace(f"--{name} {name.upper()}", name.upper()) + gap + rest
 

@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any, cast
 
 from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, expand_short_flags, kinds_of, readable_errors
-from kvinv_pl.cli.messages import explain_setting_error
+from kvinv_pl.cli.messages import explain_setting_error, without_null
 from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
 from kvinv_pl.errors import SomeFailedError, UserError
 
@@ -101,7 +101,7 @@ def stage(verb: str, argv: list[str]) -> None:
 
 def _help(verb: str, text: str, options: Iterable[Action]) -> str:
     """The help of a stage with the short flags first, and without jsonargparse's lists of subclasses."""
-    text = text.partition("\n\n")[2]  # the usage that names every option
+    text = without_null(text).partition("\n\n")[2]  # the usage that names every option
     text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
     description, _, rest = text.partition("\n\n")
     known = {option.dest: option for option in options}

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from kvinv_pl.errors import near
 
 LITERAL = re.compile(r"^typing\.Literal\[|\]$")
-PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def expected(kind: Any) -> str:
@@ -21,12 +21,18 @@ def expected(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin in (Union, UnionType):
-        return " or ".join(expected(arg) for arg in args)
+        return " or ".join(expected(arg) for arg in args if arg is not NoneType)
     if origin is list:
         return f"a list of {'text' if args == (str,) else 'them'}"
     if isinstance(origin, type) and issubclass(origin, Callable):
         return f"the class_path of {_with_article(args[-1].__name__)}"
     return _with_article(getattr(kind, "__name__", str(kind)))
+
+
+def without_null(text: str) -> str:
+    """A help in which an option that may be left out is not said to be null then."""
+    text = re.sub(r",\s+default:\s+null(?=[),])", "", text)
+    return re.sub(r"(?:\s*\||,)\s*null(?=[\s\]}),])", "", text)
 
 
 def explain_parser_error(
@@ -62,15 +68,13 @@ def explain_parser_error(
 def explain_setting_error(message: str, typed: Mapping[str, str], kinds: Mapping[str, Any]) -> str:
     """Replace a setting's name in an error such as "steps: expected 1 or more" by the flag that was typed.
 
-    So is the field of run.json in "was made with", where a run has another setting.
+    So is an option in "was made with", where a run has another setting.
     """
-    if found := re.search(r" was made with (\w+)\.([a-z_.]+) = ", message):
-        section, field = found[1], found[2].replace(".init_args.", ".").removesuffix(".class_path")
+    if found := re.search(r" was made with (?:another )?([a-z_.]+)(?= = | \()", message):
         given = {key.replace(".init_args.", "."): flag for key, flag in typed.items()}
-        for name in (f"{section}_{field}", field):
-            if f"model.{name.partition('.')[0]}" in kinds:
-                flag = given.get(f"model.{name}", f"--model.{name}")
-                return f"{message[: found.start(1)]}{flag}{message[found.end(2) :]}"
+        for key in (f"{section}.{found[1]}" for section in ("model", "data")):
+            if ".".join(key.split(".")[:2]) in kinds:
+                return f"{message[: found.start(1)]}{given.get(key, f'--{key}')}{message[found.end(1) :]}"
     name, colon, rest = message.partition(": expected")
     given = [flag for key, flag in typed.items() if key.rpartition(".")[2] == name]
     return f"{given[0]}{colon}{rest}" if colon and given else message

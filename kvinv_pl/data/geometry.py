@@ -67,7 +67,7 @@ def fit_geometry(
         scale = min(sample_size) / min(size)
         return Geometry(size, (rounded(width * scale), rounded(height * scale)))
     if mode != "crop":
-        raise UserError(f"expected mode 'keep' or 'crop', got {mode!r}")
+        raise UserError(f"geometry: expected keep or crop, got {mode!r}")
     h, w = map(rounded, sample_size)
     scale = min(width / w, height / h)
     box_w, box_h = max(1, round(w * scale)), max(1, round(h * scale))

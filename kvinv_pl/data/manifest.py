@@ -69,13 +69,17 @@ def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             with path.open(encoding="utf-8-sig", newline="") as lines:
                 rows = list(read(path, lines))
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            known = isinstance(error, OSError)
+            reason = f"{error.strerror}; check the path" if known else "it is not UTF-8 text: save it as such"
             raise UserError(f"cannot read the list {path}: {reason}") from error
         if not rows:
-            raise UserError(f"the list {path} is empty: expected rows with {', '.join(COLUMNS)}")
+            raise UserError(f"the list {path} is empty: expected rows with {', '.join(COLUMNS)}; add some")
         for number, row in rows:
             if not row.get("image"):
-                raise UserError(f"line {number} of {path} names no image: expected {', '.join(COLUMNS)}")
+                raise UserError(
+                    f"line {number} of {path} names no image: expected {', '.join(COLUMNS)}; give it one or "
+                    "take it out"
+                )
             for key in {"image", "mask"} & set(row):
                 row[key] = path.parent / Path(row[key]).expanduser()
             yield row
@@ -88,7 +92,9 @@ def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
     try:
         files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot read the folder {folder}: {error.strerror or error}; fix this, or name another"
+        ) from error
 
     def is_taken(file: Path) -> bool:
         named = file.suffix.lower() in SUFFIXES and not file.is_dir()
@@ -125,7 +131,9 @@ def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                 known | ({"targets": _split(known["targets"])} if "targets" in known else {}),
             )
     except csv.Error as error:
-        raise UserError(f"line {reader.line_num + 1} of {path} is not CSV: {error}") from error
+        raise UserError(
+            f"line {reader.line_num + 1} of {path} is not CSV: {error}; save the list anew as CSV"
+        ) from error
 
 
 def _separator(header: str) -> str:
@@ -144,11 +152,12 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"line {number} of {path} is not JSON ({error}): expected an object a line"
+                    f"line {number} of {path} is not JSON ({error}): expected an object a line; mend the line"
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(
-                    f"line {number} of {path}: expected an object with {', '.join(COLUMNS)}, got {row!r:.40}"
+                    f"line {number} of {path}: expected an object with {', '.join(COLUMNS)}, got "
+                    f"{row!r:.40}; mend it"
                 )
             _check_columns(path, list(row))
             row = {key: value for key in COLUMNS if (value := row.get(key)) is not None}
@@ -158,7 +167,9 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                 kind = list if key == "targets" else str
                 if not isinstance(value, kind) or not all(isinstance(text, str) for text in value):
                     wanted = "a list of texts" if kind is list else "text"
-                    raise UserError(f"line {number} of {path}: {key}: expected {wanted}, got {value!r:.40}")
+                    raise UserError(
+                        f"line {number} of {path}: {key}: expected {wanted}, got {value!r:.40}; mend it"
+                    )
             yield number, row
 
 
@@ -170,7 +181,8 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
             raise UserError(f"{path} has a column {name!r}: rename it to {near[0]}")
     if "image" not in names:
         raise UserError(
-            f"{path} has the columns {', '.join(names) or '(none)'}: expected {', '.join(COLUMNS)}"
+            f"{path} has the columns {', '.join(names) or '(none)'}: expected {', '.join(COLUMNS)}; name the "
+            "column with the pictures image"
         )
 
 

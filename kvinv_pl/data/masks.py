@@ -14,6 +14,7 @@ from kvinv_pl.data.pictures import Picture, read_picture
 from kvinv_pl.errors import UserError
 
 TINT = (230, 30, 60)
+REMEDY = "paint it again, or have `kvinv mask` make one"
 
 
 def open_mask(path: str | os.PathLike[str], invert: bool = False) -> Picture:
@@ -61,10 +62,10 @@ def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h
     darkest, brightest = (round(float(value) * 255) for value in (pixels.min(), pixels.max()))
     if not subject.any():
         got = "black everywhere" if brightest == 0 else f"values up to {brightest} of 255 alone"
-        raise UserError(f"{name} is empty: expected white on the subject{crop}, got {got}")
+        raise UserError(f"{name} is empty: expected white on the subject{crop}, got {got}: {REMEDY}")
     if subject.all():
         got = "white everywhere" if darkest == 255 else f"values from {darkest} of 255 up alone"
-        raise UserError(f"{name} is full: expected black around the subject{crop}, got {got}")
+        raise UserError(f"{name} is full: expected black around the subject{crop}, got {got}: {REMEDY}")
     return pixels
 
 

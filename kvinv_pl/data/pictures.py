@@ -17,6 +17,10 @@ from kvinv_pl.errors import UserError
 
 SMALLEST_SIDE = 8
 MOST_PIXELS = 100_000_000
+NO_FORMAT = (
+    "expected JPEG, PNG, WebP, TIFF or the like, got no such format; save it as one of them, or a list of "
+    "pictures as .csv, .tsv or .jsonl"
+)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,8 +60,8 @@ def read_picture(
     """
     path = Path(path)
     if not os.path.isfile(path):
-        found = "something else" if os.path.exists(path) else "nothing"
-        raise UserError(f"expected a picture file at {path}, found {found}")
+        found = "a folder" if path.is_dir() else "something else" if os.path.exists(path) else "nothing"
+        raise UserError(f"expected a picture file at {path}, found {found}: check the path")
     notes: list[str] = []
     too_large = UserError(f"{path} has more than {MOST_PIXELS // 1_000_000} million pixels: make it smaller")
     with warnings.catch_warnings():
@@ -69,7 +73,8 @@ def read_picture(
                     raise too_large
                 if min(width, height) < SMALLEST_SIDE:
                     raise UserError(
-                        f"{path} is {width}x{height}, expected {SMALLEST_SIDE} pixels a side or more"
+                        f"{path} is {width}x{height}, expected {SMALLEST_SIDE} pixels a side or more: "
+                        "take a larger one"
                     )
                 opened.load()
                 image = to_eight_bit(_upright(opened, notes), notes)
@@ -78,7 +83,8 @@ def read_picture(
         except Image.DecompressionBombError:
             raise too_large from None
         except Exception as error:  # PIL's readers raise nearly anything on a broken file
-            reason = "it is in no format of pictures" if isinstance(error, UnidentifiedImageError) else error
+            known = not isinstance(error, UnidentifiedImageError)
+            reason = f"{error}; save it anew, as PNG or JPEG" if known else NO_FORMAT
             raise UserError(f"{path} cannot be read as a picture: {reason}") from error
     pixels = np.ascontiguousarray(np.asarray(image))
     digest = sha256(f"{image.width}x{image.height}".encode() + pixels.tobytes()).hexdigest()
@@ -167,7 +173,7 @@ def _from_deep_grey(image: Image.Image, notes: list[str]) -> Image.Image:
     """16-bit grey (PIL's modes I;16 and I) to 8 bit, with a transparent value's alpha."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("its grey values are not of 8 or 16 bit; save it with 8 bit")
+        raise ValueError("its grey values are not of 8 or 16 bit")
     notes.append("16-bit grey turned into 8-bit RGB")
     grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if (key := image.info.get("transparency")) is not None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -34,13 +33,10 @@ from kvinv_pl.data.files import (
     write_png,
     write_tensors,
 )
-from kvinv_pl.data.records import difference
+from kvinv_pl.data.lock import locked
+from kvinv_pl.data.records import told_apart
 from kvinv_pl.data.tensors import Bars, Step, of_step, pack, unpack
 from kvinv_pl.errors import UserError
-
-
-class InUseError(UserError):
-    """Another process has locked the run."""
 
 
 @dataclass
@@ -107,26 +103,13 @@ class RunStore:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Lock the run, and remove the temporary files of a killed process; raises InUseError."""
-        owner = self.folder / ".lock.pid"
-        with explaining_os_errors("write", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:  # flock, or its like on Windows: released when the process dies
-                acquired = FileLock(self.folder / ".lock").acquire(timeout=0)
-            except Timeout:
-                process = owner.read_text() if owner.exists() else "unknown"
-                message = f"{self.folder} is in use by process {process}: wait for it or stop it"
-                raise InUseError(message) from None
-        with acquired, self.read_once():
+        with locked(self.folder), self.read_once():
             with explaining_os_errors("write", self.folder):
                 tuned = ("steps/", "pivot/", "attempts/*/steps/", "attempts/*/pivot/")
                 for place in ("", "edits/", *tuned):
                     for leftover in self.folder.glob(f"{place}.*{TEMPORARY}"):
                         leftover.unlink()
-                owner.write_text(str(os.getpid()))
-            try:
-                yield
-            finally:
-                owner.unlink(missing_ok=True)
+            yield
 
     @contextmanager
     def read_once(self) -> Iterator[None]:
@@ -164,11 +147,10 @@ class RunStore:
         """Raise UserError at the first field of `keys` whose value in run.json is not the expected one."""
         run = self.read_run()
         for key in keys:
-            if found := difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
-                mismatch = "{} was made with {} = {}, not {}".format(self.folder, *found)
+            if other := told_apart(key, run.get(key), json.loads(json.dumps(expected[key]))):
                 raise UserError(
-                    f"{mismatch}: give what it was made with, or another folder, or make it anew by "
-                    "`kvinv run` or `kvinv fit` with --overwrite"
+                    f"{self.folder} was made with {other}: give what it was made with, or another folder, or "
+                    "make it anew by `kvinv run` or `kvinv fit` with --overwrite"
                 )
 
     def has_trajectory(self) -> bool:

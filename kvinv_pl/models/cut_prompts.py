@@ -9,12 +9,7 @@ from kvinv_pl.models.stable_diffusion import Backbone
 
 
 def cuts(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A line for each prompt that is cut, once, with the words that are lost.
-
-    Args:
-        backbone: The model.
-        prompts: What each is (source, target, negative prompt), and its text.
-    """
+    """A line for each prompt (what it is, and its text) that is cut, once, with the words that are lost."""
     for what, prompt in dict.fromkeys(prompts):
         if lost := backbone.prompts.unread(prompt):
             yield (

@@ -54,9 +54,7 @@ class Dino:
     def self_similarity(self, picture: Image.Image, levels: float = 1.0) -> Float[Tensor, "tokens tokens"]:
         """Cosines between the keys of every two tokens, of all heads together.
 
-        Args:
-            picture: Any.
-            levels: What white is before it is normalised: 1; PIE-Bench's published figures have 255.
+        `levels` is what white is before it is normalised: 1; PIE-Bench's published figures have 255.
         """
         rgb = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
         pixels = rgb.float() / 255 * levels

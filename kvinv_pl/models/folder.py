@@ -107,13 +107,7 @@ def model(folder: Path, cls: Any, variant: str | None = None, **dtype: torch.dty
 
 
 def refuse_other_variants(checkpoint: str, variant: str | None, names: Collection[str]) -> None:
-    """Refuse a variant that the U-Net is not there in.
-
-    Args:
-        checkpoint: As given.
-        variant: As asked for.
-        names: The files in the U-Net's folder.
-    """
+    """Refuse a variant that is not among these names, the files in the U-Net's folder."""
     found = weight_files(names, "unet", variant)
     if variant is not None and found is not None and found.variant != variant:
         has = " and ".join(kind or "full ones" for kind in variants_in(names, "unet"))

@@ -82,9 +82,7 @@ def vae_of(repository: str) -> Path:
 def file_of(name: str, what: str) -> Path:
     """One file: by its path, as the only one of a folder, or from the hub (owner/name or owner/name/FILE).
 
-    Args:
-        name: As given.
-        what: What it should be, for errors.
+    `what` is what it should be, for errors.
     """
     place = Path(name).expanduser()
     if place.is_file():

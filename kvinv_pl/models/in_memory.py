@@ -65,12 +65,7 @@ def of_pipeline(pipeline: Pipeline, dtype: torch.dtype, other_vae: AutoencoderKL
 def _copied(cls: Any, part: str, source: Any, dtype: torch.dtype, lines: list[str]) -> Any:
     """A model of its own with the weights of another, which may have hooks, processors or adapters.
 
-    Args:
-        cls: Its class.
-        part: Its name.
-        source: The other one.
-        dtype: Of the copy.
-        lines: Where what it is made of is told, each weight by its digest.
+    `lines` gets what it is made of, each weight by its digest.
     """
     model = _own(source)
     with torch.device("meta"):

@@ -67,16 +67,7 @@ class Instructed:
         image_guidance: float,
         seed: int,
     ) -> Float[Tensor, "1 3 h w"]:
-        """The edited picture; both are of -1..1.
-
-        Args:
-            pixels: The source.
-            instruction: What to do to it.
-            steps: Of sampling.
-            guidance: s_T of Eq. 3, the scale of the instruction.
-            image_guidance: s_I, the scale of the picture.
-            seed: Of the noise.
-        """
+        """The edited picture, as the source in -1..1; guidance is s_T of Eq. 3, and image_guidance s_I."""
         with quiet():
             found = self.pipeline(
                 instruction, image=(pixels + 1) / 2, num_inference_steps=steps, guidance_scale=guidance,

@@ -25,13 +25,7 @@ class Scales:
     configs: Mapping[str, Mapping[str, Any]]
 
     def of(self, layer: str, rank: int, alpha: Tensor | None) -> float:
-        """Alpha / rank; alpha is the layer's own, or that of the configuration, or else the rank.
-
-        Args:
-            layer: Its name, beginning with unet or text_encoder.
-            rank: Of its matrices.
-            alpha: The tensor of that name, if there is one.
-        """
+        """Alpha / rank of a layer; alpha is its own, or that of the configuration, or else the rank."""
         model, _, path = layer.partition(".")
         config = self.configs.get(model) or self.configs.get("") or {}
         if alpha is not None:
@@ -47,13 +41,7 @@ class Scales:
 
 
 def scales_of(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> Scales:
-    """From the metadata that diffusers writes, or from adapter_config.json beside a file of peft's own.
-
-    Args:
-        path: The LoRA.
-        metadata: In its header.
-        names: Of its tensors.
-    """
+    """From the metadata that diffusers writes, or from adapter_config.json beside a file of peft's own."""
     if METADATA in metadata:
         flat: dict[str, Any] = attempt(path, lambda: dict(json.loads(metadata[METADATA])))
         models = ("unet", "text_encoder")

@@ -41,12 +41,8 @@ def bytes_per_slot(
 ) -> int:
     """Memory for tuning one picture of this latent size: saved activations, psi with its copies, and bars.
 
-    Args:
-        denoiser: The model.
-        grid: Height and width of the latents.
-        w: Guidance of tuning.
-        keeps_bars: Whether a phase ends with K-bar and V-bar of every site, to be written.
-        prompts: Of all pictures that are tuned side by side, which read as many chunks as all of them have.
+    `w` is the guidance of tuning; `keeps_bars`, whether a phase ends with K-bar and V-bar of every site; the
+    prompts are of all pictures side by side, which read as many chunks as the longest.
     """
     denoiser.place(grid, 1)
     backbone, device = denoiser.backbone, denoiser.device

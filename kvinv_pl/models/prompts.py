@@ -102,11 +102,7 @@ def subject_positions(
 ) -> list[list[int]]:
     """The token positions of the subject's word in each target; raises UserError if it is not there.
 
-    Args:
-        backbone: The model.
-        source: What the picture shows.
-        targets: What it should become.
-        subject: The word, the same for all; None: see `subject_of`.
+    Without a word, see `subject_of`.
     """
     words = subject_words(backbone, source, targets, subject)
     return [word_positions(backbone, target, word) for target, word in zip(targets, words, strict=True)]

@@ -55,13 +55,8 @@ def sample(
 ) -> Sample:
     """Time a forward and an inner step, at these latents or, where it would take long, at smaller ones.
 
-    Args:
-        sketch_at: The network on meta, for latents of a height and width.
-        grid: Height and width of the latents in question.
-        multiple: What both are multiples of.
-        branches: Of tuning.
-        device: Where to time it.
-        speed: Operations a second that are expected.
+    `sketch_at` makes the network on meta for a grid (height, width), both sides multiples of `multiple`;
+    `speed` are the operations a second that are expected.
     """
     while True:
         sketch = sketch_at(grid)

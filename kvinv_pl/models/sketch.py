@@ -61,16 +61,7 @@ class Sketch:
         dtype: torch.dtype,
         tokens: int = TOKENS,
     ) -> None:
-        """Attach psi.
-
-        Args:
-            outlined: The checkpoint.
-            variant: Makes the variant at a site.
-            selection: The sites.
-            grid: Height and width of the latents.
-            dtype: In which the U-Net is held.
-            tokens: Of the prompts that a forward reads.
-        """
+        """Attach psi; `grid` is the latents' height and width, `tokens` those of the prompts."""
         self.unet, self.vae, self.grid, self.dtype = outlined.unet, outlined.vae, grid, dtype
         self.tokens, self.device = tokens, META
         for value in self.unet.parameters():  # .to() of diffusers warns of what its own loading would keep
@@ -108,12 +99,7 @@ class Sketch:
         return [value for cp in self.psi.values() for value in cp.state_dict().values()]
 
     def costs(self, branches: int, keeps_bars: bool) -> Costs:
-        """Count, with so many branches in tuning.
-
-        Args:
-            branches: Of tuning.
-            keeps_bars: Whether a phase ends with K-bar and V-bar of every site.
-        """
+        """Count, with so many branches in tuning, and K-bar and V-bar kept or not."""
         learned = self._learned()
         weights = [*self.unet.parameters(), *self.vae.parameters()]
         with torch.no_grad():

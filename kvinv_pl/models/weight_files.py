@@ -21,10 +21,7 @@ class WeightFiles(NamedTuple):
 def weight_files(names: Collection[str], part: str, variant: str | None = None) -> WeightFiles | None:
     """Of one part of a pipeline: the variant asked for, or else the best that there is; safetensors first.
 
-    Args:
-        names: All files in its folder.
-        part: unet, vae or text_encoder.
-        variant: As in diffusers; parts that do not have it are taken in another.
+    Parts that do not have the variant are taken in another, as in diffusers.
     """
     return next(_all(names, part, [*([] if variant is None else [variant]), *KINDS]), None)
 

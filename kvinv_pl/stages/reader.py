@@ -51,14 +51,7 @@ class Reader:
         targets: Sequence[str],
         settings: EditSettings,
     ) -> None:
-        """Embed the prompts.
-
-        Args:
-            denoiser: The model with psi attached, one slot wide.
-            store: A run that is tuned to the end.
-            targets: What the source should become, one edit for each.
-            settings: Of the edits.
-        """
+        """Embed the prompts, one edit for each target; the run is tuned to the end, psi one slot wide."""
         self.denoiser, self.store, self.settings = denoiser, store, settings
         self.first = first_step(settings.start, len(denoiser.table))
         frozen, negative = settings.reading == "frozen", settings.negative
@@ -73,7 +66,9 @@ class Reader:
         self.contexts = denoiser.backbone.embed(
             [texts[branch] for texts in prompts for branch in self.branches]
         )
-        self.source = self._source(tuned) if frozen and settings.kv == "replayed" else None
+        self.source: Source | None = None
+        if frozen and settings.kv == "replayed":
+            self.source, self._trajectory = Source(denoiser.backbone.embed(tuned)), store.trajectory()
         self._prefetched: dict[int, Future[Step]] = {}
         self._positions: list[list[int]] | None = None  # of each row; only the targets' have any
         follows, keeps = frozen and any(cp.follows for cp in denoiser.cps), settings.background == "kept"
@@ -95,17 +90,14 @@ class Reader:
         unet = self.denoiser.backbone.unet
 
         def subject_map(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
-            return _subject_map(maps, extra, len(self.branches), grid) if self._settled else None
+            settled = self._at >= math.ceil(UNSETTLED * len(self.denoiser.table))
+            return _subject_map(maps, extra, len(self.branches), grid) if settled else None
 
         # the decoder's maps are the best, see prompts.mask_from_word
         watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
         maps = self._open.enter_context(watched)
         self._map = subject_map
         self._open.enter_context(attachment.following(subject_map))
-
-    @property
-    def _settled(self) -> bool:
-        return self._at >= math.ceil(UNSETTLED * len(self.denoiser.table))
 
     def keep(self, i: int, z: Float[Tensor, "edits c h w"]) -> Float[Tensor, "edits c h w"]:
         """The latents after step i, with the source's background where the settings ask for it."""
@@ -116,11 +108,6 @@ class Reader:
             return z
         each = in_edit[len(self.branches) - 1 :: len(self.branches)]
         return kept(z, self._source_z, self._in_source, each)
-
-    def _source(self, prompts: list[str]) -> Source:
-        """The branches of tuning, with their prompts."""
-        self._trajectory = self.store.trajectory()
-        return Source(self.denoiser.backbone.embed(prompts))
 
     def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "branches edits c h w"]:
         """The output of every branch of every edit."""
@@ -140,18 +127,11 @@ class Reader:
         """Prefetch: the next steps are read while the network runs."""
         self._attachment = self.denoiser.attached()
         with ThreadPoolExecutor(AHEAD) as pool:  # to hash is most of it, and releases the GIL
-            self._pool = pool
+            self._pool, settings = pool, self.settings
             self._prefetch(self.first)
-            with self._open, self._options():
+            sharpened = self._attachment.sharpened(settings.sharpness)
+            with self._open, sharpened, self._attachment.mixed(settings.mixing):
                 yield
-
-    @contextmanager
-    def _options(self) -> Iterator[None]:
-        """What changes Eq. 2 in the edits' rows."""
-        settings, attachment = self.settings, self._attachment
-        mixed = attachment.mixed(settings.mixing)
-        with attachment.sharpened(settings.sharpness), mixed:
-            yield
 
     def _prefetch(self, first: int) -> None:
         """Begin to read this step and those after it that may be read ahead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,13 +42,7 @@ LEVELS, NOISES = (0.35, 0.5, 0.65, 0.8), 2  # shares of the noise schedule, and 
 
 @dataclass(frozen=True)
 class Search:
-    """Which settings of an edit are tried, and how many of the edits are shown.
-
-    Args:
-        auto: The names of the settings.
-        candidates: How many edits of each target are shown beside one another.
-        clip: The folder of a CLIP that judges, or menagerie; None: the model itself does.
-    """
+    """Which settings of an edit are tried, and how many edits are shown; without `clip` the model judges."""
 
     auto: tuple[str, ...]
     candidates: int
@@ -116,37 +111,39 @@ def ranked(found: Sequence[Candidate]) -> list[Candidate]:
 
 def front(found: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other beats in both, from the most like the source on."""
-
-    def beaten(a: Candidate) -> bool:
-        pairs = ((b.agreement, b.likeness) for b in found)
-        own = (a.agreement, a.likeness)
-        return any(b != own and b[0] >= own[0] and b[1] >= own[1] for b in pairs)
-
-    return sorted((each for each in found if not beaten(each)), key=lambda each: -each.likeness)
+    return [found[n] for n in unbeaten([(each.agreement, each.likeness) for each in found])]
 
 
-class OwnJudge:
-    """The model itself: which prompt predicts the noise in a picture better (Li et al., 2023)."""
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The points that no other is better than in one and as good in the other, by their first figure.
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+    Those with NaN are none.
+    """
 
-    @torch.no_grad()
-    def agreement(self, z_0: Float[Tensor, "1 c h w"], source: str, target: str) -> float:
-        """(error under the source - error under the target) / error under the source, squared errors."""
-        denoiser, errors = self.denoiser, torch.zeros(2)
-        backbone = denoiser.backbone
-        contexts = backbone.embed([source, target])[:, None].expand(-1, NOISES, -1, -1)
-        for level in LEVELS:
-            t = int(level * (len(backbone.alphas_cumprod) - 1))
-            alpha = backbone.alphas_cumprod[t].clamp(1e-6, 1 - 1e-6)
-            draw = generator(0, "agreement", t)
-            noise = torch.randn((NOISES, *z_0.shape[1:]), generator=draw).to(z_0)
-            z = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
-            true = alpha.sqrt() * noise - (1 - alpha).sqrt() * z_0 if backbone.predicts_v else noise
-            out = denoiser.branches(z, torch.full((NOISES,), t, device=z.device), contexts)
-            errors += (out - true).square().flatten(1).mean(1).cpu()
-        return float((errors[0] - errors[1]) / errors[0])
+    def beaten(a: tuple[float, float]) -> bool:
+        return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
+
+    known = [n for n, point in enumerate(points) if not any(map(math.isnan, point))]
+    return sorted((n for n in known if not beaten(points[n])), key=lambda n: points[n][0])
+
+
+@torch.no_grad()
+def own_agreement(denoiser: Denoiser, z_0: Float[Tensor, "1 c h w"], source: str, target: str) -> float:
+    """Which prompt predicts the noise in a picture better (Li et al., 2023), by the model itself.
+
+    That is (error under the source - error under the target) / error under the source, squared errors.
+    """
+    backbone, errors = denoiser.backbone, torch.zeros(2)
+    contexts = backbone.embed([source, target])[:, None].expand(-1, NOISES, -1, -1)
+    for level in LEVELS:
+        t = int(level * (len(backbone.alphas_cumprod) - 1))
+        alpha = backbone.alphas_cumprod[t].clamp(1e-6, 1 - 1e-6)
+        noise = torch.randn((NOISES, *z_0.shape[1:]), generator=generator(0, "agreement", t)).to(z_0)
+        z = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
+        true = alpha.sqrt() * noise - (1 - alpha).sqrt() * z_0 if backbone.predicts_v else noise
+        out = denoiser.branches(z, torch.full((NOISES,), t, device=z.device), contexts)
+        errors += (out - true).square().flatten(1).mean(1).cpu()
+    return float((errors[0] - errors[1]) / errors[0])
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ class Judging:
             return Candidate(settings, file, 100 * float(seen @ towards), likeness)
         geometry = geometry_of(self.image.store.read_run()["picture"])
         z_0 = self.denoiser.backbone.encode(to_pixels(edited, geometry)[None].to(self.denoiser.device))
-        agreement = OwnJudge(self.denoiser).agreement(z_0, source, target)
+        agreement = own_agreement(self.denoiser, z_0, source, target)
         likeness = psnr(as_pixels(self._source), as_pixels(edited))
         return Candidate(settings, file, agreement, likeness)
 

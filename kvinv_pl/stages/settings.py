@@ -6,7 +6,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -49,9 +49,12 @@ class Settings:
         return cls(**chosen)
 
     def __post_init__(self) -> None:
-        """Refuse values of another kind than the fields'."""
+        """Refuse values of another kind than the fields', and texts that are no choice."""
         for setting in fields(self):
-            require_kind(options_of(setting)[0], getattr(self, setting.name), setting.type)
+            name, value = options_of(setting)[0], getattr(self, setting.name)
+            require_kind(name, value, setting.type)
+            if get_origin(setting.type) is Literal:
+                one_of(name, value, setting.type)
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,6 @@ class TuningSettings(Settings):
         at_least_0("tuning_guidance", self.guidance)
         at_least_1("inner_steps", self.inner_steps)
         at_least_1("settle_steps", self.settle_steps)
-        one_of("curriculum", self.curriculum, Curriculum)
-        one_of("kv", self.kv, KeyValues)
-        one_of("store_dtype", self.store_dtype, StoreDtype)
         for name in ("tolerance", "tolerance_growth"):
             if not (bound := getattr(self, name)) >= 0:
                 raise UserError(f"{name}: expected a mean squared error of 0 or more, got {bound}")
@@ -181,18 +181,14 @@ class EditSettings(Settings):
         at_least_0("guidance", self.guidance)
         if self.source_guidance is not None:
             at_least_0("source_guidance", self.source_guidance)
-        one_of("reading", self.reading, Reading)
-        one_of("kv", self.kv, KeyValues)
         if not 0 <= self.start <= 1:
             raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
             raise UserError(f"sharpness: expected a finite number above 0, got {self.sharpness}")
         if self.sharpness != 1 and self.reading != "frozen":
             raise UserError(f"sharpness: expected 1 with reading {self.reading}, got {self.sharpness}")
-        one_of("mixing", self.mixing, Mixing)
         if self.mixing != "replace" and self.reading != "frozen":
             raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
-        one_of("background", self.background, Background)
         if not 0 <= self.ahead <= 1:
             raise UserError(f"ahead: expected a share of the steps, 0 to 1, got {self.ahead}")
         if self.ahead and self.reading != "frozen":

@@ -23,6 +23,7 @@ from kvinv_pl.models.sketch import META, Costs, Sketch, tokens_of
 from kvinv_pl.optimizers import needs_closure
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
+from kvinv_pl.training.admission import candidates
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 
@@ -57,12 +58,8 @@ class Machine:
 def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterator[str]:
     """Lines for the user. Of the checkpoint only configurations are read, and nothing is written.
 
-    The network is timed where there is memory for it, with other weights.
-
-    Args:
-        model: The module, whose checkpoint need not be loaded.
-        data: The pictures; without any, one of the working size is planned.
-        machine: Where they will be tuned.
+    The network is timed where there is memory for it, with other weights. Without pictures, one of the
+    working size is planned.
     """
     sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
     works = dict[tuple[int, int], list[SourceImage]]()
@@ -108,16 +105,7 @@ class Estimate:
         machine: Machine,
         prompts: Sequence[str] = (),
     ) -> None:
-        """Take what is planned.
-
-        Args:
-            model: The module.
-            size: Width and height of the pictures as the model sees them.
-            pictures: How many there are.
-            targets: How many edits each gets.
-            machine: Where they will be tuned.
-            prompts: What they show.
-        """
+        """Take what is planned; `size` is the width and height of the pictures as the model sees them."""
         self.model, self.size, self.pictures, self.targets = model, size, pictures, targets
         self.machine = machine
         self._tokens = tokens_of([model.tuning.negative, *prompts], model.choices.prompt_syntax)
@@ -179,7 +167,7 @@ class Estimate:
     def _slots(self) -> tuple[int, str]:
         model, machine = self.model, self.machine
         optimizer = model.optimizer(self.learned) if self.learned else None
-        count, what = model.candidates(-(-self.pictures // machine.devices), optimizer)
+        count, what = candidates(model, -(-self.pictures // machine.devices), optimizer)
         if model.slots != "auto":
             return int(model.slots), f"for {what}"
         if count == 1:

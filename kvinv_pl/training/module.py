@@ -1,37 +1,35 @@
 """KV Inversion as a LightningModule: a fit is a curriculum of phases, predict runs the other stages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
 from torch.optim import Optimizer
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.attention.sites import Selection, Site
-from kvinv_pl.data.source_image import SourceImage, Stage
+from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.changes import Changes, of_pipeline
 from kvinv_pl.models.choices import Choices
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.in_memory import Pipeline
-from kvinv_pl.models.memory import side_by_side
 from kvinv_pl.models.prompt_syntax import PromptSyntax
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.edit import edit_picture, refuse_unreadable
-from kvinv_pl.stages.invert import invert_picture, is_inverted, is_tuned, opened
+from kvinv_pl.stages.edit import edit_picture
+from kvinv_pl.stages.invert import invert_picture, is_inverted
 from kvinv_pl.stages.kinds import plain, require_kind
 from kvinv_pl.stages.plan import Planner
-from kvinv_pl.stages.progress import Progress, Watch
+from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.settings import (
     Background,
@@ -253,47 +251,6 @@ class KVInversion(LightningModule):
 
     # ---- stages 1 and 3
 
-    def is_inverted(self, work: SourceImage) -> bool:
-        """Whether stage 1 is done; a run with other settings is refused."""
-        return is_inverted(self.denoiser, work, self.inverting)
-
-    def check(
-        self, work: SourceImage, stage: Stage, editing: EditSettings, anew: bool = False
-    ) -> tuple[int, int, bool]:
-        """Refuse invalid pictures, and run folders of other runs, before anything is written.
-
-        Args:
-            work: The picture.
-            stage: The one that it is to reach.
-            editing: How it is edited then, or later.
-            anew: Whether the content of its folder will be replaced.
-
-        Returns:
-            What pictures side by side have in common: the latents' height and width, and a mask or none.
-        """
-        store, fresh = work.store, anew or not work.store.has_run()
-        for prompt in (work.source, *work.targets, self.inverting.negative, editing.negative):
-            self.denoiser.backbone.prompts.text(prompt)  # which refuses what is not in its syntax
-        ready = not fresh and self.is_inverted(work) and is_tuned(self.denoiser, store)
-        if stage == "edit" and not ready:
-            raise UserError(
-                f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing"
-            )
-        picture = opened(self.denoiser, work).record if fresh else store.read_run()["picture"]
-        (width, height), masked = picture["model_size"], picture["mask"] is not None
-        factor = self.denoiser.backbone.vae_factor
-        grid = (height // factor, width // factor)
-        slots = 1 if stage == "edit" or self.slots == "auto" else int(self.slots)
-        if stage != "invert":
-            self.denoiser.place(grid, slots)
-            refuse_unreadable(self.denoiser, work, editing)
-        if stage == "fit":
-            self.denoiser.bind(torch.ones(slots, height, width) if masked else None)
-            record = self.tuning_record()
-            if not fresh and "tuning" in store.read_run() and store.has_begun():
-                store.require({"tuning": record}, ["tuning"])
-        return (*grid, masked)
-
     def predict_step(self, batch: Job, batch_idx: int) -> None:
         """One stage of one picture."""
         image, settings, watch = batch.image, batch.settings, batch.watch
@@ -313,36 +270,6 @@ class KVInversion(LightningModule):
     def tuning_record(self) -> dict[str, Any]:
         """What psi depends on, besides the trajectory."""
         return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
-
-    def choose_slots(
-        self, grid: tuple[int, int], pictures: int, progress: Progress, sources: Sequence[str] = ()
-    ) -> int:
-        """The number of slots for so many pictures of one latent size; shown if chosen automatically.
-
-        Args:
-            grid: Height and width of the latents.
-            pictures: How many there are.
-            progress: Shows it.
-            sources: Their prompts.
-        """
-        if self.slots != "auto":
-            return int(self.slots)
-        self.denoiser.place(grid, 1)
-        count, what = self.candidates(pictures, self.configure_optimizers())
-        if count == 1:
-            return 1
-        keeps_bars = self.tuning.kv == "stored" or self.denoiser.at_pivot
-        prompts = (self.tuning.negative, *sources)
-        found, reason = side_by_side(self.denoiser, grid, self.tuning.guidance, count, keeps_bars, prompts)
-        progress.note(f"slots: {found} of {count} {what} side by side ({reason})")
-        return found
-
-    def candidates(self, pictures: int, optimizer: Optimizer | None) -> tuple[int, str]:
-        """How many of so many pictures, or of their timesteps, could be tuned side by side."""
-        at_pivots = "pivots" in self.tuning.passes(optimizer is not None)
-        count, what = (pictures * self.steps, "timesteps") if at_pivots else (pictures, "pictures")
-        alone = optimizer is not None and needs_closure(optimizer) and not reads_residuals(optimizer)
-        return 1 if alone else count, what
 
     def passes(self, works: list[SourceImage], slots: int, watch: Watch) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, of one latent size, in order."""
@@ -382,15 +309,6 @@ class KVInversion(LightningModule):
             kind = type(optimizer).__name__
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
-
-    def refuse_loss_scaling(self) -> None:
-        """Refuse an optimiser that evaluates the loss itself, where 16-mixed would scale it."""
-        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
-        if needs_closure(optimizer):
-            raise UserError(
-                f"precision: 16-mixed scales the loss, and {type(optimizer).__name__} evaluates it itself: "
-                "use bf16-mixed or 32-true"
-            )
 
     def _optimizer(self) -> Any:
         """Lightning's wrapper of it."""

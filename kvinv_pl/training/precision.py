@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import nn
+from torch.optim import Optimizer
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.optimizers import needs_closure
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 AUTO = "auto"
@@ -18,6 +23,16 @@ def check_precision(precision: str, accelerator: str) -> None:
         raise UserError(f"precision: expected {known}, got {precision}: psi is tuned in fp32")
     if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
         raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
+
+
+def refuse_loss_scaling(optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> None:
+    """Refuse an optimiser that evaluates the loss itself, where 16-mixed would scale it."""
+    made = optimizer([nn.Parameter(torch.zeros(1))])
+    if needs_closure(made):
+        raise UserError(
+            f"precision: 16-mixed scales the loss, and {type(made).__name__} evaluates it itself: "
+            "use bf16-mixed or 32-true"
+        )
 
 
 def precision_for(checkpoint: str, device: torch.device) -> str:

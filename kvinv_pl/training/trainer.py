@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.certificate import next_attempt
+from kvinv_pl.stages.invert import is_inverted
 from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.stages.tune import Tuning
@@ -19,7 +20,14 @@ from kvinv_pl.training.estimate import Machine, estimate
 from kvinv_pl.training.launcher import slurm_in_one_line
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.precision import AUTO, COMPUTE_DTYPES, check_precision, plugin_for, precision_for
+from kvinv_pl.training.precision import (
+    AUTO,
+    COMPUTE_DTYPES,
+    check_precision,
+    plugin_for,
+    precision_for,
+    refuse_loss_scaling,
+)
 from kvinv_pl.training.ranks import Ranks
 from kvinv_pl.training.strategy import ImageParallelStrategy
 from kvinv_pl.training.work_queue import Shares
@@ -191,7 +199,7 @@ class KVTrainer(Trainer):
             device = self.strategy.root_device
             self.strategy.precision_plugin = plugin_for(precision_for(model.checkpoint, device), device)
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
-            model.refuse_loss_scaling()
+            refuse_loss_scaling(model.optimizer)
         with without_advice(), self.ranks.running():
             shares = self._begin(workload)
             # all ranks find these failures
@@ -247,7 +255,7 @@ class KVTrainer(Trainer):
             missing = list[SourceImage]()
             for work in failures.left(works):
                 with failures.of([work]):
-                    missing += [] if model.is_inverted(work) else [work]
+                    missing += [] if is_inverted(model.denoiser, work, model.inverting) else [work]
             if missing:
                 self.predict(
                     model, data.jobs("invert", missing, model.inverting, self.watch), return_predictions=False

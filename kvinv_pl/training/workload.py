@@ -15,6 +15,7 @@ from kvinv_pl.models.cut_prompts import cuts
 from kvinv_pl.models.noisy_end import left_out
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.training.admission import check, choose_slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.work_queue import Shares
@@ -49,10 +50,7 @@ class Workload:
     def shares(self, devices: int | None, device: torch.device, progress: Progress) -> Shares:
         """Group pictures that can be tuned side by side, with their slots; mark the others as failed.
 
-        Args:
-            devices: How many this machine has; None: every rank computes the shares on its own.
-            device: The device of the model, whose memory is measured.
-            progress: Shows the number of slots where it was chosen automatically.
+        Without a number of `devices` every rank computes the shares on its own.
         """
         groups: dict[tuple[int, int, bool], list[int]] = {}
         for n, work in enumerate(self.data.works[:1] if self.dry_run else self.data.works):
@@ -69,7 +67,7 @@ class Workload:
                 # spread the pictures over the devices
                 per_device = -(-len(members) // devices) if devices else 1
                 sources = [self.data.works[member].source for member in members]
-                slots = self.model.choose_slots((height, width), per_device, progress, sources)
+                slots = choose_slots(self.model, (height, width), per_device, progress, sources)
                 # slots chosen automatically may be more than pictures: they hold timesteps, too
                 share_size = min(slots, per_device) if self.model.slots == "auto" else slots
             shares += [
@@ -92,8 +90,7 @@ class Workload:
     def choices(self, precision: str | None) -> list[str]:
         """Lines for the user: what was merged into the checkpoint, and what follows from it and the device.
 
-        Args:
-            precision: The one that was chosen; None: it was given.
+        The precision is the one that was chosen, if it was not given.
         """
         chosen = list[str]()
         if self.editing is self.model.editing and self.stages != ["invert"]:
@@ -106,20 +103,32 @@ class Workload:
         return [*denoiser.backbone.notes, *lines]
 
     def results(self, with_quality: bool) -> Iterator[str]:
-        """Lines for the user: where to look, and with what quality where that was not shown."""
+        """Lines for the user: where to look, with what quality where that was not shown, and what helps."""
+        below, required = 0, self.model.tuning.required_psnr
         for work in self.failures.left(self.data.works):
             folder = work.store.folder
             names = ("sheet.png", "reconstruction.png", "run.json")
             found = next((file for name in names if (file := folder / name).exists()), folder)
             if folder.exists():  # others may be on another machine
                 yield f"look at {found}"
-            if with_quality and work.store.has_run():
-                figures = work.store.read_run().get("reconstruction", {"passed": True})
-                if not figures["passed"]:
+            if "fit" not in self.stages or not work.store.has_run():
+                continue
+            figures = work.store.read_run().get("reconstruction")
+            if figures is not None and figures["psnr_to_round_trip"] < required:
+                below = max(below, len(figures["attempts"]))
+                if with_quality:
                     yield (
                         f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
-                        f"trip, is below the {figures['psnr_demanded']:g} dB required"
+                        f"trip, is below the {required:g} dB required"
                     )
+        if below:
+            bar = f"a reconstruction is below {required:g} dB"
+            yield (
+                f"{bar}: give the command again with --model.retries {below + 1}; it tunes on, each time "
+                "with twice the inner steps"
+                if self.model.denoiser.learns
+                else f"{bar}, and nothing is learned: take --model.attention full_kv, with --overwrite"
+            )
 
     @contextmanager
     def locked(self, works: Sequence[SourceImage]) -> Iterator[None]:
@@ -148,11 +157,11 @@ class Workload:
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
         with work.store.read_once():
             try:
-                return self.model.check(work, stage, self.editing)
+                return check(self.model, work, stage, self.editing)
             except UserError:
                 if not (overwrite and work.path is not None and work.store.has_run()):
                     raise
-                return self.model.check(work, stage, self.editing, anew=True)
+                return check(self.model, work, stage, self.editing, anew=True)
 
     def _is_stale(self, work: SourceImage) -> bool:
         """Whether the run folder holds another run."""

@@ -13,8 +13,9 @@ from commands import Answer, kvinv, refused
 from kvinv_pl.bench.ablation import Ablation, Way
 from kvinv_pl.bench.bench import Setup
 from kvinv_pl.bench.cases import drawn_world
-from kvinv_pl.bench.fronts import findings, front, pareto
+from kvinv_pl.bench.fronts import findings, pareto
 from kvinv_pl.bench.table import Report
+from kvinv_pl.stages.search import unbeaten
 
 QUICK = {"inner_steps": 1, "required_psnr": 0.0}
 
@@ -45,7 +46,11 @@ def test_every_cell_is_rendered_from_one_tuned_run_of_its_place_and_again_nothin
         "1000000-frozen-1.png", "1000000-frozen-2.png", "1000000-blend-1.png",
     }  # fmt: skip
     assert fits.opened(tmp_path / "strips" / "1000000.png").width > 3 * 192
-    assert "## The front of right action and same animal" in answer.out
+    assert "## The front of right action and same animal" in (tmp_path / "table.md").read_text()
+    assert (
+        "likeness" in answer.out and "accent" not in answer.out and str(tmp_path / "table.md") in answer.out
+    )
+    assert "steps 3: with so few" in answer.err
     assert "The decoder is best: cannot be told" in answer.out
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/**/*.png")}
     setup = Setup(str(fits.checkpoint()), 3, 2.0, QUICK, "cpu")
@@ -61,8 +66,8 @@ def test_a_place_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 def test_the_front_has_what_no_other_beats() -> None:
     points = [(0.0, 9.0), (5.0, 5.0), (5.0, 4.0), (9.0, 0.0), (4.0, 4.0), (math.nan, 10.0)]
-    assert front(points) == [0, 1, 3]
-    assert front([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
+    assert unbeaten(points) == [0, 1, 3]
+    assert unbeaten([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
 
 
 def test_the_papers_findings_are_told_by_their_figures() -> None:

@@ -19,6 +19,7 @@ from commands import Answer, kvinv, refused
 from kvinv_pl.bench.bench import BROKEN_OFF, Bench, Setup
 from kvinv_pl.bench.cases import Case, Metric
 from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.costs import Cost
 from kvinv_pl.bench.page import TEMPLATE, filled, page
 from kvinv_pl.bench.plan import Plan
 from kvinv_pl.bench.records import Records, slug
@@ -88,8 +89,12 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
     assert rows["direct+plain"]["less ours"]["animal dB"]["count"] == 2
     assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
     table = (out / "table.md").read_text()
-    assert answer.out.startswith("## All cases") and answer.out.partition("look at")[0].strip() in table
-    assert "## Failed" in table and "metrics order edits" not in table  # of two methods that are there
+    assert f"{out / 'table.md'}; look at {out / 'page.html'}" in answer.out
+    assert answer.out.splitlines()[2].split() == ["%", "%", "dB", "dB", "dB", "seconds"]
+    assert "steps 1: with so few, most edits miss the action" in answer.err
+    assert (
+        "## All cases" in table and "## Failed" in table and "metrics order edits" not in table
+    )  # of two methods that are there
     assert (out / "sheets" / "1000001.png").exists() and (out / "figures.csv").exists()
 
 
@@ -175,6 +180,21 @@ def test_a_bench_with_other_settings_is_refused(copy: Path) -> None:
     refused(bench(copy, "direct+plain", clip=checkpoints.clip(copy / "other")), "has a bench with clip")
 
 
+def test_every_row_is_timed_beside_plain_sampling_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a row that the machine was busy with would be compared with an idle machine's sampling."""
+    seconds = iter((1.0, 1e6))
+    monkeypatch.setattr("kvinv_pl.bench.bench.plain_sampling", lambda *_: Cost(next(seconds)))
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    bench = Plan(("ddim+plain", "direct+plain"), tmp_path, setup, cases=2).bench(quiet=True)
+    bench.run()
+    slow, quick = (bench.report().rows[row] for row in ("ddim+plain", "direct+plain"))
+    assert all(slow[case]["time x"] == slow[case]["seconds"] for case in slow)
+    assert all(quick[case]["time x"] < 1e-3 for case in quick)
+    assert not Setup(steps=50).advice
+
+
 def test_two_parts_are_a_whole(tmp_path: Path) -> None:
     setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
     plan = Plan(("ddim+plain", "direct+plain@1"), tmp_path, setup, cases=2)
@@ -227,7 +247,8 @@ def test_a_mask_of_another_size_is_told_at_the_end_and_stops_nothing(tmp_path: P
     (tmp_path / "list.csv").write_text(rows)
     answer = bench(tmp_path / "out", "ddim+plain", data=tmp_path / "list.csv", cases=1)
     assert answer.code == 1 and "of another size than" in answer.err and "3 of 3 pictures" in answer.err
-    assert "(1 not measured)" in answer.out and (tmp_path / "out" / "page.html").exists()
+    assert "(1 not measured)" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "page.html").exists()
 
 
 DIES = """

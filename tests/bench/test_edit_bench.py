@@ -101,7 +101,7 @@ def test_masks_have_the_names_of_their_pictures_or_are_named_and_several_are_one
     both = only(part, mask_images=["b.png", f"masks/{SIMPLE}/second.png"]).editable
     assert both is not None and both.any(0).nonzero()[0].tolist() == [5, 9]
     mask(part / "masks" / SIMPLE / "second.png", 2, 8)
-    with pytest.raises(UserError, match=r"second.png is of another size than"):
+    with pytest.raises(UserError, match=r"second.png is 8x8, its picture is .* make both of one size"):
         _ = only(part, mask="second.png").editable
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.page import page
 from kvinv_pl.bench.ranks import METRICS, as_csv, as_markdown, ranks, spearman
+from kvinv_pl.bench.summary import summary
 from kvinv_pl.bench.table import Mean, Report, markdown
 from kvinv_pl.errors import UserError
 
@@ -25,6 +28,11 @@ def cells(table: str) -> dict[str, dict[str, str]]:
     """A Markdown table by row and column."""
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
     return {line[0]: dict(zip(head[1:], line[1:], strict=True)) for line in lines}
+
+
+def content_of(page: str) -> dict[str, Any]:
+    """What the page's script is given."""
+    return json.loads(re.search(r"const content = (.*);\n", page)[1])  # pyright: ignore[reportOptionalSubscript]
 
 
 @pytest.fixture
@@ -67,6 +75,40 @@ def test_the_tables_have_all_cases_then_kinds_in_their_order_then_differences_an
     assert pose["theirs"] == {"cases": "1", "dB": "1.00", "marks": "1.00"}
     assert "short, a: out of | memory" in parts[-1]
     assert markdown(["x|y"], [["r", 1]]).splitlines()[0] == r"|  | x\|y |"
+
+
+def test_a_figure_that_may_be_below_0_or_depends_on_the_machine_is_explained_beside_the_table() -> None:
+    rows = {"ours": {"a": {"second recall": -0.3, "second precision": 0.1, "time x": 0.9}}}
+    report = Report(rows, ("second recall", "second precision", "time x"))
+    recall, time = report.notes
+    assert "beyond chance" in recall and "below 0" in recall and "other work on the machine" in time
+    assert all(note in report.markdown() for note in report.notes)
+    assert content_of(page("", [], report, lambda row, case: pytest.fail(row)))["notes"] == report.notes
+    assert not Report({"ours": {"a": {"dB": 1.0}}}, ("dB",)).notes
+
+
+def test_a_terminal_is_shown_the_figures_that_decide_in_its_own_width() -> None:
+    figures = dict.fromkeys(
+        ("same animal %", "right action %", "accent %", "animal dB", "background dB", "PIE PSNR"), 12.34
+    )
+    rows = {
+        "another animal of the same words, through the VAE": {"a": figures},
+        "kv_inversion(attention=recorded)": {"a": {**figures, "reconstruction dB": 49.2, "seconds": 7.0}},
+    }
+    report = Report(rows, ("reconstruction dB", "seconds", *figures))
+    heads = ["same", "right", "animal", "background", "reconstruction", "seconds"]
+    for width in (200, 80, 60, 40):
+        lines = summary(report, width).splitlines()
+        assert all(len(line) <= width for line in lines)
+        shown = [head for head in heads if any(head in line.split() for line in lines[:3])]
+        assert shown == heads[: len(shown)] and (len(shown) == 6) == (width >= 80)
+        assert "".join(rows).replace(" ", "") in re.sub(r"\d+\.\d|\s", "", "".join(lines[3:]))
+    (line,) = (line for line in summary(report, 200).splitlines() if line.startswith("kv_inversion"))
+    assert line.split()[1:] == ["12.3", "12.3", "12.3", "12.3", "49.2", "7.0"]
+    assert "another" not in summary(report, 80, ["kv_inversion(attention=recorded)"])
+    photographs = {"ours": {"a": {"PIE PSNR": 20.0, "unedited PSNR": 21.0, "seconds": 7.0}}}
+    head = summary(Report(photographs, ("seconds", "PIE PSNR", "unedited PSNR")), 80).splitlines()
+    assert " ".join(head[:2]).split() == ["PIE", "PSNR", "seconds"]
 
 
 def test_csv_and_json_have_every_figure_and_no_number_that_is_none(report: Report) -> None:

@@ -80,10 +80,10 @@ def huge(file: Path) -> None:
     [
         (lambda file: None, "expected a picture file at"),
         (lambda file: file.mkdir(), "contains no pictures"),
-        (text, "cannot be read as a picture"),
-        (cut, "cannot be read as a picture"),
-        (dot, "is 1x1, expected 8 pixels a side or more"),
-        (huge, "million pixels"),
+        (text, "got no such format; save it as one of them, or a list of pictures as .csv"),
+        (cut, "cannot be read as a picture: image file is truncated; save it anew"),
+        (dot, "is 1x1, expected 8 pixels a side or more: take a larger one"),
+        (huge, "million pixels: make it smaller"),
         (lambda file: photograph(file, (300, 20)), "300x20, expected at most 8:1"),
     ],
 )
@@ -178,10 +178,10 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
         (["--steps=5.5"], "--steps: expected a whole number, got '5.5'"),
         (["--model.steps", "abc"], "--model.steps: expected a whole number, got 'abc'"),
         (["--steps", "2000"], "steps must be 1 to 1000, got 2000"),
-        (["--guidance", "nan"], "--guidance: expected a number or auto or null, got 'nan'"),
+        (["--guidance", "nan"], "--guidance: expected a number or auto, got 'nan'"),
         (["--guidance", ".nan"], "--guidance: expected a finite number of 0 or more, got nan"),
         (["--guidance", "-1"], "--guidance: expected a finite number of 0 or more, got -1"),
-        (["--guidance", "x"], "--guidance: expected a number or auto or null, got 'x'"),
+        (["--guidance", "x"], "--guidance: expected a number or auto, got 'x'"),
         (
             ["--model.tuning_guidance", ".nan"],
             "expected a finite number of 0 or more, got nan",
@@ -284,10 +284,15 @@ def test_a_run_of_another_picture_prompt_or_model_is_refused_and_kept(
     other = Path(shutil.copytree(model, tmp_path / "other"))
     checkpoints.change_json(other / "vae" / "config.json", scaling_factor=0.5)
     changes = {
-        "picture": ["--image", photograph(tmp_path / "other.png", seed=1)],
+        "with another --image (": ["--image", photograph(tmp_path / "other.png", seed=1)],
         "source": ["--source", "a rabbit"],
         "with --checkpoint = ": ["--checkpoint", other],
         "with --steps = 2, not 3": ["--steps", 3],
+        "with another --model.timestep_spacing (timesteps.0 = ": ["--model.timestep_spacing", "linspace"],
+        "with --model.tolerance_growth = 2e-05, not 0.5": ["--model.tolerance_growth", 0.5],
+        "with another --model.target_modules (sites": ["--model.target_modules", "encoder"],
+        "with --model.max_grid = nothing, not 100": ["--model.max_grid", 100],
+        "with --data.geometry = 'keep', not 'crop'": ["--data.geometry", "crop"],
         "with --model.inner_steps = 2, not 3": ["--model.inner_steps", 3],
         "with --model.optimizer.lr = 0.03, not 0.1": [
             *("--model.optimizer", "Adam", "--model.optimizer.lr", 0.1),

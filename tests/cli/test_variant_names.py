@@ -172,14 +172,17 @@ def test_a_run_of_another_variant_or_other_sites_is_refused(tmp_path: Path) -> N
     run = tmp_path / "run"
     for other, says in (
         (["--model.attention", "low_rank", "--model.attention.rank", 2, "--model.max_grid", 4], "rank = 8, "),
-        (["--model.attention", "low_rank"], "was made with tuning."),
+        (["--model.attention", "low_rank"], "was made with --model.max_grid = 4, not nothing"),
     ):  # fmt: skip
         refused(kvinv("run", *args, *other), says)
     refused(
         kvinv("edit", "--run", run, "--target", "a", "--model.attention", "v_only"),
         "with --model.attention =",
     )
-    refused(kvinv("edit", "--run", run, "--target", "a", "--model.target_modules", "encoder"), "tuning.sites")
+    refused(
+        kvinv("edit", "--run", run, "--target", "a", "--model.target_modules", "encoder"),
+        "another --model.target_modules (sites",
+    )
     answer = kvinv("edit", "--run", run, "--target", "a", "--model.max_grid", 2)
     refused(answer, "--model.max_grid: expected at least 4, got 2")
 

@@ -161,10 +161,16 @@ def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
     ("mask", "says"),
     [
         (Image.new("L", (12, 20), 255), "it is 12x20, its picture is 20x12 pixels"),
-        (Image.new("L", SIZE, 0), "it is empty: expected white on the subject, got black everywhere"),
+        (
+            Image.new("L", SIZE, 0),
+            "it is empty: expected white on the subject, got black everywhere: paint it again",
+        ),
         (Image.new("L", SIZE, 120), "it is empty: expected white .*, got values up to 120 of 255 alone"),
         (Image.new("L", SIZE, 140), "it is full: expected black .*, got values from 140 of 255 up alone"),
-        (Image.new("L", SIZE, 255), "it is full: expected black around the subject, got white everywhere"),
+        (
+            Image.new("L", SIZE, 255),
+            "it is full: expected black around the subject, got white everywhere: paint it again",
+        ),
     ],
 )
 def test_a_mask_of_another_size_an_empty_and_a_full_one_are_refused(mask: Image.Image, says: str) -> None:

@@ -247,7 +247,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     with pytest.raises(UserError, match="found nothing"):
         open_picture(tmp_path / "nothing.png")
-    with pytest.raises(UserError, match="found something else"):
+    with pytest.raises(UserError, match="found a folder: check the path"):
         open_picture(tmp_path)
     for name in ("text.png", "empty.png"):
         with pytest.raises(UserError, match=rf"{name} cannot be read as a picture"):

@@ -1,8 +1,11 @@
 import json
 import math
+import re
+from collections.abc import Iterator
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fits
 import pytest
@@ -14,7 +17,9 @@ from kvinv_pl.attention import Site
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.geometry import fit_geometry, psnr
 from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.records import geometry_of, of_optimizer, of_picture
+from kvinv_pl.data.records import INVERTED, geometry_of, of_optimizer, of_picture, told_apart
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
 
 
 def test_psnr_counts_pixels_from_minus_one_to_one() -> None:
@@ -31,6 +36,51 @@ def test_a_geometry_comes_back_from_json_as_it_was(mode: Literal["keep", "crop"]
     geometry = fit_geometry(opened.image.size, (16, 16), 4, mode)
     record = json.loads(json.dumps(of_picture("cat.png", opened, geometry, mode, None)))
     assert geometry_of(record) == geometry
+
+
+TUNED = Path(__file__).parent / "run_format_1" / "tuned" / "run.json"
+
+
+def leaves(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from leaves(each, *path, key)
+    if not isinstance(value, dict | list):
+        yield path
+
+
+def test_whatever_a_run_was_made_with_is_told_by_an_option_that_a_user_gives() -> None:
+    options = {*signature(KVInversion).parameters, *signature(SourceImages).parameters}
+    record, count = json.loads(TUNED.read_text()), 0
+    for section in (*INVERTED, "tuning"):
+        for path in leaves(record[section]):
+            other = json.loads(TUNED.read_text())
+            place: Any = other
+            for key in (section, *path)[:-1]:
+                place = place[key]
+            place[(section, *path)[-1]] = "other"
+            said = told_apart(section, record[section], other[section])
+            found = re.match(r"(?:another )?(\w+)", str(said))
+            assert found and found[1] in options, said
+            count += 1
+    assert count > 40 and told_apart("tuning", record["tuning"], record["tuning"]) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "found", "expected", "said"),
+    [
+        ("scheduler", {"timesteps": [1], "steps": 2}, {"timesteps": [2], "steps": 3}, "steps = 2, not 3"),
+        ("scheduler", {"alphas": [0.9]}, {"alphas": [0.8]}, "another checkpoint (alphas.0 = 0.9, not 0.8)"),
+        ("tuning", {"tolerance": [1, 2]}, {"tolerance": [1, 3]}, "tolerance_growth = 2, not 3"),
+        ("tuning", {"max_grid": None}, {"max_grid": 4}, "max_grid = nothing, not 4"),
+        ("model", {}, {"loras": ["a"]}, "loras = nothing, not ['a']"),
+        ("source", "a cat", "a dog", "source = 'a cat', not 'a dog'"),
+    ],
+)  # fmt: skip
+def test_a_difference_is_told_by_the_first_that_says_something(
+    field: str, found: Any, expected: Any, said: str
+) -> None:
+    assert told_apart(field, found, expected) == said
 
 
 def test_a_table_is_written_down_step_by_step_without_loss() -> None:

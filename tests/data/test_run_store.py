@@ -17,7 +17,8 @@ from torch import Tensor
 from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.files import FORMAT, DamagedError, read_packed, write_tensors
 from kvinv_pl.data.layout import DTYPES, laid_out
-from kvinv_pl.data.run_store import InUseError, RunStore
+from kvinv_pl.data.lock import InUseError
+from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -76,9 +77,9 @@ def test_the_first_field_that_differs_is_named_with_both_values(tmp_path: Path) 
         store.require({"seed": 1}, ["seed"])
     with pytest.raises(UserError, match=r"sites\.1\.grid\.0 = 8, not 4"):
         store.require({"sites": [sites[0], {"path": "b", "grid": (4, 12)}]}, ["sites"])
-    with pytest.raises(UserError, match=r"model\.hash = '1+\.\.\., not '2'"):
+    with pytest.raises(UserError, match=r"with hash = '1+\.\.\., not '2'"):
         store.require({"model": {"id": "x", "hash": "2"}}, ["model"])
-    with pytest.raises(UserError, match=r"scheduler = None, not 'ddim'"):
+    with pytest.raises(UserError, match=r"scheduler = nothing, not 'ddim'"):
         store.require({"scheduler": "ddim"}, ["scheduler"])
 
 

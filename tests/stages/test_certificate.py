@@ -1,5 +1,6 @@
 """What a tuned picture is worth, and what is done where that is not enough."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import fits
 import pytest
 import torch
+from commands import kvinv
 from fits import SOURCE, tensors
 from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 
@@ -78,6 +80,27 @@ def test_a_finished_run_is_tried_again_only_where_more_is_asked_of_it(image: Pat
     fits.fit(image, tmp_path / "run", **settings, required_psnr=99.0, retries=1)
     record = store.read_run()["reconstruction"]
     assert len(record["attempts"]) == 2 and not record["passed"]
+
+
+def test_what_is_advised_below_the_bar_helps(image: Path, tmp_path: Path) -> None:
+    def run(*options: object) -> tuple[str, float]:
+        answer = kvinv(
+            "fit", "--image", image, "--source", SOURCE, "--checkpoint", fits.checkpoint(), "--steps", 2,
+            "--model.required_psnr", 60, "--model.inner_steps", 2, "--guidance", 2, "--out", tmp_path / "run",
+            "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options,
+        )  # fmt: skip
+        assert answer.code == 0, answer.err
+        record = RunStore(tmp_path / "run").read_run()["reconstruction"]
+        return answer.err.splitlines()[-1], record["psnr_to_round_trip"]
+
+    line, untuned = run("--model.attention", "recorded")
+    attention, overwrite = re.findall(r"--\S+(?: full_kv)?", line)
+    assert attention == "--model.attention full_kv" and "nothing is learned" in line
+    line, once = run(*attention.split(), overwrite, "--model.retries", 0)
+    assert once > untuned
+    (retries,) = re.findall(r"--model.retries (\d)", line)
+    assert retries == "2" and run("--model.retries", retries)[1] > once
+    assert "is below" not in run("--model.required_psnr", 1)[0]
 
 
 def test_an_attempt_that_is_worse_changes_nothing(tuned: RunStore, image: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from commands import kvinv, refused
 
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.search import GRIDS, Candidate, OwnJudge, Search, front, ranked
+from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,13 @@ def test_what_cannot_be_searched_is_refused(settings: dict[str, Any], wanted: st
 def test_the_model_itself_agrees_with_the_prompt_that_predicts_the_noise_better() -> None:
     module = fits.model()
     backbone = module.load_backbone(torch.float32)
-    judge, (height, width) = OwnJudge(module.denoiser), backbone.sample_size
+    height, width = backbone.sample_size
     z_0 = backbone.encode(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    there = judge.agreement(z_0, fits.SOURCE, fits.TARGET)
-    back = judge.agreement(z_0, fits.TARGET, fits.SOURCE)
+    there = own_agreement(module.denoiser, z_0, fits.SOURCE, fits.TARGET)
+    back = own_agreement(module.denoiser, z_0, fits.TARGET, fits.SOURCE)
     assert there != 0 and (there > 0) != (back > 0)
-    assert judge.agreement(z_0, fits.SOURCE, fits.SOURCE) == 0
-    assert judge.agreement(z_0, fits.SOURCE, fits.TARGET) == there
+    assert own_agreement(module.denoiser, z_0, fits.SOURCE, fits.SOURCE) == 0
+    assert own_agreement(module.denoiser, z_0, fits.SOURCE, fits.TARGET) == there
 
 
 def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: Path) -> None:

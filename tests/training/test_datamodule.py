@@ -139,14 +139,14 @@ def test_pictures_of_one_name_get_a_folder_each(tmp_path: Path) -> None:
     [
         (
             ["name,source", "a.png,a cat"],
-            "has the columns name, source: expected image, source, targets, mask",
+            "has the columns name, source: expected image, source, targets, mask; name the column",
         ),
         (["image,target", "a.png,a dog"], "has a column 'target': rename it to targets"),
-        (["image,source", ",a cat"], "line 2 of .* names no image"),
+        (["image,source", ",a cat"], "line 2 of .* names no image: .* give it one or take it out"),
         (["image,source", "a.png,a cat, sitting"], "line 2 of .* has more fields than there are columns"),
-        (["image", '"a.png'], "line 2 of .* is not CSV"),
+        (["image", '"a.png'], "line 2 of .* is not CSV: .*; save the list anew"),
         (["image,targets", "a.png,one||two"], "an empty target for a.png"),
-        (["image"], "is empty"),
+        (["image"], "is empty: .* add some"),
         ([""], r"has the columns \(none\)"),
     ],
 )
@@ -158,10 +158,10 @@ def test_a_csv_that_cannot_be_meant_is_refused(tmp_path: Path, lines: list[str],
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{image: a.png}", "line 2 of .* is not JSON"),
-        ("[1, 2]", r"line 2 of .* expected an object .* got \[1, 2\]"),
+        ("{image: a.png}", "line 2 of .* is not JSON .* mend the line"),
+        ("[1, 2]", r"line 2 of .* expected an object .* got \[1, 2\]; mend it"),
         ({"source": "a cat"}, "has the columns source"),
-        ({"image": 3}, "line 2 of .* image: expected text, got 3"),
+        ({"image": 3}, "line 2 of .* image: expected text, got 3; mend it"),
         ({"image": "a.png", "targets": {"a": 1}}, "line 2 of .* targets: expected a list of texts"),
         ({"image": "a.png", "targets": [3]}, r"targets: expected a list of texts, got \[3\]"),
         ({"image": "a.png", "targets": [" "]}, "an empty target"),
@@ -174,10 +174,12 @@ def test_a_jsonl_that_cannot_be_meant_is_refused(tmp_path: Path, row: object, sa
 
 
 def test_a_list_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the list .*nope.csv: No such file"):
+    with pytest.raises(
+        UserError, match=r"cannot read the list .*nope.csv: No such file or directory; check the path"
+    ):
         SourceImages(str(tmp_path / "nope.csv"))
     (tmp_path / "list.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="it is not UTF-8 text"):
+    with pytest.raises(UserError, match="it is not UTF-8 text: save it as such"):
         SourceImages(str(tmp_path / "list.jsonl"))
 
 

@@ -19,15 +19,9 @@ def serve(
     wait: bool = True,
     **settings: Any,
 ) -> Any:
-    """Serve the page until it is stopped; or go on at once, and return what was launched.
+    """Serve the page until Ctrl-C; or go on at once, and return what was launched.
 
-    Args:
-        folder: Where the runs are, and all that is written.
-        host: The address to listen at.
-        port: The port; None: the first free one from 7860 on.
-        sam: The SAM that finds a subject.
-        wait: Whether to wait for Ctrl-C.
-        **settings: Arguments of `load`.
+    Without a port it is the first free one from 7860 on. The settings are arguments of `load`.
     """
     keep = str(folder.resolve() / OWN / "uploads")
     os.environ["GRADIO_TEMP_DIR"] = keep  # read as gradio is imported, and later

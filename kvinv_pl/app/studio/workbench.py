@@ -28,12 +28,7 @@ class Workbench:
     """A folder with its runs, one model, and a queue; nothing is written outside the folder."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        """Make the folder.
-
-        Args:
-            folder: Where the runs are.
-            **settings: Arguments of `load` for the pictures that are tuned here.
-        """
+        """Make the folder of the runs; the settings are arguments of `load` for new pictures."""
         self.folder = folder.resolve()
         (self.folder / OWN).mkdir(parents=True, exist_ok=True)
         self.jobs, self._model = Jobs(), OneModel(settings)
