@@ -96,8 +96,11 @@ def test_the_network_is_timed_where_it_is_planned_for_or_at_less_where_that_take
 ) -> None:
     monkeypatch.setattr(sampling, "ENOUGH", 0)
     plan, small = planned(attention=Masked), planned(size=4, attention=Masked)
-    for speed, grid, costs in ((1e15, (8, 8), plan.costs), (1.0, (2, 2), small.costs)):
-        timed = sample(plan._sketch_at, plan.grid, 2, 2, HERE.device, speed)
+    for speed, wanted, grid, costs in (
+        (1e15, (8, 8), (8, 8), plan.costs),
+        (1.0, (4, 4), (2, 2), small.costs),
+    ):
+        timed = sample(plan._sketch_at, wanted, 2, 2, HERE.device, speed)
         assert timed.grid == grid
         assert (timed.forward.flop, timed.inner_step.flop) == (costs.forward, costs.inner_step)
         assert all(seconds > 0 for seconds in (*timed.forward.seconds, *timed.inner_step.seconds))
