@@ -143,6 +143,19 @@ def _unet(kind: Kind, in_channels: int = 4) -> UNet2DConditionModel:
     )
 
 
+def tiny_unet(**changes: Any) -> UNet2DConditionModel:
+    """SD 1.5's blocks, four levels, hardly any channels, frozen; always the same weights."""
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+    }
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
+
+
 def _vae(kind: Kind) -> AutoencoderKL:
     levels = 2 if kind == "tiny" else 4
     blocks: dict[str, Any] = {

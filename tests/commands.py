@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,22 @@ def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "kvinv_pl", *(str(arg) for arg in args)]
 
 
-def process(*args: object, before: Callable[[], Any] | None = None, cwd: Path | None = None) -> Answer:
-    """`python -m kvinv_pl ...` as a process of its own, which begins with `before`."""
-    done = subprocess.run(
-        command(*args), capture_output=True, text=True, timeout=200, preexec_fn=before, cwd=cwd, check=False
-    )
+def process(*args: object) -> Answer:
+    """`python -m kvinv_pl ...` as a process of its own."""
+    done = subprocess.run(command(*args), capture_output=True, text=True, timeout=200, check=False)
     return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def signals_as_at_a_terminal() -> Iterator[None]:
+    """Whoever runs the tests in the background has SIGINT ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refused(answer: Answer, *words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,13 @@ def picture(path: Path, size: tuple[int, int] = (16, 16), seed: int = 0) -> Path
     return path
 
 
+def pictures(folder: Path, names: Iterable[str]) -> Path:
+    """A folder of pictures of these names, each like no other."""
+    for seed, name in enumerate(names):
+        picture(folder / f"{name}.png", seed=seed)
+    return folder
+
+
 def model(**settings: Any) -> KVInversion:
     """The module on the tiny checkpoint, or on the one named."""
     given: dict[str, Any] = {"optimizer": adam(), **QUICK, **settings}
@@ -79,6 +87,17 @@ def fit(image: Path, out: Path, module: KVInversion | None = None, **settings: A
     """Invert and tune; `settings` are the module's."""
     trainer().fit(module or model(**settings), datamodule=SourceImages(str(image), SOURCE, out=str(out)))
     return RunStore(out)
+
+
+def fit_all(folder: Path, out: Path, **settings: Any) -> dict[str, RunStore]:
+    """Invert and tune what lies in a folder, or in a list: the runs, by the names of the pictures."""
+    trainer().fit(model(**settings), datamodule=SourceImages(str(folder), SOURCE, out=str(out)))
+    return {path.name: RunStore(path) for path in sorted(out.iterdir()) if path.is_dir()}
+
+
+def infos(store: RunStore) -> list[dict[str, Any]]:
+    """What each step of a run says of itself, as far as they are done."""
+    return [store.step_info(i) for i in sorted(store.done())]
 
 
 def finished(out: Path) -> RunStore:

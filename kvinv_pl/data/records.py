@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -73,7 +74,10 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The libraries whose behaviour a run may depend on."""
-    return {name: version(name) for name in LIBRARIES}
+    return {name: _version(name) for name in LIBRARIES}
+
+
+_version = cache(version)  # which reads the whole metadata of a package, for every picture
 
 
 MISSING = ...  # which no JSON has

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from checkpoints import tiny_unet
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
@@ -19,19 +20,6 @@ from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.errors import UserError
 
 LATENT = (8, 16)
-
-
-def tiny_unet(**changes: Any) -> UNet2DConditionModel:
-    """SD 1.5's blocks, four levels, hardly any channels."""
-    torch.manual_seed(0)
-    config: dict[str, Any] = {
-        "block_out_channels": (8, 16, 16, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-    }
-    return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
 
 
 @pytest.fixture

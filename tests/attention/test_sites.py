@@ -3,25 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_unet
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
 from kvinv_pl.errors import UserError
 
 LATENT = (16, 24)
-
-
-def tiny_unet(**changes: Any) -> UNet2DConditionModel:
-    """SD 1.5's blocks, four levels, hardly any channels."""
-    torch.manual_seed(0)
-    config: dict[str, Any] = {
-        "block_out_channels": (8, 16, 16, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-    }
-    return UNet2DConditionModel(**{**config, **changes})
 
 
 @pytest.fixture(scope="module")

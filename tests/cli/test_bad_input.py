@@ -8,23 +8,19 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
-from commands import QUICK, kvinv, photograph, process, refused, times, tree
+from commands import QUICK, kvinv, photograph, refused, signals_as_at_a_terminal, times, tree
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.training.launcher import STOPPING
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.make("tiny", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -433,14 +429,24 @@ def test_a_disk_that_fills_while_the_log_is_written_is_said_in_one_line(
     assert kvinv("run", *good).code == 0
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Have the system refuse to write more bytes to a file of this process."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 def test_a_disk_that_fills_during_the_fit_loses_no_finished_phase(good: list[object], tmp_path: Path) -> None:
-    def limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
-
-    # the one refusal in a process of its own, by exit code 2: what its system will not write, not a stand-in
-    refused(process("run", *good, before=limit), "cannot write", "File too large", "make room")
+    with files_of_at_most(9_000):
+        answer = kvinv("run", *good)
+    refused(answer, "cannot write", "File too large", "make room")
     assert not [name for name in tree(tmp_path / "out") if "tmp" in name]
     assert (tmp_path / "out" / "trajectory.safetensors").exists()
     before = times(tmp_path / "out")
@@ -467,16 +473,9 @@ def test_an_interrupted_command_goes_on_where_it_was(
         if i == 1:
             os.kill(os.getpid(), sent)
 
-    # whoever runs the tests in the background has SIGINT ignored
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(RunStore, "save_step", save)
-            stopped = kvinv("run", *slower)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with monkeypatch.context() as patched, signals_as_at_a_terminal():
+        patched.setattr(RunStore, "save_step", save)
+        stopped = kvinv("run", *slower)
     assert stopped.code == code, stopped.err
     assert STOPPING in capfd.readouterr().err.splitlines()
     assert "Traceback" not in stopped.err

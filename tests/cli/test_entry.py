@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import pytest
 import yaml
 from commands import QUICK, command, kvinv, photograph, process, refused, size, times, tree
@@ -22,11 +21,6 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.menagerie import ACTIONS
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.make("tiny", tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
 def cat(model: Path, tmp_path: Path) -> list[object]:
     """The options that every stage of one picture is given."""
@@ -35,6 +29,32 @@ def cat(model: Path, tmp_path: Path) -> list[object]:
         "--image", tmp_path / "cat.png", "--source", "a cat", "--checkpoint", model, *QUICK,
         "--out", tmp_path / "run",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a first run of `cat` leaves, with an edit to a dog; to be copied."""
+    folder = tmp_path_factory.mktemp("made")
+    options = (
+        "--source",
+        "a cat",
+        "--target",
+        "a dog",
+        "--checkpoint",
+        model,
+        *QUICK,
+        "--out",
+        folder / "run",
+    )
+    first = kvinv("run", "--image", photograph(folder / "cat.png"), *options)
+    assert first.code == 0 and "inverting" in first.err and "tuning" in first.err, first.err
+    return folder / "run"
+
+
+@pytest.fixture
+def done(made: Path, tmp_path: Path) -> Path:
+    """That run, where `cat` has its own."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def edits(folder: Path) -> dict[str, dict[str, object]]:
@@ -153,9 +173,10 @@ def test_a_variant_is_written_and_checked_by_its_bare_name(
         assert kvinv("check", "--target", target).out == answer.out
 
 
-def test_the_module_is_the_command() -> None:
+def test_the_module_is_the_command_and_a_refusal_its_exit_code() -> None:
     answer = process("--version")
     assert answer.code == 0 and answer.out == kvinv("--version").out
+    refused(process("edti"), "no command 'edti': did you mean edit")
 
 
 def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
@@ -229,15 +250,13 @@ def test_a_target_that_asks_for_nothing_is_told(cat: list[object], caplog: pytes
     assert kvinv("run", *cat, "--target", "a fox").code == 0 and "source prompt" not in caplog.text
 
 
-def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], tmp_path: Path) -> None:
-    first = kvinv("run", *cat, "--target", "a dog")
-    assert first.code == 0 and "inverting" in first.err and "tuning" in first.err
-    before = times(tmp_path / "run")
+def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], done: Path) -> None:
+    before = times(done)
     second = kvinv("run", *cat, "--target", "a fox", "--guidance", "7.5", "--start", 0.5)
     assert second.code == 0 and "editing" in second.err
     assert "inverting" not in second.err and "tuning" not in second.err
-    assert times(tmp_path / "run") == before
-    assert set(edits(tmp_path / "run")) == {"a dog", "a fox"}
+    assert times(done) == before
+    assert set(edits(done)) == {"a dog", "a fox"}
 
 
 def test_the_stages_go_on_from_one_another(cat: list[object], tmp_path: Path) -> None:
@@ -284,17 +303,15 @@ def test_edit_takes_everything_from_the_run_folder_but_what_is_typed(
 
 
 def test_a_checkpoint_that_was_moved_is_still_the_one_of_the_run(
-    cat: list[object], model: Path, tmp_path: Path
+    done: Path, model: Path, tmp_path: Path
 ) -> None:
-    assert kvinv("fit", *cat).code == 0
     moved = shutil.copytree(model, tmp_path / "moved")
-    answer = kvinv("edit", "--run", tmp_path / "run", "--checkpoint", moved, "--target", "a dog")
+    answer = kvinv("edit", "--run", done, "--checkpoint", moved, "--target", "a fox")
     assert answer.code == 0, answer.err
 
 
-def test_what_is_rendered_is_not_rendered_again(cat: list[object], tmp_path: Path) -> None:
-    run, edited = tmp_path / "run", ["edits/*"]
-    assert kvinv("run", *cat, "--target", "a dog").code == 0
+def test_what_is_rendered_is_not_rendered_again(cat: list[object], done: Path) -> None:
+    run, edited = done, ["edits/*"]
     before = times(run, edited)
     again = kvinv("run", *cat, "--target", "a dog")
     assert again.code == 0 and "editing" not in again.err
@@ -319,16 +336,16 @@ def test_what_is_rendered_is_not_rendered_again(cat: list[object], tmp_path: Pat
 
 
 def test_of_a_run_that_was_killed_before_its_certificate_nothing_is_rendered(
-    cat: list[object], tmp_path: Path
+    cat: list[object], done: Path
 ) -> None:
-    assert kvinv("fit", *cat).code == 0
-    store = RunStore(tmp_path / "run")
+    shutil.rmtree(done / "edits")
+    store = RunStore(done)
     run = store.read_run()
     del run["reconstruction"]
     store.write_run(run)
-    answer = kvinv("edit", "--run", tmp_path / "run", "--target", "a dog")
+    answer = kvinv("edit", "--run", done, "--target", "a dog")
     assert answer.code == 2 and "is not tuned to the end: resume it with `kvinv fit`" in answer.err
-    assert not (tmp_path / "run" / "edits").exists()
+    assert not (done / "edits").exists()
     assert kvinv("run", *cat, "--target", "a dog").code == 0
 
 

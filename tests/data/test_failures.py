@@ -28,8 +28,7 @@ from kvinv_pl.training.strategy import ImageParallelStrategy
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three pictures, of which the second is none."""
-    for seed, name in enumerate("acd"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "acd")
     (tmp_path / "in" / "b.png").write_text("no picture")
     return tmp_path / "in"
 

@@ -297,8 +297,8 @@ def test_at_real_size_an_inner_step_saves_all_that_comes_before_the_decoders_sel
             with front.kept():
                 forward(False)
                 assert plain - forward(False) > 287
-                assert whole - forward(True) > 287
-                assert forward(True) < 0.78 * whole
+                rest = forward(True)
+                assert whole - rest > 287 and rest < 0.78 * whole
 
 
 def equip_on_meta(unet: UNet2DConditionModel) -> tuple[Attachment, FeatureCache]:

@@ -68,8 +68,7 @@ def test_this_machine_has_memory_free() -> None:
 
 
 def test_what_was_chosen_is_said_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for seed, name in enumerate("abc"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "abc")
     data = SourceImages(str(tmp_path / "in"), out=str(tmp_path / "out"))
     fits.trainer(quiet=False).fit(fits.model(slots="auto", steps=1, inner_steps=1), datamodule=data)
     said = capsys.readouterr().err
@@ -91,13 +90,10 @@ class Alive(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gc.collect()
-        gc.freeze()  # what is there by now is not looked through again: that takes most of the time
+        gc.freeze()  # what is there by now is not looked through
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.peak = max(self.peak, alive())
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gc.unfreeze()
 
 
 @pytest.mark.parametrize("curriculum", ["sequential", "pivot"])
@@ -111,8 +107,7 @@ def test_what_is_alive_grows_neither_with_timesteps_nor_with_pictures(
     peaks = []
     for steps, pictures in ((3, 1), (6, 1), (3, 2)):
         folder = tmp_path / f"{steps}-{pictures}"
-        for seed in range(pictures):
-            fits.picture(folder / "in" / f"{seed}.png", seed=seed)
+        fits.pictures(folder / "in", map(str, range(pictures)))
         watch = Alive()
         data = SourceImages(str(folder / "in"), SOURCE, out=str(folder / "out"))
         module = fits.model(steps=steps, inner_steps=1, curriculum=curriculum, slots=1)
@@ -127,8 +122,7 @@ def test_what_is_alive_grows_neither_with_timesteps_nor_with_pictures(
 
 
 def test_every_device_has_pictures(tmp_path: Path) -> None:
-    for seed, name in enumerate("abcde"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "abcde")
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     module = fits.model(slots="auto", steps=1)
     module.load_backbone(torch.float32)
@@ -141,8 +135,7 @@ def test_every_device_has_pictures(tmp_path: Path) -> None:
 def test_an_optimiser_that_takes_its_own_steps_gets_its_pictures_one_by_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed, name in enumerate("ab"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "ab")
     data = SourceImages(str(tmp_path / "in"), out=str(tmp_path / "out"))
     settings: dict[str, Any] = {"slots": "auto", "steps": 1, "inner_steps": 1}
     fits.trainer(quiet=False).fit(fits.model(optimizer=torch.optim.LBFGS, **settings), datamodule=data)

@@ -22,11 +22,6 @@ DEMANDING: dict[str, Any] = {"required_psnr": 99.0, "retries": 2, "inner_steps":
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
-
-
-@pytest.fixture(scope="module")
 def tuned(image: Path, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     """A picture that does not pass after all its attempts."""
     return fits.fit(image, tmp_path_factory.mktemp("run"), **DEMANDING)
@@ -146,8 +141,7 @@ def only_directories(crash: Any) -> Any:
 
 
 def test_of_pictures_side_by_side_only_those_that_do_not_pass_are_tuned_again(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        fits.picture(tmp_path / "in" / f"{name}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "ab")
     settings: dict[str, Any] = {"steps": 2, "inner_steps": 2, "slots": 2}
 
     def fit(out: str, **more: Any) -> list[dict[str, Any]]:

@@ -74,9 +74,10 @@ def test_a_mask_is_not_read_from_attention_that_is_no_number(tmp_path: Path) -> 
     assert not (tmp_path / "mask.png").exists()
 
 
-def test_a_trajectory_of_an_older_version_that_is_not_finite_is_made_again(tmp_path: Path) -> None:
-    image = fits.picture(tmp_path / "cat.png")
-    store = fits.fit(image, tmp_path / "run")
+def test_a_trajectory_of_an_older_version_that_is_not_finite_is_made_again(
+    image: Path, tmp_path: Path
+) -> None:
+    store = fits.finished(tmp_path / "run")
     whole = fits.tensors(store)
     z = store.trajectory()
     z[2:] = torch.nan
@@ -126,8 +127,7 @@ class Huge(FullKV):
 
 
 def test_psi_that_the_store_cannot_hold_fails_its_own_picture_alone(tmp_path: Path) -> None:
-    for seed in range(2):
-        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "01")
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     model = fits.model(attention=Huge, slots=2, store_dtype="float16", target_modules="middle")
     with pytest.raises(SomeFailedError) as raised:
@@ -140,7 +140,7 @@ def test_psi_that_the_store_cannot_hold_fails_its_own_picture_alone(tmp_path: Pa
 def test_an_edit_that_is_not_finite_is_named_and_those_beside_it_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, render = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "run"), edit.edit
+    store, render = fits.finished(tmp_path / "run"), edit.edit
 
     def of_which_the_first_runs_away(*args: Any) -> Tensor:
         z_0 = render(*args)

@@ -105,8 +105,7 @@ def test_an_operator_without_mps_is_known_by_the_list_of_torch(native: Native) -
 def test_every_operator_of_a_run_is_there_for_mps(
     settings: dict[str, Any], editing: dict[str, Any], native: Native, tmp_path: Path
 ) -> None:
-    for seed in range(2):
-        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "01")
     module = fits.model(**settings)
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     # on MPS, attention is never a kernel of the CPU's

@@ -8,7 +8,7 @@ import fits
 import pytest
 import torch
 from by_hand import ByHand
-from fits import SOURCE, UNTUNED
+from fits import SOURCE, UNTUNED, fit_all, infos
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -29,16 +29,8 @@ SGD = partial(torch.optim.SGD, lr=0.5)
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
-
-
-@pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    for seed, name in enumerate("ab"):
-        fits.picture(folder / f"{name}.png", seed=seed)
-    return folder
+    return fits.pictures(tmp_path_factory.mktemp("two"), "ab")
 
 
 @pytest.fixture
@@ -53,15 +45,6 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, tuple[dict[str,
 
     monkeypatch.setattr(RunStore, "pivot", pivot)
     return seen
-
-
-def fit_all(folder: Path, out: Path, **settings: Any) -> dict[str, RunStore]:
-    fits.trainer().fit(fits.model(**settings), datamodule=SourceImages(str(folder), SOURCE, out=str(out)))
-    return {path.name: RunStore(path) for path in sorted(out.iterdir()) if path.is_dir()}
-
-
-def infos(store: RunStore) -> list[dict[str, Any]]:
-    return [store.step_info(i) for i in sorted(store.done())]
 
 
 def psi(store: RunStore, steps: int = 3) -> list[dict[str, Tensor]]:

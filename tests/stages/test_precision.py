@@ -20,11 +20,6 @@ AGREE = 30.0
 """dB between the reconstructions of fp32 and of bf16-mixed, at least."""
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
-
-
 def test_fp32_and_bf16_mixed_agree(image: Path, tmp_path: Path) -> None:
     shown, worth = [], []
     for precision in ("32-true", "bf16-mixed"):
@@ -90,8 +85,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def tuned_alone_and_beside(names: str, folder: Path) -> list[tuple[RunStore, RunStore]]:
     """The runs of each picture, with one slot and with two."""
-    for seed, name in enumerate(names):
-        fits.picture(folder / "in" / f"{name}.png", seed=seed)
+    fits.pictures(folder / "in", names)
     stores: list[list[RunStore]] = []
     for slots in (1, 2):
         data = SourceImages(str(folder / "in"), SOURCE, out=str(folder / str(slots)))

@@ -34,11 +34,6 @@ MAKES: dict[str, Make] = {
 LEARNING = ("full_kv", "v_only", "low_rank")
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
-
-
 Tuned = Callable[..., tuple[KVInversion, RunStore]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,14 @@ def inputs(folder: Path) -> tuple[object, ...]:
     return ("--image", image, "--source", fits.SOURCE, "--target", fits.TARGET, "--out", folder / "out")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The picture and its finished run; to be copied."""
+    folder = tmp_path_factory.mktemp("made")
+    run("run", *inputs(folder))
+    return folder
+
+
 def test_a_whole_run_reads_the_picture_and_the_trajectory_once(tmp_path: Path, reads: Counter[str]) -> None:
     run("run", *inputs(tmp_path))
     assert reads["picture.png"] == reads["trajectory.safetensors"] == 1
@@ -69,10 +78,9 @@ def test_a_mask_is_opened_once_with_its_picture(tmp_path: Path, reads: Counter[s
 
 
 def test_a_run_that_is_done_is_read_once_to_see_so_and_once_when_it_is_held(
-    tmp_path: Path, reads: Counter[str]
+    made: Path, tmp_path: Path, reads: Counter[str]
 ) -> None:
-    given = inputs(tmp_path)
-    run("run", *given)
+    given = inputs(shutil.copytree(made, tmp_path / "made"))
     for command in ("run", "fit"):
         reads.clear()
         run(command, *given)
@@ -81,10 +89,9 @@ def test_a_run_that_is_done_is_read_once_to_see_so_and_once_when_it_is_held(
 
 
 def test_an_edit_reads_the_trajectory_once_even_to_replay_the_source(
-    tmp_path: Path, reads: Counter[str]
+    made: Path, tmp_path: Path, reads: Counter[str]
 ) -> None:
-    run("run", *inputs(tmp_path))
-    reads.clear()
+    shutil.copytree(made / "out", tmp_path / "out")
     run("edit", "--run", tmp_path / "out", "--target", "a dog", "--model.kv", "replayed")
     assert reads["trajectory.safetensors"] == 1
     assert reads["run.json"] <= 4  # for its settings, its pictures, to check them, and held

@@ -65,8 +65,7 @@ class OnDevice(Tensor):
 def test_an_inner_step_waits_for_the_device_once_and_a_file_is_one_copy(
     settings: dict[str, Any], pictures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for seed in range(pictures):
-        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    fits.pictures(tmp_path / "in", map(str, range(pictures)))
     module, copies = fits.model(**{"slots": 1, **settings}), list[int]()
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     fits.trainer().invert(module, data)
@@ -131,10 +130,9 @@ def test_a_phase_is_written_while_the_next_one_is_tuned_and_never_two(
 
 
 def test_a_disk_that_is_full_for_the_thread_that_writes_ends_the_fit_which_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, image = fits.model(), fits.picture(tmp_path / "cat.png")
-    whole = fits.tensors(fits.fit(image, tmp_path / "whole", module))
+    module, whole = fits.model(), fits.tensors(fits.finished(tmp_path / "whole"))
     data, fsync = SourceImages(str(image), SOURCE, out=str(tmp_path / "run")), os.fsync
     store = data.works[0].store
     fits.trainer().invert(module, data)

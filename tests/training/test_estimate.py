@@ -32,8 +32,8 @@ HERE = Machine(torch.device("cpu"), torch.float32, 1, 1e9)
 
 
 @cache
-def planned(size: int = 16, **settings: Any) -> Estimate:
-    """Of one picture on the tiny checkpoint."""
+def planned(*, size: int = 16, **settings: Any) -> Estimate:
+    """Of one picture on the tiny checkpoint; counted once, which takes long."""
     return Estimate(fits.model(**settings), (size, size), 1, 1, HERE)
 
 
@@ -95,11 +95,13 @@ def test_the_network_is_timed_where_it_is_planned_for_or_at_less_where_that_take
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampling, "ENOUGH", 0)
-    for speed, grid, size in ((1e15, (8, 8), 16), (1.0, (2, 2), 4)):
-        plan = Estimate(fits.model(attention=Masked), (16, 16), 1, 1, HERE)
-        timed = sample(plan._sketch_at, plan.grid, 2, 2, HERE.device, speed)
+    plan, small = planned(attention=Masked), planned(size=4, attention=Masked)
+    for speed, wanted, grid, costs in (
+        (1e15, (8, 8), (8, 8), plan.costs),
+        (1.0, (4, 4), (2, 2), small.costs),
+    ):
+        timed = sample(plan._sketch_at, wanted, 2, 2, HERE.device, speed)
         assert timed.grid == grid
-        costs = planned(size, attention=Masked).costs
         assert (timed.forward.flop, timed.inner_step.flop) == (costs.forward, costs.inner_step)
         assert all(seconds > 0 for seconds in (*timed.forward.seconds, *timed.inner_step.seconds))
 
@@ -121,6 +123,7 @@ def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampling, "ENOUGH", 0)
     quick = ("--checkpoint", bare, "--steps", 2, "--model.inner_steps", 2, "--trainer.accelerator", "cpu")
     answer = kvinv("plan", *quick, "--data.size", 12)
     assert answer.code == 0, answer.err
@@ -128,8 +131,7 @@ def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
     assert "forwards: inversion 2, tuning 4 to 6 (4 with a backward at most), the edits 2" in answer.out
     assert "slots: 1 (pictures one after the other)" in answer.out and not tree(tmp_path)
     assert "timed: a forward " in answer.out and "at latents of 6 x 6" in answer.out
-    for seed in range(2):
-        fits.picture(tmp_path / "in" / f"{seed}.png", seed=seed)
+    fits.pictures(tmp_path / "in", "01")
     monkeypatch.setattr(estimate, "free_bytes", lambda device: 0)
     answer = kvinv("plan", *quick, "--image", tmp_path / "in", "--source", SOURCE, "--model.slots", 2)
     assert "2 pictures of 16 x 16" in answer.out

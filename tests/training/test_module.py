@@ -11,7 +11,7 @@ import pytest
 import torch
 from by_hand import LR, ByHand
 from diffusers.models.attention_processor import AttnProcessor
-from fits import SOURCE, TARGET, UNTUNED
+from fits import SOURCE, TARGET, UNTUNED, fit_all, infos
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 from PIL import Image
 from torch import Tensor, nn
@@ -25,11 +25,6 @@ from kvinv_pl.training.datamodule import SourceImages
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
-
-
-@pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     """One tuned picture, that of `image`, which tests may edit but not change."""
     return fits.finished(tmp_path_factory.mktemp("runs") / "tuned")
@@ -38,10 +33,6 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
 @pytest.fixture(scope="module")
 def untuned(image: Path, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     return fits.fit(image, tmp_path_factory.mktemp("runs") / "untuned", tolerance=UNTUNED)
-
-
-def infos(store: RunStore) -> list[dict[str, Any]]:
-    return [store.step_info(i) for i in sorted(store.done())]
 
 
 def quality(store: RunStore) -> float:
@@ -315,15 +306,7 @@ def test_the_source_start_is_the_sources_own_k_and_v_of_the_conditional_branch(
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("three")
-    for seed, name in enumerate("abc"):
-        fits.picture(folder / f"{name}.png", seed=seed)
-    return folder
-
-
-def fit_all(folder: Path, out: Path, **settings: Any) -> dict[str, RunStore]:
-    fits.trainer().fit(fits.model(**settings), datamodule=SourceImages(str(folder), SOURCE, out=str(out)))
-    return {path.name: RunStore(path) for path in sorted(out.iterdir()) if path.is_dir()}
+    return fits.pictures(tmp_path_factory.mktemp("three"), "abc")
 
 
 @pytest.mark.parametrize("carry", [True, False])

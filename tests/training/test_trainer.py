@@ -26,11 +26,6 @@ from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fits.picture(tmp_path_factory.mktemp("pictures") / "cat.png")
-
-
 def data(image: Path, out: Path, **options: Any) -> SourceImages:
     return SourceImages(
         **{"image": str(image), "source": SOURCE, "targets": [TARGET], "out": str(out), **options}
@@ -138,8 +133,7 @@ def test_a_kill_while_inverting_leaves_nothing_that_looks_done(
 
 
 def test_of_pictures_side_by_side_each_goes_on_where_it_was(tmp_path: Path) -> None:
-    for seed, name in enumerate("abc"):
-        fits.picture(tmp_path / "pictures" / f"{name}.png", seed=seed)
+    fits.pictures(tmp_path / "pictures", "abc")
     whole = data(tmp_path / "pictures", tmp_path / "whole")
     fits.trainer().fit(fits.model(slots=2), datamodule=whole)
     again = data(tmp_path / "pictures", tmp_path / "again")
