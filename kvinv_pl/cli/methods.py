@@ -1,10 +1,9 @@
 """`kvinv methods`. The docstring is the help."""
 
-import inspect
 import textwrap
 from dataclasses import MISSING
 
-from kvinv_pl.attention.registry import arguments
+from kvinv_pl.attention.registry import arguments_of
 from kvinv_pl.bench import methods as registry
 from kvinv_pl.errors import UserError, near
 
@@ -32,7 +31,7 @@ def _details(method: registry.Method) -> list[str]:
     """The rest of a method's docstring, and its options."""
     rest = method.text.partition("\n")[2].strip()
     lines = [*textwrap.indent(rest, " " * 18).splitlines(), ""]
-    texts = arguments(inspect.getdoc(method.cls))
+    texts = arguments_of(method.cls) if method.cls else {}
     for name, default in method.options.items():
         lines.append(f"  {name} ({'must be given' if default is MISSING else f'default: {default}'})")
         lines += textwrap.wrap(texts.get(name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
