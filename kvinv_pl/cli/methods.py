@@ -5,7 +5,6 @@ from dataclasses import MISSING
 
 from kvinv_pl.attention.registry import arguments_of
 from kvinv_pl.bench import methods as registry
-from kvinv_pl.errors import UserError, near
 
 
 def methods(name: str | None = None) -> None:
@@ -16,7 +15,7 @@ def methods(name: str | None = None) -> None:
     """
     found = registry.methods()
     if name is not None and name not in found:
-        raise UserError(f"no method {name!r}: expected one of {', '.join(found)}{near(name, list(found))}")
+        raise registry.absent(name, "method", found)
     shown = list(found.values()) if name is None else [found[name]]
     order = [*registry.KINDS.values(), None]
     for method in sorted(shown, key=lambda method: order.index(method.kind)):
