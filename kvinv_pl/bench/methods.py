@@ -18,8 +18,7 @@ KINDS: dict[str, Kind] = {"invert": "inversion", "control": "edit", "render": "w
 NOT_HERE = {
     "elite": "beside weights of its own it needs CLIP ViT-L/14 and, of every picture, a mask of the object, "
     "which no bench hands to a method",
-    "fastcomposer": "it needs weights of its own, which are of Stable Diffusion 1.5 and of human faces",
-    "neaf": "what its mixer is made of and which loss it learns by is published in its supplement alone",
+    "neaf": "of what its mixer is made and by which loss it learns is not known to us",
 }
 """Methods that are asked for and have no file, and why; the table in docs/methods.md says more."""
 
