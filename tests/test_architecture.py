@@ -50,6 +50,7 @@ ANYWHERE = {"torch", "jaxtyping", "typing_extensions"}
 PUBLIC = {
     "kvinv_pl",
     "kvinv_pl.algorithm.learning",
+    "kvinv_pl.algorithm.learning_a_word",
     "kvinv_pl.algorithm.method",
     "kvinv_pl.attention",
     "kvinv_pl.errors",

@@ -10,6 +10,7 @@ Each stage is a command of its own, resumed by giving it again; the next one rea
     python tools/train_menagerie.py clip
     python tools/train_menagerie.py export --to kvinv_pl/menagerie/weights
     python tools/report_menagerie.py
+    python tools/train_menagerie.py instruct    # an InstructPix2Pix to compare with, begun with an export
 
 The same commands use a GPU where there is one. `tensorboard --logdir work_menagerie/logs` shows the curves.
 Training seeds are 0 to 899,999; reports use 1,000,000 and up.
@@ -22,6 +23,7 @@ from calling import call
 from kvinv_pl.menagerie import SIZE
 
 WORK = Path("work_menagerie")
+WEIGHTS = Path(__file__).parents[1] / "kvinv_pl" / "menagerie" / "weights"
 
 
 def vae(
@@ -194,6 +196,32 @@ def clip(
     contrasting.train(work, count, size, width, layers, steps, batch, lr, cases)
 
 
+def instruct(
+    work: Path = WORK,
+    count: int = 10_000,
+    steps: int = 2000,
+    batch: int = 40,
+    lr: float = 5e-4,
+    begin: Path = WEIGHTS,
+) -> None:
+    """Train an InstructPix2Pix on pairs; `work`/instruct-trained is a folder that `instruct_pix2pix` loads.
+
+    Its U-Net begins as that of the checkpoint and sees a true picture beside the noise of another; it is told
+    "make it" and what the other shows. Autoencoder and text encoder stay those of the checkpoint.
+
+    Args:
+        work: where pictures, checkpoints, logs and results lie
+        count: how many pairs of an animal and its true picture in another action
+        steps: training steps
+        batch: pairs a step
+        lr: highest learning rate
+        begin: folder of a checkpoint, as the stage export writes it
+    """
+    from menagerie_training import instructing
+
+    instructing.train(work, count, steps, batch, lr, begin)
+
+
 def export(to: Path, work: Path = WORK) -> None:
     """Write what was trained as a Stable Diffusion folder that diffusers loads, with the judge, SAM and CLIP.
 
@@ -208,8 +236,8 @@ def export(to: Path, work: Path = WORK) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run one stage."""
-    stages = {"vae": vae, "unet": unet, "decoder": decoder, "judge": judge, "sam": sam, "clip": clip}
-    call({**stages, "export": export}, args)
+    stages = [vae, unet, decoder, judge, sam, clip, instruct, export]
+    call({stage.__name__: stage for stage in stages}, args)
 
 
 if __name__ == "__main__":

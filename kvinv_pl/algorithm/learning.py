@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Scene
-from kvinv_pl.algorithm.words import common_subject
+from kvinv_pl.algorithm.method import Inverted, Scene
 from kvinv_pl.errors import UserError
 
 Given = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 
 
-def subject(scene: Scene, word: str) -> str:
-    """The word for what an edit keeps: the one given, or else `common_subject`'s; a UserError without any."""
-    found = word or common_subject(scene.source, scene.target)
-    if found is None:
-        raise UserError(
-            f"which word of {scene.target!r} is the subject cannot be told from the source prompt "
-            f"{scene.source!r}: give it by the method's option word"
-        )
-    return found
+@dataclass(eq=False)
+class Taught(Inverted):
+    """DDIM's steps with what was learned of the picture."""
+
+    losses: Sequence[float] | Sequence[Sequence[float]] = field(default=(), repr=False)
+    """Of the steps; where one thing was learned after another, of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """An inversion that learns the picture, and begins at noise.
+
+    Args:
+        seed: Of the noise, in learning and in sampling.
+        guidance: Of the target, where the edit has none of its own.
+    """
+
+    seed: int = 0
+    guidance: float = 7.5
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Its options that are numbers of things."""
+    least: ClassVar[int] = 1
+    """What each of them is at least."""
+
+    def __post_init__(self) -> None:
+        """Refuse to learn less than that."""
+        got = min((getattr(self, name) for name in self.counts), default=self.least)
+        if got < self.least:
+            raise UserError(f"{', '.join(self.counts)}: expected {self.least} or more, got {got}")
+
+    def noise(self, scene: Scene, generator: torch.Generator | None = None) -> Float[Tensor, "1 c h w"]:
+        """Where sampling begins: the seed's first draw, or the generator's next."""
+        generator = generator or torch.Generator().manual_seed(self.seed)
+        return torch.randn(scene.z_0.shape, generator=generator).to(scene.z_0)
 
 
 def learn(

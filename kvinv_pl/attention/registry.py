@@ -113,6 +113,12 @@ def arguments(docstring: str | None) -> dict[str, str]:
     return texts
 
 
+def arguments_of(cls: type) -> dict[str, str]:
+    """The Args of a class and of those that it builds on, by name; the nearest says what a name means."""
+    texts = [arguments(each.__dict__.get("__doc__")) for each in reversed(cls.__mro__)]
+    return {name: text for found in texts for name, text in found.items()}
+
+
 def is_variant(cls: type) -> bool:
     """Whether a class is one."""
     return issubclass(cls, CPAttention)

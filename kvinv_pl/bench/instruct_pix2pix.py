@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kvinv_pl.api import KVInverter, as_file
+from kvinv_pl.api import KVInverter
+from kvinv_pl.bench.running import opened
 from kvinv_pl.data.geometry import fit_geometry, to_image, to_pixels
-from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.instructed import Instructed
 from kvinv_pl.training.trainer import COMPUTE_DTYPES
@@ -59,8 +58,7 @@ class InstructPix2Pix:
         guidance: float | None = None,
     ) -> Image.Image:
         """The edited picture, in the size that it came in; the model says where and how precisely."""
-        with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
-            image = open_picture(as_file(picture, Path(scratch), "picture")).image
+        image = opened(picture)
         trainer = model.trainer()
         device, dtype = trainer.strategy.root_device, COMPUTE_DTYPES[str(trainer.precision)]
         loaded = _loaded(self.checkpoint, device, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, Literal
@@ -15,6 +15,12 @@ GROUP = "kvinv_pl.methods"
 Kind = Literal["inversion", "edit", "whole"]
 KINDS: dict[str, Kind] = {"invert": "inversion", "control": "edit", "render": "whole"}
 """What a method is, by the name of the protocol's own function."""
+NOT_HERE = {
+    "elite": "beside weights of its own it needs CLIP ViT-L/14 and, of every picture, a mask of the object, "
+    "which no bench hands to a method",
+    "neaf": "of what its mixer is made and by which loss it learns is not known to us",
+}
+"""Methods that are asked for and have no file, and why; the table in docs/methods.md says more."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,22 @@ def methods() -> dict[str, Method]:
     return {point.name: _load(point) for point in installed(GROUP, "methods")}
 
 
+def absent(name: str, what: str, listed: Mapping[str, Method]) -> UserError:
+    """No method has this name; of one that is missed, why it is not here."""
+    if name in NOT_HERE:
+        return UserError(
+            f"{name} is not among the methods, since {NOT_HERE[name]} (docs/methods.md has a table of such): "
+            "leave it out, or give a method that `kvinv methods` lists"
+        )
+    shown = ", ".join(key for key, method in listed.items() if method.kind)
+    return UserError(f"no {what} {name!r}: expected one of {shown}{near(name, list(listed))}")
+
+
 def make(name: str, *kinds: Kind, **options: Any) -> Any:
     """The method of this name, if it is one of these kinds, with its published defaults but for `options`."""
     known = {key: method for key, method in methods().items() if method.kind in (*kinds, None)}
     if name not in known:
-        listed = ", ".join(key for key, method in known.items() if method.kind)
-        raise UserError(
-            f"no {' or '.join(kinds)} {name!r}: expected one of {listed}{near(name, list(known))}"
-        )
+        raise absent(name, " or ".join(kinds), known)
     method = known[name]
     if method.cls is None or method.kind is None:
         raise UserError(f"the method {name!r} of {method.distribution} is broken: {method.error}")

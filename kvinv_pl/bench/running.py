@@ -94,6 +94,12 @@ def edited(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, 
         return sample(scene, inverted, editor.control(inverted.scene, inverted))
 
 
+def opened(picture: Image.Image | str | Path) -> Image.Image:
+    """A picture, or the one at a path, as pictures are read for tuning."""
+    with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
+        return open_picture(as_file(picture, Path(scratch), "picture")).image
+
+
 @dataclass(frozen=True, eq=False)
 class Canvas:
     """A picture in a model's size, and the way back to the size that it came in."""
@@ -106,8 +112,7 @@ class Canvas:
     @classmethod
     def of(cls, model: KVInverter, picture: Image.Image | str | Path) -> Canvas:
         """Encode a picture; what CP-attn has in the U-Net is taken out first."""
-        with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
-            image = open_picture(as_file(picture, Path(scratch), "picture")).image
+        image = opened(picture)
         trainer = model.trainer()
         backbone = model.model.load_backbone(COMPUTE_DTYPES[str(trainer.precision)])
         denoiser = model.model.denoiser

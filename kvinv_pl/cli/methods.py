@@ -1,12 +1,10 @@
 """`kvinv methods`. The docstring is the help."""
 
-import inspect
 import textwrap
 from dataclasses import MISSING
 
-from kvinv_pl.attention.registry import arguments
+from kvinv_pl.attention.registry import arguments_of
 from kvinv_pl.bench import methods as registry
-from kvinv_pl.errors import UserError, near
 
 
 def methods(name: str | None = None) -> None:
@@ -17,7 +15,7 @@ def methods(name: str | None = None) -> None:
     """
     found = registry.methods()
     if name is not None and name not in found:
-        raise UserError(f"no method {name!r}: expected one of {', '.join(found)}{near(name, list(found))}")
+        raise registry.absent(name, "method", found)
     shown = list(found.values()) if name is None else [found[name]]
     order = [*registry.KINDS.values(), None]
     for method in sorted(shown, key=lambda method: order.index(method.kind)):
@@ -32,7 +30,7 @@ def _details(method: registry.Method) -> list[str]:
     """The rest of a method's docstring, and its options."""
     rest = method.text.partition("\n")[2].strip()
     lines = [*textwrap.indent(rest, " " * 18).splitlines(), ""]
-    texts = arguments(inspect.getdoc(method.cls))
+    texts = arguments_of(method.cls) if method.cls else {}
     for name, default in method.options.items():
         lines.append(f"  {name} ({'must be given' if default is MISSING else f'default: {default}'})")
         lines += textwrap.wrap(texts.get(name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)

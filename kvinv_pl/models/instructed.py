@@ -78,4 +78,7 @@ class Instructed:
 
 
 def _none() -> Path:
-    raise UserError(f"the embedded world has no InstructPix2Pix; {NEEDED}")
+    raise UserError(
+        "the embedded world has no InstructPix2Pix: train one with tools/train_menagerie.py instruct, and "
+        f"give its folder; {NEEDED}"
+    )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.method import Control, Inverted, Scene, sample
-from kvinv_pl.attention.registry import arguments
+from kvinv_pl.attention.registry import arguments_of
 from kvinv_pl.testing.check import METHOD_CHECKS, NonconformingError, check, same
 from kvinv_pl.testing.tiny import TinyModel, latents, table
 
@@ -51,7 +51,7 @@ def plain(scene: Scene) -> Float[Tensor, "2 c h w"]:
 def _described(make: Make) -> None:
     method = make()
     cls = type(method)
-    texts = arguments(inspect.getdoc(cls))
+    texts = arguments_of(cls)
     options = [name for name in inspect.signature(cls).parameters if not texts.get(name)]
     if not cls.__doc__ or options:
         raise NonconformingError(f"the docstring's Args lack {', '.join(options) or 'everything'}")

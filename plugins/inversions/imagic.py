@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvinv_pl.algorithm.learning import learn
-from kvinv_pl.algorithm.method import Inverted, Scene
-from kvinv_pl.errors import UserError
+from kvinv_pl.algorithm.learning import Learning, Taught, learn
+from kvinv_pl.algorithm.method import Scene
 
 
 @dataclass(frozen=True)
-class Imagic:
+class Imagic(Learning):
     """Imagic (Kawar et al., 2023, Section 3.2): an embedding, then the network, are learned of the picture.
 
     (A) The target's embedding is optimised into e_opt by the denoising loss of the picture (Eq. 2). (B) All
@@ -27,8 +26,6 @@ class Imagic:
         text_rate: Its rate.
         network_steps: Of Adam, for the network.
         network_rate: Its rate.
-        seed: Of the noise, in learning and in sampling.
-        guidance: Of the target, where the edit has none of its own.
     """
 
     eta: float = 0.7
@@ -36,16 +33,10 @@ class Imagic:
     text_rate: float = 1e-3
     network_steps: int = 1000
     network_rate: float = 2e-6
-    seed: int = 0
-    guidance: float = 7.5
+    counts, least = ("text_steps", "network_steps"), 0
     brief = {"text_steps": 2, "network_steps": 2}  # noqa: RUF012
 
-    def __post_init__(self) -> None:
-        """Refuse a negative number of steps."""
-        if (fewest := min(self.text_steps, self.network_steps)) < 0:
-            raise UserError(f"text_steps, network_steps: expected 0 or more, got {fewest}")
-
-    def invert(self, scene: Scene) -> Inverted:
+    def invert(self, scene: Scene) -> Taught:
         """Learn, and begin at noise."""
         target = scene.contexts[2:]
         found = target.float().clone()
@@ -55,14 +46,5 @@ class Imagic:
             weights = {path: value.detach().float().clone() for path, value in scene.model.weights.items()}
             every, rate, seed = [*weights.values()], self.network_rate, self.seed + 1
             network = learn(scene, every, lambda: (found, weights), self.network_steps, rate, seed)
-        start = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(self.seed)).to(scene.z_0)
         read = torch.cat([found, self.eta * target + (1 - self.eta) * found]).to(target)
-        return Optimised(scene, start, weights=weights, read=read, losses=(text, network))
-
-
-@dataclass(eq=False)
-class Optimised(Inverted):
-    """DDIM's steps with the learned embedding and the learned network."""
-
-    losses: tuple[list[float], list[float]] = field(default=([], []), repr=False)
-    """Of the embedding's steps and of the network's."""
+        return Taught(scene, self.noise(scene), weights=weights, read=read, losses=(text, network))

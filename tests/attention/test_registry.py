@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 
-from kvinv_pl.attention.registry import load_all, resolve, variants
+from kvinv_pl.attention.registry import arguments_of, load_all, resolve, variants
 from kvinv_pl.errors import UserError
 
 Install = Callable[[str, str, str], None]
@@ -111,3 +111,27 @@ def test_a_built_in_name_cannot_be_taken(install: Install):
     install("greedy", "full_kv = reg_greedy:Greedy", GOOD.format(name="Greedy"))
     with pytest.raises(UserError, match=r"greedy 1\.2.*kvinv-pl|kvinv-pl.*greedy 1\.2"):
         load_all()
+
+
+def test_what_a_class_says_of_its_options_is_said_for_those_that_build_on_it() -> None:
+    class Ground:
+        """Has two options.
+
+        Args:
+            steps: How many.
+            rate: How fast.
+        """
+
+    class Built(Ground):
+        """Has a third, and its own rate.
+
+        Args:
+            rate: Slowly.
+            seed: Of the noise.
+        """
+
+    class Silent(Built):
+        pass
+
+    assert arguments_of(Built) == {"steps": "How many.", "rate": "Slowly.", "seed": "Of the noise."}
+    assert arguments_of(Silent) == arguments_of(Built)

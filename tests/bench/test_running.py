@@ -17,8 +17,9 @@ from torch import Tensor
 
 import kvinv_pl
 from kvinv_pl.algorithm.method import Control, Inverted, Scene, sample
-from kvinv_pl.attention.registry import resolve
-from kvinv_pl.bench.methods import make, methods
+from kvinv_pl.attention.registry import arguments_of, resolve
+from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.methods import NOT_HERE, make, methods
 from kvinv_pl.bench.running import Canvas, edited, run_method
 from kvinv_pl.errors import UserError
 from kvinv_pl.testing import Trial, method_trials
@@ -49,7 +50,7 @@ def close(got: Tensor, wanted: Tensor) -> bool:
 def test_every_method_is_one_and_says_what_it_is() -> None:
     for method in FOUND.values():
         assert method.error is None and method.kind and len(method.text) > 60
-        assert all(option in (method.cls.__doc__ or "") for option in method.options)
+        assert method.options.keys() <= arguments_of(method.cls or object).keys()
 
 
 @pytest.mark.parametrize(
@@ -318,6 +319,16 @@ def test_the_page_on_methods_shows_what_runs(tmp_path: Path, monkeypatch: pytest
         exec(code.replace('"menagerie"', f'{str(fits.checkpoint())!r}, accelerator="cpu", steps=3'), {})
     assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "masactrl.png", "words.png"}
     assert all(f"`{name}`" in page for name in FOUND)
+    missed = page.partition("## Not here, and why")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", missed, re.M) == sorted(NOT_HERE)
+
+
+@pytest.mark.parametrize("row", [*NOT_HERE, f"ddim+{next(iter(NOT_HERE))}", f"{next(iter(NOT_HERE))}+plain"])
+def test_a_method_that_is_missed_is_refused_by_what_it_lacks(row: str) -> None:
+    name = next(name for name in NOT_HERE if name in row)
+    with pytest.raises(UserError, match=f"^{name} is not among the methods, since .*docs/methods.md") as said:
+        Contestant.parse(row)
+    assert NOT_HERE[name] in str(said.value) and "\n" not in str(said.value)
 
 
 def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, canvas: Canvas) -> None:

@@ -26,14 +26,14 @@ from menagerie_training.pairs import Known, Pairs, ReadingTheFirst, knowledge
 from menagerie_training.pictures import NAMES, Rows, Sampling, Side, pictures, save
 
 
-def captions(scenes: Sequence[Animal | Twice], rng: np.random.Generator) -> list[str]:
-    """Varied captions of these pictures; one in ten is empty (for guidance)."""
+def captions(scenes: Sequence[Animal | Twice], rng: np.random.Generator, empty: float = 0.1) -> list[str]:
+    """Varied captions of these pictures; a tenth, or another share, is empty (for guidance)."""
 
     def doing(animal: Animal, subject: str) -> str:
         return f"{subject} {rng.choice(['', 'is ', 'that is '], p=[0.8, 0.1, 0.1])}{animal.action}"
 
     def caption(scene: Animal | Twice) -> str:
-        if rng.uniform() < 0.1:
+        if rng.uniform() < empty:
             return ""
         if rng.uniform() < 0.55:
             return scene.prompt()
@@ -124,6 +124,20 @@ OTHERS = 0.5  # weight of the error of all but the seconds
 MISSED = 0.05  # weight of how little the seconds read of what corresponds
 
 
+def visited(rows: int, steps: int, device: torch.device) -> Tensor:
+    """Times of 0 to `steps`, drawn with a density of 1.5 sqrt(t): the pose is decided at the noisy end."""
+    return torch.rand(rows, device=device) ** (2 / 3) * steps
+
+
+def alike(error: Tensor, alpha: Tensor) -> Tensor:
+    """Errors of epsilon, one a row, so that all times count alike.
+
+    Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and the
+    word of the action, which only tells there, would be learned last.
+    """
+    return error * (alpha + 0.01) ** -0.75
+
+
 class UNetTraining(Trained):
     """The usual loss on epsilon, with captions drawn anew for every batch."""
 
@@ -163,9 +177,8 @@ class UNetTraining(Trained):
         texts = captions(scenes, self.rng)
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         context = self.nets["text"](cast(Tensor, ids).to(z.device)).last_hidden_state
-        # The pose is decided at the noisy end: it is visited more often (density 1.5 sqrt(t)).
         steps = self.alphas.shape[0]
-        t = torch.rand(len(z), device=z.device) ** (2 / 3) * steps
+        t = visited(len(z), steps, z.device)
         # The cleaner a first, the more its second gains by reading it.
         kind, share = torch.rand(2, pairs, device=z.device)
         cleaner = torch.where(kind < AS_NOISY, 1.0, torch.where(kind < AS_NOISY + CLEAN, 0.1 * share, share))
@@ -179,9 +192,7 @@ class UNetTraining(Trained):
         squares = (predicted.float() - noise).square().mean(1)
         weight = torch.full_like(squares, OTHERS)
         weight[-pairs:] = known.weight.to(weight)
-        # Epsilon is nearly all of a noisy latent, so its error there is a tenth of that of a clean one, and
-        # the word of the action, which only tells there, would be learned last: all times count alike.
-        weighted = (squares * weight).mean((1, 2)) * (alpha.flatten() + 0.01) ** -0.75
+        weighted = alike((squares * weight).mean((1, 2)), alpha.flatten())
         self.log("unet/loss", squares.mean(), prog_bar=True)
         self.log("unet/firsts", weighted[-2 * pairs : -pairs].mean(), prog_bar=True)
         self.log("unet/seconds", weighted[-pairs:].mean(), prog_bar=True)
@@ -190,14 +201,26 @@ class UNetTraining(Trained):
         return weighted.mean() + MISSED * missed
 
 
-def latents(work: Path, count: int, size: int, sample: Sampling) -> Tensor:
-    """Scaled latents of the training pictures, fp32."""
-    trained = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent
-    file = work / f"latents-{NAMES[sample]}-{count}-{size}.pt"
+def latents(
+    work: Path, count: int, size: int, sample: Sampling, vae: tuple[Path, Path] | None = None
+) -> Tensor:
+    """Scaled latents of the training pictures, fp32.
+
+    Args:
+        work: where pictures lie
+        count: how many
+        size: pixels a side
+        sample: the scene of a seed
+        vae: an autoencoder, and the folder in which its latents are kept; left out, that of the stage `vae`
+    """
+    if vae is None:
+        vae = needed(work / "vae-trained" / "diffusion_pytorch_model.safetensors", "vae").parent, work
+    trained, home = vae
+    file = home / f"latents-{NAMES[sample]}-{count}-{size}.pt"
     if not file.exists() or file.stat().st_mtime < (trained / "config.json").stat().st_mtime:
-        vae: Any = AutoencoderKL.from_pretrained(trained)
-        vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        save(means(vae, pictures(work, count, size, sample)[0]) * vae.config["scaling_factor"], file)
+        net: Any = AutoencoderKL.from_pretrained(trained)
+        net.to("cuda" if torch.cuda.is_available() else "cpu")
+        save(means(net, pictures(work, count, size, sample)[0]) * net.config["scaling_factor"], file)
     return torch.load(file, mmap=True)
 
 

@@ -43,7 +43,7 @@ def half_if_faithful(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def _clean(folder: Path) -> None:
+def clean(folder: Path) -> None:
     """Make the configurations say nothing of where they came from, and load in fp32 whatever is stored.
 
     Without the second, transformers would build the text model in fp16 beside a U-Net in fp32.
@@ -101,7 +101,7 @@ def export(work: Path, to: Path) -> None:
         CLIPImageProcessorPil.from_pretrained(contrastive).save_pretrained(to / "clip")
     else:
         print(f"no CLIP goes along: {contrastive} has none, which the stage clip writes")
-    _clean(to)
+    clean(to)
     shutil.copyfile(judge_file, to / FILE)
     records = [work / stage / "settings.json" for stage in ("vae", "unet", "decoder", "judge", "sam", "clip")]
     recipe = {path.parent.name: json.loads(path.read_text())["settings"] for path in records if path.exists()}
