@@ -209,7 +209,7 @@ def test_a_run_reads_long_and_weighted_prompts_in_every_stage(tmp_path: Path) ->
     # the source is one of other lengths beside its edits than in tuning, and reads the same
     replayed = fits.edit(store, targets[0], module=module, kv="replayed")
     assert fits.levels(replayed[0], pictures[0]) <= 1
-    with pytest.raises(UserError, match=r"made with model\.prompt_syntax = 'webui', not 'nothing'"):
+    with pytest.raises(UserError, match=r"made with prompt_syntax = 'webui', not nothing"):
         fits.edit(store, "a cat", module=fits.model(steps=2))
 
 

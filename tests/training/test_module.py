@@ -236,7 +236,7 @@ def test_settings_may_change_until_the_first_phase_is_done_and_not_after(image: 
         fits.fit(image, tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=1e38))
     store = fits.fit(image, tmp_path / "run")
     assert store.done() == {0, 1, 2}
-    with pytest.raises(UserError, match=r"made with tuning\.inner_steps = 3, not 4"):
+    with pytest.raises(UserError, match=r"made with inner_steps = 3, not 4"):
         fits.fit(image, tmp_path / "run", inner_steps=4)
 
 
@@ -467,11 +467,9 @@ def test_an_edit_says_that_it_is_made_at_another_guidance_than_tuned(tuned: RunS
 
 
 def test_an_edit_with_another_variant_than_tuned_is_refused(tuned: RunStore) -> None:
-    with pytest.raises(
-        UserError, match=r"made with tuning\.attention\.init_args\.scale = 'layer', not 'head'"
-    ):
+    with pytest.raises(UserError, match=r"made with attention\.scale = 'layer', not 'head'"):
         fits.edit(tuned, attention=partial(FullKV, scale="head"))
-    with pytest.raises(UserError, match=r"made with tuning\.sites"):
+    with pytest.raises(UserError, match="made with (other|another) target_modules"):
         fits.edit(tuned, target_modules="all")
 
 
