@@ -143,7 +143,8 @@ class Reader:
     def _read_at(self, i: int) -> int:
         """The step whose K-bar and V-bar step i reads."""
         steps = len(self.denoiser.table)
-        return min(i + round(self.settings.ahead * steps), steps - 1)
+        ahead = self.settings.ahead if self.settings.reading == "frozen" else 0
+        return min(i + round(ahead * steps), steps - 1)
 
     @contextmanager
     def psi(self, i: int) -> Iterator[None]:

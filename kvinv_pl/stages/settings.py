@@ -191,8 +191,6 @@ class EditSettings(Settings):
             raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
         if not 0 <= self.ahead <= 1:
             raise UserError(f"ahead: expected a share of the steps, 0 to 1, got {self.ahead}")
-        if self.ahead and self.reading != "frozen":
-            raise UserError(f"ahead: expected 0 with reading {self.reading}, got {self.ahead}")
 
     @property
     def guide(self) -> Guidance:
@@ -207,7 +205,7 @@ class EditSettings(Settings):
 
     def record(self) -> dict[str, Any]:
         """The settings that an edit depends on, for its record."""
-        unread = {"kv"} if self.reading == "blend" else set[str]()
+        unread = {"kv", "ahead"} if self.reading == "blend" else set[str]()
         return {
             name: value for name, value in self._active().items() if value is not None and name not in unread
         }

@@ -45,10 +45,10 @@ from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import precision_of
 
 
-def defaults_for(checkpoint: str, reading: Reading) -> dict[str, float]:
+def defaults_for(checkpoint: str) -> dict[str, float]:
     """What is left out: as measured for the embedded model, or as usual with Stable Diffusion."""
     if checkpoint == "menagerie":
-        return {"guidance": 5.0, "source_guidance": 1.0, "ahead": 0.4 if reading == "frozen" else 0.0}
+        return {"guidance": 5.0, "source_guidance": 1.0, "ahead": 0.4}
     return {"guidance": 7.5, "ahead": 0.0}
 
 
@@ -119,7 +119,7 @@ class KVInversion(LightningModule):
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
         ahead: By which share of the steps K-bar and V-bar are ahead of the edit, with the reading frozen: it
             reads those of a later timestep, in which more of the source is seen. Left out, 0.4 for the
-            embedded model with the reading frozen, else 0.
+            embedded model, and 0 for any other.
         candidates: How many edits of each target to show beside one another, the most promising first, in
             candidates.png; with more than 1 and nothing auto, the start is searched.
         judge: A CLIP folder that judges what is searched, or menagerie, the CLIP of the embedded world; left
@@ -183,7 +183,7 @@ class KVInversion(LightningModule):
         """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
         asked = {**locals()}
         given = settled(asked)
-        chosen = {k: value for k, value in defaults_for(checkpoint, reading).items() if given[k] is None}
+        chosen = {name: value for name, value in defaults_for(checkpoint).items() if given[name] is None}
         given |= chosen
         super().__init__()
         self.searching = Search.of(asked)
