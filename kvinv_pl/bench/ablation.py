@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ class Ablation:
 def _edited(work: SourceImage, settings: EditSettings) -> Path | None:
     """The picture of an edit with these settings, if it is there."""
     wanted = settings.record()
-    keys = {*wanted, "sharpness", "mixing", "background", "source_guidance"}
+    keys = {*wanted, *(setting.name for setting in fields(EditSettings) if "idle" in setting.metadata)}
     found = [
         file
         for record, file in work.store.edits()

@@ -48,7 +48,7 @@ from kvinv_pl.training.precision import precision_of
 def defaults_for(checkpoint: str) -> dict[str, float]:
     """What is left out: as measured for the embedded model, or as usual with Stable Diffusion."""
     if checkpoint == "menagerie":
-        return {"guidance": 5.0, "source_guidance": 1.0, "ahead": 0.4}
+        return {"guidance": 3.0, "source_guidance": 1.0, "ahead": 0.7}
     return {"guidance": 7.5, "ahead": 0.0}
 
 
@@ -82,7 +82,7 @@ class KVInversion(LightningModule):
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
         steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
-        guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 5 for the
+        guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 3 for the
             embedded model and 7.5 for any other.
         source_guidance: Guidance scale w_s of what the source prompt says, in the edit and in tuning; w then
             guides the change of words alone: eps = eps(negative) + w_s (eps(source) - eps(negative)) +
@@ -118,7 +118,7 @@ class KVInversion(LightningModule):
         background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
             neither in the source nor in the edit are the source's, from a fifth of the steps on).
         ahead: By which share of the steps K-bar and V-bar are ahead of the edit, with the reading frozen: it
-            reads those of a later timestep, in which more of the source is seen. Left out, 0.4 for the
+            reads those of a later timestep, in which more of the source is seen. Left out, 0.7 for the
             embedded model, and 0 for any other.
         candidates: How many edits of each target to show beside one another, the most promising first, in
             candidates.png; with more than 1 and nothing auto, the start is searched.

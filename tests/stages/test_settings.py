@@ -46,14 +46,14 @@ def test_guidance_is_that_of_tuning_too_unless_tuning_has_its_own() -> None:
     assert (module.editing.guidance, module.tuning.guidance, module.inverting.guidance) == (4.0, 1.0, 2.0)
 
 
-@pytest.mark.parametrize(("checkpoint", "w", "w_s"), [("menagerie", 5.0, 1.0), ("owner/name", 7.5, None)])
+@pytest.mark.parametrize(("checkpoint", "w", "w_s"), [("menagerie", 3.0, 1.0), ("owner/name", 7.5, None)])
 def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(
     checkpoint: str, w: float, w_s: float | None
 ) -> None:
     module = KVInversion(checkpoint)
     assert (module.editing.guidance, module.editing.source_guidance) == (w, w_s)
     assert module.tuning.guidance == (w_s or w)
-    assert module.editing.ahead == (0.4 if checkpoint == "menagerie" else 0.0)
+    assert module.editing.ahead == (0.7 if checkpoint == "menagerie" else 0.0)
     assert KVInversion(checkpoint, ahead=0.1).editing.ahead == 0.1
     assert KVInversion(checkpoint, guidance=0.0).editing.guidance == 0.0
     assert KVInversion(checkpoint, source_guidance=2.0).tuning.guidance == 2.0
