@@ -205,7 +205,7 @@ def report(
         seed_base: first seed of the animals; 1,000,000 and up are for reporting
         cases: animals for the autoencoder, the judges and the SAM
         samples: pictures sampled from noise; 0 leaves them out
-        guidance: guidance scale of the samples; the default is that of an edit
+        guidance: classifier-free guidance scale of the samples
         steps: DDIM steps of the samples
         batch: samples at once
         out: folder of round_trips.png, samples.png and report.json
