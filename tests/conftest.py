@@ -6,6 +6,7 @@ import gc
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def read_once() -> Iterator[None]:
 
     What a test makes or changes for itself is read from the disk, as it is for a user.
     """
-    from kvinv_pl.models import checkpoint
+    from kvinv_pl.models import checkpoint, folder
 
     read, before, kept = checkpoint.of_folder, set[Any](), dict[Any, bytes]()
 
@@ -69,7 +70,9 @@ def read_once() -> Iterator[None]:
         state = ((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in files)
         key = (name, dtype, variant, *state)
         if files and key in kept:
-            return torch.load(io.BytesIO(kept[key]), weights_only=False)
+            parts = torch.load(io.BytesIO(kept[key]), weights_only=False)
+            # a tokenizer does not survive it: its words would be decoded with the marks of their ends
+            return replace(parts, tokenizer=folder._tokenizer(place / "tokenizer"))
         parts = read(place, name, dtype, vae, variant)
         if files and key in before:
             torch.save(parts, buffer := io.BytesIO())

@@ -151,7 +151,7 @@ class Reader:
         """The context in which the network reads what was tuned for step i; one step comes after another."""
         read = self._read_at(i)
         step = self._prefetched[read].result().on(self.denoiser.device)
-        if self._read_at(i + 1) != read:
+        if i + 1 == len(self.denoiser.table) or self._read_at(i + 1) != read:
             del self._prefetched[read]
         self._prefetch(i + 1)
         self._at, attachment = i, self._attachment

@@ -246,7 +246,8 @@ def test_a_mask_of_another_size_is_told_at_the_end_and_stops_nothing(tmp_path: P
     rows = f"image,source,targets,mask\ncat.png,{fits.SOURCE},{fits.TARGET},mask.png\n"
     (tmp_path / "list.csv").write_text(rows)
     answer = bench(tmp_path / "out", "ddim+plain", data=tmp_path / "list.csv", cases=1)
-    assert answer.code == 1 and "of another size than" in answer.err and "3 of 3 pictures" in answer.err
+    assert answer.code == 1 and "3 of 3 pictures" in answer.err
+    assert "mask.png is 8x8, its picture is 20x16 pixels" in answer.err
     assert "(1 not measured)" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "page.html").exists()
 

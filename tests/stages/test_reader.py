@@ -175,7 +175,7 @@ def test_with_kv_replayed_psi_alone_is_on_disk(name: str, image: Path, tmp_path:
     assert unlike(picture, edit(module, stored)[0]) <= 1
     with pytest.raises(UserError, match="has psi only, without K-bar and V-bar: edit it with kv replayed"):
         edit(module, small)
-    with pytest.raises(UserError, match=r"tuning.kv = 'replayed', not 'stored'"):
+    with pytest.raises(UserError, match="made with kv = 'replayed', not 'stored'"):
         fits.fit(image, tmp_path / "run", attention=MAKES[name], tuning_guidance=2.0)
 
 

@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import fits
 import pytest
 import torch
-from commands import command, kvinv, signals_as_at_a_terminal
+from commands import command, kvinv
 from fits import SOURCE
 
 from kvinv_pl.cli.entry import main
@@ -94,98 +93,51 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit_and_leave_their_progr
     assert {path.name for path in (tmp_path / "2" / "logs").iterdir() if path.is_dir()} == {"rank0", "rank1"}
 
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="children are found under /proc")
-
-
-def children_of(pid: int) -> set[str]:
-    """The processes that the main thread of another has started, and that are still there."""
-    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-
-
-def rank_at_work(out: Path) -> int | None:
-    """The process of another rank that holds a run."""
-    found = [file.read_text() for file in out.glob("*/.lock.pid")]
-    return next((int(pid) for pid in found if pid.isdigit() and int(pid) != os.getpid()), None)
-
-
-def while_it_runs(act: Callable[[], bool]) -> threading.Thread:
-    """Call `act` again and again beside the test, until it says that it is done."""
-
-    def work() -> None:
-        ends = time.monotonic() + 200
-        while not act() and time.monotonic() < ends:
-            time.sleep(0.02)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_when_a_rank_is_killed_all_stop_and_leave_their_runs_free(folder: Path, tmp_path: Path) -> None:
-    """The command itself runs in this process: the other rank, which imports everything, takes long."""
-    killed = list[int]()
-
-    def kill() -> bool:
-        if pid := rank_at_work(tmp_path / "out"):
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-        return bool(killed)
-
-    thread = while_it_runs(kill)
-    first = kvinv(*given(folder, tmp_path / "out", 2, "--steps", 40))
-    thread.join()
+def test_when_a_rank_is_killed_all_stop_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
+    args = given(folder, tmp_path / "out", 2, "--steps", 40)
+    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True) as first:
+        ends, ranks = time.monotonic() + 200, list[int]()
+        while time.monotonic() < ends and not ranks:
+            ranks = [
+                int(file.read_text())
+                for file in tmp_path.glob("out/*/.lock.pid")
+                if file.read_text().isdigit() and int(file.read_text()) != first.pid
+            ]
+            assert first.poll() is None
+            time.sleep(0.05)
+        os.kill(ranks[0], signal.SIGKILL)
+        _, err = first.communicate(timeout=100)
     says = "another rank has failed: process 2 of 2 ended by signal 9, and all have been stopped"
-    assert first.code == 2 and says in first.err, first.err
+    assert first.returncode == 2 and says in err, err
     for file in tmp_path.glob("out/*/.lock.pid"):  # of the killed one
-        assert int(file.read_text()) == killed[0]
+        assert int(file.read_text()) == ranks[0]
     for name in "abcde":
         with RunStore(tmp_path / "out" / name).lock():
             pass
 
 
-@on_linux
-def test_a_command_that_is_terminated_ends_with_its_ranks(folder: Path, tmp_path: Path) -> None:
-    """In this process; the next test interrupts one of its own."""
-    there, ranks, asked = children_of(os.getpid()), list[str](), list[float]()
-
-    def terminate() -> bool:
-        if [*tmp_path.glob("out/*/steps/*")]:
-            ranks.extend(children_of(os.getpid()) - there)
-            asked.append(time.monotonic())
-            os.kill(os.getpid(), signal.SIGTERM)
-        return bool(asked)
-
-    with signals_as_at_a_terminal():
-        thread = while_it_runs(terminate)
-        first = kvinv(*given(folder, tmp_path / "out", 2, "--steps", 40))
-        took = time.monotonic() - asked[0]
-        thread.join()
-    assert took < PATIENCE, first.err
-    assert first.code == 143, first.err
-    assert first.err.splitlines()[-1].startswith("kvinv: stopped; run the same command to resume"), first.err
-    (rank,) = ranks
-    assert not Path(f"/proc/{rank}").exists()
-
-
-@on_linux
-def test_a_command_that_is_interrupted_while_it_loads_ends_with_its_ranks(
-    folder: Path, tmp_path: Path
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's children are found under /proc")
+@pytest.mark.parametrize(("loading", "sent", "code"), [(False, "SIGTERM", 143), (True, "SIGINT", 130)])
+def test_a_command_that_is_asked_to_end_ends_with_its_ranks(
+    loading: bool, sent: str, code: int, folder: Path, tmp_path: Path
 ) -> None:
-    """A process as at a terminal, by its exit code: it and its rank import everything."""
     args = given(folder, tmp_path / "out", 2, "--steps", 40)
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True, preexec_fn=heard) as first:
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
         ends = time.monotonic() + 200
-        while not (ranks := children_of(first.pid)):
+        while not (ranks := children.read_text().split()) or not (
+            loading or [*tmp_path.glob("out/*/steps/*")]
+        ):
             assert first.poll() is None and time.monotonic() < ends
             time.sleep(0.002)
-        first.send_signal(signal.SIGINT)
+        first.send_signal(getattr(signal, sent))
         asked = time.monotonic()
         _, err = first.communicate(timeout=100)
     assert time.monotonic() - asked < PATIENCE, err
-    assert first.returncode == 130, err
+    assert first.returncode == code, err
     assert err.splitlines()[-1].startswith("kvinv: stopped; run the same command to resume"), err
-    assert not Path(f"/proc/{ranks.pop()}").exists()
+    assert not Path(f"/proc/{ranks[0]}").exists()
 
 
 @pytest.fixture
