@@ -124,7 +124,7 @@ def test_the_drawings_know_what_corresponds_in_a_pair_and_what_of_it_counts(tmp_
 def test_attention_misses_nothing_where_it_lies_on_what_corresponds() -> None:
     """Of attention that is spread evenly, the near share is what a token and its neighbours weigh."""
     pairs = training("pairs")
-    attn = Attention(4, heads=1, dim_head=4, bias=False)
+    attn: Any = Attention(4, heads=1, dim_head=4, bias=False)
     tokens, reading = 16, pairs.ReadingTheFirst()
     hidden = torch.randn(2, tokens, 4)
     at = torch.arange(tokens).roll(1)[None]

@@ -30,7 +30,7 @@ def records(store: RunStore) -> list[dict[str, Any]]:
 
 def test_every_setting_is_a_parameter_of_the_module_and_has_its_default_there() -> None:
     parameters = signature(KVInversion).parameters
-    by_checkpoint = {"guidance": 9.0, "ahead": 0.2}
+    by_checkpoint: dict[str, Any] = {"guidance": 9.0, "ahead": 0.2}
     module = KVInversion("owner/name", **by_checkpoint)
     defaults = {name: parameter.default for name, parameter in parameters.items()} | by_checkpoint
     for settings in (module.inverting, module.tuning, module.editing):

@@ -108,14 +108,15 @@ class ReadingTheFirst(AttnProcessor):
         read = others[-count:]
         if self.pairs.own:
             read = torch.cat([read, seconds], 1)
+        layer: Any = attn  # whose projections diffusers types as optional
         q, k, v = (
             attn.head_to_batch_dim(to(hidden))
-            for to, hidden in ((attn.to_q, seconds), (attn.to_k, read), (attn.to_v, read))
+            for to, hidden in ((layer.to_q, seconds), (layer.to_k, read), (layer.to_v, read))
         )
         scores = attn.get_attention_scores(q, k)
         if self.pairs.known:
             self._note(scores, self.pairs.known)
-        attended = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(scores, v)))
+        attended = layer.to_out[0](attn.batch_to_head_dim(torch.bmm(scores, v)))
         return torch.cat([super().__call__(attn, others), attended])
 
     def _note(self, scores: Tensor, known: Known) -> None:
