@@ -119,7 +119,7 @@ def edit_picture(
 
         watch.progress.begin("editing", image.name, len(table))
         z_T = trajectory[-1:].to(denoiser.device).expand(len(batch), -1, -1, -1)
-        with reader.reading_ahead():
+        with reader.prefetching():
             return edit(
                 reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
                 lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after,

@@ -35,7 +35,7 @@ class Source:
     t: Int[Tensor, ""] | None = None
 
 
-AHEAD = 2
+PREFETCHED = 2
 """Steps that are read while the network runs."""
 UNSETTLED = 0.2
 """The share of the steps, from noise, in which attention maps do not show yet where the subject will be."""
@@ -123,10 +123,10 @@ class Reader:
         return eps.unflatten(0, (-1, count)).transpose(0, 1)
 
     @contextmanager
-    def reading_ahead(self) -> Iterator[None]:
+    def prefetching(self) -> Iterator[None]:
         """Prefetch: the next steps are read while the network runs."""
         self._attachment = self.denoiser.attached()
-        with ThreadPoolExecutor(AHEAD) as pool:  # to hash is most of it, and releases the GIL
+        with ThreadPoolExecutor(PREFETCHED) as pool:  # to hash is most of it, and releases the GIL
             self._pool, settings = pool, self.settings
             self._prefetch(self.first)
             sharpened = self._attachment.sharpened(settings.sharpness)
@@ -136,7 +136,7 @@ class Reader:
     def _prefetch(self, first: int) -> None:
         """Begin to read this step and those after it that may be read ahead."""
         pinned = self.denoiser.device.type == "cuda"
-        for i in range(first, min(first + AHEAD, len(self.denoiser.table))):
+        for i in range(first, min(first + PREFETCHED, len(self.denoiser.table))):
             if (read := self._read_at(i)) not in self._prefetched:
                 self._prefetched[read] = self._pool.submit(self.store.step, read, pinned)
 

@@ -42,7 +42,7 @@ def predicted_pictures(
         z = reader.keep(i, z_to)
         return z
 
-    with reader.reading_ahead():
+    with reader.prefetching():
         edit(reader.eps, z, table, reader.psi, settings.guide, settings.start, keep=keep)
     geometry = geometry_of(store.read_run()["picture"])
     pixels = denoiser.backbone.decode(torch.cat(found))

@@ -126,5 +126,6 @@ class ReadingTheFirst(AttnProcessor):
         at = known.corresponding[tokens]
         near = (heads * nearness(tokens)[at.clamp_min(0)].to(heads)).sum(-1).clamp_min(1e-6)
         side = round(tokens**0.5)
-        weight = torch.nn.functional.adaptive_avg_pool2d(known.weight, side).flatten(1) * (at >= 0)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(known.weight, side).flatten(1)
+        weight = (pooled * (at >= 0)).to(near)  # what is known lies on the CPU
         self.pairs.note(tokens, -(near.log() * weight).sum(1) / weight.sum(1))
