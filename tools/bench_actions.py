@@ -103,6 +103,10 @@ class Bench:
         quality = [work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works]
         rows = []
         for ways in edits:
+            name = ", ".join([label, *(f"{name} {value}" for name, value in ways.items())])
+            if "auto" in ways.values():
+                rows.append(Row(name, self.chosen(tuning, ways)))
+                continue
             edit_settings = replace(model.editing, **ways)
             wanted = edit_settings.record()
             missing = [work for work in data.works if not _edits(work, wanted)]
@@ -113,12 +117,21 @@ class Bench:
             found = [_edits(work, wanted)[-1] for work in data.works]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
             pictures = [Image.open(file).convert("RGB") for _, file in found]
-            name = ", ".join([label, *(f"{name} {value}" for name, value in ways.items())])
             extra = {"reconstruction dB": quality, "tune s": seconds / len(self.cases), "edit s": took}
             rows.append(Row(name, pictures, extra))
         first = data.works[0].store.step(0)
         self.values_of_psi = sum(value.numel() for value in first.psi.values())
         return rows
+
+    def chosen(self, tuning: dict[str, Any], searching: dict[str, Any]) -> list[Image.Image]:
+        """The edits that the search takes, without the truth, where these settings are auto."""
+        model = self.module(**tuning, **searching)
+        data, pictures = self.data(model, tuning), []
+        for work in list(data.works):
+            data.works = [work]
+            KVTrainer(logger=False, quiet=True).edit(model, data)
+            pictures.append(Image.open(model.last_edits[0]).convert("RGB"))
+        return pictures
 
     def with_true_correspondence(self, label: str) -> Row:
         """Edit what `rows` has tuned, each token reading what its own in the source shows by the drawing."""
@@ -210,7 +223,8 @@ def bench(
         cases: How many.
         seed_base: The first seed.
         work: Where run folders and sheets lie; existing results are reused.
-        edits: Ways to edit what was tuned, a JSON list of settings of an edit each; {} are those of --model.
+        edits: Ways to edit what was tuned, a JSON list of settings of an edit each; {} are those of --model,
+            and with {"start": "auto"} and the like the package's own search chooses, without the truth.
         slots: Cases tuned side by side.
         model: Settings of KVInversion, as JSON.
         untuned: Also edit by plain DDIM, and with what nothing was learned from.

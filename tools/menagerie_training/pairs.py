@@ -18,7 +18,10 @@ from kvinv_pl.menagerie import Animal, acting_otherwise
 from menagerie_training.pictures import by_seeds, save
 
 FINE = 4  # pixels a side of a token of the largest grid in the drawings that correspondences are read from
-ANIMAL, SECOND = 3.0, 10.0  # how much more the error of the animal counts, and that of its second colour
+ANIMAL = 3.0  # how much more the error of the animal counts
+# The second colour counts so many times a whole picture, however little there is of it, so that a thin collar is learned
+# as stripes are; a single token of it no more than MOST.
+SECOND, MOST = 0.3, 30.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ def _known(grids: Sequence[int], seed: int) -> np.ndarray:
     first, second, size = Animal.sample(seed), acting_otherwise(seed), grids[0] * FINE
     before, after = (PartsCanvas(animal, animal.action, size) for animal in (first, second))
     parts = second.parts(size=size)
-    of_animal, of_second = (after.shape > 0).astype(float), (parts["marks"] | parts["accent"]).astype(float)
-    weight = 1 + ANIMAL * of_animal + SECOND * of_second
-    tokens = weight.reshape(grids[0], FINE, grids[0], FINE).mean((1, 3)).ravel()
+    of_animal, of_second = (
+        drawn.astype(float).reshape(grids[0], FINE, grids[0], FINE).mean((1, 3)).ravel()
+        for drawn in (after.shape > 0, parts["marks"] | parts["accent"])
+    )
+    share = of_second / max(of_second.mean(), 1e-6)
+    tokens = 1 + ANIMAL * of_animal + np.minimum(SECOND * share, MOST)
     return np.concatenate([tokens / tokens.mean(), *(correspondence(before, after, grid) for grid in grids)])
 
 
