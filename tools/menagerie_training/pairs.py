@@ -19,8 +19,8 @@ from menagerie_training.pictures import by_seeds, save
 
 FINE = 4  # pixels a side of a token of the largest grid in the drawings that correspondences are read from
 ANIMAL = 3.0  # how much more the error of the animal counts
-# The second colour counts so many times a whole picture, however little there is of it, so that a thin collar is learned
-# as stripes are; a single token of it no more than MOST.
+# The second colour counts so many times a whole picture, however little there is of it, so that a thin
+# collar is learned as stripes are; a single token of it no more than MOST.
 SECOND, MOST = 0.3, 30.0
 
 
