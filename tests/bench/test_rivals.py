@@ -86,6 +86,26 @@ def test_cross_attention_guidance_brings_the_targets_maps_closer_to_the_sources(
     assert 0 < led.losses[1] < led.losses[0]
 
 
+def test_cross_attention_guidance_is_by_the_mean_over_the_heads_of_both_branches(scene: Scene) -> None:
+    ddim = make("ddim", "inversion").invert(scene)
+    led: Any = make("pix2pix_zero", "edit").control(scene, ddim)
+    found = list[Tensor]()
+
+    class Watches(Control):
+        attentions = scene.model.cross_attentions
+
+        def attend(self, i: int, at: Any) -> Tensor:
+            source, target = at.probabilities(at.q, at.k)[-1]
+            found.append((target - source).square().sum() / (2 * len(source)))
+            return super().attend(i, at)
+
+    z = ddim.start.expand(2, -1, -1, -1)
+    led.before(0, z)
+    with scene.model.controlled(0, Watches()):
+        scene.model.predict(z, scene.table.timesteps[:1], ddim.contexts(0)[-1:])
+    assert led.losses == [pytest.approx(float(sum(found)), rel=1e-4)]
+
+
 def test_regularised_noise_is_whiter_and_without_rounds_it_is_ddims(scene: Scene) -> None:
     from kvinv_plugins.inversions.noise_regularized import (  # pyright: ignore[reportMissingImports]
         divergence,
