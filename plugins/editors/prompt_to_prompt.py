@@ -19,8 +19,10 @@ class PromptToPrompt:
 
     Word swap (Eq. for replacement) takes the source's map M_t in place of M*_t in the first steps; adding a
     phrase (refinement) does so for the tokens that both prompts have, by their alignment; re-weighting scales
-    the map of a word by c. Self-attention maps of up to half the latent's side are the source's, too, in the
-    first steps. Local blend keeps the source outside what both prompts' words attend to.
+    the map of a word by c, in all steps. Self-attention maps of up to half the latent's side are the
+    source's, too, in the first steps. Local blend keeps the source outside what either prompt's word attends
+    to, by the maps of 16 x 16 in Stable Diffusion, and in another U-Net of the coarsest grid that several
+    layers have.
 
     The conditional branch is controlled, as in the authors' code. Where the unconditional one reads the
     source prompt (negative-prompt inversion), it is controlled as well, which that code leaves out: guidance

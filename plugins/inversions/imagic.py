@@ -17,8 +17,9 @@ class Imagic(Learning):
 
     (A) The target's embedding is optimised into e_opt by the denoising loss of the picture (Eq. 2). (B) All
     weights of the U-Net are, with e_opt held. (C) The target reads e = eta e_tgt + (1 - eta) e_opt (Eq. 3),
-    and the source e_opt, both from the same noise. Timesteps are drawn among those of sampling. The network
-    needs room for its weights four times, in fp32.
+    and the source e_opt, both from the same noise. Timesteps are drawn among those of sampling. Steps and
+    rates are those of diffusers' community pipeline; the paper's of Stable Diffusion are 1,000 and 1,500
+    steps. The network needs room for its weights four times, in fp32.
 
     Args:
         eta: How much of the target's own embedding; published: .6 to .8.

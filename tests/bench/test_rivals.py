@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -172,6 +175,23 @@ def test_words_are_found_on_the_coarsest_grid_that_several_layers_have() -> None
     embedded = {(16, 16): 3, (8, 8): 3, (4, 4): 1}
     assert (naming_grid(stable_diffusion), naming_grid(embedded)) == ((16, 16), (8, 8))
     assert naming_grid({(4, 6): 1, (2, 3): 1}) == (2, 3)
+
+
+def test_layers_of_the_embedded_model_are_those_that_the_page_names() -> None:
+    config = files("kvinv_pl.menagerie") / "weights" / "unet" / "config.json"
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(json.loads(config.read_text(encoding="utf-8")))
+    model, sites = TinyModel(), self_attentions(unet, (16, 16))
+    model.self_attentions = tuple(site.path for site in sites)
+    model.decoder = decoder_layers([path for path, _ in unet.named_modules()])
+    sides = {site.path: site.grid[0] for site in sites}
+    scene = scene_for(make("masactrl", "edit"), model=model)
+    read = make("masactrl", "edit").control(scene, Inverted(scene, scene.z_0)).attentions
+    assert [sides[path] for path in read] == [8, 16, 16]
+    injected = make("plug_and_play", "edit").control(scene, Inverted(scene, scene.z_0))
+    assert injected.convolutions == ("up_blocks.1.resnets.0.conv2",) and len(model.decoder) == 6
+    assert [sides[path] for path in injected.attentions] == [8, 8, 16, 16]
+    assert naming_grid(Counter(site.grid for site in sites)) == (8, 8)
 
 
 def word_maps(at: Any, place: int) -> Tensor:
