@@ -340,6 +340,12 @@ def test_custom_diffusion_learns_keys_and_values_of_words_and_a_word_before_the_
     assert asked[0].target == "a ktn cat running"
 
 
+def test_imagic_learns_as_its_paper_does_with_stable_diffusion() -> None:
+    imagic = Imagic()
+    assert (imagic.text_steps, imagic.text_rate) == (1000, 2e-3)
+    assert (imagic.network_steps, imagic.network_rate) == (1500, 5e-7)
+
+
 def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene: Scene) -> None:
     def rows(eta: float, **steps: int) -> Tensor:
         return inverted(scene, make("imagic", "inversion", eta=eta, **{**Imagic.brief, **steps}))
