@@ -29,8 +29,8 @@ help: ## Say what can be made
 demo: $(MADE) ## Edit the action of a drawn animal and say where the pictures are
 	$(VENV)/bin/kvinv run --image examples/animal.png --source "$(SOURCE)" $(TARGETS) --out demo
 
-bench: $(MADE) ## Compare published methods on the drawn world; make bench ARGS="--cases 12" for fewer cases
-	$(VENV)/bin/kvinv bench --out bench $(ARGS)
+bench: $(MADE) ## Make the README's table in bench/; ARGS="--also direct+prompt_to_prompt" for another row
+	$(VENV)/bin/kvinv bench --out bench --workers 2 $(ARGS)
 
 docs: $(TOOLS) ## Make a site of the pages, with the docstrings of the public names; a broken link fails
 	$(RUN) -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs

@@ -16,6 +16,7 @@ from kvinv_pl.algorithm.guidance import branches_at
 from kvinv_pl.algorithm.inversion import Eps, invert
 from kvinv_pl.algorithm.network import Attending as Attending  # for authors of methods, who import from here
 from kvinv_pl.algorithm.network import Control, Model
+from kvinv_pl.algorithm.network import naming_grid as naming_grid
 
 
 @dataclass(eq=False)

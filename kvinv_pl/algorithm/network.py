@@ -93,6 +93,16 @@ class Control:
         return z
 
 
+def naming_grid(layers: Mapping[tuple[int, int], int]) -> tuple[int, int]:
+    """The grid of the cross-attention maps that say best where a word is, given how many layers have each.
+
+    It is the coarsest that several layers have: 16 x 16 of Stable Diffusion's at 512 pixels, the published
+    one. A coarser one is the middle's alone.
+    """
+    several = [grid for grid, count in layers.items() if count > 1] or list(layers)
+    return min(several, key=lambda grid: grid[0] * grid[1])
+
+
 @runtime_checkable
 class Model(Protocol):
     """The frozen network, as methods see it; paths are module paths of its U-Net."""

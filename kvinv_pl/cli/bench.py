@@ -7,16 +7,13 @@ from typing import Any, Literal
 from kvinv_pl.errors import SomeFailedError
 
 OURS = "kv_inversion"
-METHODS = [
-    *("ddim+plain", "ddim+prompt_to_prompt", "ddim+masactrl", "direct+prompt_to_prompt", "direct+masactrl"),
-    *("negative_prompt+prompt_to_prompt", "edit_friendly+plain", f"{OURS}(attention=recorded)"),
-    *(OURS, f"{OURS}(background=kept)"),
-]
-"""What `make bench` compares: the rows of the README's table, and published methods beside them."""
+METHODS = ["ddim+plain", "direct+masactrl", f"{OURS}(attention=recorded)", OURS]
+"""What `make bench` compares: the rows of the README's table."""
 
 
 def bench(
     method: list[str] = METHODS,
+    also: list[str] = [],  # noqa: B006
     out: str = "bench",
     data: str = "world",
     cases: int | None = None,
@@ -43,6 +40,7 @@ def bench(
         method: INVERSION+EDIT, or a method that is both, as `kvinv methods` lists them; repeatable. Options
             in brackets, 'direct+masactrl(layer=3)'; what a method does not have is a setting of the model,
             'kv_inversion(attention=low_rank)'. With @16 behind it, on the first 16 cases alone.
+        also: Further rows, in the same words, beside those of method.
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, pictures.
         data: world (the drawn world, where the truth is known), a folder of PIE-Bench or EditBench, or a list
             of your own as `kvinv run` takes it (or a folder with one in it), with masks of the part to edit.
@@ -69,7 +67,7 @@ def bench(
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
     folder = Path(out).expanduser()
-    plan = Plan(tuple(method), folder, setup, data, cases, seed_base, clip, dino, lpips)
+    plan = Plan((*method, *also), folder, setup, data, cases, seed_base, clip, dino, lpips)
     found = plan.run(workers)
     report = found.report(ours)
     files = write_results(found, report, shown)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, naming_grid
 from kvinv_pl.errors import UserError
 
 
@@ -18,7 +18,8 @@ class MasaCtrl:
 
     With words, it is guided by masks (Eqs. 4 and 5): cross-attention maps of the words, of the source and of
     the target, are cut at a threshold; the target's foreground reads the source's foreground alone, and its
-    background the rest.
+    background the rest. The maps are those of the same step from layers before, 16 x 16 of Stable
+    Diffusion's and of another U-Net the coarsest that several layers have.
 
     Args:
         start: The share of the steps, from noise, after which it begins; published: 4 of 50.
@@ -76,7 +77,7 @@ class Mutual(Control):
 
 
 class Masked(Mutual):
-    """Eqs. 4 and 5: masks from the attention maps of the step before."""
+    """Eqs. 4 and 5: masks from the attention maps of the step, as far as the forward has come."""
 
     def __init__(
         self,
@@ -90,30 +91,30 @@ class Masked(Mutual):
         super().__init__(layers, first)
         self.attentions = (*self.layers, *cross)
         self.positions, self.threshold = positions, threshold
-        self._maps: list[Tensor] = []
-        self._masks: Tensor | None = None
+        self._maps: dict[tuple[int, int], list[Tensor]] = {}
 
     def before(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
-        """Cut the maps that were seen in the step before, of the layers that name things best."""
-        coarse = [maps for maps in self._maps if maps.shape[-1] * 4 <= z.shape[-1]] or self._maps
-        size = min(((maps.shape[-2], maps.shape[-1]) for maps in coarse), default=None, key=lambda s: -s[0])
-        if size is not None:
-            mean = torch.stack([F.interpolate(m[None], size, mode="bilinear")[0] for m in coarse]).mean(0)
-            least, most = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
-            self._masks = (mean - least) / (most - least).clamp_min(1e-12) > self.threshold
-        self._maps = []
+        """Forget the maps of the step before."""
+        self._maps = {}
         return z
+
+    def masks(self) -> Bool[Tensor, "2 h w"]:
+        """The foreground of source and target, cut from the maps that were seen."""
+        grid = naming_grid({grid: len(maps) for grid, maps in self._maps.items()})
+        mean = torch.stack(self._maps[grid]).mean(0)
+        least, most = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
+        return (mean - least) / (most - least).clamp_min(1e-12) > self.threshold
 
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
         """Keep a map of the words, or attend within foreground and background."""
         if at.cross:
             seen = at.probabilities(at.q, at.k)[-1].mean(1)
             maps = [seen[row][:, places].mean(-1).view(at.grid) for row, places in enumerate(self.positions)]
-            self._maps.append(torch.stack(maps))
+            self._maps.setdefault(at.grid, []).append(torch.stack(maps))
             return at.attend(at.q, at.k, at.v)
-        if i < self.first or self._masks is None:
+        if i < self.first or not self._maps:
             return super().attend(i, at)
-        fitted = F.interpolate(self._masks[None].float(), at.grid, mode="nearest")[0].flatten(1) > 0.5
+        fitted = F.interpolate(self.masks()[None].float(), at.grid, mode="nearest")[0].flatten(1) > 0.5
         source, target = fitted[0], fitted[1]
         # a query and a key on one side; a side that the source lacks is read as a whole
         alike = target[:, None] == source[None]

@@ -19,8 +19,9 @@ class Pix2PixZero:
     The target reads c + Delta c: the source prompt's embedding and the mean difference of sentences about the
     source and about the target (Section 3.2). Before each step x_t <- x_t - lambda grad |M_t - M_t^ref|^2,
     where M are the cross-attention maps of the target and of the source (Eqs. 2 and 3): the squares are added
-    up over pixels and tokens, and averaged over heads. As in the paper one x_t is moved, by the conditional
-    branch; the authors' code moves a copy of it for each branch and goes on with the unconditional one.
+    up over pixels and tokens, and averaged over the heads of both branches, the measure of the authors' code,
+    to which its lambda belongs. As in the paper one x_t is moved, by the conditional branch; that code moves
+    a copy of it for each branch and goes on with the unconditional one.
 
     Args:
         amount: lambda, as published.
@@ -78,11 +79,11 @@ class Led(Control):
         with torch.enable_grad(), self.scene.model.controlled(i, seen):
             x = z[1:].detach().clone().requires_grad_(True)
             self.scene.model.predict(self.inverted.seen(i, torch.cat([z[:1], x])), t, contexts)
-            loss = torch.stack(
-                [(target - source.detach()).square().sum((1, 2)).mean() for source, target in seen.maps]
-            )
-            (gradient,) = torch.autograd.grad(loss.sum(), [x])
-        self.losses.append(float(loss.detach().sum()))
+            apart = [(target - source.detach()).square().sum((1, 2)) for source, target in seen.maps]
+            # the unconditional branch has as many heads again
+            loss = torch.stack([heads.mean() / 2 for heads in apart]).sum()
+            (gradient,) = torch.autograd.grad(loss, [x])
+        self.losses.append(float(loss.detach()))
         return torch.cat([z[:1], z[1:] - self.amount * gradient.to(z)])
 
 

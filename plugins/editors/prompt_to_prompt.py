@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Model, Scene
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Model, Scene, naming_grid
 from kvinv_pl.errors import UserError
 
 
@@ -19,8 +19,10 @@ class PromptToPrompt:
 
     Word swap (Eq. for replacement) takes the source's map M_t in place of M*_t in the first steps; adding a
     phrase (refinement) does so for the tokens that both prompts have, by their alignment; re-weighting scales
-    the map of a word by c. Self-attention maps of up to half the latent's side are the source's, too, in the
-    first steps. Local blend keeps the source outside what both prompts' words attend to.
+    the map of a word by c, in all steps. Self-attention maps of up to half the latent's side are the
+    source's, too, in the first steps. Local blend keeps the source outside what either prompt's word attends
+    to, by the maps of 16 x 16 in Stable Diffusion, and in another U-Net of the coarsest grid that several
+    layers have.
 
     The conditional branch is controlled, as in the authors' code. Where the unconditional one reads the
     source prompt (negative-prompt inversion), it is controlled as well, which that code leaves out: guidance
@@ -96,6 +98,7 @@ class Maps(Control):
         self.weights, self.positions = weights, positions
         self.branches = slice(None) if both else slice(-1, None)
         self._seen: dict[tuple[int, int], Tensor] = {}
+        self._layers: dict[tuple[int, int], set[str]] = {}
 
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
         """Cross-attention: M_t mapped, or M*_t, times c; self-attention: the source's Q and K."""
@@ -119,14 +122,14 @@ class Maps(Control):
             maps = [seen[-1, row].mean(0)[:, places].sum(-1) for row, places in enumerate(self.positions)]
             found = torch.stack(maps).view(2, *at.grid)
             self._seen[at.grid] = found + self._seen.get(at.grid, 0)
+            self._layers.setdefault(at.grid, set()).add(at.path)
         return at.read(seen, at.v)
 
     def after(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """Local blend: outside the words of both, z-bar is the source's."""
         if not self._seen or i < self.chosen.blend_start * self.steps:
             return z
-        # the maps of a quarter of the latent's side, as published, or those that come next to it
-        grid = min(self._seen, key=lambda grid: abs(grid[1] * 4 - self.side))
+        grid = naming_grid({grid: len(paths) for grid, paths in self._layers.items()})
         spread = F.max_pool2d(self._seen[grid][:, None], 3, 1, 1)
         fitted = F.interpolate(spread, z.shape[-2:], mode="nearest")
         either = (fitted / fitted.amax((2, 3), keepdim=True) > self.chosen.threshold).any(0)

@@ -20,12 +20,13 @@ class DreamBooth(Learning):
     W + B A in every projection of every attention is learned by the denoising loss of the picture under the
     source prompt; source and target are then sampled from the same noise. An identifier is a word that both
     prompts have, as in `a sks cat running`. Prior preservation is left out, since there are no pictures of
-    the class. Timesteps are drawn among those of sampling.
+    the class. Timesteps are drawn among those of sampling. Rank, steps and rate are those of the example in
+    diffusers.
 
     Args:
         rank: Of B A.
         steps: Of Adam.
-        rate: Adam's, usual for LoRA.
+        rate: Adam's.
         seed: Of A, and of the noise in learning and in sampling.
     """
 

@@ -20,10 +20,11 @@ class Proximal:
 
     Small differences of the prompts count for nothing: eps = eps(source) + w prox(eps(target) - eps(source)).
     The proximal operator of the l0 norm keeps a value above the threshold lambda as it is, that of l1 makes
-    it smaller by lambda; both make zero of the rest. lambda is a quantile of the absolute differences of
-    source and target together, as in the authors' code: the source has none, so that .75 keeps half of the
-    target's. Below a timestep, z_{t-1} moves towards the source's trajectory wherever nothing was kept
-    (inversion guidance). With `prompt_to_prompt` this is ProxNPI, with `masactrl` ProxMasaCtrl.
+    it smaller by lambda; both make zero of the rest. (The authors' code makes it smaller by lambda for l0 as
+    well, and by twice that for l1.) lambda is a quantile of the absolute differences of source and target
+    together, as in that code: the source has none, so that .75 keeps half of the target's. Below a timestep,
+    z_{t-1} moves towards the source's trajectory wherever nothing was kept (inversion guidance). With
+    `prompt_to_prompt` this is ProxNPI, with `masactrl` ProxMasaCtrl.
 
     Args:
         quantile: Of the differences, which is lambda; as published.

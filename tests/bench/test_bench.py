@@ -166,13 +166,15 @@ def test_the_pages_script_finds_what_it_asks_for_and_every_bracket_is_closed() -
 def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> None:
     before = times(copy)
     (copy / "pictures" / "direct+plain" / "1000001.json").unlink()  # as after a kill
-    answer = bench(copy, "direct+plain", "kv_inversion", "ddim+plain", BROKEN)
+    answer = bench(copy, "direct+plain", "kv_inversion", BROKEN, also="ddim+plain")
     after = times(copy)
     assert answer.code == 1 and "plain(guidance=nonsense), 1000000" in answer.err
     changed = {name for name, time in before.items() if after[name] != time}
     assert changed == {"pictures/direct+plain/1000001.png"}
     assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
     assert figures(copy)["direct+plain"]["means"]["PIE PSNR"]["count"] == 2
+    given = ["direct+plain", "kv_inversion", BROKEN.removesuffix("@1"), "ddim+plain"]
+    assert list(figures(copy))[3:] == given
 
 
 def test_a_bench_with_other_settings_is_refused(copy: Path) -> None:
@@ -326,6 +328,7 @@ def _half(folder: Path) -> bytes:
 
 def test_mistakes_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
     refused(bench(tmp_path / "a", "masactl"), "did you mean masactrl")
+    refused(bench(tmp_path / "a", also="masactl"), "did you mean masactrl")
     refused(bench(tmp_path / "a", "plain", cases=0), "cases: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", workers=0), "workers: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is asked for twice")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Control, Inverted, Scene, sample
+from kvinv_pl.algorithm.method import Control, Inverted, Scene, naming_grid, sample
+from kvinv_pl.attention.cross_attention import cross_attentions
+from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.running import edited
 from kvinv_pl.errors import UserError
 from kvinv_pl.testing.method_checks import SOURCE, scene_for
+from kvinv_pl.testing.tiny import CHANNELS, WIDTH, TinyModel
 
 PLAIN = make("plain", "edit")
 Imagic: Any = type(make("imagic", "inversion"))
@@ -24,6 +31,29 @@ Imagic: Any = type(make("imagic", "inversion"))
 @pytest.fixture
 def scene() -> Scene:
     return scene_for(PLAIN)
+
+
+CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+
+
+@pytest.fixture
+def three_levels() -> Scene:
+    """Of a U-Net like the embedded one: the middle alone attends on the coarsest grid."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            in_channels=CHANNELS, out_channels=CHANNELS, layers_per_block=1, block_out_channels=(8, 8, 8),
+            down_block_types=(CROSS[0], CROSS[0], "DownBlock2D"),
+            up_block_types=("UpBlock2D", CROSS[1], CROSS[1]),
+            attention_head_dim=2, norm_num_groups=4, cross_attention_dim=WIDTH,
+        )  # fmt: skip
+    z_0 = torch.randn(1, CHANNELS, 4, 16, generator=torch.Generator().manual_seed(0))
+    model, sites = TinyModel(), self_attentions(unet, (4, 16))
+    model.unet = unet.requires_grad_(False).eval()
+    model.self_attentions = tuple(site.path for site in sites)
+    model.cross_attentions = tuple(cross_attentions(unet))
+    model._grids = {site.tokens: site.grid for site in sites}
+    return replace(scene_for(PLAIN, model=model), z_0=z_0)
 
 
 def inverted(scene: Scene, inversion: Any) -> Tensor:
@@ -57,6 +87,26 @@ def test_cross_attention_guidance_brings_the_targets_maps_closer_to_the_sources(
     assert torch.equal(z[:1], ddim.start)
     led.before(0, z)
     assert 0 < led.losses[1] < led.losses[0]
+
+
+def test_cross_attention_guidance_is_by_the_mean_over_the_heads_of_both_branches(scene: Scene) -> None:
+    ddim = make("ddim", "inversion").invert(scene)
+    led: Any = make("pix2pix_zero", "edit").control(scene, ddim)
+    found = list[Tensor]()
+
+    class Watches(Control):
+        attentions = scene.model.cross_attentions
+
+        def attend(self, i: int, at: Any) -> Tensor:
+            source, target = at.probabilities(at.q, at.k)[-1]
+            found.append((target - source).square().sum() / (2 * len(source)))
+            return super().attend(i, at)
+
+    z = ddim.start.expand(2, -1, -1, -1)
+    led.before(0, z)
+    with scene.model.controlled(0, Watches()):
+        scene.model.predict(z, scene.table.timesteps[:1], ddim.contexts(0)[-1:])
+    assert led.losses == [pytest.approx(float(sum(found)), rel=1e-4)]
 
 
 def test_regularised_noise_is_whiter_and_without_rounds_it_is_ddims(scene: Scene) -> None:
@@ -118,6 +168,92 @@ def test_plug_and_play_gives_the_target_the_sources_features_and_maps_and_leaves
     control.__class__ = Watched
     sample(scene, ddim, control)
     assert len(given) == len(scene.table) and all(torch.equal(x[:, 0], x[:, 1]) for x in given)
+
+
+def test_words_are_found_on_the_coarsest_grid_that_several_layers_have() -> None:
+    stable_diffusion = {(64, 64): 5, (32, 32): 5, (16, 16): 5, (8, 8): 1}
+    embedded = {(16, 16): 3, (8, 8): 3, (4, 4): 1}
+    assert (naming_grid(stable_diffusion), naming_grid(embedded)) == ((16, 16), (8, 8))
+    assert naming_grid({(4, 6): 1, (2, 3): 1}) == (2, 3)
+
+
+def test_layers_of_the_embedded_model_are_those_that_the_page_names() -> None:
+    config = files("kvinv_pl.menagerie") / "weights" / "unet" / "config.json"
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(json.loads(config.read_text(encoding="utf-8")))
+    model, sites = TinyModel(), self_attentions(unet, (16, 16))
+    model.self_attentions = tuple(site.path for site in sites)
+    model.decoder = decoder_layers([path for path, _ in unet.named_modules()])
+    sides = {site.path: site.grid[0] for site in sites}
+    scene = scene_for(make("masactrl", "edit"), model=model)
+    read = make("masactrl", "edit").control(scene, Inverted(scene, scene.z_0)).attentions
+    assert [sides[path] for path in read] == [8, 16, 16]
+    injected = make("plug_and_play", "edit").control(scene, Inverted(scene, scene.z_0))
+    assert injected.convolutions == ("up_blocks.1.resnets.0.conv2",) and len(model.decoder) == 6
+    assert [sides[path] for path in injected.attentions] == [8, 8, 16, 16]
+    assert naming_grid(Counter(site.grid for site in sites)) == (8, 8)
+
+
+def word_maps(at: Any, place: int) -> Tensor:
+    return at.probabilities(at.q, at.k)[-1].mean(1)[..., place].unflatten(1, at.grid)
+
+
+def test_masactrl_with_a_word_reads_within_the_masks_of_the_same_step(three_levels: Scene) -> None:
+    ddim = make("ddim", "inversion").invert(three_levels)
+    options: dict[str, Any] = {"word": "cat", "empty_source": False, "start": 0.0, "threshold": 0.5}
+    control = make("masactrl", "edit", **options).control(three_levels, ddim)
+    maps, read = list[Tensor](), list[int]()
+
+    class Watched(type(control)):
+        def before(self, i: int, z: Tensor) -> Tensor:
+            maps.clear()
+            return super().before(i, z)
+
+        def attend(self, i: int, at: Any) -> Tensor:
+            given = super().attend(i, at)
+            if at.cross:
+                maps.extend([word_maps(at, 2)] if at.grid == (2, 8) else [])
+                return given
+            mean = torch.stack(maps).mean(0)
+            least, most = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
+            masks = F.interpolate(((mean - least) / (most - least) > 0.5)[None].float(), at.grid)[0] > 0.5
+            source, target = masks.flatten(1)
+            k, v = at.k[:, :1].expand_as(at.k), at.v[:, :1].expand_as(at.v)
+            both = (1, 2, len(source), len(source))
+            inside, outside = (at.attend(at.q, k, v, side.expand(both)) for side in (source, ~source))
+            wanted = torch.where(target[:, None], inside, outside)
+            assert torch.allclose(given[:, 1], wanted[:, 1], atol=1e-5)
+            read.append(len(maps))
+            return given
+
+    control.__class__ = Watched
+    sample(three_levels, ddim, control)
+    assert len(read) == 3 * len(three_levels.table) and read[:3] == [2, 3, 3]
+
+
+def test_local_blend_finds_the_words_where_several_layers_do(three_levels: Scene) -> None:
+    ddim = make("ddim", "inversion").invert(three_levels)
+    options: dict[str, Any] = {"words": ("standing", "running"), "cross": 0.0, "self_attention": 0.0}
+    blend = make("prompt_to_prompt", "edit", blend_start=0.0, threshold=0.9999, **options)
+    control = blend.control(three_levels, ddim)
+    maps, parts = list[Tensor](), list[Tensor]()
+
+    class Watched(type(control)):
+        def attend(self, i: int, at: Any) -> Tensor:
+            maps.extend([word_maps(at, 3)] if at.cross and at.grid == (2, 8) else [])
+            return super().attend(i, at)
+
+        def after(self, i: int, z: Tensor) -> Tensor:
+            spread = F.max_pool2d(torch.stack(maps).sum(0)[:, None], 3, 1, 1)
+            fitted = F.interpolate(spread, z.shape[-2:])
+            parts.append((fitted / fitted.amax((2, 3), keepdim=True) > 0.9999).any(0))
+            blended = super().after(i, z)
+            assert torch.equal(blended, torch.cat([z[:1], torch.where(parts[-1], z[1:], z[:1])]))
+            return blended
+
+    control.__class__ = Watched
+    sample(three_levels, ddim, control)
+    assert parts and all(part.any() and not part.all() for part in parts)
 
 
 def test_flexiedit_damps_high_frequencies_in_the_region_alone(scene: Scene) -> None:
@@ -202,6 +338,12 @@ def test_custom_diffusion_learns_keys_and_values_of_words_and_a_word_before_the_
 
     edited(scene, make("custom_diffusion", "inversion", steps=1, batch=1), Asks())
     assert asked[0].target == "a ktn cat running"
+
+
+def test_imagic_learns_as_its_paper_does_with_stable_diffusion() -> None:
+    imagic = Imagic()
+    assert (imagic.text_steps, imagic.text_rate) == (1000, 2e-3)
+    assert (imagic.network_steps, imagic.network_rate) == (1500, 5e-7)
 
 
 def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene: Scene) -> None:

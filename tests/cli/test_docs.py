@@ -16,8 +16,9 @@ import segmenters
 from commands import QUICK, kvinv
 
 from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.plan import WORLD_CASES
 from kvinv_pl.cli.ablate import ablate
-from kvinv_pl.cli.bench import METHODS, bench
+from kvinv_pl.cli.bench import METHODS, OURS, bench
 from kvinv_pl.cli.new_variant import write
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -193,10 +194,20 @@ def test_benches_that_are_shown_and_that_make_runs_have_options_and_rows_that_th
         for n, arg in enumerate(args):
             if arg.startswith("--"):
                 assert arg[2:] in options, line
-            if arg == "--method":
+            if arg in ("--method", "--also"):
                 Contestant.parse(args[n + 1])
-    rows = [Contestant.parse(text) for text in METHODS]
-    assert len({row.text for row in rows}) == len(rows)
+
+
+def test_make_bench_computes_the_rows_of_the_readmes_table() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("\n## Figures\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    named = [re.findall("`(.*)`", row) or [OURS] for row in rows if "`" in row or "(the default)" in row]
+    assert [text for texts in named for text in texts] == METHODS
+    (made,) = re.findall(r"kvinv bench .*", (DOCS.parent / "Makefile").read_text(encoding="utf-8"))
+    assert shlex.split(made)[2:] == ["--out", "bench", "--workers", "2", "$(ARGS)"]
+    assert inspect.signature(bench).parameters["method"].default is METHODS and WORLD_CASES == 64
+    assert [Contestant.parse(text).text for text in METHODS] == METHODS
 
 
 def test_the_pages_name_tools_and_commands() -> None:
