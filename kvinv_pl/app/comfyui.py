@@ -154,15 +154,11 @@ class FindSubject(Node):
         return (as_tensor(found),)
 
 
-NODE_CLASS_MAPPINGS = {
-    "KVInversionLoad": LoadModel,
-    "KVInversionTune": TunePicture,
-    "KVInversionEdit": EditPicture,
-    "KVInversionSubject": FindSubject,
+NODES: dict[str, tuple[type[Node], str]] = {
+    "KVInversionLoad": (LoadModel, "Load for KV Inversion"),
+    "KVInversionTune": (TunePicture, "Tune a picture (KV Inversion)"),
+    "KVInversionEdit": (EditPicture, "Edit a tuned picture (KV Inversion)"),
+    "KVInversionSubject": (FindSubject, "Find the subject (SAM)"),
 }
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "KVInversionLoad": "Load for KV Inversion",
-    "KVInversionTune": "Tune a picture (KV Inversion)",
-    "KVInversionEdit": "Edit a tuned picture (KV Inversion)",
-    "KVInversionSubject": "Find the subject (SAM)",
-}
+NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in NODES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in NODES.items()}

@@ -32,8 +32,6 @@ def write_report(folder: Path, file: Path) -> Path:
             runs.append(_of_run(work, f"run{len(runs) + 1}"))
         except (UserError, KeyError) as error:
             why = f"its run.json lacks {error}" if isinstance(error, KeyError) else str(error)
-            if not isinstance(error, UserError):
-                error = UserError(f"{work.store.folder}: {why}")
             failed[str(work.store.folder)] = why
     if not runs:
         raise UserError("; ".join(failed.values()))

@@ -135,22 +135,13 @@ class Attachment:
             self._subject_map = None
 
     @contextmanager
-    def sharpened(self, factor: float) -> Iterator[None]:
-        """Multiply the scores of Eq. 2 in the rows of the edits."""
-        self._sharpness = factor
+    def editing(self, sharpness: float = 1.0, mixing: Mixing = "replace") -> Iterator[None]:
+        """A factor of the scores of Eq. 2 in the rows of edits, and what those read; see `mixing`."""
+        self._sharpness, self._mixing = sharpness, mixing
         try:
             yield
         finally:
-            self._sharpness = 1.0
-
-    @contextmanager
-    def mixed(self, mixing: Mixing) -> Iterator[None]:
-        """Have the edits read their own keys and values, too; see `kvinv_pl.attention.mixing`."""
-        self._mixing = mixing
-        try:
-            yield
-        finally:
-            self._mixing = "replace"
+            self._sharpness, self._mixing = 1.0, "replace"
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:

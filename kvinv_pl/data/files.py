@@ -67,9 +67,7 @@ def write_png(file: Path, picture: Image.Image) -> Path:
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record with the format number."""
     text = json.dumps({**record, "format": FORMAT}, indent=2, ensure_ascii=False)
-    write_atomically(
-        file, f"{text}\n".encode(errors="surrogatepass")
-    )  # keeps a prompt that is not valid UTF-8
+    write_atomically(file, f"{text}\n".encode(errors="surrogatepass"))  # keeps a prompt of invalid UTF-8
 
 
 def read_json(file: Path) -> dict[str, Any]:

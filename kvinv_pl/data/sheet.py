@@ -7,10 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDES = (
-    192,
-    768,
-)  # pixels, shortest and longest: small pictures are enlarged to be visible, large ones reduced
+SIDES = 192, 768  # pixels, shortest and longest: small pictures are enlarged to be seen, large ones reduced
 ACROSS = 5  # pictures in a row
 GAP, LINE, LETTER = 8, 18, 7  # pixels
 

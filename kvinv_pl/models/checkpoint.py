@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -73,8 +73,7 @@ def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:
     text_encoder.config.num_hidden_layers = len(layers)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What pictures a checkpoint takes, in pixels: the VAE's factor, what sides divide by, its own size."""
 
     vae_factor: int

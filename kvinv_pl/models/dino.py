@@ -68,11 +68,8 @@ class Dino:
         def note(layer: nn.Module, given: Any, out: Any) -> None:
             seen.append(out)
 
-        hook = self._keys.register_forward_hook(note)
-        try:
+        with self._keys.register_forward_hook(note):
             self.model(x, interpolate_pos_encoding=True)
-        finally:
-            hook.remove()
         keys = seen[0][0].float()
         lengths = keys.norm(dim=1, keepdim=True)
         return keys @ keys.T / (lengths @ lengths.T).clamp_min(1e-8)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
@@ -34,49 +35,35 @@ def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = 
         )
     if (folder := located(checkpoint, menagerie.checkpoint, needed, files=True)) is not None:
         return folder
-    try:
-        with quiet(bars=True):
-            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    with _from_hub(f"folder {checkpoint}"):
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-            path = Path(hf_hub_download(checkpoint, "model_index.json"))
-            refuse_other_kinds(checkpoint, read_json(path.parent, path.name))
-            if configs_alone:
-                for part in ("unet", "vae"):
-                    hf_hub_download(checkpoint, f"{part}/config.json")
-                return path.parent
-            names = _names_in(checkpoint, "unet/")
-            refuse_other_variants(checkpoint, variant, names)
-            found = weight_files(names, "unet", variant)
-            unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-            options = {**unused, "variant": found.variant or None if found else None}
-            return Path(DiffusionPipeline.download(checkpoint, **options))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"no folder {checkpoint} here, and not available from the hub: {_of_hub(error)}"
-        ) from error
+        path = Path(hf_hub_download(checkpoint, "model_index.json"))
+        refuse_other_kinds(checkpoint, read_json(path.parent, path.name))
+        if configs_alone:
+            for part in ("unet", "vae"):
+                hf_hub_download(checkpoint, f"{part}/config.json")
+            return path.parent
+        names = _names_in(checkpoint, "unet/")
+        refuse_other_variants(checkpoint, variant, names)
+        found = weight_files(names, "unet", variant)
+        unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        options = {**unused, "variant": found.variant or None if found else None}
+        return Path(DiffusionPipeline.download(checkpoint, **options))
 
 
 def vae_of(repository: str) -> Path:
     """The folder of a VAE in a repository, which may be a VAE alone, or its file."""
-    try:
-        with quiet(bars=True):
-            top = _names_in(repository)
-            if "config.json" not in top and "model_index.json" not in top:
-                return Path(hf_hub_download(repository, _only(repository, "a VAE", top)))
-            folder = "" if "config.json" in top else "vae/"
-            config = Path(hf_hub_download(repository, f"{folder}config.json"))
-            found = weight_files(_names_in(repository, folder), "vae")
-            for name in found.names if found else ():
-                hf_hub_download(repository, folder + name)
-            return config.parent
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"no VAE {repository} here, and not available from the hub: {_of_hub(error)}"
-        ) from error
+    with _from_hub(f"VAE {repository}"):
+        top = _names_in(repository)
+        if "config.json" not in top and "model_index.json" not in top:
+            return Path(hf_hub_download(repository, _only(repository, "a VAE", top)))
+        folder = "" if "config.json" in top else "vae/"
+        config = Path(hf_hub_download(repository, f"{folder}config.json"))
+        found = weight_files(_names_in(repository, folder), "vae")
+        for name in found.names if found else ():
+            hf_hub_download(repository, folder + name)
+        return config.parent
 
 
 def file_of(name: str, what: str) -> Path:
@@ -94,17 +81,24 @@ def file_of(name: str, what: str) -> Path:
             f"there is no file {name}; expected {what}: a .safetensors file or a hub id (owner/name)"
         )
     repository, file = found.groups()
+    with _from_hub(f"file {name}"):
+        names = _names_in(repository) if file is None else []
+        file = file or _only(name, what, names)
+        if "adapter_config.json" in names:  # which says how strong peft's own files are
+            hf_hub_download(repository, "adapter_config.json")
+        return Path(hf_hub_download(repository, file))
+
+
+@contextmanager
+def _from_hub(what: str) -> Iterator[None]:
+    """Download something, with progress bars; an error says in one line why it is not there."""
     try:
         with quiet(bars=True):
-            names = _names_in(repository) if file is None else []
-            file = file or _only(name, what, names)
-            if "adapter_config.json" in names:  # which says how strong peft's own files are
-                hf_hub_download(repository, "adapter_config.json")
-            return Path(hf_hub_download(repository, file))
+            yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"no file {name} here, and not available from the hub: {_of_hub(error)}") from error
+        raise UserError(f"no {what} here, and not available from the hub: {_of_hub(error)}") from error
 
 
 def _names_in(repository: str, folder: str = "") -> list[str]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoint import sizes
 from kvinv_pl.models.loading import attempt, located, quiet
 
 NEEDED = (
@@ -30,11 +31,7 @@ class Instructed:
             euler: Any = EulerAncestralDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.scheduler = euler
         self.pipeline.set_progress_bar_config(disable=True)
-        factor = int(self.pipeline.vae_scale_factor)
-        config = self.pipeline.unet.config
-        self.multiple = factor * 2 ** (len(config.block_out_channels) - 1)
-        side = int(config.sample_size) * factor
-        self.sample_size = (side, side)
+        _, self.multiple, self.sample_size = sizes(self.pipeline.unet.config, self.pipeline.vae.config)
 
     @classmethod
     def load(cls, checkpoint: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Instructed:

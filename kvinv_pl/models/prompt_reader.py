@@ -113,10 +113,8 @@ class PromptReader:
     def _words(self, text: str, weight: float) -> Iterator[list[Token]]:
         """Tokens by words; the vectors of a textual inversion's word are one word."""
         numbers = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        added, word = (
-            {*self.tokenizer.get_added_vocab().values()},
-            list[Token](),
-        )  # which say no end of a word
+        added = {*self.tokenizer.get_added_vocab().values()}  # which say no end of a word
+        word = list[Token]()
         for number in numbers:
             vectors = self.vectors.get(number, [number])
             names = map(str, self.tokenizer.convert_ids_to_tokens(vectors))

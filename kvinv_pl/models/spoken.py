@@ -33,11 +33,8 @@ def read_with(
                 out = torch.where(place, vector.to(out.dtype), out)
         return out
 
-    hook = _table(reader).register_forward_hook(exchange)
-    try:
+    with _table(reader).register_forward_hook(exchange):
         return reader.read(prompts)
-    finally:
-        hook.remove()
 
 
 def _begins(ids: Tensor, numbers: Sequence[int]) -> Tensor:

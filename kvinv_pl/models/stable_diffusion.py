@@ -59,12 +59,7 @@ class Backbone(nn.Module):
         self.predicts_v = self.scheduler.config["prediction_type"] == "v_prediction"
         self.register_buffer("alphas_cumprod", self.scheduler.alphas_cumprod.clone(), persistent=False)
         self.latent_channels = int(vae.config["latent_channels"])
-        model_sizes = sizes(unet.config, vae.config)
-        self.vae_factor, self.multiple, self.sample_size = (
-            model_sizes.vae_factor,
-            model_sizes.multiple,
-            model_sizes.sample,
-        )
+        self.vae_factor, self.multiple, self.sample_size = sizes(unet.config, vae.config)
         """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
         self.prompts = PromptReader(tokenizer, text_encoder, prompt_syntax)
         self._refuse_other_conditions()

@@ -64,9 +64,7 @@ def _read(path: Path, word: str | None, allow_pickle: bool) -> Words:
         raise UserError(f"{path} contains {LORA}; {NEEDED}")
     if "clip_g" in state:
         raise UserError(f"{path} contains a textual inversion for SDXL, which is not supported; {NEEDED}")
-    of_web_ui = state.get(
-        "string_to_param", state
-    )  # either form of a web UI's has one word, whose name it lacks
+    of_web_ui = state.get("string_to_param", state)  # of one word, whose name it lacks, in either form
     if vectors := [of_web_ui[name] for name in ("*", "emb_params") if name in of_web_ui]:
         found = {path.stem: vectors[0]}
     else:

@@ -20,26 +20,21 @@ from kvinv_pl.stages.settings import TuningSettings
 
 
 @torch.no_grad()
-def certify(
-    denoiser: Denoiser, store: RunStore, settings: TuningSettings, attempt: int = 0
-) -> dict[str, Any]:
+def certify(denoiser: Denoiser, store: RunStore, attempt: Attempt) -> dict[str, Any]:
     """Decode the result of an attempt at tuning, and write its figures if it is the best so far.
 
     `store` is the run folder at that attempt. Returns run.json's field "reconstruction": the figures of the
     attempt that is kept, and of each attempt.
     """
     picture, figures = _measure(denoiser, store)
-    run = store.read_run()
-    before = run.get("reconstruction") if attempt else None
-    attempts = [*(before["attempts"][:attempt] if before else [])]
-    at_most = Attempt(attempt, settings).inner_steps_at_most
-    attempts.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": figures["psnr_to_round_trip"]})
-    best = before if before and before["psnr_to_round_trip"] >= figures["psnr_to_round_trip"] else None
-    record = {**(best or figures), "attempts": attempts, "kept": best["kept"] if best else attempt}
-    record |= {
-        "psnr_demanded": settings.required_psnr,
-        "passed": record["psnr_to_round_trip"] >= settings.required_psnr,
-    }
+    run, number, required = store.read_run(), attempt.number, attempt.settings.required_psnr
+    before = run.get("reconstruction") if number else None
+    attempts = [*(before["attempts"][:number] if before else [])]
+    at_most, reached = attempt.inner_steps_at_most, figures["psnr_to_round_trip"]
+    attempts.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": reached})
+    best = before if before and before["psnr_to_round_trip"] >= reached else None
+    record = {**(best or figures), "attempts": attempts, "kept": best["kept"] if best else number}
+    record |= {"psnr_demanded": required, "passed": record["psnr_to_round_trip"] >= required}
     if best:
         store.write_run({**run, "reconstruction": record})
         store.drop_attempts()
@@ -125,10 +120,6 @@ class Attempt:
     def inner_steps_at_most(self) -> int:
         """Optimiser steps for one timestep at most, before z-tilde rolls out for good."""
         return self.settings.inner_steps * 2**self.number
-
-    def certify(self, denoiser: Denoiser, work: SourceImage) -> dict[str, Any]:
-        """Write the certificate of a picture that is tuned; run.json's field "reconstruction"."""
-        return certify(denoiser, work.store, self.settings, self.number)
 
     def logged_as(self, work: SourceImage) -> str:
         """The name of a picture in the logs; later attempts have curves of their own."""

@@ -1,16 +1,14 @@
-"""Progress on the terminal, and the figures for the loggers."""
+"""Progress on the terminal, and who else watches a run."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.data.failures import Failures
@@ -103,38 +101,3 @@ class Watch:
     """Every so many timesteps the predicted x_0 is logged; 0: never."""
     after_step: Callable[[int, int, Tensor], Tensor | None] | None = None
     """After each step of edits: takes its index, its timestep and the latents, and may return others."""
-
-
-def log_phase(loggers: Sequence[Any], name: str, i: int, figures: Mapping[str, float], device: Any) -> None:
-    """Write the figures of phase i (from noise), and the peak memory, under the picture's name."""
-    if loggers:
-        metrics = {f"{name}/{key}": value for key, value in figures.items()}
-        metrics |= {f"{name}/peak_memory_gib": peak_memory(torch.device(device)) / 2**30}
-        for logger in loggers:
-            logger.log_metrics(metrics, step=i)
-
-
-def log_result(loggers: Sequence[Any], name: str, record: Mapping[str, Any]) -> None:
-    """Log the quality of the reconstruction, in dB, attempt by attempt."""
-    metrics = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
-    for logger in loggers:
-        logger.log_metrics(metrics, step=len(record["attempts"]) - 1)
-
-
-def log_picture(loggers: Sequence[Any], name: str, i: int, pixels: Float[Tensor, "3 h w"]) -> None:
-    """Write a picture (pixels in -1 .. 1) to the loggers that support pictures."""
-    for logger in loggers:
-        if callable(show := getattr(getattr(logger, "experiment", None), "add_image", None)):
-            show(name, ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), i)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of the GPU, or elsewhere of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

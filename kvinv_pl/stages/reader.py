@@ -129,8 +129,7 @@ class Reader:
         with ThreadPoolExecutor(PREFETCHED) as pool:  # to hash is most of it, and releases the GIL
             self._pool, settings = pool, self.settings
             self._prefetch(self.first)
-            sharpened = self._attachment.sharpened(settings.sharpness)
-            with self._open, sharpened, self._attachment.mixed(settings.mixing):
+            with self._open, self._attachment.editing(settings.sharpness, settings.mixing):
                 yield
 
     def _prefetch(self, first: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,8 +14,8 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import Bars
 from kvinv_pl.data.writer import Writer
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.stages.certificate import Attempt
-from kvinv_pl.stages.progress import Watch, log_phase, log_picture, log_result
+from kvinv_pl.stages.certificate import Attempt, certify
+from kvinv_pl.stages.progress import Watch
 
 
 class Results:
@@ -35,7 +38,7 @@ class Results:
         """Write psi_t, z-tilde after the step, and K-bar and V-bar if they are stored."""
         dtype, name = self.attempt.settings.store_dtype, self.attempt.logged_as(work)
         work.store.save_step(i, psi, z_to[0], kv, figures, dtype, self.writer.of(work))
-        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
+        self._log(name, i, figures)
         table, every = self.denoiser.table, self.watch.x_0_every
         if self.watch.loggers and every and i % every == 0 and table.has_effect(i):  # the paper's Fig. 3
             z_0 = table.predicted_z_0(z_from, z_to, i)
@@ -48,8 +51,7 @@ class Results:
     ) -> None:
         """Write psi_t as tuned at its pivot, for the roll-out to start from."""
         work.store.save_pivot(i, psi, figures, self.attempt.settings.store_dtype, self.writer.of(work))
-        name = f"{self.attempt.logged_as(work)}/at_pivot"
-        log_phase(self.watch.loggers, name, i, figures, self.denoiser.device)
+        self._log(f"{self.attempt.logged_as(work)}/at_pivot", i, figures)
 
     def certify(self, works: Sequence[SourceImage]) -> None:
         """Write the certificates of tuned pictures, and show their PSNR."""
@@ -72,6 +74,36 @@ class Results:
 
     def _certify(self, work: SourceImage) -> float:
         """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
-        record = self.attempt.certify(self.denoiser, work)
-        log_result(self.watch.loggers, work.store.folder.name, record)
+        record = certify(self.denoiser, work.store, self.attempt)
+        name = work.store.folder.name
+        metrics = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
+        for logger in self.watch.loggers:
+            logger.log_metrics(metrics, step=len(record["attempts"]) - 1)
         return record["psnr_to_round_trip"]
+
+    def _log(self, name: str, i: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of phase i (from noise), and the peak memory, under the picture's name."""
+        if self.watch.loggers:
+            metrics = {f"{name}/{key}": value for key, value in figures.items()}
+            metrics |= {f"{name}/peak_memory_gib": peak_memory(self.denoiser.device) / 2**30}
+            for logger in self.watch.loggers:
+                logger.log_metrics(metrics, step=i)
+
+
+def log_picture(loggers: Sequence[Any], name: str, i: int, pixels: Float[Tensor, "3 h w"]) -> None:
+    """Write a picture (pixels in -1 .. 1) to the loggers that support pictures."""
+    for logger in loggers:
+        if callable(show := getattr(getattr(logger, "experiment", None), "add_image", None)):
+            show(name, ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), i)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of the GPU, or elsewhere of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

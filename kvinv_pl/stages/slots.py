@@ -1,17 +1,17 @@
-"""The slots of a phase: pictures, each at its own step, and psi of the slots that have stopped."""
+"""The slots of a phase: pictures, each at its own step, and their psi as it is loaded and stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.data.tensors import Step
+from kvinv_pl.data.tensors import Step, rounded, too_large
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompt_reader import as_long
 from kvinv_pl.stages.curriculum import Phase
@@ -128,56 +128,18 @@ class Slots:
         self.drop_failed()
         return used
 
+    def round(self, dtype: str) -> None:
+        """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
+        values = self.denoiser.values()
+        said = too_large(values, dtype)
+        for slot, work in self.active():
+            if slot in said:
+                self.failures.note(work.label, said[slot])
+        self.drop_failed()
+        for value in values.values():
+            value.copy_(rounded(value, dtype))
+
     def drop_failed(self) -> None:
         """Mark the slots of pictures that have failed since."""
         filled = [slot for slot, _ in self.active()]
         self.lost |= torch.tensor([slot not in filled for slot in range(len(self.members))])
-
-
-class SlotKeeper:
-    """Psi of slots that have stopped, so that the optimiser's momentum does not move them."""
-
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], slots: int, stopped: Bool[Tensor, " slots"]
-    ) -> None:
-        """Watch parameters whose first axis is slots; `stopped` slots (padding) are ignored."""
-        self.parameters = list(parameters)
-        self.stopped = stopped.clone()  # on the host: to ask for it must not wait for the device
-        self.kept = [parameter.detach().clone() for parameter in self.parameters] if slots > 1 else []
-
-    @property
-    def all_stopped(self) -> bool:
-        """Whether the phase is over."""
-        return bool(self.stopped.all())
-
-    @torch.no_grad()
-    def stop(self, slots: Bool[Tensor, " slots"]) -> None:
-        """Keep psi of these slots as it is now."""
-        new = slots & ~self.stopped
-        if self.kept and bool(new.any()):
-            self._take(new, self.kept, self.parameters)
-        self.stopped |= new
-
-    def stop_failed(self, slots: Bool[Tensor, " slots"]) -> None:
-        """Stop failed slots; restore() resets them to what was last kept."""
-        self.stopped |= slots
-
-    @torch.no_grad()
-    def zero_gradients(self, slots: Bool[Tensor, " slots"]) -> None:
-        """Zero the gradients of slots that are no longer finite, which a gradient scaler would count."""
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad[slots] = 0.0
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put stopped slots back after an optimiser step."""
-        if self.kept and bool(self.stopped.any()):
-            self._take(self.stopped, self.parameters, self.kept)
-
-    @staticmethod
-    def _take(slots: Bool[Tensor, " slots"], values: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        """Put what others have in these slots into values; by no index, which would wait for the device."""
-        here = slots.to(values[0].device)
-        for value, other in zip(values, others, strict=True):
-            value.copy_(torch.where(here.view(-1, *[1] * (value.ndim - 1)), other, value))

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.data.tensors import rounded, too_large
-from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.results import Results
-from kvinv_pl.stages.slots import SlotKeeper, Slots
+from kvinv_pl.stages.slot_keeper import SlotKeeper
+from kvinv_pl.stages.slots import Slots
 
 
 class Tuning:
@@ -58,7 +57,7 @@ class Tuning:
     @torch.no_grad()
     def begin(self, n: int) -> None:
         """Phase n begins: z_t of every slot, its pivot, and where psi_t starts."""
-        self._n, self._phase, slots, table = n, self.plan[n], self._slots, self.denoiser.table
+        self._phase, slots, table = self.plan[n], self._slots, self.denoiser.table
         steps, width = self._phase.steps, len(self._phase.members)
         self.denoiser.attached()
         self.denoiser.cache.forget()
@@ -66,7 +65,7 @@ class Tuning:
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
         slots.enter(self._phase)
-        if self._phase.enters:
+        if self._phase.enters and (self.rolls_out or n == 0):
             self._announce()
         if not slots.active():
             self._keeper = SlotKeeper([], width, torch.ones(width, dtype=torch.bool))
@@ -91,16 +90,14 @@ class Tuning:
 
     def _announce(self) -> None:
         """Show what begins."""
-        number = self.attempt.number
-        again = f" again, with {self.attempt.inner_steps_at_most} inner steps" if number else ""
+        works = [work for _, work in self._slots.active()] if self.rolls_out else self.works
+        name = works[0].name if len(works) == 1 else f"{len(works)} pictures"
+        if self.attempt.number:
+            name += f" again, with {self.attempt.inner_steps_at_most} inner steps"
         if self.rolls_out:
-            pictures = [work.name for _, work in self._slots.active()]
-            name = pictures[0] if len(pictures) == 1 else f"{len(pictures)} pictures"
-            self.progress.begin("tuning", f"{name}{again}", len(self.denoiser.table) - self._phase.steps[0])
-        elif self._n == 0:
-            name = self.works[0].name if len(self.works) == 1 else f"{len(self.works)} pictures"
-            timesteps = sum(sum(phase.active) for phase in self.plan)
-            self.progress.begin("tuning at the pivots", f"{name}{again}", timesteps)
+            self.progress.begin("tuning", name, len(self.denoiser.table) - self._phase.steps[0])
+        else:
+            self.progress.begin("tuning at the pivots", name, sum(sum(phase.active) for phase in self.plan))
 
     # ---- within a phase
 
@@ -108,8 +105,7 @@ class Tuning:
         """One optimiser step of Eq. 3, the phase's number `count`, for the slots that have not converged."""
         with self.denoiser.attached().blend(), self._front():
             z = self._reconstruct()
-            errors = squared_errors(self._pivot, z)
-            means = self._means(errors)
+            means = self._means(squared_errors(self._pivot, z))
             self._drop_unless_finite(means)
             self._first_errors = means if self._first_errors is None else self._first_errors
             self._keeper.stop(self.settings.has_converged(means, self._steps))
@@ -132,18 +128,16 @@ class Tuning:
                 missed = (z - self._pivot).flatten(1)
                 return missed if active is None else torch.where(active[:, None], missed, 0)
 
-            def lowered() -> float:
+            def lowered() -> Tensor:
                 optimizer.zero_grad()
                 total = residuals().square().sum()
                 backward(total)
-                return float(total.detach())
+                return total.detach()
 
             if needs_closure(optimizer):
-                closure: Any = residuals if reads_residuals(optimizer) else lowered
-                optimizer.step(closure)
+                optimizer.step(residuals if reads_residuals(optimizer) else lowered)
             else:
-                optimizer.zero_grad()
-                backward((errors if active is None else torch.where(active, errors, 0)).sum())
+                lowered()
                 if bool(self._slots.lost.any()):
                     self._keeper.zero_gradients(self._slots.lost)
                 optimizer.step()
@@ -190,13 +184,10 @@ class Tuning:
 
         A dry run writes nothing: its phase was cut short.
         """
-        if self._slots.active():
-            self._complete(dry_run)
-
-    def _complete(self, dry_run: bool) -> None:
         slots = self._slots
-        self._keeper.restore()
-        self._round()
+        if slots.active():
+            self._keeper.restore()
+            slots.round(self.settings.store_dtype)
         if not slots.active():
             return
         before = slots.z
@@ -234,18 +225,6 @@ class Tuning:
         if not dry_run and self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
             self._settle()
             self.results.certify([work for _, work in slots.active()])
-
-    def _round(self) -> None:
-        """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
-        values, dtype = self.denoiser.values(), self.settings.store_dtype
-        said = too_large(values, dtype)
-        for slot, work in self._slots.active():
-            if slot in said:
-                with self.failures.of([work]):
-                    raise UserError(said[slot])
-        self._slots.drop_failed()
-        for value in values.values():
-            value.copy_(rounded(value, dtype))
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads, if stored."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,10 @@ from kvinv_pl.stages.settings import EditSettings, InversionSettings
 class Job:
     """One stage of one picture, as the trainer's predict loop passes it to the module."""
 
-    stage: Literal["invert", "edit"]
     image: SourceImage
     settings: InversionSettings | EditSettings
-    watch: Watch = field(default_factory=Watch)
-    again: bool = False
+    watch: Watch
+    again: bool
     """Whether an existing edit is rendered again."""
 
 
@@ -116,14 +115,10 @@ class SourceImages(LightningDataModule):
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def jobs(
-        self,
-        stage: Literal["invert", "edit"],
-        works: Iterable[SourceImage],
-        settings: InversionSettings | EditSettings,
-        watch: Watch,
+        self, works: Iterable[SourceImage], settings: InversionSettings | EditSettings, watch: Watch
     ) -> DataLoader[Job]:
-        """One stage of these pictures, for the trainer's predict loop."""
-        found: Any = [Job(stage, work, settings, watch, self.overwrite) for work in works]
+        """The stage of these settings, of these pictures, for the trainer's predict loop."""
+        found: Any = [Job(work, settings, watch, self.overwrite) for work in works]
         return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
 
 

@@ -310,18 +310,14 @@ class KVInversion(LightningModule):
             raise UserError(f"{kind} would share its steps between pictures side by side: use slots 1")
         return optimizer
 
-    def _optimizer(self) -> Any:
-        """Lightning's wrapper of it."""
-        return self.optimizers()
-
     def on_train_start(self) -> None:
         """Save the optimiser's initial settings, for every phase to begin with."""
-        self._renewal = Renewal(self._optimizer())
+        self._renewal = Renewal(self.optimizers())
 
     def on_train_epoch_start(self) -> None:
         """A phase begins, as if it were the only one."""
         self._fit.begin(self.current_epoch)
-        self._renewal.renew(self._optimizer())
+        self._renewal.renew(self.optimizers())
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:  # loss scaling (16-mixed) starts anew, too
             self.trainer.precision_plugin.scaler = type(scaler)(self.device.type)  # pyright: ignore[reportAttributeAccessIssue]
@@ -332,7 +328,7 @@ class KVInversion(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step of Eq. 3 for the slots that have not converged."""
-        self._fit.step(batch_idx, self._optimizer(), self.manual_backward)
+        self._fit.step(batch_idx, self.optimizers(), self.manual_backward)
 
     def on_train_epoch_end(self) -> None:
         """A phase ends: write its results."""

@@ -125,9 +125,10 @@ class Ranks:
 
     def wait_for_shares(self) -> Shares:
         """Wait for the shares of the work, from the rank that started this one."""
-        assert self._queue is not None
-        self._wait(lambda: self._published_shares() is not None)
-        return self._published_shares() or []
+        queue = self._queue
+        assert queue is not None
+        self._wait(lambda: queue.shares() is not None)
+        return queue.shares() or []
 
     def publish_shares(self, shares: Shares) -> None:
         """Send the shares to the ranks that this one has started; stop those without a share."""
@@ -158,9 +159,6 @@ class Ranks:
     def _of_node(self, shares: int) -> range:
         """The shares of this machine."""
         return range(self.world.node, shares, self.world.nodes)
-
-    def _published_shares(self) -> Shares | None:
-        return self._queue.shares() if self._queue else None
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition holds; raise if another rank fails."""

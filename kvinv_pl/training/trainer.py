@@ -11,9 +11,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.certificate import next_attempt
-from kvinv_pl.stages.invert import is_inverted
 from kvinv_pl.stages.progress import Progress, Watch
-from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.settings import EditSettings, InversionSettings
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.estimate import Machine, estimate
@@ -250,26 +249,25 @@ class KVTrainer(Trainer):
 
     def _run_share(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
         """Take the pictures of a share through the stages, skipping what is done."""
-        model, data, failures = workload.model, workload.data, workload.failures
+        failures = workload.failures
         if "invert" in workload.stages:
-            missing = list[SourceImage]()
-            for work in failures.left(works):
-                with failures.of([work]):
-                    missing += [] if is_inverted(model.denoiser, work, model.inverting) else [work]
-            if missing:
-                self.predict(
-                    model, data.jobs("invert", missing, model.inverting, self.watch), return_predictions=False
-                )
+            self._predict(workload, works, workload.model.inverting)
             for work in failures.left(works):
                 with failures.of([work]):
                     work.remember_targets()
         if "fit" in workload.stages:
             with failures.of(works):
                 self._fit(workload, slots, works)
-        if "edit" in workload.stages and not self.fast_dev_run and (left := failures.left(works)):
-            self.predict(
-                model, data.jobs("edit", left, workload.editing, self.watch), return_predictions=False
-            )
+        if "edit" in workload.stages and not self.fast_dev_run:
+            self._predict(workload, works, workload.editing)
+
+    def _predict(
+        self, workload: Workload, works: list[SourceImage], settings: InversionSettings | EditSettings
+    ) -> None:
+        """Stage 1 or 3 of the pictures that are left, one after the other."""
+        if left := workload.failures.left(works):
+            jobs = workload.data.jobs(left, settings, self.watch)
+            self.predict(workload.model, jobs, return_predictions=False)
 
     def _fit(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
         """Tune pictures side by side; retry those that do not pass."""
@@ -294,7 +292,9 @@ class KVTrainer(Trainer):
     def _open_log(self, data: SourceImages) -> None:
         """Set the loggers of a fit: those given, or TensorBoard under the run folder."""
         if self._log_to_run and not self.loggers:
-            self.loggers = [TensorBoardLogger(data.out, name="logs", version=self._version)]
+            world = self.ranks.world  # a folder of logs for each, where there are several
+            version = f"rank{world.rank}" if world.size > 1 else ""
+            self.loggers = [TensorBoardLogger(data.out, name="logs", version=version)]
         self.watch.loggers = self.loggers
 
     def _tune(self, fit: Tuning, workload: Workload) -> None:
@@ -305,8 +305,3 @@ class KVTrainer(Trainer):
             self.fit_loop.epoch_progress.reset()
             with self.ranks.between_steps(), fit.results.writer.running():
                 super().fit(workload.model, datamodule=data)
-
-    @property
-    def _version(self) -> str:
-        """A folder of logs for each rank, where there are several."""
-        return f"rank{self.ranks.world.rank}" if self.ranks.world.size > 1 else ""

@@ -40,7 +40,11 @@ class WorkQueue:
 
     def claim(self, share: int) -> bool:
         """Claim a share; False where another rank has it."""
-        return _claim(self.folder / f"{share}.taken")
+        try:
+            (self.folder / f"{share}.taken").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def report(self, rank: int, reasons: Mapping[str, str]) -> None:
         """Report a rank as finished, with the pictures that failed."""
@@ -77,11 +81,3 @@ def _write(file: Path, content: Any) -> None:
 
 def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _claim(file: Path) -> bool:
-    try:
-        file.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True

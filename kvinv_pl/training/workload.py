@@ -40,6 +40,8 @@ class Workload:
         self.model, self.data, self.stages, self.dry_run = model, data, stages, dry_run
         self.failures = Failures(len(data.works) + len(data.failed))
         self.failures.reasons |= data.failed
+        self._quality: dict[SourceImage, tuple[float, int] | None] = {}
+        """As `_quality_of` has it, of the pictures whose runs were held here."""
         for work in data.works if "edit" in stages else ():
             if not work.targets:
                 self.failures.note(
@@ -104,27 +106,27 @@ class Workload:
 
     def results(self, with_quality: bool) -> Iterator[str]:
         """Lines for the user: where to look, with what quality where that was not shown, and what helps."""
-        below, required = 0, self.model.tuning.required_psnr
+        tries, required = 0, self.model.tuning.required_psnr
         for work in self.failures.left(self.data.works):
             folder = work.store.folder
             names = ("sheet.png", "reconstruction.png", "run.json")
             found = next((file for name in names if (file := folder / name).exists()), folder)
             if folder.exists():  # others may be on another machine
                 yield f"look at {found}"
-            if "fit" not in self.stages or not work.store.has_run():
+            if "fit" not in self.stages:
                 continue
-            figures = work.store.read_run().get("reconstruction")
-            if figures is not None and figures["psnr_to_round_trip"] < required:
-                below = max(below, len(figures["attempts"]))
+            quality = self._quality[work] if work in self._quality else _quality_of(work)
+            if quality is not None and quality[0] < required:
+                tries = max(tries, quality[1])
                 if with_quality:
                     yield (
-                        f"  its reconstruction, {figures['psnr_to_round_trip']:.1f} dB to the VAE round "
-                        f"trip, is below the {required:g} dB required"
+                        f"  its reconstruction, {quality[0]:.1f} dB to the VAE round trip, is below the "
+                        f"{required:g} dB required"
                     )
-        if below:
+        if tries:
             bar = f"a reconstruction is below {required:g} dB"
             yield (
-                f"{bar}: give the command again with --model.retries {below + 1}; it tunes on, each time "
+                f"{bar}: give the command again with --model.retries {tries + 1}; it tunes on, each time "
                 "with twice the inner steps"
                 if self.model.denoiser.learns
                 else f"{bar}, and nothing is learned: take --model.attention full_kv, with --overwrite"
@@ -144,6 +146,8 @@ class Workload:
                         elif work.store.has_run():
                             work.store.settle()
                 yield
+                for work in self.failures.left(works) if "fit" in self.stages else ():
+                    self._quality[work] = _quality_of(work)  # read already, while it is held
         finally:
             for work in works:
                 work.close()
@@ -170,3 +174,9 @@ class Workload:
         except UserError:
             return work.path is not None and work.store.has_run()
         return False
+
+
+def _quality_of(work: SourceImage) -> tuple[float, int] | None:
+    """The PSNR to the VAE round trip in dB, and the number of attempts; None where nothing is certified."""
+    figures = work.store.read_run().get("reconstruction") if work.store.has_run() else None
+    return None if figures is None else (figures["psnr_to_round_trip"], len(figures["attempts"]))

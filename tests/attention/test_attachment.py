@@ -151,12 +151,12 @@ def test_sharpened_edits_attend_as_if_k_bar_were_so_many_times_as_long(unet: UNe
         source = run(unet, inputs(2))
     with attachment.frozen({path: (2.5 * k, v) for path, (k, v) in kv.items()}):
         longer = run(unet, inputs(2))
-    with attachment.sharpened(2.5):
+    with attachment.editing(2.5):
         with attachment.frozen(kv):
             assert close(run(unet, inputs(2)), longer) and not close(longer, source)
         with attachment.blend():
             assert torch.equal(run(unet, inputs(2)), source)
-    with attachment.sharpened(1.0), attachment.frozen(kv):
+    with attachment.editing(1.0), attachment.frozen(kv):
         assert torch.equal(run(unet, inputs(2)), source)
 
 

@@ -15,7 +15,7 @@ from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImpo
 from kvinv_pl.data.geometry import as_pixels, psnr
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.certificate import certify, next_attempt
+from kvinv_pl.stages.certificate import Attempt, certify, next_attempt
 from kvinv_pl.training.datamodule import SourceImages
 
 DEMANDING: dict[str, Any] = {"required_psnr": 99.0, "retries": 2, "inner_steps": 2, "steps": 2}
@@ -108,7 +108,7 @@ def test_an_attempt_that_is_worse_changes_nothing(tuned: RunStore, image: Path, 
         step = store.step(i)
         store.at_attempt(1).save_step(i, step.psi, untuned, step.kv, step.info)
     picture = (store.folder / "reconstruction.png").read_bytes()
-    record = certify(module.denoiser, store.at_attempt(1), demanding, 1)
+    record = certify(module.denoiser, store.at_attempt(1), Attempt(1, demanding))
     assert record["kept"] == 0 and len(record["attempts"]) == 2
     assert record["attempts"][1]["psnr_to_round_trip"] < record["psnr_to_round_trip"]
     assert tensors(store) == before and (store.folder / "reconstruction.png").read_bytes() == picture

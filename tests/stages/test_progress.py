@@ -15,7 +15,8 @@ from fits import SOURCE
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages import progress
-from kvinv_pl.stages.progress import Progress, log_picture
+from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.results import log_picture
 from kvinv_pl.training.datamodule import SourceImages
 
 

@@ -84,7 +84,7 @@ def test_a_run_that_is_done_is_read_once_to_see_so_and_once_when_it_is_held(
     for command in ("run", "fit"):
         reads.clear()
         run(command, *given)
-        assert reads["picture.png"] == 1 and reads["run.json"] <= 3  # and for what is advised at the end
+        assert reads["picture.png"] == 1 and reads["run.json"] <= 2
         assert reads["trajectory.safetensors"] <= (command == "run")
 
 
