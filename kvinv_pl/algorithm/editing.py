@@ -14,6 +14,8 @@ from kvinv_pl.algorithm.schedule import Schedule
 
 Branches = Callable[[Tensor, Tensor], Tensor]
 """eps(z, t): every branch's output, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
+Alone = Callable[[Tensor, Tensor], Tensor]
+"""alone(z, t): the target branch's output, (edits, c, h, w)."""
 Keep = Callable[[int, Tensor], Tensor]
 """keep(i, z): the latents after step i, in which some of the source's may be put back."""
 Psi = Callable[[int], AbstractContextManager[None]]
@@ -34,6 +36,7 @@ def edit(
     start: float,
     watch: Callable[[int], None] = lambda i: None,
     keep: Keep = lambda i, z: z,
+    alone: Alone | None = None,
 ) -> Float[Tensor, "edits c h w"]:
     """Algorithm 1, editing: z-bar_0, from z-bar_T = z-hat_T.
 
@@ -46,12 +49,14 @@ def edit(
         start: 0 (CP-attn throughout) to 1 (never).
         watch: Called with each step index, 0 ... T - 1, once its move is made.
         keep: Called after each move, with its step index and what it came to.
+        alone: The network under the target prompts, called outside psi where guidance wants that as well.
     """
     z, first = z_T, first_step(start, len(table))
     for i in range(len(table)):
         t = table.timesteps[i].to(z.device).expand(len(z))
         with psi(i) if i >= first else nullcontext():
             branches = eps(z, t)
-        z = keep(i, table.forward(z, guidance.mix(branches), i))
+        own = alone(z, t) if alone and i >= first and guidance.reading_scale != 1 else None
+        z = keep(i, table.forward(z, guidance.mix(branches, own), i))
         watch(i)
     return z

@@ -40,10 +40,15 @@ class Guidance:
     target. With a w_s of its own, the change of words is guided by w and all that both prompts say by w_s: as
     the text and the picture are apart in InstructPix2Pix (Brooks et al., 2023), Eq. 3. A branch that makes no
     difference is left out: at w_s = 1 the negative prompt, at w_s = w the source prompt, at w = w_s = 1 both.
+
+    What is read of the source is guided as well: eps + (w_r - 1) (eps(target) - eps(target alone)), where the
+    last one attends to itself, as in perturbed-attention guidance (Ahn et al., 2024), which leads away from a
+    forward with worse self-attention. At w_r = 1 that one does not run.
     """
 
     scale: float
     source_scale: float
+    reading_scale: float = 1.0
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -53,6 +58,9 @@ class Guidance:
             return (*negative, "target")
         return (*negative, "source", "target")
 
-    def mix(self, eps: Float[Tensor, "branches rows c h w"]) -> Float[Tensor, "rows c h w"]:
-        """One epsilon of those of `branches`."""
-        return guided(eps, (self.source_scale, self.scale) if len(eps) == 3 else (self.scale,))
+    def mix(
+        self, eps: Float[Tensor, "branches rows c h w"], alone: Float[Tensor, "rows c h w"] | None = None
+    ) -> Float[Tensor, "rows c h w"]:
+        """One epsilon of those of `branches`, and of the target's that attends to itself if that is known."""
+        out = guided(eps, (self.source_scale, self.scale) if len(eps) == 3 else (self.scale,))
+        return out if alone is None else out + (self.reading_scale - 1) * (eps[-1] - alone)

@@ -28,7 +28,17 @@ class Maps:
         """One map a layer, by module path: of the forward under way or, between two, of the last one."""
         self.forwards = 0
         """How many have ended, of which `average` is the mean."""
+        self.looking = True
         self._sum: Tensor | None = None
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Record nothing of forwards in here."""
+        self.looking = False
+        try:
+            yield
+        finally:
+            self.looking = True
 
     def now(self, grid: tuple[int, int]) -> Float[Tensor, "rows h w"] | None:
         """The mean of the layers that this forward has come through, on a grid; None before the first."""
@@ -94,10 +104,12 @@ def watching(
     maps, inputs = Maps(), dict[str, tuple[int, int]]()
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        maps.layers = {}
+        if maps.looking:
+            maps.layers = {}
 
     def end(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        maps.end()
+        if maps.looking:
+            maps.end()
 
     def record_grid(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -108,7 +120,8 @@ def watching(
         names = ("hidden_states", "encoder_hidden_states", "attention_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, context, bias = (given.get(name) for name in names)
-        if isinstance(module, Attention) and isinstance(x, Tensor) and isinstance(context, Tensor):
+        known = isinstance(module, Attention) and isinstance(x, Tensor) and isinstance(context, Tensor)
+        if maps.looking and known:
             seen = _attention(module, x, context, bias, positions, against)
             maps.layers[path] = seen.unflatten(1, grid_of(path, x.shape[1], inputs))
 

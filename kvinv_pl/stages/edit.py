@@ -122,7 +122,7 @@ def edit_picture(
         with reader.prefetching():
             return edit(
                 reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
-                lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after,
+                lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after, reader.alone,
             )  # fmt: skip
 
     z_0 = in_batches(targets, sampled)

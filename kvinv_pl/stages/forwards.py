@@ -54,6 +54,6 @@ def forwards(
         inner_steps=inner,
         tuning_rows=source_rows,
         edit=steps,
-        edit_rows=len(editing.guide.branches),
+        edit_rows=len(editing.guide.branches) + (editing.guide.reading_scale != 1),
         source_rows=source_rows if (editing.reading, editing.kv) == ("frozen", "replayed") else 0,
     )

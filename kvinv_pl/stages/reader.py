@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
@@ -82,7 +82,7 @@ class Reader:
             others: list[list[int]] = [[]] * (len(self.branches) - 1)
             self._positions = [positions for each in found for positions in (*others, each)]
         self._at = self.first
-        self._open = ExitStack()
+        self._open, self._maps = ExitStack(), None
 
     def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
         """Give the variants the edits' attention maps to the subject's word, from here on."""
@@ -95,7 +95,7 @@ class Reader:
 
         # the decoder's maps are the best, see prompts.mask_from_word
         watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
-        maps = self._open.enter_context(watched)
+        self._maps = maps = self._open.enter_context(watched)
         self._map = subject_map
         self._open.enter_context(attachment.following(subject_map))
 
@@ -121,6 +121,13 @@ class Reader:
         with self.denoiser.autocast():
             eps = self.denoiser.backbone.predict(rows, times, contexts)[extra:]
         return eps.unflatten(0, (-1, count)).transpose(0, 1)
+
+    def alone(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "edits c h w"]:
+        """The output of the target branch of every edit, which attends to itself outside `psi`."""
+        contexts = self.contexts[len(self.branches) - 1 :: len(self.branches)]
+        unseen = self._maps.looking_away() if self._maps else nullcontext()
+        with self.denoiser.autocast(), unseen:
+            return self.denoiser.backbone.predict(z, t, contexts)
 
     @contextmanager
     def prefetching(self) -> Iterator[None]:

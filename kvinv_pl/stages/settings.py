@@ -174,6 +174,7 @@ class EditSettings(Settings):
     mixing: Mixing = field(metadata={"idle": "replace"})
     background: Background = field(metadata={"idle": "free"})
     ahead: float = field(metadata={"idle": 0.0, "range": (0.0, 1.0)})
+    reading_guidance: float = field(metadata={"idle": 1.0, "range": (0.0, 4.0)})
 
     def __post_init__(self) -> None:
         """Validate, with the names of the parameters in errors."""
@@ -191,12 +192,15 @@ class EditSettings(Settings):
             raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
         if not 0 <= self.ahead <= 1:
             raise UserError(f"ahead: expected a share of the steps, 0 to 1, got {self.ahead}")
+        at_least_0("reading_guidance", self.reading_guidance)
 
     @property
     def guide(self) -> Guidance:
         """The branches of an edit and how they become one."""
         return Guidance(
-            self.guidance, self.guidance if self.source_guidance is None else self.source_guidance
+            self.guidance,
+            self.guidance if self.source_guidance is None else self.source_guidance,
+            self.reading_guidance if self.reading == "frozen" else 1.0,
         )
 
     def for_run(self) -> dict[str, Any]:
@@ -205,7 +209,7 @@ class EditSettings(Settings):
 
     def record(self) -> dict[str, Any]:
         """The settings that an edit depends on, for its record."""
-        unread = {"kv", "ahead"} if self.reading == "blend" else set[str]()
+        unread = {"kv", "ahead", "reading_guidance"} if self.reading == "blend" else set[str]()
         return {
             name: value for name, value in self._active().items() if value is not None and name not in unread
         }

@@ -43,7 +43,7 @@ def predicted_pictures(
         return z
 
     with reader.prefetching():
-        edit(reader.eps, z, table, reader.psi, settings.guide, settings.start, keep=keep)
+        edit(reader.eps, z, table, reader.psi, settings.guide, settings.start, keep=keep, alone=reader.alone)
     geometry = geometry_of(store.read_run()["picture"])
     pixels = denoiser.backbone.decode(torch.cat(found))
     pictures = [to_image(each.cpu(), geometry) for each in pixels]

@@ -44,12 +44,15 @@ from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import precision_of
 
+IDLE = {"ahead": 0.0, "reading_guidance": 1.0}
+"""At which an option does nothing."""
+
 
 def defaults_for(checkpoint: str) -> dict[str, float]:
     """What is left out: as measured for the embedded model, or as usual with Stable Diffusion."""
     if checkpoint == "menagerie":
-        return {"guidance": 3.0, "source_guidance": 1.0, "ahead": 0.7}
-    return {"guidance": 7.5, "ahead": 0.0}
+        return {"guidance": 3.0, "source_guidance": 1.0, "ahead": 0.7, "reading_guidance": 2.0}
+    return {"guidance": 7.5, **IDLE}
 
 
 class KVInversion(LightningModule):
@@ -120,6 +123,10 @@ class KVInversion(LightningModule):
         ahead: By which share of the steps K-bar and V-bar are ahead of the edit, with the reading frozen: it
             reads those of a later timestep, in which more of the source is seen. Left out, 0.7 for the
             embedded model, and 0 for any other.
+        reading_guidance: Guidance scale w_r of what is read of the source, with the reading frozen: eps +
+            (w_r - 1) (eps(target) - eps(target alone)), where the last one attends to itself, in a forward
+            of its own. Above 1 an edit shows more clearly what it reads, thin and small things above all.
+            Left out, 2 for the embedded model, and 1 for any other, at which that forward does not run.
         candidates: How many edits of each target to show beside one another, the most promising first, in
             candidates.png; with more than 1 and nothing auto, the start is searched.
         judge: A CLIP folder that judges what is searched, or menagerie, the CLIP of the embedded world; left
@@ -172,6 +179,7 @@ class KVInversion(LightningModule):
         mixing: Mixing = "replace",
         background: Background = "free",
         ahead: float | None = None,
+        reading_guidance: float | None = None,
         candidates: int = 1,
         judge: str | None = None,
         seed: int = 0,
@@ -188,7 +196,7 @@ class KVInversion(LightningModule):
         super().__init__()
         self.searching = Search.of(asked)
         shown = {k: value for k, value in chosen.items() if asked[k] is None}
-        self.chosen = {k: value for k, value in shown.items() if (k, value) != ("ahead", 0)}
+        self.chosen = {k: value for k, value in shown.items() if IDLE.get(k) != value}
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(

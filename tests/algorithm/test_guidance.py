@@ -19,6 +19,12 @@ def test_with_two_scales_the_source_prompt_is_guided_by_one_and_the_change_of_wo
     torch.testing.assert_close(guidance.mix(torch.stack([negative, source, target])), expected)
 
 
+def test_what_is_read_is_guided_away_from_a_target_that_attends_to_itself() -> None:
+    source, target, alone = torch.randn(3, 1, 4, 2, 2)
+    mixed = Guidance(3.0, 1.0, 2.5).mix(torch.stack([source, target]), alone)
+    torch.testing.assert_close(mixed, source + 3 * (target - source) + 1.5 * (target - alone))
+
+
 @pytest.mark.parametrize(
     ("guidance", "branches"),
     [

@@ -75,7 +75,7 @@ def test_every_command_of_the_page_does_what_it_says(
             said = answer.err if args[0] == "run" else answer.out
         if following == "text":
             # the tiny checkpoint is not the embedded one, for which more is chosen
-            here = shown.replace("source guidance 1, ahead 0.7, ", "")
+            here = shown.replace("source guidance 1, ahead 0.7, reading guidance 2, ", "")
             assert without_figures(said) == without_figures(here)
     assert (tmp_path / "runs" / "gated" / "sheet.png").exists()
     assert len(os.listdir(tmp_path / "runs" / "gated" / "edits")) == 4

@@ -14,6 +14,7 @@ from fits import SOURCE, TARGET
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.reader import Reader
 from kvinv_pl.stages.settings import EditSettings, InversionSettings, TuningSettings, options_of
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
@@ -30,7 +31,7 @@ def records(store: RunStore) -> list[dict[str, Any]]:
 
 def test_every_setting_is_a_parameter_of_the_module_and_has_its_default_there() -> None:
     parameters = signature(KVInversion).parameters
-    by_checkpoint: dict[str, Any] = {"guidance": 9.0, "ahead": 0.2}
+    by_checkpoint: dict[str, Any] = {"guidance": 9.0, "ahead": 0.2, "reading_guidance": 1.5}
     module = KVInversion("owner/name", **by_checkpoint)
     defaults = {name: parameter.default for name, parameter in parameters.items()} | by_checkpoint
     for settings in (module.inverting, module.tuning, module.editing):
@@ -55,6 +56,7 @@ def test_left_out_guidance_is_that_of_the_kind_of_checkpoint(
     assert module.tuning.guidance == (w_s or w)
     assert module.editing.ahead == (0.7 if checkpoint == "menagerie" else 0.0)
     assert KVInversion(checkpoint, ahead=0.1).editing.ahead == 0.1
+    assert module.editing.reading_guidance == (2.0 if checkpoint == "menagerie" else 1.0)
     assert KVInversion(checkpoint, guidance=0.0).editing.guidance == 0.0
     assert KVInversion(checkpoint, source_guidance=2.0).tuning.guidance == 2.0
 
@@ -105,6 +107,7 @@ def test_settings_are_changed_by_making_others(kind: Any) -> None:
         ({"mixing": "both"}, "mixing: expected replace or concat, got 'both'"),
         ({"mixing": "concat", "reading": "blend"}, "mixing: expected replace with reading blend, got concat"),
         ({"background": "mine"}, "background: expected free or kept, got 'mine'"),
+        ({"reading_guidance": -1.0}, "reading_guidance: expected a finite number of 0 or more, got -1.0"),
         ({"ahead": 1.5}, "ahead: expected a share of the steps, 0 to 1, got 1.5"),
     ],
 )
@@ -148,6 +151,26 @@ def test_an_edit_that_reads_ahead_reads_later_timesteps_whether_stored_or_replay
     assert fits.levels(stored, replayed) <= 1 < fits.levels(stored, plain)
     (blend,), (no_other,) = (fits.edit(tuned, reading="blend", ahead=ahead) for ahead in (0.0, 0.5))
     assert blend == no_other and "ahead" not in records(tuned)[-1]
+
+
+def test_what_is_read_is_guided_against_a_forward_that_attends_to_itself(
+    tuned: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = list[int]()
+    forward = Reader.alone
+    monkeypatch.setattr(Reader, "alone", lambda self, z, t: (alone.append(len(z)), forward(self, z, t))[1])
+    (plain,) = fits.edit(tuned)
+    assert not alone and "reading_guidance" not in records(tuned)[-1]
+    (stored,), (replayed,) = (fits.edit(tuned, kv=kv, reading_guidance=3.0) for kv in ("stored", "replayed"))
+    steps = len(tuned.trajectory()) - 1
+    assert alone == [1] * 2 * steps and records(tuned)[-1]["reading_guidance"] == 3.0
+    assert fits.levels(stored, replayed) <= 1 < fits.levels(stored, plain)
+    (late,) = fits.edit(tuned, reading_guidance=3.0, start=1.0)  # nothing is read, so nothing is guided
+    assert len(alone) == 2 * steps and late == fits.edit(tuned, start=1.0)[0]
+    (blend,), (no_other,) = (fits.edit(tuned, reading="blend", reading_guidance=w) for w in (1.0, 3.0))
+    assert blend == no_other and "reading_guidance" not in records(tuned)[-1]
+    # attention maps to the subject are of the edit alone
+    assert fits.edit(tuned, background="kept", subject="cat", reading_guidance=3.0)[0].size == plain.size
 
 
 def test_keeping_the_background_changes_an_edit_and_needs_to_know_the_subject(tuned: RunStore) -> None:
