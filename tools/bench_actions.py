@@ -39,6 +39,7 @@ from PIL import Image
 from scoring import Row, table
 from true_correspondence import reading_what_corresponds
 
+from kvinv_pl.bench.worker import end_with_parent
 from kvinv_pl.data.sheet import sheet
 from kvinv_pl.menagerie.case import Case
 from kvinv_pl.stages.settings import EditSettings
@@ -175,7 +176,7 @@ def in_processes(
     """Call share(seeds, *arguments) in processes of one thread each, every one with a part of the seeds."""
     each = -(-cases // workers)
     seeds = range(seed_base, seed_base + cases)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         parts = [seeds[n : n + each] for n in range(0, cases, each)]
         for task in [pool.submit(_quietly, share, part, *arguments) for part in parts]:
             task.result()

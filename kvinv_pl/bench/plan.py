@@ -20,6 +20,7 @@ from kvinv_pl.bench.listed import listed
 from kvinv_pl.bench.metrics import UNEDITED, clip_score, lpips, structure_distance
 from kvinv_pl.bench.pie import is_pie_bench, pie_bench
 from kvinv_pl.bench.records import Records
+from kvinv_pl.bench.worker import end_with_parent
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import outline
 from kvinv_pl.stages.progress import Progress
@@ -87,7 +88,7 @@ class Plan:
         with ExitStack() as pools:  # one each: the end of one process is no end of the others
             tasks = []
             for part in range(workers):
-                pool = pools.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+                pool = pools.enter_context(ProcessPoolExecutor(1, get_context("spawn"), end_with_parent))
                 tasks.append(pool.submit(_part, self, part, workers))
             for part, task in enumerate(tasks, 1):
                 try:

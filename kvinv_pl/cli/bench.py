@@ -7,7 +7,8 @@ from typing import Any, Literal
 from kvinv_pl.errors import SomeFailedError
 
 OURS = "kv_inversion"
-METHODS = ["ddim+plain", "direct+masactrl", f"{OURS}(attention=recorded)", OURS]
+ALIKE = "negative_prompt+masactrl(layer=3, start=0.0, empty_source=False, guidance=3.0)"
+METHODS = ["ddim+plain", "direct+masactrl", ALIKE, f"{OURS}(attention=recorded)", OURS]
 """What `make bench` compares: the rows of the README's table."""
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from kvinv_pl.bench.worker import end_with_parent
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal, Twice, acting_otherwise
 
@@ -54,7 +55,7 @@ def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
     if len(jobs) == 1:
         return [work(jobs[0])]
     # Not by fork: the child of a process in which torch has run in threads can wait for ever.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         return list(pool.map(work, jobs))
 
 
