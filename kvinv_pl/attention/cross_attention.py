@@ -117,11 +117,12 @@ def watching(
             inputs[path] = (x.shape[2], x.shape[3])
 
     def record_map(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not maps.looking:
+            return
         names = ("hidden_states", "encoder_hidden_states", "attention_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, context, bias = (given.get(name) for name in names)
-        known = isinstance(module, Attention) and isinstance(x, Tensor) and isinstance(context, Tensor)
-        if maps.looking and known:
+        if isinstance(module, Attention) and isinstance(x, Tensor) and isinstance(context, Tensor):
             seen = _attention(module, x, context, bias, positions, against)
             maps.layers[path] = seen.unflatten(1, grid_of(path, x.shape[1], inputs))
 
