@@ -55,6 +55,7 @@ record = {"steps": made, "weights": weights, "average": average}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no groups of processes to end")
+@pytest.mark.slow
 def test_two_processes_take_each_step_together_along_the_gradient_of_both_batches(tmp_path: Path) -> None:
     first, second = in_two_processes(tmp_path)
     assert first["weights"] == second["weights"] != [0.0] * 3 and first["average"] == second["average"]
