@@ -21,7 +21,7 @@ from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
 from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
 from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.settings import IDLE, EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
@@ -174,7 +174,7 @@ def open_run(folder: str | Path, **given: Any) -> Run:
 
 def settings_to_open(folder: str | Path) -> dict[str, Any]:
     """What `load` is given for a tuned run folder."""
-    found = settings_of(Path(folder).expanduser())
+    found = settings_of(Path(folder).expanduser(), IDLE)
     return {**found["model"], "attention": build(found["model"]["attention"]), **found.get("trainer", {})}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 from kvinv_pl.models.checkpoint import outline
 from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.settings import IDLE, EditSettings
 from kvinv_pl.stages.strip import predicted_pictures
 from kvinv_pl.training.datamodule import SourceImages
 
@@ -218,7 +218,7 @@ class Ablation:
 def _edited(work: SourceImage, settings: EditSettings) -> Path | None:
     """The picture of an edit with these settings, if it is there."""
     wanted = settings.record()
-    keys = {*wanted, *(setting.name for setting in fields(EditSettings) if "idle" in setting.metadata)}
+    keys = {*wanted, *IDLE}
     found = [
         file
         for record, file in work.store.edits()

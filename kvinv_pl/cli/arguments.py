@@ -81,8 +81,9 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
             targets.append(value)
         elif flag == "--run":
             from kvinv_pl.data.source_image import settings_of
+            from kvinv_pl.stages.settings import IDLE as AT_REST
 
-            first[:0] = ["--config", json.dumps(settings_of(Path(value).expanduser()))]
+            first[:0] = ["--config", json.dumps(settings_of(Path(value).expanduser(), AT_REST))]
         elif flag == "--config":
             first += ["--config", value]
             line.configs.append(value)

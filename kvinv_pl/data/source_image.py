@@ -150,7 +150,7 @@ def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
     return targets
 
 
-def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_in(folder: Path, run: Mapping[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run was made with, from its run.json."""
     if "tuning" not in run:
         raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
@@ -165,17 +165,21 @@ def _settings_in(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         "max_grid": tuning["max_grid"],
         "kv": tuning["kv"],
         "steps": run["scheduler"]["steps"],
+        **idle,
         **run["editing"],
     }
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit."""
+def settings_of(folder: Path, idle: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run folder (or of all runs in a folder, which must agree), for its next edit.
+
+    `idle` are the settings of an edit at which runs leave them out; left out of an edit, some have others.
+    """
     settings, errors = [], list[UserError]()
     for store in _stores_in(folder):
         try:
             with _reading(store):
-                settings.append(_settings_in(store.folder, store.read_run()))
+                settings.append(_settings_in(store.folder, store.read_run(), idle))
         except UserError as error:  # reported after the others are done
             errors.append(error)
     if not settings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from kvinv_pl.models.prompts import subject_positions, word_positions
 from kvinv_pl.stages.invert import is_tuned, mask_of
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.reader import Reader
-from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.settings import IDLE, EditSettings
 
 
 def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
@@ -168,10 +167,9 @@ def sheet_of(store: RunStore) -> Image.Image:
     files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
     quality = run["reconstruction"]["psnr_to_round_trip"]
     captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
-    later = [setting.name for setting in fields(EditSettings) if "idle" in setting.metadata]
     for record, _ in done:
         how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
-        for name in later:
+        for name in IDLE:
             value = record.get(name)
             shown = f"{value:g}" if isinstance(value, float) else value
             how += f", {name.replace('_', ' ')} {shown}" if name in record else ""

@@ -215,8 +215,23 @@ class EditSettings(Settings):
         }
 
     def _active(self) -> dict[str, Any]:
-        idle = {setting.name: setting.metadata.get("idle", MISSING) for setting in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != idle[name]}
+        return {name: value for name, value in asdict(self).items() if value != IDLE.get(name, MISSING)}
+
+
+IDLE = {
+    setting.name: setting.metadata["idle"] for setting in fields(EditSettings) if "idle" in setting.metadata
+}
+"""The settings of an edit that were added later, and the value at which each does nothing."""
+
+
+def defaults_for(checkpoint: str) -> dict[str, float]:
+    """What is left out: as measured for the embedded model, or as usual with Stable Diffusion.
+
+    Settings that it does not name do nothing where they are left out.
+    """
+    if checkpoint == "menagerie":
+        return {"guidance": 3.0, "source_guidance": 1.0, "ahead": 0.7, "reading_guidance": 2.0}
+    return {"guidance": 7.5}
 
 
 def at_least_0(name: str, value: float) -> None:

@@ -32,6 +32,7 @@ from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.settings import (
+    IDLE,
     Background,
     EditSettings,
     InversionSettings,
@@ -39,20 +40,11 @@ from kvinv_pl.stages.settings import (
     Reading,
     TuningSettings,
     at_least_1,
+    defaults_for,
 )
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import precision_of
-
-IDLE = {"ahead": 0.0, "reading_guidance": 1.0}
-"""At which an option does nothing."""
-
-
-def defaults_for(checkpoint: str) -> dict[str, float]:
-    """What is left out: as measured for the embedded model, or as usual with Stable Diffusion."""
-    if checkpoint == "menagerie":
-        return {"guidance": 3.0, "source_guidance": 1.0, "ahead": 0.7, "reading_guidance": 2.0}
-    return {"guidance": 7.5, **IDLE}
 
 
 class KVInversion(LightningModule):
@@ -192,11 +184,10 @@ class KVInversion(LightningModule):
         asked = {**locals()}
         given = settled(asked)
         chosen = {name: value for name, value in defaults_for(checkpoint).items() if given[name] is None}
-        given |= chosen
+        given |= {name: value for name, value in IDLE.items() if given[name] is None} | chosen
         super().__init__()
         self.searching = Search.of(asked)
-        shown = {k: value for k, value in chosen.items() if asked[k] is None}
-        self.chosen = {k: value for k, value in shown.items() if IDLE.get(k) != value}
+        self.chosen = {name: value for name, value in chosen.items() if asked[name] is None}
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(

@@ -15,7 +15,7 @@ from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.reader import Reader
-from kvinv_pl.stages.settings import EditSettings, InversionSettings, TuningSettings, options_of
+from kvinv_pl.stages.settings import IDLE, EditSettings, InversionSettings, TuningSettings, options_of
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 
@@ -185,4 +185,7 @@ def test_a_run_remembers_the_sharpness_for_its_next_edit(tmp_path: Path) -> None
     out = tmp_path / "run"
     data = SourceImages(str(fits.picture(tmp_path / "cat.png")), SOURCE, [TARGET], out=str(out))
     fits.trainer().run(fits.model(steps=1, inner_steps=1, sharpness=2.0), data)
-    assert settings_of(out)["model"]["sharpness"] == 2.0 and records(RunStore(out))[0]["sharpness"] == 2.0
+    found = settings_of(out, IDLE)["model"]
+    assert found["sharpness"] == 2.0 and records(RunStore(out))[0]["sharpness"] == 2.0
+    # what the run leaves out is not what the embedded model has by default
+    assert (found["ahead"], found["reading_guidance"]) == (0.0, 1.0)

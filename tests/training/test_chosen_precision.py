@@ -14,6 +14,7 @@ from fits import SOURCE, TARGET
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.settings import IDLE
 from kvinv_pl.training import trainer as trainers
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.precision import precision_for
@@ -88,17 +89,17 @@ def test_a_run_that_does_not_say_its_precision_is_edited_in_the_device_s(tmp_pat
     record = older.read_run()
     del record["editing"]["precision"]
     older.write_run(record)
-    assert "trainer" not in settings_of(older.folder)
+    assert "trainer" not in settings_of(older.folder, IDLE)
     assert in_which_edited(older.folder) == "float32"
-    assert settings_of(tmp_path / "runs")["trainer"] == {"precision": "bf16-mixed"}
-    assert settings_of(newer.folder) == json.loads(json.dumps(settings_of(newer.folder)))
+    assert settings_of(tmp_path / "runs", IDLE)["trainer"] == {"precision": "bf16-mixed"}
+    assert settings_of(newer.folder, IDLE) == json.loads(json.dumps(settings_of(newer.folder, IDLE)))
 
 
 def test_runs_of_two_precisions_are_edited_one_by_one(tmp_path: Path) -> None:
     for precision in ("bf16-mixed", "32-true"):
         tuned(tmp_path / "runs" / precision, precision)
     with pytest.raises(UserError, match="different settings: edit them one by one"):
-        settings_of(tmp_path / "runs")
+        settings_of(tmp_path / "runs", IDLE)
 
 
 def test_a_precision_that_this_machine_lacks_is_named_with_the_way_out(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvinv_pl.api import KVInverter, load, settings_to_open
 from kvinv_pl.data.source_image import settings_of
-from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.settings import IDLE, EditSettings
 
 MASKED = "masked"
 
@@ -53,7 +53,7 @@ class OneModel:
 
 def _opened_as(folder: Path) -> str:
     """What a model must be to edit this run; settings of the edit itself make no difference."""
-    found = settings_of(folder)
+    found = settings_of(folder, IDLE)
     of_edit = {setting.name for setting in fields(EditSettings)}
     model = {name: value for name, value in found["model"].items() if name not in of_edit}
     return json.dumps([model, found.get("trainer")], sort_keys=True)
