@@ -32,9 +32,14 @@ STATES_SHAPES = [
 ]
 
 if find_spec("beartype"):
-    from jaxtyping import install_import_hook
+    import jaxtyping
+    import shapes
 
-    install_import_hook([*STATES_SHAPES, "kvinv_plugins"], "shapes.check")
+    jaxtyping.jaxtyped = shapes.jaxtyped  # by which the hook decorates functions
+    jaxtyping.install_import_hook([*STATES_SHAPES, "kvinv_plugins"], "shapes.check")
+
+    def pytest_runtest_setup() -> None:
+        shapes.new_test()
 
 
 def pytest_collection_finish() -> None:
@@ -43,7 +48,7 @@ def pytest_collection_finish() -> None:
     And collect less often: nearly all that a forward makes is gone by itself before.
     """
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(50_000)
     gc.enable()
 
 
@@ -52,6 +57,16 @@ def unsynced() -> Iterator[None]:
     """Do not wait for the disk, which matters where the power fails; errors of it are put in by tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sooner() -> Iterator[None]:
+    """Not everything is done anew thousands of times; `savings` says what is not."""
+    import savings
+
+    with pytest.MonkeyPatch.context() as patch:
+        savings.put_in_place(patch)
         yield
 
 

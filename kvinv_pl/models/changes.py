@@ -27,8 +27,8 @@ def fingerprint(model: Any) -> str:
     for name, value in own.state_dict().items():
         lines.append(f"{name} {value.dtype} {tuple(value.shape)}")
         if value.numel() and not value.is_meta:
-            flat = value.detach().reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].float())
+            apart = max(1, value.numel() // SAMPLE)
+            samples.append(value.reshape(-1)[: apart * SAMPLE : apart].float())
     for path, layer in own.named_modules():
         if hasattr(layer, "base_layer"):  # of peft
             state = ("merged", "disable_adapters", "active_adapters", "scaling")

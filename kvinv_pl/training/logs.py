@@ -66,15 +66,16 @@ ADVICE = (
 @contextmanager
 def without_advice() -> Iterator[None]:
     """Silence Lightning's advice on training networks; other warnings pass."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    levels = [logger.level for logger in loggers]
+    levels = dict[logging.Logger, int]()
     with warnings.catch_warnings():
         for message in ADVICE:
             warnings.filterwarnings("ignore", message=message)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
+            for logger in map(logging.getLogger, CHATTY):
+                if logger.getEffectiveLevel() < logging.WARNING:  # to set one asks every logger there is
+                    levels[logger] = logger.level
+                    logger.setLevel(logging.WARNING)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger, level in levels.items():
                 logger.setLevel(level)
