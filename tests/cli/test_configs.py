@@ -209,7 +209,7 @@ def masked(name: str, folder: Path) -> list[str]:
 
 
 def quick(kind: Kind, home: Path) -> list[str]:
-    short = ["--model.steps", "3", "--model.inner_steps", "2", "--model.retries", "0"]
+    short = ["--model.steps", "2", "--model.inner_steps", "1", "--model.retries", "0"]
     return ["--checkpoint", str(small(kind, home)), *short]
 
 
@@ -235,7 +235,7 @@ def test_a_config_edits_a_picture_with_a_checkpoint_of_its_kind(
     )
 
     run = record(out)
-    assert run["scheduler"]["steps"] == len(run["reconstruction"]["phases"]) == 3
+    assert run["scheduler"]["steps"] == len(run["reconstruction"]["phases"]) == 2
     assert run["scheduler"]["prediction"] == ("v_prediction" if kind == "sd21" else "epsilon")
     assert run["inversion"]["guidance"] == model.get("inversion_guidance", 1.0)
     assert run["tuning"]["guidance"] == (model.get("tuning_guidance") or guidance)

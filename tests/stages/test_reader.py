@@ -60,9 +60,18 @@ def unlike(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
-@pytest.mark.parametrize("name", MAKES)
+GUIDANCES = [(2.0, None), (1.0, None), (2.0, 2.0), (1.0, 1.0), (2.0, 1.0)]
+
+
 @pytest.mark.parametrize(
-    ("guidance", "source_guidance"), [(1.0, None), (2.0, None), (2.0, 2.0), (1.0, 1.0), (2.0, 1.0)]
+    ("name", "guidance", "source_guidance"),
+    [
+        # what the branches of a step are is nothing that a variant sees: each has two of these, one all
+        *(("full_kv", *guidances) for guidances in GUIDANCES),
+        *((name, *GUIDANCES[0]) for name in MAKES if name != "full_kv"),
+        *(("v_only", *GUIDANCES[1]), ("low_rank", *GUIDANCES[4])),
+        *(("recorded", *GUIDANCES[3]), ("recorded_at_pivot", *GUIDANCES[2])),
+    ],
 )
 def test_replayed_reads_what_stored_reads(
     name: str, guidance: float, source_guidance: float | None, tuned: Tuned

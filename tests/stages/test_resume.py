@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import fits
 import pytest
-from commands import command, kvinv
+from commands import kvinv
 from fits import SOURCE
+from forked import begun
 
 from kvinv_pl.data import files
 from kvinv_pl.data.run_store import RunStore
@@ -97,7 +97,7 @@ def test_a_crash_before_and_after_every_write_changes_no_bit(
 
 
 def test_a_kill_loses_a_phase_at_most_and_changes_no_bit(tmp_path: Path) -> None:
-    """Takes long: a process imports everything. Other settings are crashed in this process, above."""
+    """In a process of its own. Other settings are crashed in this process, above."""
     fits.pictures(tmp_path / "in", "01")
     given = [
         "fit", "--image", tmp_path / "in", "--source", SOURCE, "--checkpoint", fits.checkpoint(),
@@ -107,17 +107,17 @@ def test_a_kill_loses_a_phase_at_most_and_changes_no_bit(tmp_path: Path) -> None
     ]  # fmt: skip
     assert kvinv(*given, "--out", tmp_path / "whole").code == 0
     store = RunStore(tmp_path / "killed" / "0")
-    child = subprocess.Popen(command(*given, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
-    wait_for(store.folder / "steps" / "1.safetensors", child)
-    before = store.done()
-    child.send_signal(signal.SIGKILL)
-    child.wait(60)
+    with begun(*given, "--out", tmp_path / "killed") as child:
+        wait_for(store.folder / "steps" / "1.safetensors", child)
+        before = store.done()
+        child.send_signal(signal.SIGKILL)
+        child.communicate(timeout=60)
     assert before <= store.done() < {*range(6)}, "it was over before it was killed"
     assert kvinv(*given, "--out", tmp_path / "killed").code == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def wait_for(file: Path, child: subprocess.Popen[Any]) -> None:
+def wait_for(file: Path, child: Any) -> None:
     ends = time.monotonic() + 200
     while not file.exists():
         assert child.poll() is None and time.monotonic() < ends

@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import fits
 import pytest
 import torch
-from commands import command, kvinv
+from commands import kvinv
 from fits import SOURCE
+from forked import begun
 
 from kvinv_pl.cli.entry import main
 from kvinv_pl.data.run_store import RunStore
@@ -95,7 +95,7 @@ def test_two_ranks_tune_what_one_process_tunes_bit_for_bit_and_leave_their_progr
 
 def test_when_a_rank_is_killed_all_stop_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
     args = given(folder, tmp_path / "out", 2, "--steps", 40)
-    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True) as first:
+    with begun(*args) as first:
         ends, ranks = time.monotonic() + 200, list[int]()
         while time.monotonic() < ends and not ranks:
             ranks = [
@@ -122,8 +122,7 @@ def test_a_command_that_is_asked_to_end_ends_with_its_ranks(
     loading: bool, sent: str, code: int, folder: Path, tmp_path: Path
 ) -> None:
     args = given(folder, tmp_path / "out", 2, "--steps", 40)
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True, preexec_fn=heard) as first:
+    with begun(*args) as first:
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
         ends = time.monotonic() + 200
         while not (ranks := children.read_text().split()) or not (
