@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers.models import attention_processor
 from PIL import Image, ImageFont
 from torch import nn
 
@@ -18,6 +21,7 @@ def put_in_place(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Image.Image, "save", weakly_compressed(Image.Image.save))
     patch.setattr(ImageFont.FreeTypeFont, "getmask2", rendered_once(ImageFont.FreeTypeFont.getmask2))
     patch.setattr(nn.Module, "named_modules", named_modules)
+    patch.setattr(attention_processor, "inspect", SimpleNamespace(signature=signature_once))
     if "lightning" in sys.modules:
         registry = importlib.import_module("lightning.fabric.utilities.registry")
         patch.setattr(registry, "entry_points", cache(registry.entry_points))
@@ -47,6 +51,18 @@ def rendered_once(render: Callable[..., Any]) -> Callable[..., Any]:
         return kept[key]
 
     return once
+
+
+def signature_once(call: Any) -> inspect.Signature:
+    """Of an attention's processor, for which diffusers asks in every forward of each."""
+    return _signature(call.__func__) if inspect.ismethod(call) else inspect.signature(call)
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Without self."""
+    whole = inspect.signature(function)
+    return whole.replace(parameters=[*whole.parameters.values()][1:])
 
 
 def named_modules(

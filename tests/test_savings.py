@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from io import BytesIO
 from pathlib import Path
 
 import checkpoints
 import numpy as np
 import savings
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -33,6 +35,13 @@ def test_modules_are_walked_in_their_order_and_once() -> None:
     assert [*net.named_modules({shared}, "net")] == [
         (f"net.{path}" if path else "net", module) for path, module in once if module is not shared
     ]
+
+
+def test_a_processors_signature_is_that_of_its_call() -> None:
+    for kind in (AttnProcessor2_0, FusedAttnProcessor2_0):
+        call = kind().__call__
+        assert savings.signature_once(call) == inspect.signature(call) == savings.signature_once(call)
+    assert savings.signature_once(len) == inspect.signature(len)
 
 
 def test_a_png_has_the_pixels_that_it_was_given(tmp_path: Path) -> None:
