@@ -54,8 +54,8 @@ def copied(name: str, to: Path) -> Path:
 
 
 def same_picture(made: Path, before: Path, to_the_bit: bool) -> None:
-    assert fits.levels(fits.opened(made), fits.opened(before)) <= 1
-    assert not to_the_bit or made.read_bytes() == before.read_bytes()
+    """Of the same pixels; how hard they are compressed is of no account."""
+    assert fits.levels(fits.opened(made), fits.opened(before)) <= (0 if to_the_bit else 1)
 
 
 def written(file: Path, *but: str) -> dict[str, Any]:
