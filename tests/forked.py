@@ -23,6 +23,7 @@ from kvinv_pl.cli.entry import main
 
 CAN_BE_COPIED = sys.platform == "linux" and not torch.cuda.is_available()
 """Autograd's threads, of which there is one for each GPU, do not survive it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def begun(*args: object) -> Any:
@@ -41,9 +42,12 @@ class Forked:
         self._said, says = os.pipe() if not start_new_session else (-1, 2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's, of the threads that a copy lacks: none is needed
+            # a signal meets the handlers of the new process, and not those that it has as a copy
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             self.pid = os.fork()
         if self.pid == 0:
             _become(args, env, start_new_session, says)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if says != 2:
             os.close(says)
 
@@ -105,6 +109,7 @@ def _become(args: list[str], env: Mapping[str, str], start_new_session: bool, sa
         os.environ.update(env)
         sys.orig_argv = [*args]
         _hear()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         warnings.simplefilter("ignore")  # a process of its own does not fail by them
         from kvinv_pl.training import ranks
 
