@@ -392,7 +392,9 @@ def test_the_first_steps_of_an_edit_do_not_know_where_the_subject_will_be(tuned:
 )
 def test_replayed_reads_what_stored_reads(inner: str, queries: str, tuned: Tuned) -> None:
     module, store = tuned(inner, queries)
-    for start in (0.0, 0.5):
+    for start in (
+        (0.0, 0.5) if inner == "full_kv" else (0.5,)
+    ):  # what an edit reads first is the queries' matter
         stored, replayed = (
             latents(module, store, TARGET, "a cat jumping on grass", start=start, kv=kv)
             for kv in ("stored", "replayed")

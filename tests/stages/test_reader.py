@@ -101,10 +101,10 @@ def test_an_edit_to_the_source_prompt_from_the_start_is_the_reconstruction(name:
     """Also where K and V are the pivot's: what is reported as the reconstruction is what edits arrive at."""
     module, store = tuned(name, tuning_guidance=2.0)
     reconstruction = fits.opened(store.folder / "reconstruction.png")
-    for kv in ("stored", "replayed"):
-        for change in ({}, {"source_guidance": 2.0, "guidance": 7.0}):  # there is no change of words to guide
-            (picture,) = edit(module, store, SOURCE, kv=kv, start=0.0, **change)
-            assert unlike(picture, reconstruction) <= 1
+    unguided = {"source_guidance": 2.0, "guidance": 7.0}  # there is no change of words to guide
+    for kv, change in (("stored", {}), ("stored", unguided), ("replayed", unguided)):
+        (picture,) = edit(module, store, SOURCE, kv=kv, start=0.0, **change)
+        assert unlike(picture, reconstruction) <= 1
 
 
 @pytest.mark.parametrize("name", LEARNING)

@@ -103,7 +103,7 @@ def test_a_kill_loses_a_phase_at_most_and_changes_no_bit(tmp_path: Path) -> None
         "fit", "--image", tmp_path / "in", "--source", SOURCE, "--checkpoint", fits.checkpoint(),
         "--steps", 6, "--model.inner_steps", 2, "--model.tolerance_growth", 0, "--model.retries", 0,
         "--model.slots", 3, "--trainer.accelerator", "cpu", "--trainer.precision", "bf16-mixed",
-        "--trainer.logger", "false", "--model.curriculum", "pivot", "--model.settle_steps", 8,
+        "--trainer.logger", "false", "--model.curriculum", "pivot", "--model.settle_steps", 4,
     ]  # fmt: skip
     assert kvinv(*given, "--out", tmp_path / "whole").code == 0
     store = RunStore(tmp_path / "killed" / "0")
