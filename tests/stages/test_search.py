@@ -11,10 +11,11 @@ import fits
 import pytest
 import torch
 from commands import kvinv, refused
+from PIL import Image
 
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked
+from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked, shared_colours
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +28,28 @@ def run(tuned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tuned, tmp_path / "run"))
 
 
-def candidate(agreement: float, likeness: float) -> Candidate:
-    return Candidate(fits.model().editing, Path("x.png"), agreement, likeness)
+def candidate(agreement: float, likeness: float, start: float = 0.0) -> Candidate:
+    return Candidate(fits.model(start=start).editing, Path("x.png"), agreement, likeness)
 
 
-def test_of_those_that_do_what_the_target_says_the_one_most_like_the_source_is_chosen() -> None:
+def test_of_those_that_do_what_the_target_says_the_earliest_and_most_like_the_source_is_chosen() -> None:
     idle, halfway, done, wild = (
         candidate(*figures) for figures in ((-0.1, 40), (0.02, 30), (0.09, 20), (0.1, 10))
     )
     assert ranked([idle, halfway, done, wild]) == [done, wild, halfway, idle]
     assert ranked([idle, candidate(-0.2, 50)])[0] == idle  # none does: the one that does most of it
+    still, late = candidate(0.01, 50, start=0.0), candidate(0.1, 40, start=0.3)
+    early, wilder = candidate(0.08, 20, start=0.1), candidate(0.09, 15, start=0.1)
+    assert ranked([late, wilder, still, early]) == [early, wilder, late, still]
     assert front([idle, halfway, done, wild, candidate(0.05, 15)]) == [idle, halfway, done, wild]
+
+
+def test_colours_are_shared_wherever_they_are() -> None:
+    half = Image.new("RGB", (8, 4), (200, 0, 0))
+    half.paste((0, 0, 200), (0, 0, 4, 4))
+    turned, red = half.rotate(180), Image.new("RGB", (2, 2), (200, 0, 0))
+    assert shared_colours(half, turned) == 100 and shared_colours(half, red) == 50
+    assert shared_colours(red, Image.new("RGB", (2, 2), (0, 0, 200))) == 0
 
 
 def test_what_is_auto_is_tried_and_the_rest_is_as_asked() -> None:
