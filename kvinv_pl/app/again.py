@@ -58,7 +58,7 @@ def as_yaml(settings: Mapping[str, Any], command: str) -> str:
 def run_command(run: Mapping[str, Any], config: str = "settings.yaml") -> str:
     """The command that makes the run again from its picture and its settings."""
     mask = ["--mask", "mask.png"] if run["picture"]["mask"] else []
-    size = f"--data.size={min(run['picture']['model_size'])}"  # a file of settings serves edits, too, without it
+    size = f"--data.size={min(run['picture']['model_size'])}"  # no setting: those serve edits as well
     image = ["--image", run["picture"]["name"], *mask, size]
     words = ["kvinv", "run", "--config", config, *image, "--out", "again"]
     return shlex.join(words)

@@ -29,9 +29,9 @@ def rounded(x: Float[Tensor, "*shape"], dtype: str) -> Float[Tensor, "*shape"]:
 def quantized(name: str, x: Float[Tensor, "*shape"], dtype: str) -> dict[str, Tensor]:
     """What is stored for x: one tensor, or for int8 two, the integers and their scales, (*rows, 1, dim).
 
-    Its last axes are tokens and channels. What has a single token (lambda and gamma), or no such axes, is next
-    to nothing, and stays in fp32 where the rest is int8.
-    Integers stay as they are. What is too large for a floating dtype becomes infinite: see `too_large`.
+    Its last axes are tokens and channels. What has a single token (lambda and gamma), or no such axes, is
+    next to nothing, and stays in fp32 where the rest is int8. Integers stay as they are. What is
+    too large for a floating dtype becomes infinite: see `too_large`.
     """
     if not x.is_floating_point():
         return {name: x}

@@ -115,7 +115,7 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     assert both["data"]["targets"] == ["a dog"] and both["model"]["sharpness"] == 1.5
 
 
-def test_a_run_is_made_again_in_its_working_size_and_its_prompts_are_read_as_they_were(tmp_path: Path) -> None:
+def test_a_run_is_made_again_in_its_working_size_and_prompt_syntax(tmp_path: Path) -> None:
     image = fits.picture(tmp_path / "cat.png", (24, 16))
     syntax: dict[str, Any] = {"prompt_syntax": "webui", "steps": 1, "inner_steps": 1}
     data = SourceImages(str(image), "a (cat:1.4) standing", out=str(tmp_path / "run"), size=8)

@@ -110,6 +110,17 @@ def test_a_picture_that_runs_away_is_given_up_and_those_beside_it_come_out_the_s
         assert fits.tensors(data.works[n].store) == fits.tensors(whole.works[n].store)
 
 
+def test_rows_of_one_picture_fail_apart(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text("image,source,mask\na.png,a cat,\na.png,a dog,no.png\n")
+    data = SourceImages(str(tmp_path / "list.csv"), out=str(tmp_path / "out"))
+    with pytest.raises(SomeFailedError, match="1 of 2 pictures") as raised:
+        fits.trainer().invert(fits.model(steps=1), data)
+    ((label, reason),) = raised.value.reasons.items()
+    assert label == f"{tmp_path / 'a.png'} ({tmp_path / 'out' / 'a-2'})" and "no.png" in reason
+    assert [work.store.has_trajectory() for work in data.works] == [True, False]
+
+
 def test_a_full_disk_stops_everything_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
