@@ -93,6 +93,11 @@ def test_a_picture_that_cannot_be_used_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_home_of_nobody_is_refused(good: list[object]) -> None:
+    for given in (("world", "--out", "~nobody-here/x"), ("run", *good, "--image", "~nobody-here/x.png")):
+        refused(kvinv(*given), "write it in full")
+
+
 @pytest.mark.parametrize(
     "targets", [(), ("--target", ""), ("--target", "  "), ("--target", "a dog", "--target", "")]
 )
