@@ -152,8 +152,8 @@ class Workload:
             for work in works:
                 work.close()
             for folder in fresh:
-                if folder.is_dir() and os.listdir(folder) == [".lock"]:
-                    (folder / ".lock").unlink()
+                if folder.is_dir() and set(os.listdir(folder)) <= {".lock"}:  # on Windows it is gone already
+                    (folder / ".lock").unlink(missing_ok=True)
                     folder.rmdir()
 
     def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:

@@ -25,6 +25,17 @@ def module() -> KVInversion:
     return made
 
 
+def test_memory_is_known_where_the_kernel_does_not_say_how_much_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under the first Windows Subsystem for Linux."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemFree: 4 kB\n")
+    assert memory.free_bytes(torch.device("cpu")) > 2**20
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable: 4 kB\n")
+    assert memory.free_bytes(torch.device("cpu")) == 4096
+
+
 def test_what_a_slot_takes_grows_with_the_picture_and_with_the_branches(module: KVInversion) -> None:
     small, large = (memory.bytes_per_slot(module.denoiser, (side, side), 2.0) for side in (8, 16))
     one_branch = memory.bytes_per_slot(module.denoiser, (8, 8), 1.0)
