@@ -44,7 +44,7 @@ from kvinv_pl.stages.settings import (
 )
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
-from kvinv_pl.training.precision import precision_of
+from kvinv_pl.training.precision import overflows, precision_of
 
 
 class KVInversion(LightningModule):
@@ -327,7 +327,8 @@ class KVInversion(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step of Eq. 3 for the slots that have not converged."""
-        self._fit.step(batch_idx, self.optimizers(), self.manual_backward)
+        overflowed = overflows(self.trainer.precision_plugin)
+        self._fit.step(batch_idx, self.optimizers(), self.manual_backward, overflowed)
 
     def on_train_epoch_end(self) -> None:
         """A phase ends: write its results."""
