@@ -191,11 +191,11 @@ class KVInversion(LightningModule):
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(
-            target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid
+            target_modules, exclude_modules, layers_to_transform, layers_pattern, plain(max_grid)
         )
         self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
         self.tuning = TuningSettings.of(given)
-        self.choices = Choices.of(given)
+        self.choices = Choices.of({**given, "clip_skip": plain(clip_skip)})
         self.steps, self.slots = plain(steps), plain(slots)
         counts = {"steps": steps, "slots": 1 if slots == "auto" else slots, "clip_skip": clip_skip}
         for name, count in counts.items():
