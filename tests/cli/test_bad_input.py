@@ -377,7 +377,8 @@ def test_a_damaged_run_json_is_refused(good: list[object], run: Path) -> None:
 
 def test_what_a_run_folder_knows_is_not_asked_for_again(good: list[object], run: Path) -> None:
     edit = ["edit", "--run", run, "--target", "a fox"]
-    refused(kvinv(*edit, "--source", "a rabbit"), "--source does not go with --run")
+    for flag, value in (("--source", "a rabbit"), ("--data.mask", "m.png"), ("--data.geometry", "crop")):
+        refused(kvinv(*edit, flag, value), f"{flag} does not go with --run")
     refused(kvinv(*edit, "--image", good[1]), "expected either image or run, got both")
     refused(kvinv(*edit, "--steps", 3), "was made with --steps = 2, not 3")
 
