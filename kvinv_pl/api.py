@@ -115,7 +115,7 @@ class KVInverter:
         _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
             raise UserError(f"tune takes one picture, got {image}; a folder or list is for `kvinv fit`")
-        folder = Path(tempfile.mkdtemp(prefix="kvinv-") if out is None else out)
+        folder = Path(tempfile.mkdtemp(prefix="kvinv-") if out is None else out).expanduser()
         run = Run(self, folder, temporary=out is None)
         with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
             path = as_file(image, Path(scratch), "picture")

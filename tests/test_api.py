@@ -1,4 +1,5 @@
 import gc
+import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -148,6 +149,16 @@ def test_a_run_in_a_folder_of_its_own_stays_and_is_gone_on_with(
     again = kv.tune(image, SOURCE, out=str(tmp_path / "run"))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "steps").iterdir()} == times
     assert again.edit(TARGET).tobytes() == first.tobytes()
+
+
+def test_a_run_may_be_in_the_home_folder(
+    kv: KVInverter, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    shutil.copy(image, tmp_path / "cat.png")
+    run = kv.tune("~/cat.png", SOURCE, out="~/run")
+    assert run.folder == tmp_path / "run" and run.reconstruction.size == run.edit(TARGET).size
 
 
 def test_a_picture_in_memory_is_the_same_as_one_on_disk(kv: KVInverter, run: Run, image: Path) -> None:

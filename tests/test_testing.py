@@ -119,6 +119,34 @@ class Forgetful(Sound):
         return k, v + self.gate * self.v_hat + (self.gate - 1) * self.direction
 
 
+class Drawn(Sound):
+    """Learns V-hat in a basis that is drawn, and kept in a buffer."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.v_hat = nn.Parameter(torch.zeros(site.slots, site.tokens, 4))
+        self.basis = nn.Buffer(torch.zeros(site.slots, 4, site.dim))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        super().reset(generator)
+        self.basis.copy_(torch.randn(self.basis.shape, generator=generator))
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v + self.gate * (self.v_hat @ self.basis)
+
+
+class Constant(Sound):
+    """Has a buffer that is no slot's, and is kept."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.weights = nn.Buffer(torch.linspace(0.5, 1, site.dim))
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v + self.gate * self.v_hat * self.weights
+
+
 class Single(Sound):
     """Multiplies K with a matrix in float32, whatever K is in."""
 
@@ -327,7 +355,7 @@ def test_there_is_a_broken_variant_for_every_check() -> None:
     assert list(BROKEN) == [check.name for check in CHECKS]
 
 
-@pytest.mark.parametrize("variant", [Sound, Masking, Bare, Wrapping, Excused])
+@pytest.mark.parametrize("variant", [Sound, Masking, Bare, Wrapping, Excused, Drawn])
 def test_a_sound_variant_fails_no_check(variant: type[CPAttention]) -> None:
     assert not failing(variant)
 
@@ -335,6 +363,13 @@ def test_a_sound_variant_fails_no_check(variant: type[CPAttention]) -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_variant_fails_the_check_of_its_fault_and_no_other(name: str) -> None:
     assert failing(BROKEN[name]).keys() == {name} | ALSO.get(name, set())
+
+
+def test_a_buffer_that_is_kept_has_its_slots_first() -> None:
+    for name in ("alive at reset", "slots apart", "saved and loaded exactly"):
+        assert (
+            "weights has the shape (16,) for 3 slots: slots come first; a constant" in failing(Constant)[name]
+        )
 
 
 def test_every_check_says_in_a_sentence_why_it_is_asked() -> None:

@@ -29,7 +29,7 @@ def settings_again(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None
     precision = editing.pop("precision", None)
     if edit is not None:
         editing |= as_made(edit, editing)
-    chosen = {name: model[name] for name in (*CHOSEN, "clip_skip") if name in model}
+    chosen = {name: model[name] for name in (*CHOSEN, "clip_skip", "prompt_syntax") if name in model}
     settings = {
         "checkpoint": model["checkpoint"], **chosen, "attention": tuning["attention"],
         "target_modules": tuning["sites"], "max_grid": tuning["max_grid"],
@@ -58,7 +58,9 @@ def as_yaml(settings: Mapping[str, Any], command: str) -> str:
 def run_command(run: Mapping[str, Any], config: str = "settings.yaml") -> str:
     """The command that makes the run again from its picture and its settings."""
     mask = ["--mask", "mask.png"] if run["picture"]["mask"] else []
-    words = ["kvinv", "run", "--config", config, "--image", run["picture"]["name"], *mask, "--out", "again"]
+    size = f"--data.size={min(run['picture']['model_size'])}"  # no setting: those serve edits as well
+    image = ["--image", run["picture"]["name"], *mask, size]
+    words = ["kvinv", "run", "--config", config, *image, "--out", "again"]
     return shlex.join(words)
 
 

@@ -87,7 +87,9 @@ class TunePicture(Node):
     @classmethod
     def IS_CHANGED(cls, folder: str = "", **inputs: Any) -> float | str:
         """Not equal to itself where a folder that was tuned here has gone since: it is tuned anew."""
-        return float("nan") if folder in cls._tuned and not RunStore(Path(folder)).has_run() else ""
+        return (
+            float("nan") if folder in cls._tuned and not RunStore(Path(folder).expanduser()).has_run() else ""
+        )
 
     def run(
         self,

@@ -23,6 +23,8 @@ def save_run(run: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copytree(run, beside, ignore=passing)
+            if target.exists():  # which Windows would not replace, empty as it is
+                target.rmdir()
             os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)

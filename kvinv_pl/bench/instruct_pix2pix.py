@@ -14,7 +14,6 @@ from kvinv_pl.bench.running import opened
 from kvinv_pl.data.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.instructed import Instructed
-from kvinv_pl.training.trainer import COMPUTE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class InstructPix2Pix:
         """The edited picture, in the size that it came in; the model says where and how precisely."""
         image = opened(picture)
         trainer = model.trainer()
-        device, dtype = trainer.strategy.root_device, COMPUTE_DTYPES[str(trainer.precision)]
+        device, dtype = trainer.strategy.root_device, trainer.settle_precision(model.model)
         loaded = _loaded(self.checkpoint, device, dtype)
         geometry = fit_geometry(image.size, loaded.sample_size, loaded.multiple, "keep")
         pixels = to_pixels(image, geometry)[None].to(device, dtype)

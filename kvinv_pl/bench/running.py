@@ -21,7 +21,6 @@ from kvinv_pl.data.geometry import Geometry, fit_geometry, to_image, to_pixels
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.training.trainer import COMPUTE_DTYPES
 
 
 def run_method(
@@ -114,7 +113,7 @@ class Canvas:
         """Encode a picture; what CP-attn has in the U-Net is taken out first."""
         image = opened(picture)
         trainer = model.trainer()
-        backbone = model.model.load_backbone(COMPUTE_DTYPES[str(trainer.precision)])
+        backbone = model.model.load_backbone(trainer.settle_precision(model.model))
         denoiser = model.model.denoiser
         denoiser.release()
         denoiser.autocast = trainer.precision_plugin.forward_context

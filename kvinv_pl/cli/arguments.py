@@ -37,6 +37,8 @@ IDLE = {
 }
 """Flags that a stage accepts but ignores: all stages share the same options."""
 RUN = ("data.run", "DIR")
+OF_RUN = {"data.source", "data.mask", "data.geometry", "data.out"}
+"""What a run folder says for itself; not to be typed beside it, though a file may have it."""
 
 
 @dataclass
@@ -90,9 +92,7 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
         else:
             line.argv.append(f"--{key}={value}")
     line.read_rest(passed)
-    if "data.run" in line.typed and (
-        conflicting := {"--source", "--mask", "--out"} & set(line.typed.values())
-    ):
+    if "data.run" in line.typed and (conflicting := {line.typed[key] for key in OF_RUN & line.typed.keys()}):
         raise UserError(
             f"{', '.join(sorted(conflicting))} does not go with --run: the run folder has it; leave it out"
         )

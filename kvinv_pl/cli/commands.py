@@ -8,6 +8,7 @@ from typing import Any, get_origin
 
 from kvinv_pl.cli.arguments import CommandLine, kinds_of, readable_errors
 from kvinv_pl.cli.messages import without_null
+from kvinv_pl.cli.utf8 import files_are_utf8
 from kvinv_pl.cli.variant_names import expand_variant_names, make_importable
 from kvinv_pl.errors import UserError
 
@@ -37,6 +38,7 @@ def command(verb: str, argv: list[str]) -> None:
     """Run one command through jsonargparse."""
     from jsonargparse import ArgumentParser, auto_cli
 
+    files_are_utf8()
     if verb == "sites":
         make_importable()
     function: Callable[..., None] = getattr(import_module(FILES[verb]), verb.replace("-", "_"))

@@ -1,10 +1,12 @@
 """The entry point: picks the command, and turns errors into exit codes."""
 
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kvinv_pl.errors import SomeFailedError, UserError, near
 
@@ -45,8 +47,11 @@ def main(args: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _dispatch(argv)
+        with _telling_of_no_home():
+            _dispatch(argv)
         sys.stdout.flush()
     except UserError as error:
         if debug:
@@ -67,6 +72,19 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+
+
+@contextmanager
+def _telling_of_no_home() -> Iterator[None]:
+    """A path with the ~ of a user that there is not, which pathlib does not take for a name, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        raise UserError(
+            "a path begins with ~ and a name that no user of this machine has: write it in full, or as ./~..."
+        ) from error
 
 
 def _exit_by_signal(number: signal.Signals) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, expand_short_flags, kinds_of, readable_errors
 from kvinv_pl.cli.messages import explain_setting_error, without_null
+from kvinv_pl.cli.utf8 import files_are_utf8
 from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
 from kvinv_pl.errors import SomeFailedError, UserError
 
@@ -34,6 +35,7 @@ def stage(verb: str, argv: list[str]) -> None:
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
 
+    files_are_utf8()
     make_importable(line.configs)
     images = PlannedImages if verb == "plan" else SourceImages
     kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": images})

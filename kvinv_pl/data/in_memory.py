@@ -17,7 +17,7 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 def as_file(image: Picture, folder: Path, name: str) -> Path:
     """The path of a picture, written to `folder` if it has none; as TIFF where PNG cannot store it."""
     if isinstance(image, (str, Path)):
-        return Path(image)
+        return Path(image).expanduser()
     array: Any = getattr(image, "__array_interface__", None)
     if not isinstance(image, Image.Image) and array is not None and array["typestr"] == "|u1":
         try:

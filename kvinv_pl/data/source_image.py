@@ -56,11 +56,15 @@ class SourceImage:
     invert_mask: bool = False
     size: int | None = None
     """The shorter side of the model's pixels; None: as the checkpoint was made for."""
+    shared: bool = False
+    """Whether another one is of the same picture, by other prompts or another mask."""
     _opened: tuple[tuple[tuple[int, int], int], Opened] | None = field(default=None, init=False, repr=False)
 
     @property
     def label(self) -> str:
-        """The picture's name in messages: its path, or its run folder."""
+        """The name in messages, which no other has: the picture's path, or the run folder, or both."""
+        if self.path is not None and self.shared:
+            return f"{self.path} ({self.store.folder})"
         return str(self.path or self.store.folder)
 
     def opened(self, sample_size: tuple[int, int], multiple: int) -> Opened:

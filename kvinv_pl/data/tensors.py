@@ -21,16 +21,17 @@ SCALE = "#scale"
 """The suffix of the name of an int8 tensor's scales."""
 
 
-def rounded(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> Float[Tensor, "*rows tokens dim"]:
+def rounded(x: Float[Tensor, "*shape"], dtype: str) -> Float[Tensor, "*shape"]:
     """X as it is read back after being stored; rounding twice changes nothing."""
     return dequantized(quantized("x", x, dtype), "x").to(x.dtype)
 
 
-def quantized(name: str, x: Float[Tensor, "*rows tokens dim"], dtype: str) -> dict[str, Tensor]:
+def quantized(name: str, x: Float[Tensor, "*shape"], dtype: str) -> dict[str, Tensor]:
     """What is stored for x: one tensor, or for int8 two, the integers and their scales, (*rows, 1, dim).
 
-    What has a single token (lambda and gamma) is next to nothing, and stays in fp32 where the rest is int8.
-    Integers stay as they are. What is too large for a floating dtype becomes infinite: see `too_large`.
+    Its last axes are tokens and channels. What has a single token (lambda and gamma), or no such axes, is
+    next to nothing, and stays in fp32 where the rest is int8. Integers stay as they are. What is
+    too large for a floating dtype becomes infinite: see `too_large`.
     """
     if not x.is_floating_point():
         return {name: x}
@@ -73,7 +74,7 @@ def too_large(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
     return found
 
 
-def stored_bytes(x: Float[Tensor, "*rows tokens dim"], dtype: str) -> int:
+def stored_bytes(x: Float[Tensor, "*shape"], dtype: str) -> int:
     """The bytes of x as stored, with its scales; from its shape alone, as `quantized` stores it."""
     if not x.is_floating_point():
         return x.nbytes

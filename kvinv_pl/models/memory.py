@@ -13,6 +13,7 @@ from kvinv_pl.algorithm.guidance import branches_at
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.models.denoiser import Denoiser
 
+MEMINFO = Path("/proc/meminfo")
 MOST = 8
 """Side by side at most: pictures that have converged are computed along until the last one has."""
 SHARE = 0.7
@@ -27,9 +28,9 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused
-    if (table := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+    table = MEMINFO.read_text().splitlines() if MEMINFO.exists() else []
+    if available := dict(line.split(":", 1) for line in table).get("MemAvailable"):  # not of every kernel
+        return int(available.split()[0]) * 1024
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         # the system does not tell how much is in use
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -99,7 +99,7 @@ def edit_picture(
     targets = [target for target in records if target not in paths]
     if not targets:
         store.save_picture("sheet", sheet_of(store))  # after a kill it may be outdated
-        return list(paths.values())
+        return [paths[target] for target in image.targets]
     if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
         edited_at = settings.guide.source_scale
         watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
@@ -142,7 +142,7 @@ def edit_picture(
     if lost := [target for target in targets if target not in rendered]:
         advice = "use a lower guidance scale, or precision 32-true"
         raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
-    return [paths[target] for target in records]
+    return [paths[target] for target in image.targets]
 
 
 def in_batches(

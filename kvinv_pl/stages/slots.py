@@ -137,7 +137,8 @@ class Slots:
                 self.failures.note(work.label, said[slot])
         self.drop_failed()
         for value in values.values():
-            value.copy_(rounded(value, dtype))
+            rows = value.view(len(value), 1, -1) if value.ndim < 3 else value  # each slot by itself
+            rows.copy_(rounded(rows, dtype))
 
     def drop_failed(self) -> None:
         """Mark the slots of pictures that have failed since."""

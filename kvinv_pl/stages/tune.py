@@ -101,8 +101,17 @@ class Tuning:
 
     # ---- within a phase
 
-    def step(self, count: int, optimizer: Any, backward: Callable[[Tensor], None]) -> None:
-        """One optimiser step of Eq. 3, the phase's number `count`, for the slots that have not converged."""
+    def step(
+        self,
+        count: int,
+        optimizer: Any,
+        backward: Callable[[Tensor], None],
+        overflowed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """One optimiser step of Eq. 3, the phase's number `count`, for the slots that have not converged.
+
+        It is made again as long as it has `overflowed`, and was left out: a phase has few.
+        """
         with self.denoiser.attached().blend(), self._front():
             z = self._reconstruct()
             means = self._means(squared_errors(self._pivot, z))
@@ -137,11 +146,17 @@ class Tuning:
             if needs_closure(optimizer):
                 optimizer.step(residuals if reads_residuals(optimizer) else lowered)
             else:
-                lowered()
-                if bool(self._slots.lost.any()):
-                    self._keeper.zero_gradients(self._slots.lost)
-                optimizer.step()
+                self._descend(optimizer, lowered)
+                while overflowed():
+                    self._descend(optimizer, lowered)
         self._keeper.restore()
+
+    def _descend(self, optimizer: Any, lowered: Callable[[], Tensor]) -> None:
+        """One step of an optimiser that is given gradients."""
+        lowered()
+        if bool(self._slots.lost.any()):
+            self._keeper.zero_gradients(self._slots.lost)
+        optimizer.step()
 
     def _where(self) -> str:
         """The current timesteps, for display."""

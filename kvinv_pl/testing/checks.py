@@ -34,12 +34,14 @@ GRIDS = ((3, 5), (6, 2), (1, 7))
 
 
 def _slots_first(harness: Harness) -> None:
-    """Raise unless the first axis of every parameter is slots."""
-    for name, value in harness.values().items():
+    """Raise unless the first axis of every parameter is slots, and that of every buffer that is kept."""
+    learned = harness.values()
+    for name, value in harness.stored().items():
         if value.ndim == 0 or len(value) != harness.site.slots:
-            shape = tuple(value.shape)
+            advice = "" if name in learned else "; a constant is registered persistent=False"
             raise NonconformingError(
-                f"{name} has the shape {shape} for {harness.site.slots} slots: slots come first"
+                f"{name} has the shape {tuple(value.shape)} for {harness.site.slots} slots: slots come "
+                f"first{advice}"
             )
 
 
@@ -144,13 +146,13 @@ def _saved(variant: Factory) -> None:
     with tempfile.TemporaryDirectory(prefix="kvinv-check-") as folder, torch.no_grad():
         store = RunStore(folder)
         for slot in range(SITE.slots):  # a file a picture, as in a run
-            psi = {f"{PATH}.{name}": value[slot] for name, value in harness.values().items()}
+            psi = {f"{PATH}.{name}": value[slot] for name, value in harness.stored().items()}
             store.save_step(slot, psi, torch.zeros(1, 1, 1), None, {})
-            for name, value in fresh.values().items():
+            for name, value in fresh.stored().items():
                 value[slot] = store.step(slot).psi[f"{PATH}.{name}"]
     if not torch.equal(fresh.blend(x), out):
         raise NonconformingError(
-            "a variant that reads the saved psi attends otherwise: keep all in parameters"
+            "a variant that reads the saved psi attends otherwise: keep all in parameters and buffers"
         )
 
 

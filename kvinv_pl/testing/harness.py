@@ -50,8 +50,12 @@ class Harness:
         return type(self.cp).bind is not CPAttention.bind
 
     def values(self) -> dict[str, nn.Parameter]:
-        """Psi: what is learned, and what a run keeps."""
+        """What is learned."""
         return dict(self.cp.named_parameters())
+
+    def stored(self) -> dict[str, Tensor]:
+        """Psi as a run keeps it: what is learned, and the buffers beside it."""
+        return self.cp.state_dict()
 
     @torch.no_grad()
     def start(self, seed: int = 0) -> Harness:
@@ -75,8 +79,8 @@ class Harness:
     @torch.no_grad()
     def read(self, other: Harness) -> Harness:
         """Take psi from another harness, slot by slot, as far as there are slots here."""
-        for name, value in self.values().items():
-            value.copy_(other.values()[name][: self.site.slots])
+        for name, value in self.stored().items():
+            value.copy_(other.stored()[name][: self.site.slots])
         return self
 
     def mask(self) -> Harness:

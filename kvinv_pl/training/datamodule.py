@@ -1,6 +1,7 @@
 """The pictures of a run: one, a folder, or a list, each with its prompts and its run folder."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,9 @@ class SourceImages(LightningDataModule):
                 )
                 for row, folder in zip(rows, folders, strict=True)
             ]
+            times = Counter(work.path for work in self.works)
+            for work in self.works:
+                work.shared = times[work.path] > 1
         for work in self.works:
             _check_targets(work)
         if invert_mask and (run is not None or not any(work.mask for work in self.works)):

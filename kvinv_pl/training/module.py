@@ -44,7 +44,7 @@ from kvinv_pl.stages.settings import (
 )
 from kvinv_pl.stages.tune import Tuning
 from kvinv_pl.training.datamodule import Job
-from kvinv_pl.training.precision import precision_of
+from kvinv_pl.training.precision import overflows, precision_of
 
 
 class KVInversion(LightningModule):
@@ -191,11 +191,11 @@ class KVInversion(LightningModule):
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(
-            target_modules, exclude_modules, layers_to_transform, layers_pattern, max_grid
+            target_modules, exclude_modules, layers_to_transform, layers_pattern, plain(max_grid)
         )
         self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
         self.tuning = TuningSettings.of(given)
-        self.choices = Choices.of(given)
+        self.choices = Choices.of({**given, "clip_skip": plain(clip_skip)})
         self.steps, self.slots = plain(steps), plain(slots)
         counts = {"steps": steps, "slots": 1 if slots == "auto" else slots, "clip_skip": clip_skip}
         for name, count in counts.items():
@@ -327,7 +327,8 @@ class KVInversion(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One optimiser step of Eq. 3 for the slots that have not converged."""
-        self._fit.step(batch_idx, self.optimizers(), self.manual_backward)
+        overflowed = overflows(self.trainer.precision_plugin)
+        self._fit.step(batch_idx, self.optimizers(), self.manual_backward, overflowed)
 
     def on_train_epoch_end(self) -> None:
         """A phase ends: write its results."""

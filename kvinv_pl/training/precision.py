@@ -14,6 +14,8 @@ from kvinv_pl.optimizers import needs_closure
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 AUTO = "auto"
+LEAST = 2.0**-24
+"""Of a scale of the loss: what overflows even there is not finite at any."""
 
 
 def check_precision(precision: str, accelerator: str) -> None:
@@ -23,6 +25,22 @@ def check_precision(precision: str, accelerator: str) -> None:
         raise UserError(f"precision: expected {known}, got {precision}: psi is tuned in fp32")
     if precision == "16-mixed" and (accelerator == "cpu" or not torch.cuda.is_available()):
         raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true on a CPU")
+
+
+def overflows(plugin: Precision) -> Callable[[], bool]:
+    """Whether a step of the optimiser was left out because gradients overflowed, asked after each.
+
+    The scale of the loss (16-mixed) is then smaller than before, and the step may be made again.
+    """
+    scaler = getattr(plugin, "scaler", None)
+    scale = 0.0 if scaler is None else scaler.get_scale()
+
+    def overflowed() -> bool:
+        nonlocal scale
+        before, scale = scale, 0.0 if scaler is None else scaler.get_scale()
+        return LEAST <= scale < before
+
+    return overflowed
 
 
 def refuse_loss_scaling(optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> None:

@@ -181,7 +181,8 @@ class Ranks:
                     else f"another rank has failed: process {n + 1} of {self.world.local_size} "
                     f"ended {how}, and all have been stopped; run the same command to resume"
                 ) from (RuntimeError(f"in that rank:\n{trace}") if trace else None)
-        starter = os.environ.get(STARTER)
+        # of a virtual environment on Windows, the parent is the launcher that python.exe is there
+        starter = None if sys.platform == "win32" else os.environ.get(STARTER)
         if starter is not None and os.getppid() != int(starter):
             if self._queue is not None:
                 self._queue.remove()  # nothing else will

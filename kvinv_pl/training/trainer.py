@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -115,6 +116,7 @@ class KVTrainer(Trainer):
                 log_every_n_steps=1,
             )  # fmt: skip
         self._log_to_run = logger is True and not fast_dev_run
+        self._logged_in: Path | None = None
         self._quiet = quiet
         self.watch = Watch(Progress(quiet=quiet), x_0_every=x_0_every)
 
@@ -123,6 +125,13 @@ class KVTrainer(Trainer):
         """The ranks and their shares of the pictures."""
         assert isinstance(self.strategy, ImageParallelStrategy)
         return self.strategy.ranks
+
+    def settle_precision(self, model: KVInversion) -> torch.dtype:
+        """Choose the precision, where it is auto; the dtype in which the U-Net is held."""
+        if self._chooses_precision:
+            device = self.strategy.root_device
+            self.strategy.precision_plugin = plugin_for(precision_for(model.checkpoint, device), device)
+        return COMPUTE_DTYPES[str(self.precision)]
 
     def invert(self, model: KVInversion, datamodule: SourceImages) -> None:
         """Stage 1: find the trajectory of every picture by DDIM inversion."""
@@ -194,9 +203,7 @@ class KVTrainer(Trainer):
         self.watch.progress.quiet = self._quiet or not self.ranks.is_main
         workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
         failures = self.watch.failures = workload.failures
-        if self._chooses_precision:
-            device = self.strategy.root_device
-            self.strategy.precision_plugin = plugin_for(precision_for(model.checkpoint, device), device)
+        self.settle_precision(model)
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             refuse_loss_scaling(model.optimizer)
         with without_advice(), self.ranks.running():
@@ -291,10 +298,11 @@ class KVTrainer(Trainer):
 
     def _open_log(self, data: SourceImages) -> None:
         """Set the loggers of a fit: those given, or TensorBoard under the run folder."""
-        if self._log_to_run and not self.loggers:
+        if self._log_to_run and (not self.loggers or self._logged_in not in (None, data.out)):
             world = self.ranks.world  # a folder of logs for each, where there are several
             version = f"rank{world.rank}" if world.size > 1 else ""
             self.loggers = [TensorBoardLogger(data.out, name="logs", version=version)]
+            self._logged_in = data.out
         self.watch.loggers = self.loggers
 
     def _tune(self, fit: Tuning, workload: Workload) -> None:

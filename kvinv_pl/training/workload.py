@@ -20,6 +20,9 @@ from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.work_queue import Shares
 
+HELD = 8
+"""Pictures that stay in memory from the check to their turn; more of them are read a second time."""
+
 
 class Workload:
     """Pictures, and the stages that they go through; pictures known to fail are marked from the start."""
@@ -59,6 +62,8 @@ class Workload:
             if work not in self.failures:
                 with self.failures.of([work]):
                     groups.setdefault(self._check(work, self.data.overwrite), []).append(n)
+            if n >= HELD:
+                work.close()
         if len(self.failures.reasons) == self.failures.total:
             self.failures.report()
         shares = []
@@ -152,8 +157,8 @@ class Workload:
             for work in works:
                 work.close()
             for folder in fresh:
-                if folder.is_dir() and os.listdir(folder) == [".lock"]:
-                    (folder / ".lock").unlink()
+                if folder.is_dir() and set(os.listdir(folder)) <= {".lock"}:  # on Windows it is gone already
+                    (folder / ".lock").unlink(missing_ok=True)
                     folder.rmdir()
 
     def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:

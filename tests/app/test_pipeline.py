@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import io
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -161,13 +162,24 @@ def test_the_bar_is_the_one_of_diffusers(pipe: KVInversionPipeline) -> None:
 
 
 def test_a_tuned_picture_is_saved_and_opened_without_its_tuning(
-    pipe: KVInversionPipeline, tmp_path: Path
+    pipe: KVInversionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edited = pipe(TARGET).images[0]
     pipe.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob(".*"))
     with pytest.raises(UserError, match="expected a new folder"):
         pipe.save_pretrained(tmp_path / "saved")
+    replace = os.replace
+
+    def as_on_windows(source: Path, target: Path) -> None:
+        if target.is_dir():
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", as_on_windows)
+    (tmp_path / "empty").mkdir()
+    pipe.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty" / "run.json").is_file()
     opened = quiet(tmp_path / "saved")
     assert opened(TARGET).images[0] == edited
     assert opened(TARGET, guidance_scale=4.0).images[0] != edited

@@ -19,6 +19,7 @@ from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_agai
 from kvinv_pl.app.curves import loss_curves
 from kvinv_pl.app.words import certificate
 from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.training.datamodule import SourceImages
 
 TUNED = Path(__file__).parents[1] / "data" / "run_format_1" / "tuned"
 
@@ -98,7 +99,8 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     run, ((record, _),) = store.read_run(), store.edits()
     config = tmp_path / "settings.yaml"
     config.write_text(as_yaml(settings_again(run), run_command(run)), encoding="utf-8")
-    assert run_command(run) == "kvinv run --config settings.yaml --image cat.png --out again"
+    again = "kvinv run --config settings.yaml --image cat.png --data.size=16 --out again"
+    assert run_command(run) == again
     answer = kvinv("fit", "--config", config, "--image", image, "--out", tmp_path / "again")
     assert answer.code == 0, answer.err
     again = RunStore(tmp_path / "again")
@@ -111,6 +113,20 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     assert fits.opened(file).tobytes() == edited.tobytes()
     both = yaml.safe_load(as_yaml(settings_again(run, record), ""))
     assert both["data"]["targets"] == ["a dog"] and both["model"]["sharpness"] == 1.5
+
+
+def test_a_run_is_made_again_in_its_working_size_and_prompt_syntax(tmp_path: Path) -> None:
+    image = fits.picture(tmp_path / "cat.png", (24, 16))
+    syntax: dict[str, Any] = {"prompt_syntax": "webui", "steps": 1, "inner_steps": 1}
+    data = SourceImages(str(image), "a (cat:1.4) standing", out=str(tmp_path / "run"), size=8)
+    fits.trainer().fit(fits.model(**syntax), datamodule=data)
+    run = RunStore(data.out).read_run()
+    config = tmp_path / "settings.yaml"
+    config.write_text(as_yaml(settings_again(run), ""), encoding="utf-8")
+    words = shlex.split(run_command(run, str(config)).replace("cat.png", str(image)))
+    answer = kvinv("fit", *words[2:-1], tmp_path / "again")
+    assert answer.code == 0, answer.err
+    assert fits.tensors(RunStore(tmp_path / "again")) == fits.tensors(RunStore(data.out))
 
 
 def test_losses_are_drawn_on_a_scale_of_powers_of_ten_zero_too() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -116,6 +118,15 @@ def test_its_settings_are_read_by_the_command_line_and_its_run_folder_is_packed(
     assert packed.is_relative_to(bench.folder)
     with zipfile.ZipFile(packed) as archive:
         assert "my-cat/run.json" in archive.namelist()
+
+
+def test_the_command_above_its_settings_is_one_that_a_shell_takes(bench: Workbench, tmp_path: Path) -> None:
+    folder = tmp_path / "my runs"
+    shutil.copytree(bench.folder / "my-cat", folder / "my-cat")
+    other = bench_in(folder)
+    first = other.settings_file("my-cat", None).read_text(encoding="utf-8").splitlines()[0]
+    other.jobs.close()
+    assert shlex.split(first)[1:5] == ["kvinv", "edit", "--run", str(folder / "my-cat")]
 
 
 def test_a_stopped_tuning_keeps_what_is_done_and_goes_on_to_the_same(

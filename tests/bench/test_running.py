@@ -310,6 +310,16 @@ def test_a_method_runs_in_the_precision_that_the_model_was_loaded_with(picture: 
     assert fits.levels(half, whole) > 0
 
 
+def test_a_method_and_a_tuning_choose_one_precision_so_that_nothing_is_loaded_twice(
+    picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvinv_pl.training.trainer.precision_for", lambda checkpoint, device: "bf16-mixed")
+    model = loaded(attention=resolve("recorded"), steps=1)
+    unet = Canvas.of(model, picture).denoiser.backbone.unet
+    model.tune(picture, SOURCE)
+    assert unet.dtype == torch.bfloat16 and model.model.denoiser.backbone.unet is unet
+
+
 def test_a_picture_with_an_alpha_channel_is_read_as_it_is_for_tuning(picture: Image.Image) -> None:
     clear = picture.copy()
     clear.putalpha(0)

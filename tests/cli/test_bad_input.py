@@ -93,6 +93,11 @@ def test_a_picture_that_cannot_be_used_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_home_of_nobody_is_refused(good: list[object]) -> None:
+    for given in (("world", "--out", "~nobody-here/x"), ("run", *good, "--image", "~nobody-here/x.png")):
+        refused(kvinv(*given), "write it in full")
+
+
 @pytest.mark.parametrize(
     "targets", [(), ("--target", ""), ("--target", "  "), ("--target", "a dog", "--target", "")]
 )
@@ -372,7 +377,8 @@ def test_a_damaged_run_json_is_refused(good: list[object], run: Path) -> None:
 
 def test_what_a_run_folder_knows_is_not_asked_for_again(good: list[object], run: Path) -> None:
     edit = ["edit", "--run", run, "--target", "a fox"]
-    refused(kvinv(*edit, "--source", "a rabbit"), "--source does not go with --run")
+    for flag, value in (("--source", "a rabbit"), ("--data.mask", "m.png"), ("--data.geometry", "crop")):
+        refused(kvinv(*edit, flag, value), f"{flag} does not go with --run")
     refused(kvinv(*edit, "--image", good[1]), "expected either image or run, got both")
     refused(kvinv(*edit, "--steps", 3), "was made with --steps = 2, not 3")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from commands import QUICK, command, kvinv, photograph, process, refused, size, 
 from PIL import ExifTags, Image
 
 from kvinv_pl.cli.arguments import SHORT
+from kvinv_pl.cli.entry import main
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.menagerie import ACTIONS
@@ -179,6 +181,17 @@ def test_the_module_is_the_command_and_a_refusal_its_exit_code() -> None:
     answer = process("--version")
     assert answer.code == 0 and answer.out == kvinv("--version").out
     refused(process("edti"), "no command 'edti': did you mean edit")
+
+
+@pytest.mark.parametrize("name", ["\udcff", "動物"])
+def test_a_path_may_have_letters_that_the_output_lacks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252" if name == "動物" else "utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    main(["world", "--size", "8", "--sheet", "1", "--out", str(tmp_path / name)])
+    out.seek(0)
+    assert out.read().strip().endswith("sheet.png") and (tmp_path / name / "sheet.png").is_file()
 
 
 def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:

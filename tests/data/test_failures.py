@@ -4,7 +4,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fits
@@ -15,6 +16,7 @@ from fits import SOURCE, TARGET
 
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.files import TEMPORARY
+from kvinv_pl.data.lock import locked
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
@@ -108,6 +110,40 @@ def test_a_picture_that_runs_away_is_given_up_and_those_beside_it_come_out_the_s
     assert data.works[1].store.done() == {0}
     for n in (0, 2):
         assert fits.tensors(data.works[n].store) == fits.tensors(whole.works[n].store)
+
+
+def test_rows_of_one_picture_fail_apart(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text("image,source,mask\na.png,a cat,\na.png,a dog,no.png\n")
+    data = SourceImages(str(tmp_path / "list.csv"), out=str(tmp_path / "out"))
+    with pytest.raises(SomeFailedError, match="1 of 2 pictures") as raised:
+        fits.trainer().invert(fits.model(steps=1), data)
+    ((label, reason),) = raised.value.reasons.items()
+    assert label == f"{tmp_path / 'a.png'} ({tmp_path / 'out' / 'a-2'})" and "no.png" in reason
+    assert [work.store.has_trajectory() for work in data.works] == [True, False]
+
+
+def test_of_a_picture_that_fails_no_folder_is_left_where_a_lock_goes_by_itself(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+
+    @contextmanager
+    def passing(place: Path) -> Iterator[None]:
+        with locked(place):
+            yield
+        (place / ".lock").unlink()
+
+    monkeypatch.setattr("kvinv_pl.data.run_store.locked", passing)
+    monkeypatch.setattr("kvinv_pl.training.module.invert_picture", refuse)
+    (folder / "b.png").unlink()
+    with pytest.raises(UserError, match="not today"):
+        tune(folder, fits.model(steps=1), "invert")
+    assert not any((folder.parent / "out").glob("*"))
+
+
+def refuse(*args: object) -> None:
+    raise UserError("not today")
 
 
 def test_a_full_disk_stops_everything_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

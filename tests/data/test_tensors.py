@@ -7,7 +7,9 @@ from pathlib import Path
 import fits
 import pytest
 import torch
+from torch import nn
 
+from kvinv_pl import CPAttention, Site
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import DTYPES, quantized, rounded
 
@@ -73,6 +75,33 @@ def test_slots_are_rounded_apart():
     both = rounded(x, "int8")
     x[1] *= 1e3
     assert torch.equal(both[0], rounded(x, "int8")[0])
+
+
+class Seen(CPAttention):
+    """V-hat, and beside it one number a head that is seen of the source, of no tokens."""
+
+    observes = True
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.v_hat = nn.Parameter(torch.zeros(site.slots, site.tokens, site.dim))
+        self.most = nn.Buffer(torch.zeros(site.slots, site.heads))
+
+    def observe(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.most.copy_(v.unflatten(-1, (self.site.heads, -1)).abs().amax((1, 3)))
+
+    def forward(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return k, v + self.v_hat
+
+
+def test_what_has_no_tokens_is_rounded_apart_as_well(tmp_path: Path):
+    fits.pictures(tmp_path / "in", "ab")
+    asked = {"attention": Seen, "steps": 1, "inner_steps": 1, "store_dtype": "int8"}
+    alone, beside = (fits.fit_all(tmp_path / "in", tmp_path / str(n), slots=n, **asked) for n in (1, 2))
+    for name in "ab":
+        one, other = (runs[name].step(0).psi for runs in (alone, beside))
+        for key in (key for key in one if key.endswith("most")):
+            torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=0)
 
 
 def test_lambda_and_gamma_stay_as_they_are_beside_int8():

@@ -15,7 +15,7 @@ from kvinv_pl.models import memory
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.workload import Workload
+from kvinv_pl.training.workload import HELD, Workload
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,17 @@ def module() -> KVInversion:
     made = fits.model(slots="auto")
     made.load_backbone(torch.float32)
     return made
+
+
+def test_memory_is_known_where_the_kernel_does_not_say_how_much_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under the first Windows Subsystem for Linux."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemFree: 4 kB\n")
+    assert memory.free_bytes(torch.device("cpu")) > 2**20
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable: 4 kB\n")
+    assert memory.free_bytes(torch.device("cpu")) == 4096
 
 
 def test_what_a_slot_takes_grows_with_the_picture_and_with_the_branches(module: KVInversion) -> None:
@@ -119,6 +130,16 @@ def test_what_is_alive_grows_neither_with_timesteps_nor_with_pictures(
     assert psi > 3 * level  # so that one psi kept for each timestep would be seen
     assert peaks[1] - peaks[0] <= 3 * 3 * level
     assert peaks[2] - peaks[0] <= 3 * level
+
+
+def test_of_many_pictures_few_are_held_until_their_turn(module: KVInversion, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("image,source\n" + "".join(f"a.png,cat {n}\n" for n in range(12)))
+    fits.picture(tmp_path / "a.png")
+    data = SourceImages(str(tmp_path / "list.csv"), out=str(tmp_path / "out"))
+    shares = Workload(module, data, ["invert"], dry_run=False).shares(
+        1, torch.device("cpu"), Progress(quiet=True)
+    )
+    assert len(shares) == 12 and sum(work._opened is not None for work in data.works) == HELD < 12
 
 
 def test_every_device_has_pictures(tmp_path: Path) -> None:

@@ -73,6 +73,30 @@ def test_loss_scaling_starts_anew_in_every_phase_and_changes_no_result(image: Pa
     torch.testing.assert_close(*z, rtol=1e-3, atol=1e-3)
 
 
+class TooLarge(torch.amp.GradScaler):  # pyright: ignore[reportPrivateImportUsage]
+    """A scale at which gradients overflow, as 65536 may in float16."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device, init_scale=2.0**127)
+
+
+def test_an_inner_step_whose_gradients_overflow_is_made_at_a_smaller_scale(
+    image: Path, tmp_path: Path
+) -> None:
+    for name in ("scaled", "plain"):
+        trainer = fits.trainer(precision="bf16-mixed")
+        if name == "scaled":
+            plugin: Any = trainer.precision_plugin
+            plugin.scaler = TooLarge("cpu")
+        trainer.fit(
+            fits.model(inner_steps=1), datamodule=SourceImages(str(image), SOURCE, out=str(tmp_path / name))
+        )
+    scaled, plain = (RunStore(tmp_path / name) for name in ("scaled", "plain"))
+    assert [info["inner_steps"] for info in fits.infos(scaled)] == [1, 1, 1]
+    for name, value in plain.step(0).psi.items():
+        torch.testing.assert_close(scaled.step(0).psi[name], value, rtol=1e-2, atol=1e-3)
+
+
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Everything in float64, psi as it is stored, too."""

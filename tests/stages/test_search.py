@@ -105,6 +105,13 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
     assert width > 3 * 192 and height > 2 * 192
 
 
+def test_a_target_that_is_asked_for_twice_is_edited_once_and_found_for_both(run: Path) -> None:
+    module = fits.model(start="auto", steps=3)
+    fits.edit(RunStore(run), fits.TARGET, fits.TARGET, module=module)
+    first, second = module.last_edits
+    assert first == second and len(RunStore(run).edits()) == len(GRIDS["start"])
+
+
 def test_a_clip_judges_in_place_of_the_model(run: Path, tmp_path: Path) -> None:
     module = fits.model(start="auto", judge=str(checkpoints.clip(tmp_path / "clip")))
     fits.edit(RunStore(run), fits.TARGET, module=module)

@@ -1,5 +1,6 @@
 """The settings of the stages: what they refuse, and what the records say of an option added later."""
 
+import json
 import re
 from dataclasses import FrozenInstanceError, fields, replace
 from inspect import signature
@@ -81,7 +82,9 @@ def test_a_setting_of_another_kind_is_told_in_one_line(given: dict[str, Any], sa
     with pytest.raises(UserError, match=re.escape(says)):
         KVInversion(**given)
     of_numpy: dict[str, Any] = {"guidance": np.float32(5), "steps": np.int64(3)}
+    of_numpy |= {"clip_skip": np.int64(2), "max_grid": np.int64(8)}
     module = KVInversion(**of_numpy, start=1)
+    assert json.dumps([module.choices.record(), module.selection.max_grid]) == '[{"clip_skip": 2}, 8]'
     assert module.editing.guidance == 5.0 and module.steps == 3 and isinstance(module.editing.start, float)
 
 

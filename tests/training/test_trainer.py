@@ -274,6 +274,13 @@ def test_the_log_has_every_phase_at_its_step_index(image: Path, tmp_path: Path) 
         assert [event.value for event in events] == pytest.approx([store.step_info(i)[key] for i in range(3)])
 
 
+def test_one_trainer_logs_each_fit_in_its_own_run_folder(image: Path, tmp_path: Path) -> None:
+    trainer, model = fits.trainer(logger=True), fits.model(steps=1, inner_steps=1)
+    for name in ("first", "second"):
+        trainer.fit(model, datamodule=data(image, tmp_path / name))
+        assert any((tmp_path / name / "logs").iterdir())
+
+
 def test_a_logger_of_the_users_own_is_used_instead(image: Path, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "mine")
     fits.trainer(logger=logger).fit(fits.model(), datamodule=data(image, tmp_path / "run"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -129,7 +130,7 @@ class Workbench:
     def settings_file(self, name: str, edit: dict[str, Any] | None) -> Path:
         """The settings of a run and of one of its edits, as the command line takes them."""
         store = self.store(name)
-        command = f"kvinv edit --run {store.folder} --config settings.yaml"
+        command = shlex.join(["kvinv", "edit", "--run", str(store.folder), "--config", "settings.yaml"])
         text = as_yaml(settings_again(store.read_run(), edit), command)
         write_atomically(file := self.folder / OWN / f"{name}-settings.yaml", text.encode())
         return file
