@@ -23,8 +23,8 @@ from kvinv_pl.stages.progress import Progress
 COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB")
 """What every row is measured by that is computed by a method: the source as it samples it, against the VAE's
 round trip; its seconds; these over plain sampling's; and memory at its peak, less plain sampling's."""
-FEW_STEPS = 25
-"""Below so many, most edits of the drawn world miss the action."""
+FEW_STEPS, FEW_TRAILING_STEPS = 35, 20  # docs/evaluation.md, "Number of steps"
+"""Below so many, many edits of the drawn world miss the action; the second with trailing spacing."""
 BROKEN_OFF = "its process ended while it was computed"
 
 
@@ -50,11 +50,12 @@ class Setup:
     @property
     def advice(self) -> str:
         """Of few steps, if they are."""
-        if self.steps >= FEW_STEPS:
+        trailing = self.settings.get("timestep_spacing") == "trailing"
+        if self.steps >= (FEW_TRAILING_STEPS if trailing else FEW_STEPS):
             return ""
         return (
-            f"steps {self.steps}: with so few, most edits miss the action, unless the checkpoint is made for "
-            "few: leave --steps at 50"
+            f"steps {self.steps}: with so few, many edits miss the action: leave --steps at 50, or take "
+            f'{FEW_TRAILING_STEPS} and --settings \'{{"timestep_spacing": "trailing"}}\''
         )
 
     def record(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.models.stable_diffusion import Backbone
 
-WORTH_SAYING = 0.05
-"""Of the timesteps; the usual 50 steps leave out 2%."""
+WORTH_SAYING = 0.03
+"""Of the timesteps; the usual 50 steps leave out 2%, and 20 steps 5%, which many edits miss."""
 
 
 def left_out(backbone: Backbone, table: Schedule) -> str | None:

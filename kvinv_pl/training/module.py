@@ -76,7 +76,8 @@ class KVInversion(LightningModule):
         layers_to_transform: Numbers of the blocks to keep, as in peft.
         layers_pattern: The module list that layers_to_transform counts.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
-        steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action.
+        steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action: 20 at least,
+                with timestep_spacing trailing.
         guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 3 for the
             embedded model and 7.5 for any other.
         source_guidance: Guidance scale w_s of what the source prompt says, in the edit and in tuning; w then

@@ -91,7 +91,7 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
     table = (out / "table.md").read_text()
     assert f"{out / 'table.md'}; look at {out / 'page.html'}" in answer.out
     assert answer.out.splitlines()[2].split() == ["%", "%", "dB", "dB", "dB", "seconds"]
-    assert "steps 1: with so few, most edits miss the action" in answer.err
+    assert "steps 1: with so few, many edits miss the action" in answer.err
     assert (
         "## All cases" in table and "## Failed" in table and "metrics order edits" not in table
     )  # of two methods that are there
