@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from jaxtyping import Float
 from torch import Tensor
 
+from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.algorithm.guidance import Guidance
-from kvinv_pl.algorithm.schedule import Schedule
 
 Branches = Callable[[Tensor, Tensor], Tensor]
 """eps(z, t): every branch's output, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
@@ -30,7 +30,7 @@ def first_step(start: float, steps: int) -> int:
 def edit(
     eps: Branches,
     z_T: Float[Tensor, "edits c h w"],
-    table: Schedule,
+    table: StepTable,
     psi: Psi,
     guidance: Guidance,
     start: float,

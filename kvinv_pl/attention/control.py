@@ -4,45 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.attention.processor import PLAIN, around, projected, sdpa_of
-from kvinv_pl.errors import UserError
-
-
-@dataclass(frozen=True, eq=False)
-class Attending:
-    """One attention layer in one forward, whose rows are source and target in every branch."""
-
-    path: str
-    cross: bool
-    """Whether the keys are a prompt's tokens."""
-    grid: tuple[int, int]
-    """Height and width of the map whose pixels are the queries."""
-    q: Float[Tensor, "branches 2 tokens dim"]
-    k: Float[Tensor, "branches 2 keys dim"]
-    v: Float[Tensor, "branches 2 keys dim"]
-    attend: Callable[..., Tensor]
-    """attend(q, k, v, mask=None): softmax(Q K^T / sqrt(d)) V; a mask is True where a query may attend."""
-    heads: int
-    scale: float
-
-    def probabilities(self, q: Tensor, k: Tensor) -> Float[Tensor, "branches 2 heads tokens keys"]:
-        """softmax(Q K^T / sqrt(d)), in fp32."""
-        queries, keys = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k))
-        return (self.scale * queries.float() @ keys.float().transpose(-2, -1)).softmax(-1)
-
-    def read(self, probabilities: Tensor, v: Tensor) -> Float[Tensor, "branches 2 tokens dim"]:
-        """What is read of V with these probabilities, the heads merged."""
-        values = v.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-        return (probabilities.to(v.dtype) @ values).transpose(-3, -2).flatten(-2)
+from kvinv_pl.algorithm.network import Attending
+from kvinv_pl.attention.processor import around, layer_at, projected, sdpa_of
 
 
 @contextmanager
@@ -56,7 +26,7 @@ def controlling(
 
     `grids` are height and width of a map, by the number of its pixels.
     """
-    before = {path: _plain(unet, path) for path in paths}
+    before = {path: layer_at(unet, path, "a method") for path in paths}
     processors = {path: layer.processor for path, layer in before.items()}
     try:
         for path, layer in before.items():
@@ -66,22 +36,6 @@ def controlling(
     finally:
         for path, layer in before.items():
             layer.processor = processors[path]
-
-
-def _plain(unet: nn.Module, path: str) -> Attention:
-    """The attention at a path, if its processor may be stood in for."""
-    try:
-        layer = unet.get_submodule(path)
-    except AttributeError:
-        layer = None
-    if not isinstance(layer, Attention):
-        raise UserError(f"{path!r} is no attention layer of this U-Net; `kvinv sites` shows those there are")
-    if type(layer.processor) not in PLAIN:
-        raise UserError(
-            f"{path} has a {type(layer.processor).__name__}, whose effect a method would silently drop: "
-            "undo what put it there"
-        )
-    return layer
 
 
 def _controlled(

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kvinv_pl.attention.processor import Sdpa
-from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
+from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
-
-__all__ = ["CPAttention", "Sdpa", "Selection", "Site", "select", "self_attentions"]
 
 
 class CPAttention(nn.Module):

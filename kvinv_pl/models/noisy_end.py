@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from kvinv_pl.algorithm.schedule import Schedule
+from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.models.stable_diffusion import Backbone
 
 WORTH_SAYING = 0.05
 """Of the timesteps; the usual 50 steps leave out 2%."""
 
 
-def left_out(backbone: Backbone, table: Schedule) -> str | None:
+def left_out(backbone: Backbone, table: StepTable) -> str | None:
     """A line for the user, where steps begin well before the last timestep that has signal; or else None.
 
     The spacings are those of Lin et al. (arXiv 2305.08891, Table 2).
