@@ -7,7 +7,7 @@ of the text, and BREAK ends a chunk of tokens.
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from kvinv_pl.errors import UserError
 
@@ -111,9 +111,3 @@ def _fault(prompt: str, at: int, what: str) -> UserError:
     shown = " ".join(shown.split())
     escape = r"; \( and \) are brackets of the text" if "bracket" in what or "closed" in what else ""
     return UserError(f"prompt_syntax webui: at '{shown}' of the prompt: {what}{escape}")
-
-
-def require_known(syntax: str) -> None:
-    """Refuse a syntax that there is not."""
-    if syntax not in get_args(PromptSyntax):
-        raise UserError(f"prompt_syntax: expected plain or webui, got {syntax!r}")
