@@ -1,9 +1,9 @@
-"""Attention taken over at chosen layers, self and cross, while an editing method controls a forward."""
+"""Attentions and convolutions taken over at chosen layers, while an editing method controls a forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,31 +11,39 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from kvinv_pl.algorithm.network import Attending
+from kvinv_pl.algorithm.network import Attending, Control
 from kvinv_pl.attention.processor import around, layer_at, projected, sdpa_of
+from kvinv_pl.errors import UserError
 
 
 @contextmanager
-def controlling(
-    unet: nn.Module,
-    paths: Sequence[str],
-    grids: Mapping[int, tuple[int, int]],
-    middle: Callable[[Attending], Tensor],
+def controlled(
+    unet: nn.Module, grids: Mapping[int, tuple[int, int]], i: int, control: Control
 ) -> Iterator[None]:
-    """Have `middle` compute these layers' attention, (branches, 2, tokens, dim); then all is as it was.
+    """Have a control compute its attentions, and change its convolutions, at step i; then all is as it was.
 
     `grids` are height and width of a map, by the number of its pixels.
     """
-    before = {path: layer_at(unet, path, "a method") for path in paths}
-    processors = {path: layer.processor for path, layer in before.items()}
-    try:
-        for path, layer in before.items():
-            made: Any = partial(_controlled, path, grids, middle)
-            layer.processor = made  # set_processor would register a module's hooks, and print
-        yield
-    finally:
-        for path, layer in before.items():
-            layer.processor = processors[path]
+
+    def changed(path: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return control.convolve(i, path, out.unflatten(0, (-1, 2))).to(out.dtype).flatten(0, 1)
+
+    attentions = {path: layer_at(unet, path, "a method") for path in control.attentions}
+    processors = {path: layer.processor for path, layer in attentions.items()}
+    layers = dict(unet.named_modules())
+    if wrong := [path for path in control.convolutions if not isinstance(layers.get(path), nn.Conv2d)]:
+        raise UserError(f"{wrong[0]!r} is no convolution of this U-Net: take the paths from its decoder")
+    with ExitStack() as hooks:
+        try:
+            for path, layer in attentions.items():
+                made: Any = partial(_controlled, path, grids, partial(control.attend, i))
+                layer.processor = made  # set_processor would register a module's hooks, and print
+            for path in control.convolutions:
+                hooks.enter_context(layers[path].register_forward_hook(partial(changed, path)))
+            yield
+        finally:
+            for path, layer in attentions.items():
+                layer.processor = processors[path]
 
 
 def _controlled(

@@ -16,8 +16,8 @@ from kvinv_pl.algorithm.method import Control, Inverted, sample
 from kvinv_pl.api import KVInverter
 from kvinv_pl.bench.running import Canvas, opened
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.controllable import weighing
 from kvinv_pl.models.fastcomposer import FastComposer
-from kvinv_pl.models.weighing import weighing
 
 
 @dataclass(eq=False)
