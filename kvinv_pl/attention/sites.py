@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from kvinv_pl.attention.unet import BLOCK_LISTS, PRESETS
+from kvinv_pl.attention.unet import BLOCK_LISTS, PRESETS, refuse_other_conditions
 from kvinv_pl.errors import UserError
 
 
@@ -69,6 +69,7 @@ def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) ->
     A copy of the U-Net without weights (meta device) is run, once for all U-Nets of one configuration, so
     grids are seen and never inferred.
     """
+    refuse_other_conditions(unet.config)
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     return list(_met(type(unet), json.dumps(config), latent_grid))
 

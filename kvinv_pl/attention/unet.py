@@ -38,7 +38,7 @@ def decoder_layers(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def refuse_other_conditions(config: Mapping[str, Any], name: str) -> None:
+def refuse_other_conditions(config: Mapping[str, Any], name: str = "this U-Net") -> None:
     """Refuse a U-Net with more conditioning than z, t and a prompt, as SDXL's and LCMs' have."""
     if config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UserError(

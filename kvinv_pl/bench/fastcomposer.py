@@ -19,6 +19,8 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.models.controllable import weighing
 from kvinv_pl.models.fastcomposer import FastComposer
 
+_loaded = lru_cache(maxsize=1)(FastComposer.load)  # of the row that is computed
+
 
 @dataclass(eq=False)
 class Delayed(Inverted):
@@ -86,9 +88,3 @@ class FastComposerEdit:
         until = round(self.delay * len(scene.table))
         inverted = Delayed(scene, start.to(scene.z_0), weights=network, read=read, until=until)
         return canvas.show(sample(scene, inverted, Control())[1:])
-
-
-@lru_cache(maxsize=1)
-def _loaded(weights: str, device: torch.device) -> FastComposer:
-    """The weights of the row that is computed."""
-    return FastComposer.load(weights, device)

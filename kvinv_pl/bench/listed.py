@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from kvinv_pl.bench.cases import SOURCE, THROUGH_VAE, Case, Cases, Metric
+from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.masks import open_mask
 from kvinv_pl.data.pictures import open_picture
@@ -45,10 +48,12 @@ class ListedCase:
 
 
 @contextmanager
-def understood(file: Path, what: str) -> Iterator[None]:
-    """Refuse a file of a published benchmark that is not as it was published."""
+def understood(file: Path, what: str) -> Iterator[Any]:
+    """The content of a JSON file of a published benchmark, refused if it is not as it was published."""
     try:
-        yield
+        with explaining_os_errors("read", file):
+            text = file.read_text(encoding="utf-8")
+        yield json.loads(text)
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError) as error:

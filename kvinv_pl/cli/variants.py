@@ -58,7 +58,7 @@ def _find(name: str) -> registry.Variant:
     if "." not in name:
         return registry.named(name)
     cls = registry.locate(name)
-    return registry.Variant(cls.__name__, cls, "not installed", registry.summary(cls))
+    return registry.Variant(cls.__name__, cls, "not installed")
 
 
 def _psi_size(cls: type[CPAttention], sites: list[Site], checkpoint: str) -> str:

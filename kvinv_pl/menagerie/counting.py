@@ -19,11 +19,6 @@ FADED = 0.5  # of its size that the largest mark has at least
 SURE, DOUBTFUL = 0.60, 0.12  # of which a mark of the true picture must, or may, be counted
 
 
-def _towards_second(distances: np.ndarray) -> np.ndarray:
-    """From 0 in the body's colour to 1 in the second."""
-    return distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)
-
-
 def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray, edges: tuple[float, float]) -> np.ndarray:
     """How many pixels of the second colour each stripe has."""
     place = np.floor(known.along_trunk[trunk] * BINS).astype(int)
@@ -63,7 +58,8 @@ def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
     if known.animal.coat == "plain":
         return 0, 0, 0
     marks = known.parts["marks"].astype(np.float32)
-    true, shown = _sizes(known, marks), _sizes(known, _towards_second(distances))
+    towards_second = distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)  # 0 in the body's colour
+    true, shown = _sizes(known, marks), _sizes(known, towards_second)
     whole = _whole(known, true)
     bar = whole
     if known.animal.coat == "striped":  # all of them may be fainter than the true ones

@@ -33,10 +33,6 @@ class SlotKeeper:
             self._take(new, self.kept, self.parameters)
         self.stopped |= new
 
-    def stop_failed(self, slots: Bool[Tensor, " slots"]) -> None:
-        """Stop failed slots; restore() resets them to what was last kept."""
-        self.stopped |= slots
-
     @torch.no_grad()
     def zero_gradients(self, slots: Bool[Tensor, " slots"]) -> None:
         """Zero the gradients of slots that are no longer finite, which a gradient scaler would count."""

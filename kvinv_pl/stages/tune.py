@@ -174,7 +174,7 @@ class Tuning:
                     "learning rate or guidance scale, or precision 32-true",
                 )
         self._slots.lost |= lost
-        self._keeper.stop_failed(lost)
+        self._keeper.stopped |= lost  # restore() puts back what was last kept
 
     # ---- a phase ends
 

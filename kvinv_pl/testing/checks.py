@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import tempfile
 from dataclasses import replace
 
@@ -13,6 +11,7 @@ from jaxtyping import config
 from torch import Tensor
 
 from kvinv_pl.attention.config import build, of_variant
+from kvinv_pl.attention.registry import options
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
@@ -215,13 +214,9 @@ def _built(variant: Factory) -> None:
 @check("every option documented", "`kvinv variants` and the help show what the docstring says.")
 def _documented(variant: Factory) -> None:
     cls = type(variant(SITE))
-    text = inspect.cleandoc(cls.__doc__ or "")
-    if not text:
+    if not cls.__doc__:
         raise NonconformingError(f"{cls.__name__} has no docstring")
-    args = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
-    documented = re.findall(r"^\s+(\w+)(?: \([^)]*\))?: \S", args.group(1) if args else "", re.MULTILINE)
-    options = list(inspect.signature(cls.__init__).parameters)[2:]  # without self and site
-    if missing := [name for name in options if name not in documented]:
+    if missing := [option.name for option in options(cls) if not option.text]:
         raise NonconformingError(f"the docstring's Args lack {', '.join(missing)}")
 
 
