@@ -109,7 +109,6 @@ class FromPretrained(OnOneDevice):
         _save_run(run.folder, Path(save_directory).expanduser())
 
     def _inverter(self) -> KVInverter:
-        """The calls of the api, on this device."""
         if self._module is None:
             raise UserError(
                 "expected a pipeline of KVInversionPipeline.from_pretrained, got one without a model"
@@ -120,7 +119,6 @@ class FromPretrained(OnOneDevice):
         return found
 
     def _picture(self) -> Run:
-        """The picture that was inverted or tuned."""
         if self._run is None:
             raise UserError(
                 "no picture is tuned: call tune(image, prompt) first, or open one by from_pretrained"

@@ -42,7 +42,6 @@ def write_report(folder: Path, file: Path) -> Path:
 
 
 def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
-    """What the page shows of a run."""
     store, run = work.store, work.store.read_run()
     reconstruction, tuned = run.get("reconstruction"), "tuning" in run
     width, height = run["picture"]["size"]
@@ -71,7 +70,6 @@ def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
 def _of_edit(
     store: RunStore, run: Mapping[str, Any], record: Mapping[str, Any], file: Path
 ) -> dict[str, Any]:
-    """What the page shows of an edit."""
     return {
         "target": record["target"],
         "picture": _inline(file),
@@ -82,7 +80,6 @@ def _of_edit(
 
 
 def _rows(run: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of a run, by their names."""
     model, tuning = run["model"], dict(run.get("tuning", {}))
     sites = tuning.pop("sites", [])
     rows: dict[str, Any] = {
@@ -101,7 +98,6 @@ def _rows(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _inline(file: Path) -> str:
-    """A picture as a data URI."""
     with explaining_os_errors("read", file):
         data, kind = file.read_bytes(), "png"
     if len(data) > LARGE:

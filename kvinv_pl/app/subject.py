@@ -33,7 +33,6 @@ def of_word(
 
 
 def _one(mask: Image.Image) -> Image.Image:
-    """The mask, unless it is empty or full."""
     if len(set(mask.getextrema())) == 1:
         raise UserError("no subject was found: give another --point, a --box around it, or another --word")
     return mask

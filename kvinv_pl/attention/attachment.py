@@ -209,7 +209,6 @@ def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:
 
 
 def _rows(kv: KV, first: int) -> KV:
-    """The rows from `first` on."""
     return kv[0][first:], kv[1][first:]
 
 

@@ -143,7 +143,6 @@ class Ablation:
                 self._files[str(way), self._case(work).name] = file
 
     def _case(self, work: SourceImage) -> Case:
-        """The case of a run folder."""
         return next(case for case in self.data.cases if slug(case.name) == work.store.folder.name)
 
     def open(self, way: str, case: str) -> Image.Image:

@@ -26,7 +26,6 @@ def is_edit_bench(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> Iterator[Path]:
-    """The folders with a meta_json."""
     for place in (folder, *sorted(each for each in folder.glob("*") if each.is_dir())):
         if any(place.glob(f"{META}/*.json")):
             yield place

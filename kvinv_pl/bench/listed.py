@@ -83,7 +83,6 @@ def listed(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
 
 
 def _list(place: Path) -> Path:
-    """The list that is meant."""
     lists = sorted(file for file in place.glob("*") if file.suffix.lower() in LISTS) if place.is_dir() else []
     file = lists[0] if len(lists) == 1 else place
     if file.suffix.lower() not in LISTS or file.is_dir():

@@ -52,7 +52,6 @@ def _written(records: Records, report: Report, text: str, html: str) -> list[Pat
 
 
 def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:
-    """A sheet for each of the first cases."""
     files = []
     for case in bench.data.cases[:shown]:
         pictures, captions = [case.picture()], [f"source: {case.source}\ntarget: {case.target}"]

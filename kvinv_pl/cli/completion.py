@@ -54,7 +54,6 @@ def _parser() -> ArgumentParser:
 
 
 def _of_stages() -> tuple[dict[str, Any], Mapping[str, str]]:
-    """The type and the help of every option of the stages."""
     from kvinv_pl.training.datamodule import SourceImages
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
@@ -68,7 +67,6 @@ def _of_stages() -> tuple[dict[str, Any], Mapping[str, str]]:
 
 
 def _add(command: ArgumentParser, flag: str, kind: Any, text: str) -> None:
-    """An option with what can follow it."""
     literals = [option for option in (kind, *get_args(kind)) if get_origin(option) is Literal]
     choices = [choice for literal in literals for choice in get_args(literal)]
     if kind is bool:

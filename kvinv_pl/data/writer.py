@@ -19,7 +19,6 @@ class Writer:
     """
 
     def __init__(self, failures: Failures) -> None:
-        """Note in `failures` the pictures whose files cannot be written."""
         self.failures = failures
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[tuple[SourceImage, Future[None]]] = []

@@ -51,7 +51,6 @@ class Changes:
     """What was changed of a backbone since it was loaded."""
 
     def __init__(self, backbone: Backbone) -> None:
-        """It has just been loaded."""
         self._backbone, self._notes = backbone, list(backbone.notes)
         self._identity = dict(backbone.identity)
         self._loaded = self._seen = self._look()

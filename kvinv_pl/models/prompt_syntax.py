@@ -105,7 +105,6 @@ def _number(prompt: str, at: int, text: str) -> float:
 
 
 def _fault(prompt: str, at: int, what: str) -> UserError:
-    """What is wrong with a prompt, and where."""
     begin, end = max(0, at - 20), at + 30
     shown = f"{'...' if begin else ''}{prompt[begin:end]}{'...' if end < len(prompt) else ''}"
     shown = " ".join(shown.split())

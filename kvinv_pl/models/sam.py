@@ -133,7 +133,6 @@ def _grid(size: tuple[int, int]) -> list[Point]:
 
 
 def _check(size: tuple[int, int], points: Sequence[Point], box: Box | None) -> None:
-    """Refuse what lies outside the picture."""
     width, height = size
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):

@@ -217,7 +217,6 @@ def _lines(
 def _shown(
     image: SourceImage, target: str, best: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[Image.Image, str]]:
-    """The source, and the best beside it."""
     yield open_picture(image.store.folder / "source.png").image, f"source\n{target}"
     for each in best:
         figures = f"agreement {each.agreement:.3g}\nlikeness {each.likeness:.3g}"

@@ -89,7 +89,6 @@ class Tuning:
             slots.start(self.attempt.seed)
 
     def _announce(self) -> None:
-        """Show what begins."""
         works = [work for _, work in self._slots.active()] if self.rolls_out else self.works
         name = works[0].name if len(works) == 1 else f"{len(works)} pictures"
         if self.attempt.number:
@@ -144,7 +143,6 @@ class Tuning:
         self._keeper.restore()
 
     def _where(self) -> str:
-        """The current timesteps, for display."""
         first, last = (int(t) for t in self.denoiser.table.timesteps[self._steps[[0, -1]]])
         return f"timestep {first}" if first == last else f"timesteps {first} to {last}"
 

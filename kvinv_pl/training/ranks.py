@@ -157,7 +157,6 @@ class Ranks:
             self._queue.report(self.world.local_rank, reasons)
 
     def _of_node(self, shares: int) -> range:
-        """The shares of this machine."""
         return range(self.world.node, shares, self.world.nodes)
 
     def _wait(self, condition: Callable[[], bool]) -> None:

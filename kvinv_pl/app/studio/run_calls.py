@@ -21,7 +21,6 @@ class RunCalls:
     """The calls of a run; which one, the page says each time."""
 
     def __init__(self, bench: Workbench) -> None:
-        """Take the workbench."""
         self.bench = bench
 
     def open_page(self, name: str | None) -> Any:

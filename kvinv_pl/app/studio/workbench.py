@@ -148,7 +148,6 @@ class Workbench:
         return replace(self._model.editing, **own)
 
     def _new_name(self, stem: str) -> str:
-        """A name for a run that no other has."""
         slug = re.sub(r"[^\w]+", "-", stem.lower())[:40].strip("-_") or "picture"
         names = [slug, *(f"{slug}-{n}" for n in range(2, 10000))]
         return next(name for name in names if not (self.folder / name).exists())
