@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.geometry import as_pixels, psnr, to_pixels
+from kvinv_pl.data.geometry import Geometry, as_pixels, psnr, to_pixels
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.sheet import sheet
@@ -166,7 +166,7 @@ class Judging:
             towards = self.clip.of_text(target) - self.clip.of_text(source)
             likeness = 100 * float(seen @ self.clip.of_picture(self._source))
             return Candidate(settings, file, 100 * float(seen @ towards), likeness)
-        geometry = geometry_of(self.image.store.read_run()["picture"])
+        geometry = Geometry(edited.size, geometry_of(self.image.store.read_run()["picture"]).resized)
         z_0 = self.denoiser.backbone.encode(to_pixels(edited, geometry)[None].to(self.denoiser.device))
         agreement = own_agreement(self.denoiser, z_0, source, target)
         likeness = psnr(as_pixels(self._source), as_pixels(edited))

@@ -15,6 +15,7 @@ from commands import kvinv, refused
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked
+from kvinv_pl.training.datamodule import SourceImages
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,13 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
     assert starts == set(GRIDS["start"]) and len(RunStore(run).edits()) == 2 * len(starts)
     width, height = fits.opened(run / "candidates.png").size
     assert width > 3 * 192 and height > 2 * 192
+
+
+def test_the_edits_of_a_picture_that_was_cropped_are_judged_as_well(tmp_path: Path) -> None:
+    image, out = fits.picture(tmp_path / "wide.png", (40, 24)), tmp_path / "run"
+    data = SourceImages(str(image), fits.SOURCE, [fits.TARGET], out=str(out), geometry="crop")
+    fits.trainer().run(fits.model(start="auto"), data)
+    assert len(RunStore(out).edits()) == len(GRIDS["start"])
 
 
 def test_a_clip_judges_in_place_of_the_model(run: Path, tmp_path: Path) -> None:
