@@ -1,7 +1,5 @@
 """Stage 3: sampling towards the target prompt under the psi of every step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Stage 1: the pivot trajectory of a picture, by DDIM run backwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

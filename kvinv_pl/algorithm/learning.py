@@ -1,7 +1,5 @@
 """What methods learn of one picture: parameters that bring its denoising loss down."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Methods that learn the vectors of a word by one picture, and the word that is its subject."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

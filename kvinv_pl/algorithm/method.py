@@ -1,7 +1,5 @@
 """The seam for methods to compare with: what they are given, what an inversion leaves, and their sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

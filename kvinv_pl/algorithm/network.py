@@ -4,8 +4,6 @@ Source and target are sampled side by side. Tensors of a forward are (branches, 
 unconditional one, where guidance runs, and the conditional one; of the rows, 0 is the source, 1 the target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

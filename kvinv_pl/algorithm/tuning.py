@@ -1,7 +1,5 @@
 """Stage 2: one reconstruction step and what it misses."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The losses of a tuning, timestep by timestep, as inline SVG."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What a pipeline is loaded from, and saved as."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A pipeline whose model is on one device, or on the CPU between its stages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """KV Inversion as a pipeline of diffusers; inside is the module, by the calls of `kvinv_pl.api`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A run folder, or a folder of them, as one HTML file that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The mask of a picture's subject, by a click on it or by its word."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image

@@ -1,7 +1,5 @@
 """Attentions and convolutions taken over at chosen layers, while an editing method controls a forward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial

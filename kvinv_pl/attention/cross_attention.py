@@ -1,7 +1,5 @@
 """Attention maps: a U-Net's cross-attention to chosen tokens, recorded during its forward."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """The paper's ablation (Fig. 6) and more: where CP-attn is, from when on, and how an edit reads it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence

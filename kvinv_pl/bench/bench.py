@@ -1,7 +1,5 @@
 """A bench: every row's edit of every case, computed once, and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

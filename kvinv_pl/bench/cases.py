@@ -1,7 +1,5 @@
 """Cases: a picture, its prompts, where it may be edited; and those of the drawn world, which have a truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,7 +1,5 @@
 """EditBench (Lin et al., 2024; `LonelVino/EditBench` on the hub) from a folder in its published layout."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FastComposer (Xiao et al., 2023), among the methods."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path

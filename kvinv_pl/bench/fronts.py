@@ -1,7 +1,5 @@
 """Which settings of an ablation are best, and whether the paper's findings hold."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from kvinv_pl.bench.ablation import LIKENESS, Way

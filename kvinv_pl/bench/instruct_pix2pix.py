@@ -1,7 +1,5 @@
 """InstructPix2Pix (Brooks et al., 2023), among the methods."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pictures of the user's own as the cases of a bench: a list with prompts, and masks if there are any."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

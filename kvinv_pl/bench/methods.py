@@ -1,7 +1,5 @@
 """The registry of methods, which are found by their entry points."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass

@@ -1,7 +1,5 @@
 """The figures of PIE-Bench (Ju et al., 2024), as published and as they should be."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from importlib.resources import files

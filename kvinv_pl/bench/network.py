@@ -1,7 +1,5 @@
 """A loaded checkpoint as methods see it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """A bench as one page of HTML that needs nothing beside it."""
 
-from __future__ import annotations
-
 import html
 import json
 import math

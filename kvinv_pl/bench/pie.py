@@ -1,7 +1,5 @@
 """PIE-Bench (Ju et al., 2024) and PIE-Bench++ from a folder in the published layout."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

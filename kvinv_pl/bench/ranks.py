@@ -1,7 +1,5 @@
 """Whether metrics without a truth order edits as the truth does: Spearman's rank correlation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a bench leaves to look at: tables, sheets of pictures, and one page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kvinv_pl.bench.ablation import Ablation

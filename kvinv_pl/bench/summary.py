@@ -1,7 +1,5 @@
 """The few columns of a report that decide, as text that fits a terminal."""
 
-from __future__ import annotations
-
 from textwrap import wrap
 
 from kvinv_pl.bench.table import Report

@@ -1,7 +1,5 @@
 """`kvinv completion`. The docstring is the help."""
 
-from __future__ import annotations
-
 import inspect
 from argparse import ArgumentParser
 from collections.abc import Mapping

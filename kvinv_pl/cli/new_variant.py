@@ -1,7 +1,5 @@
 """`kvinv new-variant`: a template of a variant, with its configuration and its test; all of them run."""
 
-from __future__ import annotations
-
 import keyword
 import re
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Failed pictures: one among many does not stop the others, and is reported at the end."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """From a picture to a model's pixels and back: sizes, crops, and how alike two pictures are."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """The fields of run.json: all that the files of a run depend on, and the figures measured."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """A thread that writes files while the next ones are computed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How sure a mean is: its bootstrap interval."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """How many stripes or spots are seen on a trunk."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

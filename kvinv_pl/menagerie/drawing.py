@@ -1,7 +1,5 @@
 """Anti-aliased drawing by signed distances: one primitive, the tapered capsule, at any picture size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What is known of the picture in which an animal does something, and what another picture shows of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 

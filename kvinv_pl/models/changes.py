@@ -1,7 +1,5 @@
 """Models that are changed in memory after they were loaded, as by a LoRA that is put into them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Which checkpoint, a folder or one file, and what is chosen with it; its parts, or its outline alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A U-Net as methods to compare with see it: its layers by their paths, controlled or with other weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 

@@ -1,7 +1,5 @@
 """A checkpoint in one file, converted by diffusers with the configurations of its family."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import partial

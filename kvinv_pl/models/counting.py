@@ -1,7 +1,5 @@
 """What a piece of code takes, counted and not timed: floating point operations, and live memory."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The frozen model with psi attached: what the three stages call as epsilon."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -6,8 +6,6 @@ modules finish is seen in the first forward, and the largest of those that finis
 run again. What lies between modules (joining feature maps, reshaping) runs every time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """A checkpoint in a folder, as diffusers saves it: whether it is of the right kind, and its parts, loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

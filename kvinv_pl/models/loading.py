@@ -1,7 +1,5 @@
 """Loading a model's files: errors in one line, digests, and silenced libraries."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The names of a LoRA's tensors, as kohya, diffusers and peft write them, and the layers that they mean."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The factor alpha / rank of each layer of a LoRA, from its tensors or from its configuration."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """The noisiest timesteps, which few steps leave out where their spacing is leading."""
 
-from __future__ import annotations
-
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.models.stable_diffusion import Backbone
 

@@ -1,7 +1,5 @@
 """How the text model reads a prompt: its beginning alone or, in the syntax of web UIs, chunk after chunk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ r"""What web UIs write into a prompt besides words: weights in brackets, escapes
 of the text, and BREAK ends a chunk of tokens.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Words and their tokens in a prompt: the subject's word, and a mask from the attention to it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

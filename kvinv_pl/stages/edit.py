@@ -1,7 +1,5 @@
 """Stage 3 of one picture, from its run folder and back into it: edits, and the sheet of them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stage 1 of one picture, from its run folder and back into it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

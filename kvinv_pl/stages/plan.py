@@ -1,7 +1,5 @@
 """The phases that remain of a pass of the curriculum over pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

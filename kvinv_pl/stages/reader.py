@@ -1,7 +1,5 @@
 """What an edit reads at each step: psi_t itself, or the K-bar and V-bar of the source, stored or replayed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Psi of the slots that have stopped, while others are still tuned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

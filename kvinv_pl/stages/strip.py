@@ -1,7 +1,5 @@
 """What a picture is going to be, step by step: the predicted x_0 on the way (Fig. 3 of the paper)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Stage 2 of pictures side by side: the beginning, the steps and the end of a phase."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,7 +1,5 @@
 """The checks of the conformance kit, each with the reason for it."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import replace

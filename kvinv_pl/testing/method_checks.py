@@ -1,7 +1,5 @@
 """The checks of methods to compare with, on a tiny network, each with the reason for it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """A U-Net of two levels with random weights, as methods see a network; its prompts need no text model."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from functools import cache

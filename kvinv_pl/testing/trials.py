@@ -1,7 +1,5 @@
 """The checks applied to a variant, under its defaults and every choice among its options, or to a method."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

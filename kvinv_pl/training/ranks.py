@@ -1,7 +1,5 @@
 """The ranks of this machine: how they are started, waited for and stopped, and what each works on."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The pictures along an edit or a tuning, as files that the page keeps beside a run."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

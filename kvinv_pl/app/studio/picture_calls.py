@@ -1,7 +1,5 @@
 """What the left side of the page calls: a picture, its subject, and its tuning."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gradio as gr

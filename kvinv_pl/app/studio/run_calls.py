@@ -1,7 +1,5 @@
 """What the right side of the page calls: a run, its edits, and what there is of them to take along."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path

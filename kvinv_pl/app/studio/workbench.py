@@ -1,7 +1,5 @@
 """The runs of a folder, and what can be done with them: tune, edit, look. A page only shows this."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
