@@ -11,8 +11,6 @@ from torch import Tensor
 from kvinv_pl.algorithm.method import Inverted, Scene
 from kvinv_pl.errors import UserError
 
-Given = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
-
 
 @dataclass(eq=False)
 class Taught(Inverted):
@@ -53,7 +51,7 @@ class Learning:
 def learn(
     scene: Scene,
     parameters: Sequence[Tensor],
-    given: Given,
+    given: Callable[[], tuple[Tensor, Mapping[str, Tensor]]],
     steps: int,
     rate: float,
     seed: int,

@@ -48,9 +48,7 @@ def run_method(
     chosen = make(editor, "edit", "whole") if isinstance(editor, str) else editor
     if isinstance(chosen, Renderer) and inversion is not None:
         raise UserError(f"inversion: expected none with {editor}, which inverts by itself, got {inversion}")
-    inverting = inversion or "ddim"
-    if isinstance(inverting, str):
-        inverting = make(inverting, "inversion")
+    inverting = make(inversion, "inversion") if isinstance(inversion, str) else inversion
     return outcome(model, picture, source, target, inverting, chosen, steps, guidance).edited
 
 
