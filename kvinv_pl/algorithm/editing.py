@@ -36,7 +36,7 @@ def edit(
         psi: The context of what was learned for a step; entered around the network from round(start * T) on.
         guidance: How the branches become one epsilon.
         start: 0 (CP-attn throughout) to 1 (never).
-        after: Given each step index, 0 ... T - 1, and the latents after its move; returns those to go on with.
+        after: Given each step index, 0 ... T - 1, and the latents after its move; returns what to go on with.
         alone: The target branch's output, (edits, c, h, w), outside psi, where guidance wants that as well.
     """
     z, first = z_T, first_step(start, len(table))
