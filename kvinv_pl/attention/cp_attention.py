@@ -66,6 +66,11 @@ class CPAttention(nn.Module):
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
         """Take the mask of each slot, 0 to 1 and of any size, at the start of a phase or an edit."""
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the variant has a `bind` of its own."""
+        return type(self).bind is not CPAttention.bind
+
     def forward(
         self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]
     ) -> tuple[Float[Tensor, "branches slots tokens dim"], Float[Tensor, "branches slots tokens dim"]]:

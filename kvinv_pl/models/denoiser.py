@@ -87,17 +87,12 @@ class Denoiser(nn.Module):
         self, contexts: Float[Tensor, "2 rows L d"], w: float
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """As (z, t) -> output at guidance w; contexts are unconditional, then conditional."""
-
-        def eps(z: Tensor, t: Tensor) -> Tensor:
-            out = self.branches(z, t, contexts[-branches_at(w) :])
-            return guided(out, (w,))
-
-        return eps
+        return lambda z, t: guided(self.branches(z, t, contexts[-branches_at(w) :]), (w,))
 
     def bind(self, masks: Float[Tensor, "slots h w"] | None) -> None:
         """Pass the masks of the slots to every site; refuse variants that take none."""
         for cp in self.cps:
-            if masks is not None and type(cp).bind is CPAttention.bind:
+            if masks is not None and not cp.takes_masks:
                 raise UserError(
                     f"a mask was given, but {type(cp).__name__} takes none: "
                     "leave it out, or use a variant that does"

@@ -42,11 +42,9 @@ def _slots_first(harness: Harness) -> None:
 
 def _harnesses(variant: Factory, site: Site = SITE) -> list[tuple[str, Harness]]:
     """The variant as tuning leaves it, without a mask and, if it takes one, with one."""
-    plain = [("", Harness(variant, site).start().shake())]
-    masked = (
-        [(" with a mask", Harness(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
-    )
-    return plain + masked
+    plain = Harness(variant, site).start().shake()
+    masked = [Harness(variant, site).start().shake().mask()] if plain.cp.takes_masks else []
+    return [("", plain), *((" with a mask", harness) for harness in masked)]
 
 
 @check("identity at reset", "Tuning starts from the model's own attention, where nothing has been learned.")
@@ -244,7 +242,7 @@ def _frozen(variant: Factory) -> None:
 @check("a mask comes off", "A mask belongs to one picture; the next one may have none.")
 def _unmasked(variant: Factory) -> None:
     harness, x = Harness(variant).start().shake(), features(2)
-    if harness.takes_masks:
+    if harness.cp.takes_masks:
         out = harness.blend(x)
         harness.mask().cp.bind(None)
         same(harness.blend(x), out, "attention after bind(None)")
