@@ -179,13 +179,11 @@ def settings_to_open(folder: str | Path) -> dict[str, Any]:
 
 
 def _require_text(name: str, text: object) -> None:
-    """Refuse what is no prompt."""
     if not isinstance(text, str):
         several = "; call it once for each" if isinstance(text, (list, tuple)) else ""
         raise UserError(f"{name}: expected a prompt, got {text!r}{several}")
 
 
 def _require_known(call: str, settings: Collection[str], known: list[str]) -> None:
-    """Refuse settings that there are not."""
     if unknown := [name for name in settings if name not in known]:
         raise UserError(f"{call} has no setting {unknown[0]}{near(unknown[0], known)}")

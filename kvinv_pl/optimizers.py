@@ -1,7 +1,5 @@
 """Optimisers of a phase: one for smooth least squares without noise, and helpers for any other."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable
 from copy import deepcopy

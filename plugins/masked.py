@@ -71,8 +71,7 @@ class Masked(CPAttention):
 
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
         """Resize the masks to the site's grid; a subject too small for it keeps the pixels it covers most."""
-        if type(self.inner).bind is not CPAttention.bind:
-            self.inner.bind(mask)
+        self.inner.bind(mask)
         self._subject = self._background = None
         if mask is not None:
             share = F.interpolate(mask[:, None].float(), self.site.grid, mode="area")[:, 0].flatten(1)

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # A folder (or a file beside them) imports itself and what stands on lower floors, never a neighbour.
 FLOORS = [
     {"errors"},
-    {"algorithm", "attention", "menagerie", "optimizers"},
+    {"algorithm", "menagerie", "optimizers"},
+    {"attention"},
     {"data", "models"},
     {"stages", "testing"},
     {"training"},

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvinv_pl.algorithm.rows import on_device
-from kvinv_pl.algorithm.schedule import Steps
 from kvinv_pl.errors import UserError
 
 Alpha: TypeAlias = float | Float[Tensor, ""] | Float[Tensor, " rows"]
 """An alpha-bar in (0, 1]: one for all rows, or one a row."""
+Steps: TypeAlias = int | Int[Tensor, " rows"]
+"""The number of a step, counted from noise: one for all rows, or one a row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,15 @@ class StepTable:
     def predicted_z_0(
         self, z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], i: int
     ) -> Float[Tensor, "rows c h w"]:
-        """The predicted z_0 of step i, from both its ends."""
-        return predicted_z_0(z_from, z_to, self.alphas[i], self.alphas[i + 1])
+        """The predicted z_0 of step i, from both its ends; only where the step has an effect.
+
+        Both are sqrt(alpha) z_0 + sqrt(1 - alpha) epsilon, each with its alpha and the same z_0 and epsilon.
+        """
+        a, b = float(self.alphas[i]), float(self.alphas[i + 1])
+        signal_from, noise_from, signal_to, noise_to = a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5
+        if (both := signal_from * noise_to - signal_to * noise_from) == 0:
+            raise UserError(f"a step from alpha {a:g} to {b:g} says nothing of the picture")
+        return (noise_to * z_from - noise_from * z_to) / both
 
     def record(self) -> dict[str, Any]:
         """The field "scheduler" of run.json."""
@@ -119,20 +127,6 @@ def move(
     return _a_row(scale, z, dtype) * z.to(dtype) + _a_row(along_eps, z, dtype) * eps.to(dtype)
 
 
-def predicted_z_0(
-    z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], alpha_from: Alpha, alpha_to: Alpha
-) -> Float[Tensor, "rows c h w"]:
-    """The predicted z_0 of a step towards the picture, from both ends of the step.
-
-    Both are sqrt(alpha) z_0 + sqrt(1 - alpha) epsilon, each with its alpha and with the same z_0 and epsilon.
-    """
-    a, b = float(alpha_from), float(alpha_to)
-    signal_from, noise_from, signal_to, noise_to = a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5
-    if (both := signal_from * noise_to - signal_to * noise_from) == 0:
-        raise UserError(f"a step from alpha {a:g} to {b:g} says nothing of the picture")
-    return (noise_to * z_from - noise_from * z_to) / both
-
-
 def from_v(
     z: Float[Tensor, "rows c h w"], v: Float[Tensor, "rows c h w"], alpha: Alpha
 ) -> Float[Tensor, "rows c h w"]:
@@ -147,3 +141,18 @@ def _a_row(coefficient: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     if not coefficient.ndim:  # a number on the host multiplies on any device
         return coefficient.to("cpu", dtype)
     return on_device(coefficient, dtype, z.device).reshape(-1, *[1] * (z.ndim - 1))
+
+
+def on_device(values: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers from the host, (rows,), on a device; not to be changed.
+
+    A copy from the host waits for the device, and the inner steps of a phase have the same numbers: they are
+    copied once.
+    """
+    return _copied(tuple(values.tolist()), dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _copied(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -1,7 +1,5 @@
 """Stage 3: sampling towards the target prompt under the psi of every step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,17 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from jaxtyping import Float
 from torch import Tensor
 
+from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.algorithm.guidance import Guidance
-from kvinv_pl.algorithm.schedule import Schedule
-
-Branches = Callable[[Tensor, Tensor], Tensor]
-"""eps(z, t): every branch's output, (branches, edits, c, h, w), for latents (edits, c, h, w)."""
-Alone = Callable[[Tensor, Tensor], Tensor]
-"""alone(z, t): the target branch's output, (edits, c, h, w)."""
-Keep = Callable[[int, Tensor], Tensor]
-"""keep(i, z): the latents after step i, in which some of the source's may be put back."""
-Psi = Callable[[int], AbstractContextManager[None]]
-"""psi(i): the context in which the network attends with what was learned for step i."""
+from kvinv_pl.algorithm.inversion import Eps
 
 
 def first_step(start: float, steps: int) -> int:
@@ -28,28 +18,26 @@ def first_step(start: float, steps: int) -> int:
 
 
 def edit(
-    eps: Branches,
+    eps: Eps,
     z_T: Float[Tensor, "edits c h w"],
-    table: Schedule,
-    psi: Psi,
+    table: StepTable,
+    psi: Callable[[int], AbstractContextManager[None]],
     guidance: Guidance,
     start: float,
-    watch: Callable[[int], None] = lambda i: None,
-    keep: Keep = lambda i, z: z,
-    alone: Alone | None = None,
+    after: Callable[[int, Tensor], Tensor] = lambda i, z: z,
+    alone: Eps | None = None,
 ) -> Float[Tensor, "edits c h w"]:
     """Algorithm 1, editing: z-bar_0, from z-bar_T = z-hat_T.
 
     Args:
-        eps: The network under the target prompts.
+        eps: The network under the target prompts: the output of every branch, (branches, edits, c, h, w).
         z_T: The noisiest level of the trajectory, once for each target.
         table: The schedule.
-        psi: What was learned; entered around the network from step round(start * T) on.
+        psi: The context of what was learned for a step; entered around the network from round(start * T) on.
         guidance: How the branches become one epsilon.
         start: 0 (CP-attn throughout) to 1 (never).
-        watch: Called with each step index, 0 ... T - 1, once its move is made.
-        keep: Called after each move, with its step index and what it came to.
-        alone: The network under the target prompts, called outside psi where guidance wants that as well.
+        after: Given each step index, 0 ... T - 1, and the latents after its move; returns what to go on with.
+        alone: The target branch's output, (edits, c, h, w), outside psi, where guidance wants that as well.
     """
     z, first = z_T, first_step(start, len(table))
     for i in range(len(table)):
@@ -57,6 +45,5 @@ def edit(
         with psi(i) if i >= first else nullcontext():
             branches = eps(z, t)
         own = alone(z, t) if alone and i >= first and guidance.reading_scale != 1 else None
-        z = keep(i, table.forward(z, guidance.mix(branches, own), i))
-        watch(i)
+        z = after(i, table.forward(z, guidance.mix(branches, own), i))
     return z

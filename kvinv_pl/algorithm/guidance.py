@@ -1,7 +1,5 @@
 """Guidance: which branches an edit runs, and how their epsilons become one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """What methods learn of one picture: parameters that bring its denoising loss down."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.method import Inverted, Scene
 from kvinv_pl.errors import UserError
-
-Given = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(eq=False)
@@ -55,7 +51,7 @@ class Learning:
 def learn(
     scene: Scene,
     parameters: Sequence[Tensor],
-    given: Given,
+    given: Callable[[], tuple[Tensor, Mapping[str, Tensor]]],
     steps: int,
     rate: float,
     seed: int,

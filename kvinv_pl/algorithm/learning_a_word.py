@@ -1,7 +1,5 @@
 """Methods that learn the vectors of a word by one picture, and the word that is its subject."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +8,6 @@ from torch import Tensor
 from kvinv_pl.algorithm.learning import Learning, Taught, learn
 from kvinv_pl.algorithm.method import Model, Scene
 from kvinv_pl.algorithm.words import common_subject
-from kvinv_pl.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +66,4 @@ class LearningAWord(Learning):
 
 def subject(scene: Scene, word: str) -> str:
     """The word for what an edit keeps: the one given, or else `common_subject`'s; a UserError without any."""
-    found = word or common_subject(scene.source, scene.target)
-    if found is None:
-        raise UserError(
-            f"which word of {scene.target!r} is the subject cannot be told from the source prompt "
-            f"{scene.source!r}: give it by the method's option word"
-        )
-    return found
+    return word or common_subject(scene.source, scene.target, "give it by the method's option word")

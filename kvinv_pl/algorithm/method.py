@@ -1,7 +1,5 @@
 """The seam for methods to compare with: what they are given, what an inversion leaves, and their sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable
-from kvinv_pl.algorithm.guidance import branches_at
+from kvinv_pl.algorithm.guidance import branches_at, guided
 from kvinv_pl.algorithm.inversion import Eps, invert
 from kvinv_pl.algorithm.network import Attending as Attending  # for authors of methods, who import from here
 from kvinv_pl.algorithm.network import Control, Model
@@ -39,12 +37,7 @@ class Scene:
     def eps(self, guidance: float) -> Eps:
         """The network under the source prompt."""
         contexts = self.contexts[:2, None][-branches_at(guidance) :]
-
-        def eps(z: Tensor, t: Tensor) -> Tensor:
-            out = self.model.predict(z, t[:1], contexts)
-            return out[0] + guidance * (out[-1] - out[0]) if len(out) == 2 else out[0]
-
-        return eps
+        return lambda z, t: guided(self.model.predict(z, t[:1], contexts), (guidance,))
 
     def pivots(self, guidance: float = 1.0) -> Float[Tensor, "levels 1 c h w"]:
         """z-hat_T ... z-hat_0 by DDIM run backwards: level i is where step i begins."""

@@ -4,61 +4,41 @@ Source and target are sampled side by side. Tensors of a forward are (branches, 
 unconditional one, where guidance runs, and the conditional one; of the rows, 0 is the source, 1 the target.
 """
 
-from __future__ import annotations
-
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 
-@runtime_checkable
-class Attending(Protocol):
-    """One attention layer in one forward."""
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """One attention layer in one forward, whose rows are source and target in every branch."""
 
-    @property
-    def path(self) -> str:
-        """The layer's module path."""
-        ...
-
-    @property
-    def cross(self) -> bool:
-        """Whether the keys are a prompt's tokens."""
-        ...
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the map whose pixels are the queries."""
-        ...
-
-    @property
-    def q(self) -> Float[Tensor, "branches 2 tokens dim"]:
-        """Queries, the heads side by side in dim."""
-        ...
-
-    @property
-    def k(self) -> Float[Tensor, "branches 2 keys dim"]:
-        """Keys."""
-        ...
-
-    @property
-    def v(self) -> Float[Tensor, "branches 2 keys dim"]:
-        """Values."""
-        ...
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(Q K^T / sqrt(d)) V; where a bool mask is True, a query may attend."""
-        ...
+    path: str
+    cross: bool
+    """Whether the keys are a prompt's tokens."""
+    grid: tuple[int, int]
+    """Height and width of the map whose pixels are the queries."""
+    q: Float[Tensor, "branches 2 tokens dim"]
+    k: Float[Tensor, "branches 2 keys dim"]
+    v: Float[Tensor, "branches 2 keys dim"]
+    attend: Callable[..., Tensor]
+    """attend(q, k, v, mask=None): softmax(Q K^T / sqrt(d)) V; a mask is True where a query may attend."""
+    heads: int
+    scale: float
 
     def probabilities(self, q: Tensor, k: Tensor) -> Float[Tensor, "branches 2 heads tokens keys"]:
         """softmax(Q K^T / sqrt(d)), in fp32."""
-        ...
+        queries, keys = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k))
+        return (self.scale * queries.float() @ keys.float().transpose(-2, -1)).softmax(-1)
 
     def read(self, probabilities: Tensor, v: Tensor) -> Float[Tensor, "branches 2 tokens dim"]:
         """What is read of V with these probabilities, the heads merged."""
-        ...
+        values = v.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        return (probabilities.to(v.dtype) @ values).transpose(-3, -2).flatten(-2)
 
 
 class Control:

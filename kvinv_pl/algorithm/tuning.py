@@ -1,22 +1,15 @@
 """Stage 2: one reconstruction step and what it misses."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvinv_pl.algorithm.rows import on_device
-from kvinv_pl.algorithm.schedule import Schedule
-
-Eps = Callable[[Tensor, Tensor], Tensor]
-"""eps(z, t): the network's output for latents (slots, c, h, w) at timesteps (slots,), psi being tuned."""
+from kvinv_pl.algorithm.ddim import StepTable, on_device
+from kvinv_pl.algorithm.inversion import Eps
 
 
 def reconstruct(
-    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: Schedule, i: int | Int[Tensor, " slots"]
+    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: StepTable, i: int | Int[Tensor, " slots"]
 ) -> Float[Tensor, "slots c h w"]:
     """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise: one for all slots, or one each."""
     steps = torch.as_tensor(i).expand(len(z_t)).cpu()

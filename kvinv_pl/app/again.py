@@ -1,7 +1,5 @@
 """How to do a run or an edit again: settings as the command line takes them, and the commands."""
 
-from __future__ import annotations
-
 import inspect
 import shlex
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Nodes for ComfyUI: load, tune, edit, mask; `comfyui/` in the repository is the folder that it loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

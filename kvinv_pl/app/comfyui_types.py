@@ -1,7 +1,5 @@
 """What ComfyUI hands about: its pictures and masks, its inputs, its bar."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

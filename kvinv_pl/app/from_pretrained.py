@@ -1,8 +1,7 @@
 """What a pipeline is loaded from, and saved as."""
 
-from __future__ import annotations
-
 import os
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from typing_extensions import Self
 from kvinv_pl.api import KVInverter, Run, load_module, settings_to_open
 from kvinv_pl.app.on_one_device import ACCELERATORS, OnOneDevice, one_device, precision_in
 from kvinv_pl.app.progress_bar import ProgressBar
-from kvinv_pl.app.saving import save_run
+from kvinv_pl.data.files import TEMPORARY, explaining_os_errors
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.module import KVInversion
@@ -105,10 +104,9 @@ class FromPretrained(OnOneDevice):
         run = self._picture()
         if unused:
             raise UserError(f"save_pretrained takes a folder alone, got {next(iter(unused))} as well")
-        save_run(run.folder, Path(save_directory).expanduser())
+        _save_run(run.folder, Path(save_directory).expanduser())
 
     def _inverter(self) -> KVInverter:
-        """The calls of the api, on this device."""
         if self._module is None:
             raise UserError(
                 "expected a pipeline of KVInversionPipeline.from_pretrained, got one without a model"
@@ -119,10 +117,28 @@ class FromPretrained(OnOneDevice):
         return found
 
     def _picture(self) -> Run:
-        """The picture that was inverted or tuned."""
         if self._run is None:
             raise UserError(
                 "no picture is tuned: call tune(image, prompt) first, or open one by from_pretrained"
             )
         self._run.owner = self._inverter()  # the device may be another one by now
         return self._run
+
+
+def _save_run(run: Path, target: Path) -> None:
+    """Copy a tuned run to a folder that is new or empty, whole or not at all."""
+    if "reconstruction" not in RunStore(run).read_run():
+        raise UserError("save_pretrained: the picture is not tuned to the end: call tune() first")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"save_directory: expected a new folder, got {target}, in which there is something")
+    passing = shutil.ignore_patterns(".lock*", "logs", f"*{TEMPORARY}")
+    beside = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    with explaining_os_errors("write", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copytree(run, beside, ignore=passing)
+            if target.exists():  # which Windows would not replace, empty as it is
+                target.rmdir()
+            os.replace(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)

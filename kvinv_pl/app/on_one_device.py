@@ -1,7 +1,5 @@
 """A pipeline whose model is on one device, or on the CPU between its stages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +10,7 @@ from typing_extensions import Self
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.precision import COMPUTE_DTYPES
+from kvinv_pl.training.precision import COMPUTE_DTYPES, precision_of
 
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
 """Devices of torch, and what a trainer calls them."""
@@ -39,10 +37,9 @@ def precision_in(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> 
     if dtype is not None and torch_dtype is not None:
         raise UserError("dtype: expected it once, got torch_dtype as well, which is its older name")
     given = torch_dtype if dtype is None else dtype
-    names = {held_in: name for name, held_in in COMPUTE_DTYPES.items()}
-    if given is not None and given not in names:
+    if given not in (None, *COMPUTE_DTYPES.values()):
         raise UserError(f"dtype: expected float32, bfloat16 or float16, got {given}")
-    return None if given is None else names[given]
+    return None if given is None else precision_of(given)
 
 
 class OnOneDevice(DiffusionPipeline):

@@ -1,7 +1,5 @@
 """KV Inversion as a pipeline of diffusers; inside is the module, by the calls of `kvinv_pl.api`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +7,11 @@ from typing import Any, Literal
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
+from torch import Tensor
 from typing_extensions import Self
 
 from kvinv_pl.api import Picture
 from kvinv_pl.app.from_pretrained import FromPretrained
-from kvinv_pl.app.step_callback import GIVEN, as_after_step
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 
@@ -24,6 +22,8 @@ NO_SETTINGS = {
     "width": "its size is that of the picture that was tuned",
 }
 """Parameters that other pipelines have, and why an edit has not."""
+GIVEN = ("latents",)
+"""Which tensors a callback may ask for."""
 
 
 class KVInversionPipeline(FromPretrained):
@@ -126,7 +126,7 @@ class KVInversionPipeline(FromPretrained):
         given = {"negative": negative_prompt, "guidance": guidance_scale}
         settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
         run = self._picture()
-        run.owner.after_step = as_after_step(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        run.owner.after_step = _as_after_step(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         each = list(dict.fromkeys(prompts))
         with self._stage():
             files = dict(zip(each, run.edits(each, **settings), strict=True))
@@ -135,3 +135,23 @@ class KVInversionPipeline(FromPretrained):
             images = VaeImageProcessor.pil_to_numpy(images)
             images = VaeImageProcessor.numpy_to_pt(images) if output_type == "pt" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _as_after_step(
+    pipe: Any, callback: Callable[..., dict[str, Any]] | None, inputs: Sequence[str]
+) -> Callable[[int, int, Tensor], Tensor | None] | None:
+    """What is called after each step with its index, its timestep and the latents, and may return others.
+
+    A PipelineCallback names its inputs itself.
+    """
+    if callback is None:
+        return None
+    inputs = getattr(callback, "tensor_inputs", inputs)
+    if unknown := [name for name in inputs if name not in GIVEN]:
+        raise UserError(f"callback_on_step_end_tensor_inputs: expected latents, got {unknown[0]!r}")
+
+    def after_step(i: int, t: int, z: Tensor) -> Tensor | None:
+        returned = callback(pipe, i, t, {"latents": z} if "latents" in inputs else {})
+        return (returned or {}).get("latents")
+
+    return after_step

@@ -1,7 +1,5 @@
 """The progress of a stage on a bar as diffusers has it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

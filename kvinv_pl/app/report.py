@@ -1,10 +1,9 @@
 """A run folder, or a folder of them, as one HTML file that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
-from kvinv_pl.app.curves import loss_curves
 from kvinv_pl.app.words import certificate, settings_of_edit, shown
 from kvinv_pl.data.files import explaining_os_errors, write_atomically
 from kvinv_pl.data.run_store import RunStore
@@ -21,6 +19,9 @@ from kvinv_pl.errors import UserError
 
 LARGE = 1 << 20
 """Bytes of a picture from which it is put into the report as a JPEG."""
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 56, 34, 12
+COLOURS = {"loss_start": "#c2410c", "loss_end": "#1d4ed8"}
+LEAST = 1e-12  # a loss of zero has a place on a scale of powers, too
 
 
 def write_report(folder: Path, file: Path) -> Path:
@@ -42,7 +43,6 @@ def write_report(folder: Path, file: Path) -> Path:
 
 
 def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
-    """What the page shows of a run."""
     store, run = work.store, work.store.read_run()
     reconstruction, tuned = run.get("reconstruction"), "tuning" in run
     width, height = run["picture"]["size"]
@@ -71,7 +71,6 @@ def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
 def _of_edit(
     store: RunStore, run: Mapping[str, Any], record: Mapping[str, Any], file: Path
 ) -> dict[str, Any]:
-    """What the page shows of an edit."""
     return {
         "target": record["target"],
         "picture": _inline(file),
@@ -82,7 +81,6 @@ def _of_edit(
 
 
 def _rows(run: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of a run, by their names."""
     model, tuning = run["model"], dict(run.get("tuning", {}))
     sites = tuning.pop("sites", [])
     rows: dict[str, Any] = {
@@ -101,7 +99,6 @@ def _rows(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _inline(file: Path) -> str:
-    """A picture as a data URI."""
     with explaining_os_errors("read", file):
         data, kind = file.read_bytes(), "png"
     if len(data) > LARGE:
@@ -109,3 +106,41 @@ def _inline(file: Path) -> str:
             picture.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=92)
         data, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def loss_curves(phases: Sequence[Mapping[str, Any]], timesteps: Sequence[int]) -> str:
+    """Losses at the start and the end of every timestep, from noise on, in powers of ten, as inline SVG."""
+    values = [max(LEAST, phase[name]) for phase in phases for name in COLOURS]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    high = max(high, low + 1)
+
+    def x(i: int) -> float:
+        return LEFT + (WIDTH - LEFT - 8) * (i / max(1, len(phases) - 1))
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(max(LEAST, value))) / (high - low)
+
+    marks = "".join(
+        f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(10.0**power):.1f}" y2="{y(10.0**power):.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y(10.0**power) + 4:.1f}" text-anchor="end">1e{power}</text>'
+        for power in range(low, high + 1, max(1, (high - low) // 4))
+    )
+    lines = "".join(
+        f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
+        + " ".join(f"{x(i):.1f},{y(phase[name]):.1f}" for i, phase in enumerate(phases))
+        + '"/>'
+        for name, colour in COLOURS.items()
+    )
+    legend = "".join(
+        f'<text x="{WIDTH - 8}" y="{TOP + 14 + 16 * n}" text-anchor="end" style="fill:{colour}">{text}</text>'
+        for n, (colour, text) in enumerate(zip(COLOURS.values(), ("before", "after"), strict=True))
+    )
+    ends = (
+        f'<text x="{LEFT}" y="{HEIGHT - 8}">timestep {timesteps[0]}</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">{timesteps[len(phases) - 1]}</text>'
+    )
+    said = f"Loss before and after the inner steps of each of {len(phases)} timesteps"
+    return (
+        f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
+        f"{marks}{lines}{legend}{ends}</svg>"
+    )

@@ -1,7 +1,5 @@
 """The mask of a picture's subject, by a click on it or by its word."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image
@@ -33,7 +31,6 @@ def of_word(
 
 
 def _one(mask: Image.Image) -> Image.Image:
-    """The mask, unless it is empty or full."""
     if len(set(mask.getextrema())) == 1:
         raise UserError("no subject was found: give another --point, a --box around it, or another --word")
     return mask

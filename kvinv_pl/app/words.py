@@ -1,7 +1,5 @@
 """What a run folder says, in plain words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any

@@ -25,10 +25,15 @@ class Attachment:
     """
 
     def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
-        layers = {path: layer_at(unet, path, cp.site) for path, cp in psi.items()}
-        self.unet = unet
-        self.psi = dict(psi)
-        self._layers = layers
+        self.unet, self.psi = unet, dict(psi)
+        self._layers = layers = {path: layer_at(unet, path, "CP-attn") for path in psi}
+        for path, layer in layers.items():
+            site = psi[path].site
+            if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
+                raise UserError(
+                    f"{site} does not fit {path}, which has dim={layer.inner_kv_dim} and "
+                    f"heads={layer.heads}: make the variant for the sites of this U-Net"
+                )
         self._processors = {path: CPProcessor(cp.site, layers[path].processor) for path, cp in psi.items()}
         self._attached = True
         self._subject_map: SubjectMap | None = None
@@ -204,7 +209,6 @@ def attach(unet: nn.Module, psi: Mapping[str, CPAttention]) -> Attachment:
 
 
 def _rows(kv: KV, first: int) -> KV:
-    """The rows from `first` on."""
     return kv[0][first:], kv[1][first:]
 
 

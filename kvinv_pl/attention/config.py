@@ -1,7 +1,5 @@
 """A variant as class_path and init_args, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

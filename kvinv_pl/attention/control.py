@@ -1,87 +1,47 @@
-"""Attention taken over at chosen layers, self and cross, while an editing method controls a forward."""
+"""Attentions and convolutions taken over at chosen layers, while an editing method controls a forward."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.attention.processor import PLAIN, around, projected, sdpa_of
+from kvinv_pl.algorithm.network import Attending, Control
+from kvinv_pl.attention.processor import around, layer_at, projected, sdpa_of
 from kvinv_pl.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
-class Attending:
-    """One attention layer in one forward, whose rows are source and target in every branch."""
-
-    path: str
-    cross: bool
-    """Whether the keys are a prompt's tokens."""
-    grid: tuple[int, int]
-    """Height and width of the map whose pixels are the queries."""
-    q: Float[Tensor, "branches 2 tokens dim"]
-    k: Float[Tensor, "branches 2 keys dim"]
-    v: Float[Tensor, "branches 2 keys dim"]
-    attend: Callable[..., Tensor]
-    """attend(q, k, v, mask=None): softmax(Q K^T / sqrt(d)) V; a mask is True where a query may attend."""
-    heads: int
-    scale: float
-
-    def probabilities(self, q: Tensor, k: Tensor) -> Float[Tensor, "branches 2 heads tokens keys"]:
-        """softmax(Q K^T / sqrt(d)), in fp32."""
-        queries, keys = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k))
-        return (self.scale * queries.float() @ keys.float().transpose(-2, -1)).softmax(-1)
-
-    def read(self, probabilities: Tensor, v: Tensor) -> Float[Tensor, "branches 2 tokens dim"]:
-        """What is read of V with these probabilities, the heads merged."""
-        values = v.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-        return (probabilities.to(v.dtype) @ values).transpose(-3, -2).flatten(-2)
-
-
 @contextmanager
-def controlling(
-    unet: nn.Module,
-    paths: Sequence[str],
-    grids: Mapping[int, tuple[int, int]],
-    middle: Callable[[Attending], Tensor],
+def controlled(
+    unet: nn.Module, grids: Mapping[int, tuple[int, int]], i: int, control: Control
 ) -> Iterator[None]:
-    """Have `middle` compute these layers' attention, (branches, 2, tokens, dim); then all is as it was.
+    """Have a control compute its attentions, and change its convolutions, at step i; then all is as it was.
 
     `grids` are height and width of a map, by the number of its pixels.
     """
-    before = {path: _plain(unet, path) for path in paths}
-    processors = {path: layer.processor for path, layer in before.items()}
-    try:
-        for path, layer in before.items():
-            made: Any = partial(_controlled, path, grids, middle)
-            layer.processor = made  # set_processor would register a module's hooks, and print
-        yield
-    finally:
-        for path, layer in before.items():
-            layer.processor = processors[path]
 
+    def changed(path: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return control.convolve(i, path, out.unflatten(0, (-1, 2))).to(out.dtype).flatten(0, 1)
 
-def _plain(unet: nn.Module, path: str) -> Attention:
-    """The attention at a path, if its processor may be stood in for."""
-    try:
-        layer = unet.get_submodule(path)
-    except AttributeError:
-        layer = None
-    if not isinstance(layer, Attention):
-        raise UserError(f"{path!r} is no attention layer of this U-Net; `kvinv sites` shows those there are")
-    if type(layer.processor) not in PLAIN:
-        raise UserError(
-            f"{path} has a {type(layer.processor).__name__}, whose effect a method would silently drop: "
-            "undo what put it there"
-        )
-    return layer
+    attentions = {path: layer_at(unet, path, "a method") for path in control.attentions}
+    processors = {path: layer.processor for path, layer in attentions.items()}
+    layers = dict(unet.named_modules())
+    if wrong := [path for path in control.convolutions if not isinstance(layers.get(path), nn.Conv2d)]:
+        raise UserError(f"{wrong[0]!r} is no convolution of this U-Net: take the paths from its decoder")
+    with ExitStack() as hooks:
+        try:
+            for path, layer in attentions.items():
+                made: Any = partial(_controlled, path, grids, partial(control.attend, i))
+                layer.processor = made  # set_processor would register a module's hooks, and print
+            for path in control.convolutions:
+                hooks.enter_context(layers[path].register_forward_hook(partial(changed, path)))
+            yield
+        finally:
+            for path, layer in attentions.items():
+                layer.processor = processors[path]
 
 
 def _controlled(

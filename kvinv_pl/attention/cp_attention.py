@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from kvinv_pl.attention.processor import Sdpa
-from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
+from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
-
-__all__ = ["CPAttention", "Sdpa", "Selection", "Site", "select", "self_attentions"]
 
 
 class CPAttention(nn.Module):
@@ -67,6 +65,11 @@ class CPAttention(nn.Module):
 
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
         """Take the mask of each slot, 0 to 1 and of any size, at the start of a phase or an edit."""
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the variant has a `bind` of its own."""
+        return type(self).bind is not CPAttention.bind
 
     def forward(
         self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]

@@ -1,7 +1,5 @@
 """Attention maps: a U-Net's cross-attention to chosen tokens, recorded during its forward."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.attention.sites import grid_of
-from kvinv_pl.errors import UserError
 
 
 class Maps:
@@ -94,13 +91,7 @@ def watching(
             that attend to nothing in particular.
         paths: module paths of the cross-attentions to watch, all of them by default; others cost nothing.
     """
-    known = cross_attentions(unet)
-    chosen = known if paths is None else list(paths)
-    if unknown := sorted(set(chosen) - set(known)) or ([] if chosen else ["none"]):
-        got = unknown[0]
-        raise UserError(f"expected cross-attentions of the U-Net, got {got}: choose from {', '.join(known)}")
-    if not positions:
-        raise UserError("expected token positions for a row or more, got none: [[2]] is for all rows")
+    chosen = cross_attentions(unet) if paths is None else paths
     maps, inputs = Maps(), dict[str, tuple[int, int]]()
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,7 +1,5 @@
 """What an edit reads: the source's K-bar and V-bar, alone or together with its own keys and values."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

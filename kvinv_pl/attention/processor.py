@@ -156,27 +156,20 @@ def sdpa_of(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
     return sdpa
 
 
-def layer_at(unet: nn.Module, path: str, site: Site) -> Attention:
-    """The layer at `path`, if CP-attn made for `site` can take over from its processor."""
+def layer_at(unet: nn.Module, path: str, who: str) -> Attention:
+    """The attention layer at `path`, if its processor may be stood in for; `who` would, for the error."""
     try:
         layer = unet.get_submodule(path)
     except AttributeError:
         layer = None
     if not isinstance(layer, Attention):
-        raise UserError(
-            f"{path!r} is no attention layer of this U-Net: take the paths from self_attentions()"
-        )
-    if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
-        raise UserError(
-            f"{site} does not fit {path}, which has dim={layer.inner_kv_dim} and heads={layer.heads}: "
-            "make the variant for the sites of this U-Net"
-        )
+        raise UserError(f"{path!r} is no attention layer of this U-Net; `kvinv sites` shows those there are")
     found = layer.processor
     if isinstance(found, CPProcessor):
         raise UserError(f"CP-attn is attached to {path} already: detach it first")
     if type(found) not in PLAIN:
         raise UserError(
-            f"{path} has a {type(found).__name__}, whose effect CP-attn would silently drop: expected one of "
+            f"{path} has a {type(found).__name__}, whose effect {who} would silently drop: expected one of "
             f"{', '.join(kind.__name__ for kind in PLAIN)}; undo what put it there"
         )
     return layer

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.errors import UserError, near
@@ -27,8 +27,12 @@ class Variant:
     name: str
     cls: type[CPAttention] | None
     distribution: str
-    summary: str
     error: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return ((self.cls and self.cls.__doc__) or "").strip().partition("\n")[0]
 
 
 def variants() -> dict[str, Variant]:
@@ -143,15 +147,10 @@ def locate(target: str, wanted: Callable[[type], bool] = is_variant) -> type[Any
             raise UserError(f"{place} has the name of another module, {module.__file__}: rename the file")
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and wanted(cls)):
-        defined = [
-            key for key, value in vars(module).items() if _is_defined_in(value, module) and wanted(value)
-        ]
+        own = {key: value for key, value in vars(module).items() if isinstance(value, type)}
+        defined = [key for key, value in own.items() if value.__module__ == module.__name__ and wanted(value)]
         raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(defined) or '(none)'}")
     return cls
-
-
-def _is_defined_in(value: object, module: ModuleType) -> TypeGuard[type]:
-    return isinstance(value, type) and value.__module__ == module.__name__
 
 
 def _import(name: str, folder: Path) -> ModuleType:
@@ -167,11 +166,9 @@ def _import(name: str, folder: Path) -> ModuleType:
 
 def _load(point: EntryPoint) -> Variant:
     cls, error = imported(point)
-    if error is not None:
-        return Variant(point.name, None, owner(point), "", error)
-    if not (isinstance(cls, type) and issubclass(cls, CPAttention)):
-        return Variant(point.name, None, owner(point), "", f"{point.value} is not a subclass of CPAttention")
-    return Variant(point.name, cls, owner(point), summary(cls))
+    if error is None and not (isinstance(cls, type) and is_variant(cls)):
+        cls, error = None, f"{point.value} is not a subclass of CPAttention"
+    return Variant(point.name, cls, owner(point), error)
 
 
 def imported(point: EntryPoint) -> tuple[Any, str | None]:
@@ -181,11 +178,6 @@ def imported(point: EntryPoint) -> tuple[Any, str | None]:
     except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return None, f"{point.value} cannot be imported ({reason})"
-
-
-def summary(cls: type[CPAttention]) -> str:
-    """The first line of a variant's docstring."""
-    return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
 def owner(point: EntryPoint) -> str:

@@ -1,7 +1,5 @@
 """The paper's ablation (Fig. 6) and more: where CP-attn is, from when on, and how an edit reads it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from kvinv_pl.api import KVInverter
+from kvinv_pl.api import KVInverter, Run
 from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.bench.bench import Setup
 from kvinv_pl.bench.cases import Case, Cases, figures_of
@@ -26,7 +24,7 @@ from kvinv_pl.errors import SomeFailedError, StopError, UserError
 from kvinv_pl.models.checkpoint import outline
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
-from kvinv_pl.stages.strip import predicted_pictures
+from kvinv_pl.stages.strip import Strip
 from kvinv_pl.training.datamodule import SourceImages
 
 PLACES = ("encoder", "middle", "decoder", "all", "masactrl")
@@ -143,7 +141,6 @@ class Ablation:
                 self._files[str(way), self._case(work).name] = file
 
     def _case(self, work: SourceImage) -> Case:
-        """The case of a run folder."""
         return next(case for case in self.data.cases if slug(case.name) == work.store.folder.name)
 
     def open(self, way: str, case: str) -> Image.Image:
@@ -194,21 +191,16 @@ class Ablation:
         place = "decoder" if "decoder" in self.places else self.places[0]
         model = self.setup.load({"retries": 0, "target_modules": self._modules(place)})
         data = SourceImages(str(self._list()), out=str(self.folder / "runs" / place))
-        trainer = model.trainer()
         for work in data.works[:shown]:
             pictures, captions = list[Image.Image](), list[str]()
             if not work.store.has_run() or "reconstruction" not in work.store.read_run():
                 continue
             for start in self.starts:
-                settings = replace(model.model.editing, reading=self.readings[0], start=start)
-                # an edit brings the model to its device, in the trainer's precision
-                data.works = [work]
-                trainer.edit(model.model, data, settings)
-                strip = predicted_pictures(
-                    model.model.denoiser, work.store, work.targets[0], settings, SHOWN_STEPS
-                )
-                pictures += [picture for _, picture in strip]
-                captions += [f"start {start:g}\nt = {t}" for t, _ in strip]
+                strip = Strip(lambda: model.model.denoiser, work.store, SHOWN_STEPS)
+                model.after_step = strip.see
+                Run(model, work.store.folder).edits(work.targets[:1], reading=self.readings[0], start=start)
+                pictures += [picture for _, picture in strip.pictures]
+                captions += [f"start {start:g}\nt = {t}" for t, _ in strip.pictures]
             name = f"{work.store.folder.name}.png"
             yield write_png(
                 self.folder / "strips" / name, sheet(pictures, captions, len(pictures) // len(self.starts))

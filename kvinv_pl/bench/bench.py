@@ -1,7 +1,5 @@
 """A bench: every row's edit of every case, computed once, and measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 from PIL import Image
 
 from kvinv_pl import api
-from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.bench.cases import THROUGH_VAE, Case, Cases, figures_of, said
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.costs import Cost, measured, plain_sampling
@@ -132,15 +129,13 @@ class Bench:
         guidance = None if own else self.setup.guidance
         with measured(canvas.denoiser.device) as cost:
             made = outcome(model, picture, case.source, case.target, inversion, editor, None, guidance)
-        figures = {"seconds": cost.seconds, **(cost.over(plain) if plain else {})}
+        figures = {"seconds": cost.seconds, **cost.over(plain)}
         if made.reconstruction is not None:
             figures["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
         self.records.save(row.text, case.name, made.edited, figures)
 
-    def _sampling(self, row: str, canvas: Canvas, target: str) -> Cost | None:
-        """What plain sampling costs, once a row and size, as the load changes; None: not by DDIM."""
-        if not isinstance(canvas.denoiser.table, StepTable):
-            return None
+    def _sampling(self, row: str, canvas: Canvas, target: str) -> Cost:
+        """What plain sampling costs, once a row and size, as the load changes."""
         key = (row, canvas.geometry.resized)
         if key not in self._plain:
             w = 7.5 if self.setup.guidance is None else self.setup.guidance

@@ -1,7 +1,5 @@
 """Cases: a picture, its prompts, where it may be edited; and those of the drawn world, which have a truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,16 +52,13 @@ class Case(Protocol):
         ...
 
 
-Measure = Callable[[Case, Image.Image], Mapping[str, float]]
-
-
 @dataclass(frozen=True)
 class Metric:
     """Figures of an edited picture, with NaN where a case has nothing to judge."""
 
     name: str
     columns: Sequence[str]
-    measure: Measure
+    measure: Callable[[Case, Image.Image], Mapping[str, float]]
     model: str = ""
     """Whose figures they are: a bench is not gone on with by another."""
 

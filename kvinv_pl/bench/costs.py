@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kvinv_pl.algorithm.guidance import branches_at
+from kvinv_pl.algorithm.guidance import branches_at, guided
 from kvinv_pl.bench.running import Canvas
 
 
@@ -69,15 +69,15 @@ def _peak(device: torch.device) -> float | None:
 
 
 @torch.no_grad()
-def plain_sampling(canvas: Canvas, target: str, guidance: float, steps: int | None = None) -> Cost:
+def plain_sampling(canvas: Canvas, target: str, guidance: float) -> Cost:
     """The cost of a picture of this size, sampled from noise by its prompt alone."""
-    scene = canvas.scene("", target, guidance, steps)
+    scene = canvas.scene("", target, guidance)
     contexts = scene.contexts[[0, 2], None][-branches_at(guidance) :]
     z = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(0)).to(scene.z_0)
     scene.model.predict(z, scene.table.timesteps[:1].to(z.device), contexts)  # the first one is slow
     with measured(z.device) as cost:
         for i in range(len(scene.table)):
             out = scene.model.predict(z, scene.table.timesteps[i : i + 1].to(z.device), contexts)
-            z = scene.table.forward(z, out[0] + guidance * (out[-1] - out[0]) if len(out) == 2 else out[0], i)
+            z = scene.table.forward(z, guided(out, (guidance,)), i)
         canvas.show(z)
     return cost

@@ -1,8 +1,5 @@
 """EditBench (Lin et al., 2024; `LonelVino/EditBench` on the hub) from a folder in its published layout."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,7 +7,6 @@ from typing import Any
 
 from kvinv_pl.bench.cases import Cases, Metric
 from kvinv_pl.bench.listed import ListedCase, through_nothing, understood
-from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.manifest import SUFFIXES
 from kvinv_pl.errors import UserError
 
@@ -28,7 +24,6 @@ def is_edit_bench(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> Iterator[Path]:
-    """The folders with a meta_json."""
     for place in (folder, *sorted(each for each in folder.glob("*") if each.is_dir())):
         if any(place.glob(f"{META}/*.json")):
             yield place
@@ -51,10 +46,7 @@ def _order(file: Path) -> tuple[bool, int, str, str]:
 
 def _cases(file: Path) -> Iterator[ListedCase]:
     """Those of one type and one size; a list of entries, or entries by their names."""
-    with explaining_os_errors("read", file):
-        text = file.read_text(encoding="utf-8")
-    with understood(file, f"list of EditBench with {SOURCE}, {TARGET} and a picture in every entry"):
-        read = json.loads(text)
+    with understood(file, f"list of EditBench with {SOURCE}, {TARGET} and a picture in every entry") as read:
         entries = read.items() if isinstance(read, dict) else enumerate(read)
         for key, entry in entries:
             yield _case(file, str(key), entry, isinstance(read, dict))

@@ -1,7 +1,5 @@
 """FastComposer (Xiao et al., 2023), among the methods."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +14,10 @@ from kvinv_pl.algorithm.method import Control, Inverted, sample
 from kvinv_pl.api import KVInverter
 from kvinv_pl.bench.running import Canvas, opened
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.controllable import weighing
 from kvinv_pl.models.fastcomposer import FastComposer
-from kvinv_pl.models.weighing import weighing
+
+_loaded = lru_cache(maxsize=1)(FastComposer.load)  # of the row that is computed
 
 
 @dataclass(eq=False)
@@ -86,9 +86,3 @@ class FastComposerEdit:
         until = round(self.delay * len(scene.table))
         inverted = Delayed(scene, start.to(scene.z_0), weights=network, read=read, until=until)
         return canvas.show(sample(scene, inverted, Control())[1:])
-
-
-@lru_cache(maxsize=1)
-def _loaded(weights: str, device: torch.device) -> FastComposer:
-    """The weights of the row that is computed."""
-    return FastComposer.load(weights, device)

@@ -1,9 +1,6 @@
 """Which settings of an ablation are best, and whether the paper's findings hold."""
 
-from __future__ import annotations
-
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from kvinv_pl.bench.ablation import LIKENESS, Way
 from kvinv_pl.bench.table import Mean, Report, markdown
@@ -31,14 +28,16 @@ def findings(report: Report, ways: Iterable[Way]) -> list[str]:
     def mean(way: Way, column: str) -> float:
         return report.mean(str(way), column).value
 
-    best = {place: max(at, key=lambda way: mean(way, QUALITY)) for place, at in _by_place(cells).items()}
+    def best_of(ways: Iterable[Way]) -> Way:
+        return max(ways, key=lambda way: mean(way, QUALITY))
+
+    places = {way.place for way in cells}
+    best = {place: best_of(way for way in cells if way.place == place) for place in places}
     lines = []
     if "decoder" in best and len(best) > 1:
         ours = best["decoder"]
-        other = max(
-            (way for place, way in best.items() if place != "decoder"), key=lambda way: mean(way, QUALITY)
-        )
-        gap = _less(report, str(ours), str(other))
+        other = best_of(way for place, way in best.items() if place != "decoder")
+        gap = report.difference(str(ours), QUALITY, str(other))
         lines.append(
             f"The decoder is best: {_verdict(gap)} ({QUALITY} of '{ours}' less that of '{other}', the best "
             f"of the other places: {gap})"
@@ -54,29 +53,19 @@ def findings(report: Report, ways: Iterable[Way]) -> list[str]:
     )
     if len(row) > 1:
         early, late = row[0], row[-1]
-        alike = _less(report, str(early), str(late), LIKENESS)
-        acts = _less(report, str(late), str(early), ACTION)
+        alike = report.difference(str(early), LIKENESS, str(late))
+        acts = report.difference(str(late), ACTION, str(early))
         lines.append(
             f"An early start is too similar to the source: {_verdict(alike)} for the likeness, "
             f"{_verdict(acts)} for the action ('{early}' is {alike} dB more like it than start "
             f"{late.start:g}, which has {acts} points more of right actions)"
         )
-        lost = _less(report, str(at), str(late))
+        lost = report.difference(str(at), QUALITY, str(late))
         lines.append(
             f"A late start loses the subject: {_verdict(lost)} ({QUALITY} of '{at}' less that of start "
             f"{late.start:g}: {lost})"
         )
     return lines
-
-
-def _by_place(cells: Sequence[Way]) -> dict[str, list[Way]]:
-    return {place: [way for way in cells if way.place == place] for place in {way.place for way in cells}}
-
-
-def _less(report: Report, one: str, other: str, column: str = QUALITY) -> Mean:
-    """A cell's figure less another's, case by case."""
-    a, b = report.rows[one], report.rows[other]
-    return Mean.of(a[case].get(column, math.nan) - b[case].get(column, math.nan) for case in a if case in b)
 
 
 def _verdict(difference: Mean) -> str:

@@ -1,12 +1,9 @@
 """InstructPix2Pix (Brooks et al., 2023), among the methods."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from kvinv_pl.api import KVInverter
@@ -14,6 +11,8 @@ from kvinv_pl.bench.running import opened
 from kvinv_pl.data.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.instructed import Instructed
+
+_loaded = lru_cache(maxsize=1)(Instructed.load)  # of the row that is computed
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,3 @@ class InstructPix2Pix:
             raise UserError(
                 f"instruction: expected text with {{source}} and {{target}} alone, got {self.instruction!r}"
             ) from error
-
-
-@lru_cache(maxsize=1)
-def _loaded(checkpoint: str, device: torch.device, dtype: torch.dtype) -> Instructed:
-    """The checkpoint of the row that is computed."""
-    return Instructed.load(checkpoint, device, dtype)

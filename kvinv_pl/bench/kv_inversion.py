@@ -1,7 +1,5 @@
 """KV Inversion itself, among the methods."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

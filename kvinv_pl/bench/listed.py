@@ -1,16 +1,17 @@
 """Pictures of the user's own as the cases of a bench: a list with prompts, and masks if there are any."""
 
-from __future__ import annotations
-
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from kvinv_pl.bench.cases import SOURCE, THROUGH_VAE, Case, Cases, Metric
+from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.masks import open_mask
 from kvinv_pl.data.pictures import open_picture
@@ -45,10 +46,12 @@ class ListedCase:
 
 
 @contextmanager
-def understood(file: Path, what: str) -> Iterator[None]:
-    """Refuse a file of a published benchmark that is not as it was published."""
+def understood(file: Path, what: str) -> Iterator[Any]:
+    """The content of a JSON file of a published benchmark, refused if it is not as it was published."""
     try:
-        yield
+        with explaining_os_errors("read", file):
+            text = file.read_text(encoding="utf-8")
+        yield json.loads(text)
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError) as error:
@@ -78,7 +81,6 @@ def listed(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
 
 
 def _list(place: Path) -> Path:
-    """The list that is meant."""
     lists = sorted(file for file in place.glob("*") if file.suffix.lower() in LISTS) if place.is_dir() else []
     file = lists[0] if len(lists) == 1 else place
     if file.suffix.lower() not in LISTS or file.is_dir():

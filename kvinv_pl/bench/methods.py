@@ -1,9 +1,7 @@
 """The registry of methods, which are found by their entry points."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, Literal
@@ -45,12 +43,8 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """What it can be made with, and the defaults, which are the published ones."""
-        return dict(_options(self.cls))
-
-
-def _options(cls: type[Any] | None) -> Iterator[tuple[str, Any]]:
-    if cls is not None and is_dataclass(cls):
-        yield from ((option.name, option.default) for option in fields(cls))
+        found = fields(self.cls) if self.cls is not None and is_dataclass(self.cls) else ()
+        return {option.name: option.default for option in found}
 
 
 def is_method(cls: type) -> bool:

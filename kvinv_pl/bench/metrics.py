@@ -1,10 +1,7 @@
 """The figures of PIE-Bench (Ju et al., 2024), as published and as they should be."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -71,16 +68,12 @@ def _ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def clip_score(folder: str, device: str = "cpu") -> Metric:
     """Agreement with the target prompt: of the picture, and of what may be edited with black around it."""
     clip = Clip.load(folder, device)
-    of_text = cache(clip.of_text)
-
-    def score(picture: Image.Image, text: str) -> float:
-        return 100 * max(0.0, float(clip.of_picture(picture) @ of_text(text)))
 
     def measure(case: Case, picture: Image.Image) -> Mapping[str, float]:
         region, edited = case.editable, math.nan
         if region is not None:
-            edited = score(black_but(picture, region), case.target)
-        return {"CLIP whole": score(picture, case.target), "CLIP edited": edited}
+            edited = clip.score(black_but(picture, region), case.target)
+        return {"CLIP whole": clip.score(picture, case.target), "CLIP edited": edited}
 
     return Metric("clip", ("CLIP whole", "CLIP edited"), measure, folder)
 

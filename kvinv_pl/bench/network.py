@@ -1,46 +1,22 @@
 """A loaded checkpoint as methods see it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Mapping
 
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Control
-from kvinv_pl.attention.control import controlling
-from kvinv_pl.attention.convolving import convolving
-from kvinv_pl.attention.cross_attention import cross_attentions
-from kvinv_pl.attention.sites import self_attentions
-from kvinv_pl.attention.unet import decoder_layers
+from kvinv_pl.models.controllable import Controllable
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import word_positions
 from kvinv_pl.models.spoken import read_with, vectors_of_word
-from kvinv_pl.models.weighing import weighing
 
 
-class Network:
+class Network(Controllable):
     """The `Model` of `kvinv_pl.algorithm.method`, for latents of one size."""
 
     def __init__(self, denoiser: Denoiser, grid: tuple[int, int]) -> None:
-        """Find the attentions; nothing is put into the U-Net."""
+        super().__init__(denoiser.backbone.unet, grid)
         self.denoiser, self.backbone = denoiser, denoiser.backbone
-        sites = self_attentions(self.backbone.unet, grid)
-        self.self_attentions = tuple(site.path for site in sites)
-        self.cross_attentions = tuple(cross_attentions(self.backbone.unet))
-        self.decoder = decoder_layers([path for path, _ in self.backbone.unet.named_modules()])
-        self._grids = {site.tokens: site.grid for site in sites}
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The U-Net's parameters."""
-        return dict(self.backbone.unet.named_parameters())
-
-    def weighed(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """The U-Net with these weights."""
-        return weighing(self.backbone.unet, weights)
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """The prompts as the U-Net reads them."""
@@ -73,13 +49,3 @@ class Network:
     ) -> Float[Tensor, "branches rows c h w"]:
         """All branches in one forward."""
         return self.denoiser.branches(z, t.expand(len(z)), contexts.expand(-1, len(z), -1, -1))
-
-    @contextmanager
-    def controlled(self, i: int, control: Control) -> Iterator[None]:
-        """The control's attentions and convolutions, at step i; afterwards the U-Net is as it was."""
-        unet, middle = self.backbone.unet, partial(control.attend, i)
-        with (
-            controlling(unet, tuple(control.attentions), self._grids, middle),
-            convolving(unet, tuple(control.convolutions), partial(control.convolve, i)),
-        ):
-            yield

@@ -1,7 +1,5 @@
 """A bench as one page of HTML that needs nothing beside it."""
 
-from __future__ import annotations
-
 import html
 import json
 import math
@@ -17,7 +15,6 @@ from kvinv_pl.bench.cases import Case
 from kvinv_pl.bench.ranks import ranks
 from kvinv_pl.bench.table import Mean, Report
 
-Opened = Callable[[str, str], Image.Image]
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST, SMALL = 384, 160  # pixels a side: what is shown at most, and up to which nothing is lost
 AXES = (
@@ -28,7 +25,7 @@ AXES = (
 """What methods are weighed by, to the right and upward; the first pair that is known."""
 
 
-def page(title: str, cases: Sequence[Case], report: Report, opened: Opened) -> str:
+def page(title: str, cases: Sequence[Case], report: Report, opened: Callable[[str, str], Image.Image]) -> str:
     """The page, with the pictures of these cases in it; opened(row, case) is an edited picture."""
     shown = []
     for case in cases:

@@ -1,8 +1,5 @@
 """PIE-Bench (Ju et al., 2024) and PIE-Bench++ from a folder in the published layout."""
 
-from __future__ import annotations
-
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +10,7 @@ import numpy as np
 from PIL import Image
 
 from kvinv_pl.bench.cases import Cases, Metric
-from kvinv_pl.bench.listed import through_nothing, understood
-from kvinv_pl.data.files import explaining_os_errors
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.bench.listed import ListedCase, through_nothing, understood
 from kvinv_pl.errors import UserError
 
 FILE, PICTURES = "mapping_file.json", "annotation_images"
@@ -29,15 +24,10 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class PieCase:
+class PieCase(ListedCase):
     """One picture of PIE-Bench."""
 
-    name: str
-    kind: str
-    source: str
-    target: str
-    file: Path
-    runs: tuple[int, ...]
+    runs: tuple[int, ...] = ()
     """Of the mask, as published."""
 
     @property
@@ -46,10 +36,6 @@ class PieCase:
         width, height = self.picture().size
         mask = Image.fromarray(mask_of(self.runs)).resize((width, height), Image.Resampling.NEAREST)
         return np.asarray(mask, bool)
-
-    def picture(self) -> Image.Image:
-        """The source."""
-        return open_picture(self.file).image
 
 
 def is_pie_bench(folder: Path) -> bool:
@@ -64,10 +50,7 @@ def _mapping(folder: Path) -> Path:
 def pie_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
     """The cases of a folder, those of pose first; the first `count` of them, or all."""
     file = _mapping(folder)
-    with explaining_os_errors("read", file):
-        text = file.read_text(encoding="utf-8")
-    with understood(file, "mapping file of PIE-Bench"):
-        mapping = json.loads(text)
+    with understood(file, "mapping file of PIE-Bench") as mapping:
         cases = [_case(file, name, entry) for name, entry in mapping.items()]
     cases.sort(key=lambda case: (case.kind != POSE, case.kind))
     if count is not None:
@@ -81,8 +64,8 @@ def pie_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Cas
 
 def _case(file: Path, name: str, entry: Mapping[str, Any]) -> PieCase:
     """An entry of the mapping file; PIE-Bench++ names prompts otherwise, and has the type in the path."""
-    source, target = (
-        _without_brackets(entry[first] if first in entry else entry[second])
+    source, target = (  # the edited words stand in brackets
+        re.sub(r"[\[\]]", "", entry[first] if first in entry else entry[second])
         for first, second in (("original_prompt", "source_prompt"), ("editing_prompt", "target_prompt"))
     )
     path = str(entry["image_path"])
@@ -93,12 +76,8 @@ def _case(file: Path, name: str, entry: Mapping[str, Any]) -> PieCase:
         )
     mask = entry["mask"]
     runs = tuple(int(n) for n in (mask.split() if isinstance(mask, str) else mask))
-    return PieCase(str(name), KINDS[int(number)], source, target, file.parent / PICTURES / path, runs)
-
-
-def _without_brackets(prompt: str) -> str:
-    """The edited words of a prompt stand in brackets."""
-    return re.sub(r"[\[\]]", "", prompt)
+    picture = file.parent / PICTURES / path
+    return PieCase(str(name), source, target, picture, kind=KINDS[int(number)], runs=runs)
 
 
 def mask_of(runs: Sequence[int]) -> np.ndarray:

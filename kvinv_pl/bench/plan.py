@@ -1,7 +1,5 @@
 """All that a bench is asked for, as one value that a process can be started with."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool

@@ -1,17 +1,14 @@
 """Whether metrics without a truth order edits as the truth does: Spearman's rank correlation."""
 
-from __future__ import annotations
-
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from kvinv_pl.bench.cases import is_reference
-from kvinv_pl.bench.table import Mean, Report, markdown
+from kvinv_pl.bench.table import Mean, Report, csv_of, markdown
 
 TRUTH = ("same animal %", "right action %")
 METRICS: Mapping[str, int] = {
@@ -58,13 +55,9 @@ def ranks(report: Report) -> list[Rank]:
         known = ~np.isnan(metric + truth).any(0)
         right, metric = (truth[:, known] > 50).astype(float), metric[:, known]
         if metric.size:
-            over = (_over(right, metric, reduce) for reduce in (_by_row, np.ravel))
+            over = (_over(right, metric, reduce) for reduce in (partial(np.mean, axis=1), np.ravel))
             found.append(Rank(name, *over))
     return found
-
-
-def _by_row(values: np.ndarray) -> np.ndarray:
-    return values.mean(1)
 
 
 def _over(truth: np.ndarray, metric: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray]) -> Mean:
@@ -89,14 +82,12 @@ def as_markdown(found: Sequence[Rank]) -> str:
 
 def as_csv(found: Sequence[Rank]) -> str:
     """A line for each metric, over methods and over edits; what is not known is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "over", "count", "rank correlation", "low", "high"])
+    lines: list[list[object]] = [["metric", "over", "count", "rank correlation", "low", "high"]]
     for each in found:
         for over, mean in (("methods", each.methods), ("edits", each.edits)):
             figures = [round(x, 6) for x in (mean.value, mean.low, mean.high)] if mean.count else [""] * 3
-            writer.writerow([each.metric, over, mean.count, *figures])
-    return text.getvalue()
+            lines.append([each.metric, over, mean.count, *figures])
+    return csv_of(lines)
 
 
 def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:

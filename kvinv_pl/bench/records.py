@@ -1,7 +1,5 @@
 """The folder of a bench: the picture and the figures of every row and case, from which a bench resumes."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What a bench leaves to look at: tables, sheets of pictures, and one page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kvinv_pl.bench.ablation import Ablation
@@ -52,7 +50,6 @@ def _written(records: Records, report: Report, text: str, html: str) -> list[Pat
 
 
 def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:
-    """A sheet for each of the first cases."""
     files = []
     for case in bench.data.cases[:shown]:
         pictures, captions = [case.picture()], [f"source: {case.source}\ntarget: {case.target}"]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.algorithm.method import Editor, Inversion, Renderer, Scene, sample
 from kvinv_pl.api import KVInverter, as_file
 from kvinv_pl.bench.methods import make
@@ -49,9 +47,7 @@ def run_method(
     chosen = make(editor, "edit", "whole") if isinstance(editor, str) else editor
     if isinstance(chosen, Renderer) and inversion is not None:
         raise UserError(f"inversion: expected none with {editor}, which inverts by itself, got {inversion}")
-    inverting = inversion or "ddim"
-    if isinstance(inverting, str):
-        inverting = make(inverting, "inversion")
+    inverting = make(inversion, "inversion") if isinstance(inversion, str) else inversion
     return outcome(model, picture, source, target, inverting, chosen, steps, guidance).edited
 
 
@@ -125,9 +121,7 @@ class Canvas:
     def scene(self, source: str, target: str, guidance: float, steps: int | None = None) -> Scene:
         """What methods are given."""
         network = Network(self.denoiser, (self.z_0.shape[-2], self.z_0.shape[-1]))
-        table: Any = self.denoiser.backbone.step_table(self.steps if steps is None else steps)
-        if not isinstance(table, StepTable):
-            raise UserError("the methods to compare with are written for DDIM: use a model of that kind")
+        table = self.denoiser.backbone.step_table(self.steps if steps is None else steps)
         return Scene(network, table, self.z_0, source, target, guidance)
 
     def show(self, z: Float[Tensor, "1 c h w"]) -> Image.Image:

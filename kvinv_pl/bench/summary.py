@@ -1,8 +1,5 @@
 """The few columns of a report that decide, as text that fits a terminal."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from textwrap import wrap
 
 from kvinv_pl.bench.table import Report
@@ -13,13 +10,13 @@ ALWAYS = ("likeness to the source dB", "reconstruction dB", "seconds")
 NARROWEST = 18  # characters, of the column with the rows' names
 
 
-def summary(report: Report, width: int, rows: Iterable[str] | None = None) -> str:
-    """Means of the rows (None: of all), in lines of `width` characters; columns at the right go first."""
+def summary(report: Report, width: int) -> str:
+    """Means of all rows, in lines of `width` characters; columns at the right go first."""
     known = report.known
     columns = [name for name in (*WITH_TRUTH, *ALWAYS) if name in known]
     if not set(WITH_TRUTH) & set(known):
         columns = [name for name in (*WITHOUT, *ALWAYS) if name in known]
-    rows = list(report.rows if rows is None else rows)
+    rows = list(report.rows)
     cells = [[_cell(report, row, name) for row in rows] for name in columns]
     widths = [max(map(len, [*name.split(), *values])) for name, values in zip(columns, cells, strict=True)]
 

@@ -60,6 +60,13 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def csv_of(lines: Iterable[Sequence[object]]) -> str:
+    """The text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
 @dataclass
 class Report:
     """Rows of scores, and which cases of a row failed."""
@@ -79,14 +86,11 @@ class Report:
         scores = self.rows[row]
         return Mean.of(figures.get(column, math.nan) for case, figures in scores.items() if among(case))
 
-    def difference(self, row: str, column: str) -> Mean:
-        """A row's figures less those of ours, case by case."""
-        assert self.ours is not None
-        ours, theirs = self.rows[self.ours], self.rows[row]
+    def difference(self, row: str, column: str, other: str | None = None) -> Mean:
+        """A row's figures less those of another (None: ours), case by case."""
+        a, b = self.rows[row], self.rows[other or self.ours or ""]
         return Mean.of(
-            theirs[case].get(column, math.nan) - ours[case].get(column, math.nan)
-            for case in theirs
-            if case in ours
+            a[case].get(column, math.nan) - b[case].get(column, math.nan) for case in a if case in b
         )
 
     @property
@@ -155,17 +159,14 @@ class Report:
 
     def csv(self) -> str:
         """One line for each row, case and column."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", "case", "kind", "figure", "value"])
+        lines: list[list[object]] = [["row", "case", "kind", "figure", "value"]]
         for row, scores in self.rows.items():
             for case, figures in scores.items():
                 for name in self.known:
                     value = figures.get(name, math.nan)
-                    writer.writerow(
-                        [row, case, self.kinds.get(case, ""), name, "" if math.isnan(value) else value]
-                    )
-        return text.getvalue()
+                    shown = "" if math.isnan(value) else value
+                    lines.append([row, case, self.kinds.get(case, ""), name, shown])
+        return csv_of(lines)
 
     def json(self) -> str:
         """Means, differences, figures and failures; what is not known is null."""

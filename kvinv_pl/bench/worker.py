@@ -1,7 +1,5 @@
 """The processes of a bench."""
 
-from __future__ import annotations
-
 import os
 from multiprocessing import parent_process
 from threading import Thread

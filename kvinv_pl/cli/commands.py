@@ -90,9 +90,7 @@ def _normalized(verb: str, argv: Sequence[str], lists: Mapping[str, Any]) -> lis
         else:
             out.append(f"{'--out' if flag == '-o' else flag}{equals}{value}")
             out += [left.popleft()] if has_value else []
-    return [*out, *(f"{flag}={_listed(lists[flag[2:]], values)}" for flag, values in repeated.items())]
-
-
-def _listed(kind: Any, values: list[str]) -> str:
-    """Values as one JSON list: texts, or what stands for numbers."""
-    return json.dumps(values) if kind == list[str] else f"[{', '.join(values)}]"
+    for flag, values in repeated.items():  # as JSON
+        texts = lists[flag[2:]] == list[str]
+        out.append(f"{flag}={json.dumps(values) if texts else '[' + ', '.join(values) + ']'}")
+    return out

@@ -1,7 +1,5 @@
 """`kvinv completion`. The docstring is the help."""
 
-from __future__ import annotations
-
 import inspect
 from argparse import ArgumentParser
 from collections.abc import Mapping
@@ -54,7 +52,6 @@ def _parser() -> ArgumentParser:
 
 
 def _of_stages() -> tuple[dict[str, Any], Mapping[str, str]]:
-    """The type and the help of every option of the stages."""
     from kvinv_pl.training.datamodule import SourceImages
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
@@ -68,7 +65,6 @@ def _of_stages() -> tuple[dict[str, Any], Mapping[str, str]]:
 
 
 def _add(command: ArgumentParser, flag: str, kind: Any, text: str) -> None:
-    """An option with what can follow it."""
     literals = [option for option in (kind, *get_args(kind)) if get_origin(option) is Literal]
     choices = [choice for literal in literals for choice in get_args(literal)]
     if kind is bool:

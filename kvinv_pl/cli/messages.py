@@ -1,7 +1,5 @@
 """Error messages of the command line: those of jsonargparse, rewritten as one readable line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType, UnionType

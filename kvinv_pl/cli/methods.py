@@ -27,7 +27,6 @@ def methods(name: str | None = None) -> None:
 
 
 def _details(method: registry.Method) -> list[str]:
-    """The rest of a method's docstring, and its options."""
     rest = method.text.partition("\n")[2].strip()
     lines = [*textwrap.indent(rest, " " * 18).splitlines(), ""]
     texts = arguments_of(method.cls) if method.cls else {}

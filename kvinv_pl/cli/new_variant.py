@@ -1,7 +1,5 @@
 """`kvinv new-variant`: a template of a variant, with its configuration and its test; all of them run."""
 
-from __future__ import annotations
-
 import keyword
 import re
 from importlib.util import find_spec
@@ -107,13 +105,12 @@ def write(name: str, folder: Path) -> list[Path]:
         raise UserError(f"{existing[0]} already exists: choose another name or folder, or remove it")
     if (other := find_spec(name)) is not None:
         raise UserError(f"name: {name} is the name of another module ({other.origin}): choose another one")
-    try:
+    from kvinv_pl.data.files import explaining_os_errors
+
+    with explaining_os_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
             file.write_text(Template(text).substitute(name=name, cls=cls), encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {folder}: {reason}; name another folder") from error
     return list(files)
 
 

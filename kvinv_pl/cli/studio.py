@@ -27,7 +27,6 @@ def studio(
         port: The port; left out, the first free one from 7860 on.
     """
     from kvinv_pl.app.studio.serve import serve
-    from kvinv_pl.cli.model_settings import read_model_settings
 
     settings: dict[str, Any] = {"accelerator": accelerator, "precision": precision}
     if config is not None:
@@ -35,3 +34,32 @@ def studio(
     if config is None or checkpoint != "menagerie":
         settings["checkpoint"] = checkpoint
     serve(Path(out).expanduser(), host, port, sam, **settings)
+
+
+def read_model_settings(file: Path) -> dict[str, Any]:
+    """What a file says of the model, as `kvinv_pl.load` takes it; variants and optimisers are made."""
+    from argparse import ArgumentError
+
+    import yaml
+    from jsonargparse import ArgumentParser
+
+    from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
+    from kvinv_pl.data.files import explaining_os_errors
+    from kvinv_pl.errors import UserError
+    from kvinv_pl.training.module import KVInversion
+
+    make_importable([str(file)])
+    with explaining_os_errors("read", file):
+        text = file.read_text(encoding="utf-8")
+    parser: Any = ArgumentParser(exit_on_error=False, parser_mode=name_variants_in_yaml())
+    parser.add_class_arguments(KVInversion, "model", instantiate=False)
+    try:
+        found = yaml.safe_load(text)
+        if not isinstance(found, dict) or "model" not in found:
+            raise UserError(f"{file}: expected a section model, as the stages read it, got none")
+        section = yaml.safe_dump({"model": found["model"]})
+        read = parser.instantiate(parser.parse_string(section)).model
+    except (ArgumentError, yaml.YAMLError) as error:
+        first = " ".join(str(error).split())
+        raise UserError(f"{file}: {first}") from error
+    return {name: getattr(read, name) for name in found["model"]}

@@ -58,7 +58,7 @@ def _find(name: str) -> registry.Variant:
     if "." not in name:
         return registry.named(name)
     cls = registry.locate(name)
-    return registry.Variant(cls.__name__, cls, "not installed", registry.summary(cls))
+    return registry.Variant(cls.__name__, cls, "not installed")
 
 
 def _psi_size(cls: type[CPAttention], sites: list[Site], checkpoint: str) -> str:
@@ -71,7 +71,6 @@ def _psi_size(cls: type[CPAttention], sites: list[Site], checkpoint: str) -> str
 
 
 def _details(name: str, cls: type[CPAttention]) -> list[str]:
-    """The rest of a variant's docstring, and its options."""
     rest = inspect.cleandoc(cls.__doc__ or "").partition("Args:")[0].strip().partition("\n")[2].strip()
     lines = [*textwrap.indent(rest, " " * 12).splitlines()]
     options = registry.options(cls)
@@ -161,7 +160,6 @@ def _stored(values: Iterable[torch.Tensor], dtype: StoreDtype) -> int:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Width and height from WIDTHxHEIGHT."""
     found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip().lower())
     if found is None:
         raise UserError(f"size: expected WIDTHxHEIGHT in pixels such as 512x768, got {text!r}")

@@ -27,11 +27,11 @@ def world(out: str = "world", seed: int = 7, sheet: int = 0, size: int = SIZE) -
     if not 8 <= size <= LARGEST:
         raise UserError(f"size: expected 8 to {LARGEST} pixels a side, got {size}")
     folder = Path(out).expanduser()
-    try:
+    from kvinv_pl.data.files import explaining_os_errors
+
+    with explaining_os_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lines = _page(folder, seed, sheet, size) if sheet else _pictures(folder, seed, size)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}; name another folder") from error
     print("\n".join(lines))
 
 

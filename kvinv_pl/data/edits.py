@@ -1,7 +1,5 @@
 """The edits of a run folder, each a picture and the record of its settings: how they are named and found."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """Failed pictures: one among many does not stop the others, and is reported at the end."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,8 +67,6 @@ class Failures:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.total == 1:
-                raise UserError(reason(error)) from error
             for work in works:
                 self.note(work.label, reason(error))
         except UserError as error:
@@ -81,10 +77,10 @@ class Failures:
 
     def report(self) -> None:
         """Raise SomeFailedError where some have failed, and where all have, a UserError of one line."""
-        if len(self.reasons) < self.total or not self.reasons:
-            if self.reasons:
-                raise SomeFailedError(self.reasons, self.total)
+        if not self.reasons:
             return
+        if len(self.reasons) < self.total:
+            raise SomeFailedError(self.reasons, self.total)
         reasons = set(self.reasons.values())
         if len(reasons) == 1:  # not the fault of the pictures
             raise UserError(reasons.pop())

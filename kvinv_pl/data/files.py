@@ -1,7 +1,5 @@
 """The files of a run: written atomically, checked when read, and never pickled."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """From a picture to a model's pixels and back: sizes, crops, and how alike two pictures are."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -77,7 +75,7 @@ def fit_geometry(
 
 def to_size(image: Image.Image, geometry: Geometry) -> Image.Image:
     """The picture in the size that the model takes."""
-    return _resize(image.convert("RGB"), geometry, Image.Resampling.LANCZOS)
+    return image.convert("RGB").resize(geometry.resized, Image.Resampling.LANCZOS, box=geometry.box)
 
 
 def to_pixels(image: Image.Image, geometry: Geometry) -> Float[Tensor, "3 h w"]:
@@ -93,24 +91,15 @@ def as_pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
 
 def to_mask(image: Image.Image, geometry: Geometry) -> Float[Tensor, "h w"]:
     """A mask (white: the subject) that lies over the model's pixels, in 0 .. 1."""
-    resized = _resize(image.convert("L"), geometry, Image.Resampling.BILINEAR)
+    resized = image.convert("L").resize(geometry.resized, Image.Resampling.BILINEAR, box=geometry.box)
     return torch.from_numpy(np.array(resized)).float() / 255
 
 
 def to_image(pixels: Float[Tensor, "3 h w"], geometry: Geometry) -> Image.Image:
     """The model's pixels (-1 .. 1, clamped) as a picture of the original's or the crop's size."""
-    if tuple(pixels.shape[-2:]) != geometry.resized[::-1]:
-        raise ValueError(f"expected pixels (3, *{geometry.resized[::-1]}), got {tuple(pixels.shape)}")
     array = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     image = Image.fromarray(array.permute(1, 2, 0).contiguous().cpu().numpy())
     return image.resize(geometry.result, Image.Resampling.LANCZOS)
-
-
-def _resize(image: Image.Image, geometry: Geometry, resampling: Image.Resampling) -> Image.Image:
-    if image.size != geometry.original:
-        expected, got = ("{}x{}".format(*size) for size in (geometry.original, image.size))
-        raise UserError(f"expected a picture or mask of {expected} pixels, got {got}: make both of one size")
-    return image.resize(geometry.resized, resampling, box=geometry.box)
 
 
 def psnr(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:

@@ -1,7 +1,5 @@
 """Pictures that are given from Python: of pillow, as an array, or by their path."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, cast
 

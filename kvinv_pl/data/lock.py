@@ -1,7 +1,5 @@
 """The lock of a run folder, which one process holds at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from kvinv_pl.data.files import explaining_os_errors
 from kvinv_pl.data.pictures import is_picture
 from kvinv_pl.errors import UserError
 
@@ -89,12 +90,8 @@ def _rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
     """The pictures in a folder, by suffix or else by content; what is skipped goes into a line of `notes`."""
-    try:
+    with explaining_os_errors("read", folder):
         files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    except OSError as error:
-        raise UserError(
-            f"cannot read the folder {folder}: {error.strerror or error}; fix this, or name another"
-        ) from error
 
     def is_taken(file: Path) -> bool:
         named = file.suffix.lower() in SUFFIXES and not file.is_dir()

@@ -1,7 +1,5 @@
 """A mask of the subject from a file, fitted to its picture and shown over it."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

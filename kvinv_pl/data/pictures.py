@@ -1,7 +1,5 @@
 """Photographs in: any file to upright 8-bit sRGB."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The fields of run.json: all that the files of a run depend on, and the figures measured."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from importlib.metadata import version
@@ -72,12 +70,10 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **plain}
 
 
+@cache  # version reads the whole metadata of a package
 def versions() -> dict[str, str]:
     """The libraries whose behaviour a run may depend on."""
-    return {name: _version(name) for name in LIBRARIES}
-
-
-_version = cache(version)  # which reads the whole metadata of a package, for every picture
+    return {name: version(name) for name in LIBRARIES}
 
 
 MISSING = ...  # which no JSON has

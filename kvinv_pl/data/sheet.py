@@ -1,7 +1,5 @@
 """Pictures side by side with captions."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 

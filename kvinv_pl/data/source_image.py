@@ -146,7 +146,6 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
 
 
 def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
-    """The targets in run.json."""
     targets = run.get("targets", [])
     if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
         file = store.folder / "run.json"
@@ -155,7 +154,6 @@ def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
 
 
 def _settings_in(folder: Path, run: Mapping[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a run was made with, from its run.json."""
     if "tuning" not in run:
         raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
     tuning = run["tuning"]

@@ -1,7 +1,5 @@
 """A thread that writes files while the next ones are computed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ class Writer:
     """
 
     def __init__(self, failures: Failures) -> None:
-        """Note in `failures` the pictures whose files cannot be written."""
         self.failures = failures
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[tuple[SourceImage, Future[None]]] = []

@@ -1,7 +1,5 @@
 """How sure a mean is: its bootstrap interval."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -10,7 +8,7 @@ import numpy as np
 RESAMPLES = 2000
 
 
-def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of independent values; NaN among them are left out.
 
     Of values that are all the same the interval is that value, however few there are. NaN of none.
@@ -19,6 +17,6 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> t
     known = known[~np.isnan(known)]
     if not len(known):
         return math.nan, math.nan
-    picks = np.random.default_rng(seed).integers(len(known), size=(RESAMPLES, len(known)))
+    picks = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
     low, high = np.quantile(known[picks].mean(1), (0.025, 0.975))
     return float(low), float(high)

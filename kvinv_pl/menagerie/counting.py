@@ -1,7 +1,5 @@
 """How many stripes or spots are seen on a trunk."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -17,11 +15,6 @@ SPOT = 0.4  # how far towards the second colour the pixels of a spot are
 WHOLE = 0.30  # of a mark's size that must be seen for it to be counted
 FADED = 0.5  # of its size that the largest mark has at least
 SURE, DOUBTFUL = 0.60, 0.12  # of which a mark of the true picture must, or may, be counted
-
-
-def _towards_second(distances: np.ndarray) -> np.ndarray:
-    """From 0 in the body's colour to 1 in the second."""
-    return distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)
 
 
 def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray, edges: tuple[float, float]) -> np.ndarray:
@@ -63,7 +56,8 @@ def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
     if known.animal.coat == "plain":
         return 0, 0, 0
     marks = known.parts["marks"].astype(np.float32)
-    true, shown = _sizes(known, marks), _sizes(known, _towards_second(distances))
+    towards_second = distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)  # 0 in the body's colour
+    true, shown = _sizes(known, marks), _sizes(known, towards_second)
     whole = _whole(known, true)
     bar = whole
     if known.animal.coat == "striped":  # all of them may be fainter than the true ones

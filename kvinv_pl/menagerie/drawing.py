@@ -1,7 +1,5 @@
 """Anti-aliased drawing by signed distances: one primitive, the tapered capsule, at any picture size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,9 +70,9 @@ class Canvas:
         self.y = (bottom + side * (1.0 - centres))[:, None].astype(np.float32)
         self.pixel = side / self.size
 
-    def coverage(self, distance: np.ndarray, soft: float = 0.0) -> np.ndarray:
-        """How much of each pixel lies inside, 0..1; `soft` widens the edge (in canvas units)."""
-        return np.clip(0.5 - distance / (self.pixel + soft), 0.0, 1.0)
+    def coverage(self, distance: np.ndarray) -> np.ndarray:
+        """How much of each pixel lies inside, 0..1."""
+        return np.clip(0.5 - distance / self.pixel, 0.0, 1.0)
 
     def paint(self, alpha: np.ndarray, colour: np.ndarray, part: str) -> None:
         """Put `colour` (3,) or (h, w, 3) where alpha is 1; parts of the animal make the mask."""

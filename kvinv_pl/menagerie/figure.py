@@ -1,7 +1,5 @@
 """How an animal is drawn: its parts in the order in which they hide each other."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Whether an edited picture shows the same animal in the target action: measured against what was drawn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """What is known of the picture in which an animal does something, and what another picture shows of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 
@@ -39,7 +37,6 @@ class Known:
     """The true picture of an animal in an action, its parts, and the scene that it shares with the source."""
 
     def __init__(self, animal: Animal, target: str, size: int) -> None:
-        """Draw it."""
         self.animal, self.target, self.size = animal, target, size
         self.picture = rgb_of(animal.render(target, size))
         self.scenery = animal.scenery(size)

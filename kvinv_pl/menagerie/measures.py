@@ -1,7 +1,5 @@
 """Single figures of a picture against what was drawn; `identity` puts them together."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

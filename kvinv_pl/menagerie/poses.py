@@ -1,7 +1,5 @@
 """How a body is built and held in each action: joints in units of one body length, y up from the ground."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

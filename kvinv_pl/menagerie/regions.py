@@ -1,7 +1,5 @@
 """Regions of a picture as boolean arrays: growing, shifting, connected components, the best small shift."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -125,14 +125,10 @@ class Animal(Figure):
         """
         return self.along(self.canvas(size), self._known(action)) * self.scale
 
-    @staticmethod
-    def _check(action: str) -> str:
-        if action not in ACTIONS:
-            raise ValueError(f"an action of the menagerie is one of {', '.join(ACTIONS)}; got {action!r}")
-        return action
-
     def _known(self, action: str | None) -> str:
-        return self.action if action is None else self._check(action)
+        if action is not None and action not in ACTIONS:
+            raise ValueError(f"an action of the menagerie is one of {', '.join(ACTIONS)}; got {action!r}")
+        return action or self.action
 
     @property
     def window(self) -> tuple[float, float, float]:

@@ -1,7 +1,5 @@
 """Models that are changed in memory after they were loaded, as by a LoRA that is put into them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +50,6 @@ class Changes:
     """What was changed of a backbone since it was loaded."""
 
     def __init__(self, backbone: Backbone) -> None:
-        """It has just been loaded."""
         self._backbone, self._notes = backbone, list(backbone.notes)
         self._identity = dict(backbone.identity)
         self._loaded = self._seen = self._look()

@@ -1,7 +1,5 @@
 """Which checkpoint, a folder or one file, and what is chosen with it; its parts, or its outline alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +10,18 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from kvinv_pl import menagerie
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import NO_CHOICES, Choices, listed
-from kvinv_pl.models.conversion import of_file
-from kvinv_pl.models.families import configurations
-from kvinv_pl.models.folder import Parts, of_folder, read_json, refuse_other_kinds
-from kvinv_pl.models.hub import place_of
+from kvinv_pl.models.conversion import converted, of_file
+from kvinv_pl.models.families import configurations, vae_configuration
+from kvinv_pl.models.folder import PARTS, Parts, model, of_folder, read_json, refuse_other_kinds
+from kvinv_pl.models.hub import file_of, place_of, vae_of
 from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, of_pipeline
-from kvinv_pl.models.loading import attempt, combined, quiet
+from kvinv_pl.models.loading import attempt, combined, digest, located, quiet, sha256
 from kvinv_pl.models.lora import with_loras
-from kvinv_pl.models.other_vae import other_vae
-from kvinv_pl.models.single_file import read_contents
+from kvinv_pl.models.single_file import VAE, read_contents, weights
 from kvinv_pl.models.textual_inversion import with_embeddings
 
 
@@ -34,7 +32,7 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_C
     loras, words = listed(choices.loras), listed(choices.embeddings)
     read_as = torch.float32 if loras else dtype
     with quiet():
-        vae, digests = other_vae(choices.vae)
+        vae, digests = _other_vae(choices.vae)
         if isinstance(place, Path) and place.is_dir():
             found = of_folder(place, name, read_as, vae, choices.variant)
         elif choices.variant is not None:
@@ -60,6 +58,29 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_C
     identity = {"checkpoint": name, **found.identity, **choices.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
     return replace(found, scheduler_config=scheduler, identity=identity, notes=[*layers, *tokens])
+
+
+def _other_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]]:
+    """The VAE that was chosen, if one was, and its digest."""
+    if chosen is None:
+        return None, {}
+    needed = "expected a VAE: a .safetensors file, a folder as diffusers saves it, or a hub id"
+    if chosen.count("/") > 1 and chosen.endswith(".safetensors"):  # it may be one of a repository's files
+        place = file_of(chosen, "a VAE")
+    else:
+        place = located(chosen, menagerie.checkpoint, needed, files=True) or vae_of(chosen)
+    if place.is_file():
+        contents = read_contents(place, allow_pickle=False)
+        if not any(contents.has(start) for start in (VAE, "encoder.down.")):
+            contents.refuse_others("a VAE")
+        configs = {"vae": attempt(place, lambda: vae_configuration(contents))}
+        tensors = weights(place)
+        return converted(place, tensors, AutoencoderKL, configs, "vae", torch.float32), {"vae": digest(place)}
+    folder = place if (place / "config.json").is_file() else place / "vae"
+    if (kind := read_json(folder, "config.json").get("_class_name")) != PARTS["vae"]:
+        raise UserError(f"{folder} contains {kind}; {needed}")
+    vae, files = model(folder, AutoencoderKL, torch_dtype=torch.float32)
+    return vae, {"vae": sha256(folder, {*files, folder / "config.json"})}
 
 
 def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from kvinv_pl import menagerie
-from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import AGAIN, attempt, quiet
+from kvinv_pl.models.loading import attempt, json_of, pretrained, quiet, require_type
 
 NEEDED = "expected a CLIP folder as transformers saves it (openai/clip-vit-large-patch14), or menagerie"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
@@ -41,18 +39,12 @@ class Clip:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Clip:
         """Load a folder as transformers saves it, or "menagerie", the one of the embedded world."""
         place = menagerie.clip() if str(folder) == "menagerie" else Path(folder).expanduser()
-        kind = _config(place, "config.json").get("model_type")
-        if kind != "clip":
-            raise UserError(f"{place} is of the kind {kind}; {NEEDED}")
+        require_type(place, "clip", NEEDED)
         with quiet():
-            model, info = attempt(
-                place,
-                lambda: CLIPModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True),
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise UserError(f"{place} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
+            model = pretrained(CLIPModel, place, dtype=torch.float32)
             tokenizer = attempt(place, lambda: CLIPTokenizer.from_pretrained(place))
-        how = _config(place, "preprocessor_config.json", {})
+        file = place / "preprocessor_config.json"
+        how = json_of(file) if file.is_file() else {}
         mean, std = how.get("image_mean", MEAN), how.get("image_std", STD)
         return cls(model.to(device), tokenizer, tuple(mean), tuple(std))
 
@@ -85,12 +77,3 @@ def _direction(found: Any) -> Float[Tensor, " d"]:
     """The one row of features, of length 1, wherever a version of transformers has it."""
     features = found if isinstance(found, Tensor) else found.pooler_output
     return torch.nn.functional.normalize(features[0].float().cpu(), dim=0)
-
-
-def _config(folder: Path, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    file = folder / name
-    if not file.is_file():
-        if default is None:
-            raise UserError(f"{folder} has no {name}; {NEEDED}")
-        return default
-    return attempt(file, lambda: json.loads(file.read_text(encoding="utf-8")))

@@ -1,7 +1,5 @@
 """A checkpoint in one file, converted by diffusers with the configurations of its family."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -21,8 +19,6 @@ from kvinv_pl.models.folder import Parts
 from kvinv_pl.models.loading import AGAIN, attempt, digest
 from kvinv_pl.models.single_file import read_contents, weights
 
-PIPELINE = "StableDiffusionPipeline"
-
 
 def of_file(
     path: Path,
@@ -40,7 +36,7 @@ def of_file(
     if vae is None:
         vae = converted(path, tensors, AutoencoderKL, configs, "vae", torch.float32)
     text_encoder = converted(path, tensors, CLIPTextModel, configs, "text_encoder", dtype)
-    identity = {"class": PIPELINE, "sha256": digest(path)}
+    identity = {"class": "StableDiffusionPipeline", "sha256": digest(path)}
     return Parts(unet, vae, text_encoder, tokenizer(configs["pad_token"]), configs["scheduler"], identity)
 
 

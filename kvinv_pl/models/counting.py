@@ -1,7 +1,5 @@
 """What a piece of code takes, counted and not timed: floating point operations, and live memory."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-Work = Callable[[], Any]
 
-
-def flops(work: Work) -> float:
+def flops(work: Callable[[], Any]) -> float:
     """Floating point operations of matrix products, convolutions and attention, a product's two counted."""
     with FlopCounterMode(display=False) as counter:
         work()

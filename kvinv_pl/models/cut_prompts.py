@@ -1,7 +1,5 @@
 """Prompts that are longer than the text model reads: which words are lost, and which prompts read alike."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvinv_pl.errors import UserError

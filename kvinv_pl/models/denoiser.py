@@ -1,7 +1,5 @@
 """The frozen model with psi attached: what the three stages call as epsilon."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.algorithm.guidance import branches_at, guided
-from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
@@ -29,7 +26,7 @@ class Denoiser(nn.Module):
         """Nothing is attached yet; `autocast` may be set to the precision's own context."""
         super().__init__()
         self.backbone, self.variant, self.selection = backbone, variant, selection
-        self.table: Schedule = backbone.step_table(steps)
+        self.table = backbone.step_table(steps)
         self.psi = nn.ModuleDict()
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         self.attachment: Attachment | None = None
@@ -90,17 +87,12 @@ class Denoiser(nn.Module):
         self, contexts: Float[Tensor, "2 rows L d"], w: float
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """As (z, t) -> output at guidance w; contexts are unconditional, then conditional."""
-
-        def eps(z: Tensor, t: Tensor) -> Tensor:
-            out = self.branches(z, t, contexts[-branches_at(w) :])
-            return guided(out, (w,))
-
-        return eps
+        return lambda z, t: guided(self.branches(z, t, contexts[-branches_at(w) :]), (w,))
 
     def bind(self, masks: Float[Tensor, "slots h w"] | None) -> None:
         """Pass the masks of the slots to every site; refuse variants that take none."""
         for cp in self.cps:
-            if masks is not None and type(cp).bind is CPAttention.bind:
+            if masks is not None and not cp.takes_masks:
                 raise UserError(
                     f"a mask was given, but {type(cp).__name__} takes none: "
                     "leave it out, or use a variant that does"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import attempt, quiet
+from kvinv_pl.models.loading import pretrained, quiet, require_type
 
 NEEDED = "expected a DINO folder as transformers saves it (facebook/dino-vitb8, for one)"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -37,17 +36,9 @@ class Dino:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Dino:
         """Load a folder as transformers saves it."""
         place = Path(folder).expanduser()
-        config = place / "config.json"
-        if not config.is_file():
-            raise UserError(f"{place} has no config.json; {NEEDED}")
-        kind = attempt(config, lambda: json.loads(config.read_text(encoding="utf-8"))).get("model_type")
-        if kind != "vit":
-            raise UserError(f"{place} is of the kind {kind}; {NEEDED}")
+        require_type(place, "vit", NEEDED)
         with quiet():
-            model = attempt(
-                place,
-                lambda: ViTModel.from_pretrained(place, dtype=torch.float32, add_pooling_layer=False),
-            )
+            model = pretrained(ViTModel, place, dtype=torch.float32, add_pooling_layer=False)
         return cls(model.to(device))
 
     @torch.no_grad()

@@ -3,8 +3,6 @@
 The shapes of its tensors give the sizes, and configs/*.json what they cannot say.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

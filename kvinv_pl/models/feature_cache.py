@@ -6,8 +6,6 @@ modules finish is seen in the first forward, and the largest of those that finis
 run again. What lies between modules (joining feature maps, reshaping) runs every time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 Forward = Callable[..., Any]
+_Stamp = list[tuple[Tensor, int]]
+"""Tensors, and how often each had been changed in place."""
 
 
 class FeatureCache:
@@ -31,7 +31,7 @@ class FeatureCache:
     def __init__(self, network: nn.Module, late: Iterable[nn.Module]) -> None:
         self._network, self._late = network, list(late)
         self._inputs: tuple[Any, ...] | None = None
-        self._stamp: _Stamp | None = None
+        self._stamp: _Stamp = []
         self._kept: dict[nn.Module, list[_Call]] = {}
 
     @property
@@ -41,7 +41,7 @@ class FeatureCache:
 
     def forget(self) -> None:
         """Clear the cache; the next forward fills it."""
-        self._inputs, self._stamp, self._kept = None, None, {}
+        self._inputs, self._stamp, self._kept = None, [], {}
 
     @contextmanager
     def kept(self, *made_of: Tensor) -> Iterator[None]:
@@ -51,13 +51,15 @@ class FeatureCache:
         the device: where all inputs follow from the tensors of `made_of`, it is enough that these are the
         very same ones as at the last forward, and unchanged.
         """
-        now = _Stamp(made_of) if made_of else None
+        now = [(tensor, tensor._version) for tensor in made_of]
         with _in_place_of({self._network: partial(self._enter, self._network.forward, now)}):
             yield
 
-    def _enter(self, forward: Forward, now: _Stamp | None, *args: Any, **kwargs: Any) -> Any:
+    def _enter(self, forward: Forward, now: _Stamp, *args: Any, **kwargs: Any) -> Any:
         """The network's own forward, with its front recorded or reused."""
-        known = now is not None and self._stamp is not None and now.is_like(self._stamp)
+        pairs = zip(now, self._stamp, strict=False)
+        same = all(a is b and version == other for (a, version), (b, other) in pairs)
+        known = bool(now) and len(now) == len(self._stamp) and same
         if self._inputs is not None and (known or _same(self._inputs, (args, kwargs))):
             replays = {
                 module: partial(_reuse, iter(calls), module.forward) for module, calls in self._kept.items()
@@ -81,19 +83,6 @@ class FeatureCache:
             self._kept.setdefault(call.module, []).append(call)
         self._inputs = inputs
         return output
-
-
-class _Stamp:
-    """Tensors, and how often each had been changed in place."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors, self.versions = tensors, [tensor._version for tensor in tensors]
-
-    def is_like(self, other: _Stamp) -> bool:
-        """Whether the tensors are the same ones, unchanged between."""
-        pairs = zip(self.tensors, other.tensors, strict=False)
-        same = len(self.tensors) == len(other.tensors) and all(a is b for a, b in pairs)
-        return same and self.versions == other.versions
 
 
 class _Call:

@@ -1,7 +1,5 @@
 """Numbers that are not finite: refused where they arise, with what to do about them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

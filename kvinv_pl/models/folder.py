@@ -1,11 +1,7 @@
 """A checkpoint in a folder, as diffusers saves it: whether it is of the right kind, and its parts, loaded."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import AGAIN, attempt, sha256
+from kvinv_pl.models.loading import AGAIN, attempt, json_of, pretrained, sha256
 from kvinv_pl.models.weight_files import variants_in, weight_files
 
 PARTS = {
@@ -94,16 +90,7 @@ def model(folder: Path, cls: Any, variant: str | None = None, **dtype: torch.dty
             f"{folder} is missing or incomplete: expected config.json, {wanted}.safetensors; {AGAIN}"
         )
     options = {"variant": found.variant or None, "use_safetensors": found.suffix == ".safetensors"}
-    read = partial(cls.from_pretrained, folder, output_loading_info=True, **options, **dtype)
-    loaded, info = attempt(folder, read)
-    if any(".base_layer." in key for key in info["unexpected_keys"]):
-        raise UserError(
-            f"{folder} was saved with a LoRA that is not merged, whose scale no file says: "
-            "save it again after fuse_lora() and unload_lora_weights() of its pipeline"
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
-    return loaded, [folder / name for name in found.names]
+    return pretrained(cls, folder, **options, **dtype), [folder / name for name in found.names]
 
 
 def refuse_other_variants(checkpoint: str, variant: str | None, names: Collection[str]) -> None:
@@ -127,7 +114,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON file of a checkpoint; if it is missing, say what the folder seems to be."""
     if (folder / name).is_file():
-        return attempt(folder / name, lambda: dict(json.loads((folder / name).read_text(encoding="utf-8"))))
+        return json_of(folder / name)
     lone = read_json(folder, "config.json") if (folder / "config.json").is_file() else {}
     kind = lone.get("_class_name") or (lone.get("architectures") or [lone.get("model_type")])[0]
     if not kind and (files := sorted(folder.glob("*.safetensors"))):

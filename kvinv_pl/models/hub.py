@@ -1,7 +1,5 @@
 """Where the files of a checkpoint are, fetched from the hub if need be."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A pipeline of diffusers in memory: a copy of its parts, and a fingerprint of all that they are."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -1,14 +1,14 @@
 """Loading a model's files: errors in one line, digests, and silenced libraries."""
 
-from __future__ import annotations
-
 import hashlib
+import json
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,33 @@ def attempt(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}; {AGAIN}") from error
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """The content of a JSON file of a model."""
+    return attempt(file, lambda: dict(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def require_type(folder: Path, expected: str, needed: str) -> None:
+    """Refuse a folder whose config.json is not of this model_type; `needed` is what is accepted."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; {needed}")
+    if (kind := json_of(folder / "config.json").get("model_type")) != expected:
+        raise UserError(f"{folder} is of the kind {kind}; {needed}")
+
+
+def pretrained(cls: Any, where: Path | str, **options: Any) -> Any:
+    """A model as its library loads it from a folder or the hub, of whose weights none is missing."""
+    read = partial(cls.from_pretrained, where, output_loading_info=True, **options)
+    model, info = attempt(Path(where), read)
+    if any(".base_layer." in key for key in info["unexpected_keys"]):
+        raise UserError(
+            f"{where} was saved with a LoRA that is not merged, whose scale no file says: "
+            "save it again after fuse_lora() and unload_lora_weights() of its pipeline"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{where} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
+    return model
 
 
 def located(checkpoint: str, embedded: Callable[[], Path], needed: str, files: bool = False) -> Path | None:

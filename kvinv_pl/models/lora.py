@@ -4,8 +4,6 @@ diffusers' own loader leaves out what it does not know, such as the magnitudes o
 name is not exactly that of a layer is refused.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

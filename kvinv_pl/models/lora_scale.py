@@ -1,7 +1,5 @@
 """The factor alpha / rank of each layer of a LoRA, from its tensors or from its configuration."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -12,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.loading import attempt
+from kvinv_pl.models.loading import attempt, json_of
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes the configurations of peft, by the model's name."""
@@ -55,7 +53,7 @@ def scales_of(path: Path, metadata: Mapping[str, str], names: Collection[str]) -
             raise UserError(
                 f"{path} has no adapter_config.json beside it, which says its alpha: put it there"
             )
-        configs = {"": attempt(beside, lambda: dict(json.loads(beside.read_text(encoding="utf-8"))))}
+        configs = {"": json_of(beside)}
     else:
         configs = {}
     for config in configs.values():

@@ -1,7 +1,5 @@
 """How many pictures fit into memory side by side."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,20 +1,19 @@
 """How the text model reads a prompt: its beginning alone or, in the syntax of web UIs, chunk after chunk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from kvinv_pl.errors import UserError
 from kvinv_pl.models.finite import require_finite
-from kvinv_pl.models.prompt_syntax import PromptSyntax, parsed, require_known
+from kvinv_pl.models.prompt_syntax import PromptSyntax, parsed
 from kvinv_pl.models.textual_inversion import vectors_of
 
 
@@ -36,7 +35,8 @@ class PromptReader:
 
     def __post_init__(self) -> None:
         """Refuse a syntax that there is not."""
-        require_known(self.syntax)
+        if self.syntax not in get_args(PromptSyntax):
+            raise UserError(f"prompt_syntax: expected plain or webui, got {self.syntax!r}")
 
     @property
     def length(self) -> int:

@@ -4,10 +4,8 @@ r"""What web UIs write into a prompt besides words: weights in brackets, escapes
 of the text, and BREAK ends a chunk of tokens.
 """
 
-from __future__ import annotations
-
 import re
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from kvinv_pl.errors import UserError
 
@@ -105,15 +103,8 @@ def _number(prompt: str, at: int, text: str) -> float:
 
 
 def _fault(prompt: str, at: int, what: str) -> UserError:
-    """What is wrong with a prompt, and where."""
     begin, end = max(0, at - 20), at + 30
     shown = f"{'...' if begin else ''}{prompt[begin:end]}{'...' if end < len(prompt) else ''}"
     shown = " ".join(shown.split())
     escape = r"; \( and \) are brackets of the text" if "bracket" in what or "closed" in what else ""
     return UserError(f"prompt_syntax webui: at '{shown}' of the prompt: {what}{escape}")
-
-
-def require_known(syntax: str) -> None:
-    """Refuse a syntax that there is not."""
-    if syntax not in get_args(PromptSyntax):
-        raise UserError(f"prompt_syntax: expected plain or webui, got {syntax!r}")

@@ -1,7 +1,5 @@
 """Words and their tokens in a prompt: the subject's word, and a mask from the attention to it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -88,13 +86,7 @@ def attention_to_word(
 
 def subject_of(source: str, target: str) -> str:
     """The word for the subject where none is given; a UserError where the prompts do not tell it."""
-    found = common_subject(source, target)
-    if found is None:
-        raise UserError(
-            f"subject: which word of {target!r} is the subject cannot be told from {source!r}: "
-            "give --model.subject"
-        )
-    return found
+    return common_subject(source, target, "give --model.subject")
 
 
 def subject_positions(

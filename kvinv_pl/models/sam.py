@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, Sam2Model, Sam2Processor, SamModel, S
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.finite import require_finite
-from kvinv_pl.models.loading import AGAIN, attempt, first_line, located, quiet
+from kvinv_pl.models.loading import attempt, first_line, located, pretrained, quiet
 
 KINDS = {"sam": (SamModel, SamProcessor), "sam2": (Sam2Model, Sam2Processor)}
 KINDS["sam2_video"] = KINDS["sam2"]  # how SAM 2 is published; only its image part is used
@@ -41,12 +41,7 @@ class Segmenter:
         where = str(located(checkpoint, menagerie.segmenter, NEEDED) or checkpoint)
         with quiet(bars=not Path(where).is_dir()):
             model_class, processor_class = _kind(checkpoint, where)
-            model, info = attempt(
-                Path(checkpoint),
-                lambda: model_class.from_pretrained(where, dtype=torch.float32, output_loading_info=True),
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise UserError(f"{checkpoint} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
+            model = pretrained(model_class, where, dtype=torch.float32)
             processor = attempt(Path(checkpoint), lambda: processor_class.from_pretrained(where))
         return cls(model.to(device), processor)
 
@@ -138,7 +133,6 @@ def _grid(size: tuple[int, int]) -> list[Point]:
 
 
 def _check(size: tuple[int, int], points: Sequence[Point], box: Box | None) -> None:
-    """Refuse what lies outside the picture."""
     width, height = size
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):

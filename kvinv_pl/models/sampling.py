@@ -1,7 +1,5 @@
 """How long a network takes on a device, by a short sample of it, for which its weights may be anything."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

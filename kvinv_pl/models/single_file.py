@@ -1,7 +1,5 @@
 """A model in one file, as model sites have them: what the file contains, and its tensors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A checkpoint without weights, with psi attached: what its forwards take is counted and not run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Words of a prompt that are read by other vectors than the text model's own, which gradients may reach."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.algorithm.ddim import StepTable
-from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import load, sizes
 from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
@@ -62,7 +61,7 @@ class Backbone(nn.Module):
         self.vae_factor, self.multiple, self.sample_size = sizes(unet.config, vae.config)
         """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
         self.prompts = PromptReader(tokenizer, text_encoder, prompt_syntax)
-        self._refuse_other_conditions()
+        self._refuse_parts_that_do_not_fit()
         self.requires_grad_(False).train(False)
 
     @classmethod
@@ -132,15 +131,13 @@ class Backbone(nn.Module):
             alphas = torch.where(alphas == 0, FAINTEST, alphas)
         return StepTable.through(timesteps, alphas, final_alpha, self.predicts_v)
 
-    def _refuse_other_conditions(self) -> None:
-        """Refuse a U-Net with more conditioning than z, t and a prompt."""
+    def _refuse_parts_that_do_not_fit(self) -> None:
         config, name = self.unet.config, self.identity.get("checkpoint", "this checkpoint")
         if config["in_channels"] != self.latent_channels:
             raise UserError(
                 f"the U-Net of {name} takes {config['in_channels']} channels where its VAE gives "
                 f"{self.latent_channels}: an inpainting or picture-conditioned model; {NEEDED}, text to image"
             )
-        refuse_other_conditions(config, f"the U-Net of {name}")
         if (width := config["cross_attention_dim"]) != (given := self.text_encoder.config.hidden_size):
             raise UserError(
                 f"the U-Net of {name} reads prompts of width {width}, its text model gives {given}"

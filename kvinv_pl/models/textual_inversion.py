@@ -1,7 +1,5 @@
 """Textual inversions: words that a file adds to the tokenizer, each with one vector or several."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A large picture through a VAE by tiles, as diffusers does it: as a whole, it would take gigabytes."""
 
-from __future__ import annotations
-
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 WHOLE = 1024 * 1024

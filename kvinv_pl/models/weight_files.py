@@ -1,7 +1,5 @@
 """Which files of a model's folder have its weights: in full, in half precision, or before the average."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A background that stays: the source's latents wherever neither the source nor the edit has the subject."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float

@@ -54,7 +54,6 @@ def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
 
 
 def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
-    """The reconstruction as a picture, and its figures."""
     run, steps = store.read_run(), len(denoiser.table)
     z = torch.stack([store.trajectory()[0], store.step(steps - 1).z]).to(denoiser.device)
     round_trip, tuned = denoiser.backbone.decode(z).cpu()

@@ -1,7 +1,5 @@
 """Tuning as a curriculum: the phases, and which pictures and timesteps they have."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Stage 3 of one picture, from its run folder and back into it: edits, and the sheet of them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,18 +109,18 @@ def edit_picture(
         def after(i: int, z: Tensor) -> Tensor:
             z = reader.keep(i, z)
             other = watch.after_step(i, int(table.timesteps[i]), z) if watch.after_step else None
-            if other is None or other is z:
-                return z
-            changed.append(i)
-            return other.to(z)
+            if other is not None and other is not z:
+                changed.append(i)
+                z = other.to(z)
+            watch.progress.advance(f"timestep {int(table.timesteps[i])}")
+            return z
 
         watch.progress.begin("editing", image.name, len(table))
         z_T = trajectory[-1:].to(denoiser.device).expand(len(batch), -1, -1, -1)
         with reader.prefetching():
             return edit(
-                reader.eps, z_T, table, reader.psi, settings.guide, settings.start,
-                lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"), after, reader.alone,
-            )  # fmt: skip
+                reader.eps, z_T, table, reader.psi, settings.guide, settings.start, after, reader.alone
+            )
 
     z_0 = in_batches(targets, sampled)
     finite = z_0.isfinite().flatten(1).all(1).tolist()

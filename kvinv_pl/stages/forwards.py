@@ -1,7 +1,5 @@
 """How many forwards of the U-Net the stages of one picture are, before any is run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kvinv_pl.algorithm.guidance import branches_at

@@ -1,14 +1,12 @@
 """Stage 1 of one picture, from its run folder and back into it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
-from kvinv_pl.data.geometry import to_image, to_mask
+from kvinv_pl.data.geometry import Geometry, to_image, to_mask
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import INVERTED, geometry_of, versions
 from kvinv_pl.data.run_store import RunStore
@@ -103,5 +101,4 @@ def mask_of(store: RunStore) -> Tensor | None:
     if not picture["mask"]:
         return None
     mask = open_picture(store.folder / "mask.png").image
-    geometry = geometry_of({**picture, "size": list(mask.size), "box": None})
-    return to_mask(mask, geometry)
+    return to_mask(mask, Geometry(mask.size, geometry_of(picture).resized))

@@ -1,7 +1,5 @@
 """Whether a setting is of the kind that its annotation says: from Python anything may come."""
 
-from __future__ import annotations
-
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 

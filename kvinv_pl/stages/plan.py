@@ -1,7 +1,5 @@
 """The phases that remain of a pass of the curriculum over pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +9,6 @@ from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Pass, Phase, at_pivots, batches, missing_at_pivots, roll_out
 from kvinv_pl.stages.settings import TuningSettings
-
-Record = Callable[[], dict[str, Any]]
-"""Makes a field of run.json, once psi is attached."""
 
 
 class Planner:
@@ -42,9 +37,12 @@ class Planner:
         return ("roll-out",)
 
     def plan(
-        self, attempt: Attempt, which: Pass, tuning: Record, editing: Mapping[str, Any]
+        self, attempt: Attempt, which: Pass, tuning: Callable[[], dict[str, Any]], editing: Mapping[str, Any]
     ) -> tuple[list[SourceImage], list[Phase]]:
-        """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are."""
+        """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are.
+
+        `tuning` makes its field of run.json, once psi is attached.
+        """
         works, done = [attempt.at(work) for work in self.works], list[set[int] | None]()
         for work in works:
             done.append(None)

@@ -1,7 +1,5 @@
 """Progress on the terminal, and who else watches a run."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time

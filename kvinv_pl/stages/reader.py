@@ -1,7 +1,5 @@
 """What an edit reads at each step: psi_t itself, or the K-bar and V-bar of the source, stored or replayed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +16,6 @@ from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.tensors import Step
-from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompt_reader import as_long
 from kvinv_pl.models.prompts import START, subject_positions, subject_words
@@ -176,10 +173,7 @@ class Reader:
             yield
 
     def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-        if (kv := step.kv) is None:
-            raise UserError(
-                f"{self.store.folder} has no K-bar and V-bar: edit it with kv replayed, or reading blend"
-            )
+        kv = step.kv or {}
         return {path: (k[self.reads, None], v[self.reads, None]) for path, (k, v) in kv.items()}
 
     @contextmanager

@@ -1,7 +1,5 @@
 """What tuning leaves of a picture: its files, phase by phase, what the loggers get, and its certificate."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any

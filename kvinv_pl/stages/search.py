@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.geometry import to_pixels
+from kvinv_pl.data.geometry import Geometry, to_pixels
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.sheet import sheet
@@ -183,7 +183,7 @@ class Judging:
             towards = self.clip.of_text(target) - self.clip.of_text(source)
             likeness = 100 * float(seen @ self.clip.of_picture(self._source))
             return Candidate(settings, file, 100 * float(seen @ towards), likeness)
-        geometry = geometry_of(self.image.store.read_run()["picture"])
+        geometry = Geometry(edited.size, geometry_of(self.image.store.read_run()["picture"]).resized)
         z_0 = self.denoiser.backbone.encode(to_pixels(edited, geometry)[None].to(self.denoiser.device))
         agreement = own_agreement(self.denoiser, z_0, source, target)
         return Candidate(settings, file, agreement, shared_colours(self._source, edited))
@@ -233,7 +233,6 @@ def _lines(
 def _shown(
     image: SourceImage, target: str, best: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[Image.Image, str]]:
-    """The source, and the best beside it."""
     yield open_picture(image.store.folder / "source.png").image, f"source\n{target}"
     for each in best:
         figures = f"agreement {each.agreement:.3g}\nlikeness {each.likeness:.3g}"

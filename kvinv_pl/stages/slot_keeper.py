@@ -1,7 +1,5 @@
 """Psi of the slots that have stopped, while others are still tuned."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -32,10 +30,6 @@ class SlotKeeper:
         if self.kept and bool(new.any()):
             self._take(new, self.kept, self.parameters)
         self.stopped |= new
-
-    def stop_failed(self, slots: Bool[Tensor, " slots"]) -> None:
-        """Stop failed slots; restore() resets them to what was last kept."""
-        self.stopped |= slots
 
     @torch.no_grad()
     def zero_gradients(self, slots: Bool[Tensor, " slots"]) -> None:

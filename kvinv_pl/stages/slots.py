@@ -1,7 +1,5 @@
 """The slots of a phase: pictures, each at its own step, and their psi as it is loaded and stored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,50 +1,49 @@
-"""What an edit is going to be, step by step: the predicted x_0 on the way (Fig. 3 of the paper)."""
+"""What a picture is going to be, step by step: the predicted x_0 on the way (Fig. 3 of the paper)."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.data.geometry import to_image
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.stages.invert import mask_of
-from kvinv_pl.stages.reader import Reader
-from kvinv_pl.stages.settings import EditSettings
 
 
-@torch.no_grad()
-def predicted_pictures(
-    denoiser: Denoiser, store: RunStore, target: str, settings: EditSettings, count: int
-) -> list[tuple[int, Image.Image]]:
-    """The predicted x_0 at up to `count` steps, evenly spread from noise to the last, each with its timestep.
+class Strip:
+    """Of a run that is tuned to the end, at `count` steps or fewer, evenly spread from noise to the last."""
 
-    The run is tuned to the end, the model loaded in its precision, and `count` 2 or more.
-    """
-    table, trajectory = denoiser.table, store.trajectory()
-    denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
-    mask = mask_of(store)
-    denoiser.bind(None if mask is None else mask[None])
-    steps = {round(n * (len(table) - 1) / (count - 1)) for n in range(count)}
-    z = trajectory[-1:].to(denoiser.device)
-    found = list[Float[Tensor, "1 c h w"]]()
-    reader = Reader(denoiser, store, [target], settings)
-    wanted = sorted(i for i in steps if table.has_effect(i))
+    def __init__(self, denoiser: Callable[[], Denoiser], store: RunStore, count: int) -> None:
+        """Take who has the model, which need not be loaded before the first step; `count` is 2 or more."""
+        self._denoiser, self._store, self._count = denoiser, store, count
+        self._before: Tensor | None = None
+        self.pictures: list[tuple[int, Image.Image]] = []
+        """Each with its timestep."""
 
-    def keep(i: int, z_to: Tensor) -> Tensor:
-        nonlocal z
-        if i in wanted:
-            found.append(table.predicted_z_0(z, z_to, i))
-        z = reader.keep(i, z_to)
-        return z
+    def see(self, i: int, t: int, z: Tensor) -> None:
+        """Note what the latents before and after a step say of the picture; of several edits, the first's."""
+        before = self._store.trajectory()[-1:].to(z) if i == 0 else self._before
+        if before is not None and i in self._steps():
+            self._note(i, before[:1], z[:1])
+        self._before = z
 
-    with reader.prefetching():
-        edit(reader.eps, z, table, reader.psi, settings.guide, settings.start, keep=keep, alone=reader.alone)
-    geometry = geometry_of(store.read_run()["picture"])
-    pixels = denoiser.backbone.decode(torch.cat(found))
-    pictures = [to_image(each.cpu(), geometry) for each in pixels]
-    return list(zip((int(table.timesteps[i]) for i in wanted), pictures, strict=True))
+    def read_tuning(self) -> None:
+        """Note the same of the steps that the run has stored, by which its reconstruction came."""
+        for i in self._steps():
+            before = self._store.step(i - 1).z if i else self._store.trajectory()[-1]
+            self._note(i, before[None], self._store.step(i).z[None])
+
+    def _steps(self) -> list[int]:
+        table, last = self._denoiser().table, len(self._denoiser().table) - 1
+        spread = sorted({round(n * last / (self._count - 1)) for n in range(self._count)})
+        return [i for i in spread if table.has_effect(i)]
+
+    @torch.no_grad()
+    def _note(self, i: int, before: Tensor, after: Tensor) -> None:
+        denoiser = self._denoiser()
+        z_0 = denoiser.table.predicted_z_0(before.to(denoiser.device), after.to(denoiser.device), i)
+        geometry = geometry_of(self._store.read_run()["picture"])
+        shown = to_image(denoiser.backbone.decode(z_0)[0].cpu(), geometry)
+        self.pictures.append((int(denoiser.table.timesteps[i]), shown))

@@ -1,7 +1,5 @@
 """Stage 2 of pictures side by side: the beginning, the steps and the end of a phase."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -89,7 +87,6 @@ class Tuning:
             slots.start(self.attempt.seed)
 
     def _announce(self) -> None:
-        """Show what begins."""
         works = [work for _, work in self._slots.active()] if self.rolls_out else self.works
         name = works[0].name if len(works) == 1 else f"{len(works)} pictures"
         if self.attempt.number:
@@ -159,7 +156,6 @@ class Tuning:
         optimizer.step()
 
     def _where(self) -> str:
-        """The current timesteps, for display."""
         first, last = (int(t) for t in self.denoiser.table.timesteps[self._steps[[0, -1]]])
         return f"timestep {first}" if first == last else f"timesteps {first} to {last}"
 
@@ -189,7 +185,7 @@ class Tuning:
                     "learning rate or guidance scale, or precision 32-true",
                 )
         self._slots.lost |= lost
-        self._keeper.stop_failed(lost)
+        self._keeper.stopped |= lost  # restore() puts back what was last kept
 
     # ---- a phase ends
 

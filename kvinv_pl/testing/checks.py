@@ -1,10 +1,6 @@
 """The checks of the conformance kit, each with the reason for it."""
 
-from __future__ import annotations
-
-import inspect
 import json
-import re
 import tempfile
 from dataclasses import replace
 
@@ -13,6 +9,7 @@ from jaxtyping import config
 from torch import Tensor
 
 from kvinv_pl.attention.config import build, of_variant
+from kvinv_pl.attention.registry import options
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
@@ -47,11 +44,9 @@ def _slots_first(harness: Harness) -> None:
 
 def _harnesses(variant: Factory, site: Site = SITE) -> list[tuple[str, Harness]]:
     """The variant as tuning leaves it, without a mask and, if it takes one, with one."""
-    plain = [("", Harness(variant, site).start().shake())]
-    masked = (
-        [(" with a mask", Harness(variant, site).start().shake().mask())] if plain[0][1].takes_masks else []
-    )
-    return plain + masked
+    plain = Harness(variant, site).start().shake()
+    masked = [Harness(variant, site).start().shake().mask()] if plain.cp.takes_masks else []
+    return [("", plain), *((" with a mask", harness) for harness in masked)]
 
 
 @check("identity at reset", "Tuning starts from the model's own attention, where nothing has been learned.")
@@ -217,13 +212,9 @@ def _built(variant: Factory) -> None:
 @check("every option documented", "`kvinv variants` and the help show what the docstring says.")
 def _documented(variant: Factory) -> None:
     cls = type(variant(SITE))
-    text = inspect.cleandoc(cls.__doc__ or "")
-    if not text:
+    if not cls.__doc__:
         raise NonconformingError(f"{cls.__name__} has no docstring")
-    args = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
-    documented = re.findall(r"^\s+(\w+)(?: \([^)]*\))?: \S", args.group(1) if args else "", re.MULTILINE)
-    options = list(inspect.signature(cls.__init__).parameters)[2:]  # without self and site
-    if missing := [name for name in options if name not in documented]:
+    if missing := [option.name for option in options(cls) if not option.text]:
         raise NonconformingError(f"the docstring's Args lack {', '.join(missing)}")
 
 
@@ -253,7 +244,7 @@ def _frozen(variant: Factory) -> None:
 @check("a mask comes off", "A mask belongs to one picture; the next one may have none.")
 def _unmasked(variant: Factory) -> None:
     harness, x = Harness(variant).start().shake(), features(2)
-    if harness.takes_masks:
+    if harness.cp.takes_masks:
         out = harness.blend(x)
         harness.mask().cp.bind(None)
         same(harness.blend(x), out, "attention after bind(None)")

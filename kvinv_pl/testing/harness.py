@@ -44,11 +44,6 @@ class Harness:
         self.site, self.dtype, self.cp = site, dtype, variant(site)
         self.attachment = attach(unet, {PATH: self.cp})
 
-    @property
-    def takes_masks(self) -> bool:
-        """Whether the variant has a `bind` of its own."""
-        return type(self.cp).bind is not CPAttention.bind
-
     def values(self) -> dict[str, nn.Parameter]:
         """What is learned."""
         return dict(self.cp.named_parameters())
@@ -63,7 +58,7 @@ class Harness:
         self.cp.reset(seeded(seed))
         if self.cp.observes:
             with self.attachment.observing() as kv:
-                self._forward(features(1, self.site).to(self.dtype))
+                self.bare(features(1, self.site).to(self.dtype))
             k, v = kv[PATH]
             self.cp.observe(k[-1].float(), v[-1].float())
         return self
@@ -92,23 +87,23 @@ class Harness:
         return self
 
     def bare(self, x: Tensor) -> Tensor:
-        """The model's own attention."""
-        return self._forward(x)
+        """The layer's own attention, or as the mode around it has it."""
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def blend(self, x: Tensor) -> Tensor:
         """Eq. 1 and Eq. 2 with the live psi."""
         with self.attachment.blend():
-            return self._forward(x)
+            return self.bare(x)
 
     def record(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """As `blend`, with the K-bar and V-bar that a run would store."""
         with self.attachment.recording() as kv:
-            return self._forward(x), kv
+            return self.bare(x), kv
 
     def frozen(self, x: Tensor, kv: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
         """Eq. 2 on K-bar and V-bar that were stored."""
         with self.attachment.frozen(kv):
-            return self._forward(x)
+            return self.bare(x)
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
         """Of a squared error, as Eq. 3 is one, by psi's names; zero where no gradient arrives."""
@@ -118,9 +113,6 @@ class Harness:
         error = (self.blend(x) - features(len(x), self.site, seed=1).to(x.dtype)).float().square().sum()
         found = torch.autograd.grad(error, list(values.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(values, found, strict=True))
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def attention(heads: int, core: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,7 +1,5 @@
 """The checks of methods to compare with, on a tiny network, each with the reason for it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,12 +24,10 @@ Make = Callable[[], Any]
 listed = partial(check, among=METHOD_CHECKS)
 
 
-def scene_for(
-    method: Any, target: str = TARGET, guidance: float = 5.0, predicts_v: bool = False, model: Any = None
-) -> Scene:
+def scene_for(method: Any, guidance: float = 5.0, predicts_v: bool = False, model: Any = None) -> Scene:
     """A picture and its prompts, with the source prompt that the method asks for."""
     source = "" if getattr(method, "empty_source", False) else SOURCE
-    return Scene(model or TinyModel(), table(predicts_v), latents(), source, target, guidance)
+    return Scene(model or TinyModel(), table(predicts_v), latents(), source, TARGET, guidance)
 
 
 @torch.no_grad()
@@ -103,7 +99,6 @@ class Failing(TinyModel):
     """A network that fails in its last call."""
 
     def __init__(self, last: int | None = None) -> None:
-        """Count the calls."""
         super().__init__()
         self.last, self.calls = last, 0
 

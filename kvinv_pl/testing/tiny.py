@@ -1,11 +1,8 @@
 """A U-Net of two levels with random weights, as methods see a network; its prompts need no text model."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -13,41 +10,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable
-from kvinv_pl.algorithm.method import Control
-from kvinv_pl.attention.control import controlling
-from kvinv_pl.attention.convolving import convolving
-from kvinv_pl.attention.cross_attention import cross_attentions
-from kvinv_pl.attention.sites import Site, self_attentions
-from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.weighing import weighing
+from kvinv_pl.models.controllable import Controllable
 from kvinv_pl.testing.harness import seeded
 
 GRID = (4, 6)  # not square
 LENGTH, WIDTH, CHANNELS = 10, 8, 4
 
 
-class TinyModel:
+class TinyModel(Controllable):
     """The `Model` of `kvinv_pl.algorithm.method`; every word is a token, and always of the same embedding."""
 
     def __init__(self) -> None:
-        """Always the same weights."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.unet = _unet().requires_grad_(False).eval()
-        sites, cross, decoder = _layers()
-        self.self_attentions = tuple(site.path for site in sites)
-        self.cross_attentions, self.decoder = tuple(cross), list(decoder)
-        self._grids = {site.tokens: site.grid for site in sites}
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The U-Net's parameters."""
-        return dict(self.unet.named_parameters())
-
-    def weighed(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """The U-Net with these weights."""
-        return weighing(self.unet, weights)
+            torch.manual_seed(0)  # always the same weights
+            unet = UNet2DConditionModel(
+                in_channels=CHANNELS,
+                out_channels=CHANNELS,
+                layers_per_block=1,
+                block_out_channels=(8, 8),
+                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+                attention_head_dim=2,
+                norm_num_groups=4,
+                cross_attention_dim=WIDTH,
+            )
+        super().__init__(unet.requires_grad_(False).eval(), GRID)
 
     def embed(self, prompts: list[str]) -> Float[Tensor, "n L d"]:
         """A drawn vector for every word, and for the start and the end."""
@@ -90,15 +78,6 @@ class TinyModel:
         out = self.unet(z.repeat(count, 1, 1, 1), t.expand(count * rows), given, return_dict=False)[0]
         return out.unflatten(0, (count, rows))
 
-    @contextmanager
-    def controlled(self, i: int, control: Control) -> Iterator[None]:
-        """The control's attentions and convolutions, at step i."""
-        with (
-            controlling(self.unet, tuple(control.attentions), self._grids, partial(control.attend, i)),
-            convolving(self.unet, tuple(control.convolutions), partial(control.convolve, i)),
-        ):
-            yield
-
 
 def table(predicts_v: bool = False) -> StepTable:
     """Three steps of Stable Diffusion's schedule."""
@@ -109,28 +88,6 @@ def table(predicts_v: bool = False) -> StepTable:
 def latents() -> Float[Tensor, "1 c h w"]:
     """Those of the picture."""
     return torch.randn(1, CHANNELS, *GRID, generator=seeded(0))
-
-
-def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=4,
-        cross_attention_dim=WIDTH,
-    )
-
-
-@cache
-def _layers() -> tuple[list[Site], list[str], list[tuple[str, list[str]]]]:
-    """Self-attentions, cross-attentions and the decoder, which are every instance's."""
-    unet = _unet()
-    paths = [path for path, _ in unet.named_modules()]
-    return self_attentions(unet, GRID), cross_attentions(unet), decoder_layers(paths)
 
 
 @cache

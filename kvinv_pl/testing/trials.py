@@ -1,14 +1,13 @@
 """The checks applied to a variant, under its defaults and every choice among its options, or to a method."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from kvinv_pl.attention.cp_attention import CPAttention
+from kvinv_pl.attention.registry import options as options_of
 from kvinv_pl.errors import UserError
 from kvinv_pl.testing.check import Check, NonconformingError
 from kvinv_pl.testing.checks import CHECKS
@@ -152,13 +151,9 @@ def report(found: list[Trial]) -> tuple[list[str], int]:
 
 def _choices(cls: type[CPAttention]) -> list[Mapping[str, Any]]:
     """Every value but the default of every option with few values."""
-    try:
-        hints = get_type_hints(cls.__init__)
-    except NameError:  # types that were imported for the type checker alone
-        hints = {}
     found = []
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        kind = hints.get(name)
-        values = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
-        found += [{name: value} for value in values if value != parameter.default]
+    for option in options_of(cls):
+        literal = get_args(option.kind) if get_origin(option.kind) is Literal else ()
+        values = (False, True) if option.kind is bool else literal
+        found += [{option.name: value} for value in values if value != option.default]
     return found

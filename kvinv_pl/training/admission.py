@@ -1,7 +1,5 @@
 """Which pictures a command may begin with, and how many of them go side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -83,7 +83,6 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
 
 
 def _size(work: SourceImage, sizes: Sizes) -> tuple[int, int]:
-    """Width and height of a picture as the model sees it."""
     if work.path is None:
         picture = work.store.read_run()["picture"]
     else:
@@ -242,7 +241,6 @@ class Estimate:
 
 
 def _flop(count: float) -> str:
-    """Floating point operations for display."""
     for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,7 +1,5 @@
 """Stopping ranks, and handling Ctrl-C and SIGTERM."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

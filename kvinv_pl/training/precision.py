@@ -1,7 +1,5 @@
 """The precision that the U-Net and the text model are held in; psi is in fp32 always."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

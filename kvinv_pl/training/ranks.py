@@ -1,7 +1,5 @@
 """The ranks of this machine: how they are started, waited for and stopped, and what each works on."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -157,7 +155,6 @@ class Ranks:
             self._queue.report(self.world.local_rank, reasons)
 
     def _of_node(self, shares: int) -> range:
-        """The shares of this machine."""
         return range(self.world.node, shares, self.world.nodes)
 
     def _wait(self, condition: Callable[[], bool]) -> None:

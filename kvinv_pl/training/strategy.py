@@ -1,7 +1,5 @@
 """Several devices, as Lightning has them: one process each, which tunes its own pictures."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The work queue of the ranks of one machine: a folder with what each has claimed, and what failed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

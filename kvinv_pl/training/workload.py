@@ -1,7 +1,5 @@
 """The workload of a command: groups pictures into shares, locks their run folders."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

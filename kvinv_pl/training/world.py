@@ -1,7 +1,5 @@
 """Which rank this process is, of how many, and its share of the cores."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

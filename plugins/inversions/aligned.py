@@ -1,7 +1,5 @@
 """Aligned inversion (DirectEdit, 2026), for DDIM."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

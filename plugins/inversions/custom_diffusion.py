@@ -1,7 +1,5 @@
 """Custom Diffusion (Kumari et al., 2023) of one picture."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """DreamBooth (Ruiz et al., 2023), by LoRA (Hu et al., 2022), of one picture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

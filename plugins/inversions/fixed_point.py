@@ -1,7 +1,5 @@
 """DDIM inversion by fixed points (Pan et al., 2023, AIDI; Garibi et al., 2024, ReNoise)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """Imagic (Kawar et al., 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """DDIM inversion whose noise is kept white (Parmar et al., 2023, pix2pix-zero)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Null-text inversion (Mokady et al., 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """Proximal guidance (Han et al., 2024, ProxEdit)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

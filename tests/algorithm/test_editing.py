@@ -70,5 +70,10 @@ def test_several_edits_go_side_by_side_under_one_psi_and_do_not_see_each_other()
 
 def test_every_step_is_reported_once_in_order() -> None:
     network, told = Network(), list[int]()
-    edit(network, torch.randn(1, 4, 2, 2), TABLE, network.psi, Guidance(4.0, 4.0), 0.5, told.append)
+
+    def after(i: int, z: torch.Tensor) -> torch.Tensor:
+        told.append(i)
+        return z
+
+    edit(network, torch.randn(1, 4, 2, 2), TABLE, network.psi, Guidance(4.0, 4.0), 0.5, after)
     assert told == [*range(T)]

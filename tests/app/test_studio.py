@@ -22,7 +22,7 @@ from fits import SOURCE, TARGET
 from kvinv_pl.app.studio.dials import dials, kind_of, numbers, read
 from kvinv_pl.app.studio.jobs import Job, Jobs, Told
 from kvinv_pl.app.studio.workbench import Workbench
-from kvinv_pl.cli.model_settings import read_model_settings
+from kvinv_pl.cli.studio import read_model_settings
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings

@@ -105,7 +105,6 @@ def test_a_terminal_is_shown_the_figures_that_decide_in_its_own_width() -> None:
         assert "".join(rows).replace(" ", "") in re.sub(r"\d+\.\d|\s", "", "".join(lines[3:]))
     (line,) = (line for line in summary(report, 200).splitlines() if line.startswith("kv_inversion"))
     assert line.split()[1:] == ["12.3", "12.3", "12.3", "12.3", "49.2", "7.0"]
-    assert "another" not in summary(report, 80, ["kv_inversion(attention=recorded)"])
     photographs = {"ours": {"a": {"PIE PSNR": 20.0, "unedited PSNR": 21.0, "seconds": 7.0}}}
     head = summary(Report(photographs, ("seconds", "PIE PSNR", "unedited PSNR")), 80).splitlines()
     assert " ".join(head[:2]).split() == ["PIE", "PSNR", "seconds"]

@@ -150,8 +150,8 @@ def test_a_broken_variant_is_listed_with_the_reason_and_one_that_needs_options_w
             super().__init__(site)
 
     found = {
-        "bad": Variant("bad", None, "sad 1.2", "", "bad:Bad cannot be imported (ImportError: no)"),
-        "needy": Variant("needy", Needy, "theirs 3", "Wants to be told something."),
+        "bad": Variant("bad", None, "sad 1.2", "bad:Bad cannot be imported (ImportError: no)"),
+        "needy": Variant("needy", Needy, "theirs 3"),
     }
     monkeypatch.setattr(registry, "variants", lambda: found)
     out = kvinv("variants", "--checkpoint", bare).out

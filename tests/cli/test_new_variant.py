@@ -68,4 +68,4 @@ def test_a_file_that_is_there_is_not_touched(tmp_path: Path, there: str) -> None
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     answer = kvinv("new-variant", "mine", "-o", tmp_path / "file")
-    assert answer.code == 2 and answer.err.count("\n") == 1 and "cannot write to" in answer.err
+    assert answer.code == 2 and answer.err.count("\n") == 1 and "cannot write" in answer.err

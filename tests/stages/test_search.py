@@ -16,6 +16,7 @@ from PIL import Image
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked, shared_colours
+from kvinv_pl.training.datamodule import SourceImages
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,13 @@ def test_a_target_that_is_asked_for_twice_is_edited_once_and_found_for_both(run:
     fits.edit(RunStore(run), fits.TARGET, fits.TARGET, module=module)
     first, second = module.last_edits
     assert first == second and len(RunStore(run).edits()) == len(GRIDS["start"])
+
+
+def test_the_edits_of_a_picture_that_was_cropped_are_judged_as_well(tmp_path: Path) -> None:
+    image, out = fits.picture(tmp_path / "wide.png", (40, 24)), tmp_path / "run"
+    data = SourceImages(str(image), fits.SOURCE, [fits.TARGET], out=str(out), geometry="crop")
+    fits.trainer().run(fits.model(start="auto"), data)
+    assert len(RunStore(out).edits()) == len(GRIDS["start"])
 
 
 def test_a_clip_judges_in_place_of_the_model(run: Path, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The dials of an edit, one for each field of `EditSettings`: an option that is added there appears here."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

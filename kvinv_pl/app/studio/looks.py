@@ -1,7 +1,5 @@
 """What a run and its work look like on the page."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 from typing import Any

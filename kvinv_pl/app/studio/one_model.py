@@ -1,7 +1,5 @@
 """The model that is in memory: that of the pictures tuned here, or of a run that is edited. There is one."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from pathlib import Path

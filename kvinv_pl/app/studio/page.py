@@ -1,7 +1,5 @@
 """The page: its parts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gradio as gr

@@ -1,7 +1,5 @@
 """What the left side of the page calls: a picture, its subject, and its tuning."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gradio as gr
@@ -24,7 +22,6 @@ class PictureCalls:
     """The calls of a picture that is not tuned yet; what a user is in the middle of is in the page itself."""
 
     def __init__(self, bench: Workbench, checkpoint: str, sam: str) -> None:
-        """Take the workbench, and the models that find a subject by its word and by a click."""
         self.bench, self.checkpoint, self.sam = bench, checkpoint, sam
 
     def take(self, event: gr.SelectData) -> tuple[Any, ...]:

@@ -1,7 +1,5 @@
 """What the right side of the page calls: a run, its edits, and what there is of them to take along."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +19,6 @@ class RunCalls:
     """The calls of a run; which one, the page says each time."""
 
     def __init__(self, bench: Workbench) -> None:
-        """Take the workbench."""
         self.bench = bench
 
     def open_page(self, name: str | None) -> Any:

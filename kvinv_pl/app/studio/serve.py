@@ -1,7 +1,5 @@
 """The studio's server: this machine alone unless told otherwise, and nothing outside its folder."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which part of the page makes which call, on what, and where its answer is shown."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from functools import wraps

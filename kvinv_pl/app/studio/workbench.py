@@ -1,7 +1,5 @@
 """The runs of a folder, and what can be done with them: tune, edit, look. A page only shows this."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -15,7 +13,7 @@ from PIL import Image
 
 from kvinv_pl.api import Run
 from kvinv_pl.app.again import as_yaml, settings_again
-from kvinv_pl.app.studio.frames import OWN, Frames, frames_of
+from kvinv_pl.app.studio.frames import FRAMES, OWN, frames_of, save_frames
 from kvinv_pl.app.studio.jobs import Job, Jobs, Told
 from kvinv_pl.app.studio.one_model import OneModel
 from kvinv_pl.data.files import write_atomically, write_png
@@ -23,6 +21,7 @@ from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.strip import Strip
 
 
 class Workbench:
@@ -92,9 +91,9 @@ class Workbench:
             inverter.progress, inverter.after_step = Told(job), None
             inverter.tune(picture, source, folder, mask if mask.is_file() else None)
             self._model.has_tuned(folder)
-            frames = Frames(inverter, RunStore(folder))
-            frames.read_tuning()
-            frames.save(None)
+            strip = Strip(lambda: inverter.model.denoiser, RunStore(folder), FRAMES)
+            strip.read_tuning()
+            save_frames(strip, folder, None)
 
         return self.jobs.add(Job(name, "tune", work))
 
@@ -104,11 +103,11 @@ class Workbench:
 
         def work(job: Job) -> list[Path]:
             inverter, files = self._model.to_edit(store.folder), list[Path]()
-            frames = Frames(inverter, store)
-            inverter.progress, inverter.after_step = Told(job), frames.see
+            strip = Strip(lambda: inverter.model.denoiser, store, FRAMES)
+            inverter.progress, inverter.after_step = Told(job), strip.see
             for settings in each:
                 files += Run(inverter, store.folder).edits([target], **settings)
-                frames.save(files[-1])
+                save_frames(strip, store.folder, files[-1])
             return files
 
         return self.jobs.add(Job(name, "edit", work))
@@ -148,7 +147,6 @@ class Workbench:
         return replace(self._model.editing, **own)
 
     def _new_name(self, stem: str) -> str:
-        """A name for a run that no other has."""
         slug = re.sub(r"[^\w]+", "-", stem.lower())[:40].strip("-_") or "picture"
         names = [slug, *(f"{slug}-{n}" for n in range(2, 10000))]
         return next(name for name in names if not (self.folder / name).exists())
