@@ -10,13 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.geometry import Geometry, to_pixels
+from kvinv_pl.data.geometry import Geometry, shared_colours, to_pixels
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
 from kvinv_pl.data.sheet import sheet
@@ -149,18 +148,6 @@ def own_agreement(denoiser: Denoiser, z_0: Float[Tensor, "1 c h w"], source: str
         out = denoiser.branches(z, torch.full((NOISES,), t, device=z.device), contexts)
         errors += (out - true).square().flatten(1).mean(1).cpu()
     return float((errors[0] - errors[1]) / errors[0])
-
-
-def shared_colours(a: Image.Image, b: Image.Image) -> float:
-    """The share of two pictures' colours that they have in common, in percent, wherever these are.
-
-    That is the intersection of their histograms (Swain & Ballard, 1991), of 8 levels a channel.
-    """
-    one, other = (
-        np.histogramdd(np.asarray(picture).reshape(-1, 3), bins=8, range=[(0, 256)] * 3)[0]
-        for picture in (a, b)
-    )
-    return 100 * float(np.minimum(one / one.sum(), other / other.sum()).sum())
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import torch
 from commands import kvinv, refused
 from PIL import Image
 
+from kvinv_pl.data.geometry import shared_colours
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked, shared_colours
+from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked
 from kvinv_pl.training.datamodule import SourceImages
 
 
