@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.algorithm.guidance import Guidance
 from kvinv_pl.algorithm.inversion import Eps
+from kvinv_pl.algorithm.schedule import Schedule
 
 
 def first_step(start: float, steps: int) -> int:
@@ -20,7 +20,7 @@ def first_step(start: float, steps: int) -> int:
 def edit(
     eps: Eps,
     z_T: Float[Tensor, "edits c h w"],
-    table: StepTable,
+    table: Schedule,
     psi: Callable[[int], AbstractContextManager[None]],
     guidance: Guidance,
     start: float,

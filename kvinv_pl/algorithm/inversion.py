@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.algorithm.schedule import Schedule
 
 Eps = Callable[[Tensor, Tensor], Tensor]
 """eps(z, t): what the network gives for latents (slots, c, h, w) at timesteps (slots,)."""
@@ -15,7 +15,7 @@ Eps = Callable[[Tensor, Tensor], Tensor]
 def invert(
     eps: Eps,
     z_0: Float[Tensor, "slots c h w"],
-    table: StepTable,
+    table: Schedule,
     watch: Callable[[int], None] = lambda i: None,
 ) -> Float[Tensor, "levels slots c h w"]:
     """Algorithm 1, inversion: z-hat_0 ... z-hat_T, with epsilon taken at the noisier end of each move.

@@ -4,12 +4,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvinv_pl.algorithm.ddim import StepTable, on_device
+from kvinv_pl.algorithm.ddim import on_device
 from kvinv_pl.algorithm.inversion import Eps
+from kvinv_pl.algorithm.schedule import Schedule
 
 
 def reconstruct(
-    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: StepTable, i: int | Int[Tensor, " slots"]
+    eps: Eps, z_t: Float[Tensor, "slots c h w"], table: Schedule, i: int | Int[Tensor, " slots"]
 ) -> Float[Tensor, "slots c h w"]:
     """z-tilde_{t-1} from z-tilde_t (Eq. 4) at step i, counted from noise: one for all slots, or one each."""
     steps = torch.as_tensor(i).expand(len(z_t)).cpu()

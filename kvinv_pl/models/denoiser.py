@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.algorithm.guidance import branches_at, guided
+from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
@@ -26,7 +27,7 @@ class Denoiser(nn.Module):
         """Nothing is attached yet; `autocast` may be set to the precision's own context."""
         super().__init__()
         self.backbone, self.variant, self.selection = backbone, variant, selection
-        self.table = backbone.step_table(steps)
+        self.table: Schedule = backbone.step_table(steps)
         self.psi = nn.ModuleDict()
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         self.attachment: Attachment | None = None

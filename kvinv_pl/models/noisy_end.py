@@ -1,13 +1,13 @@
 """The noisiest timesteps, which few steps leave out where their spacing is leading."""
 
-from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.models.stable_diffusion import Backbone
 
 WORTH_SAYING = 0.03
 """Of the timesteps; the usual 50 steps leave out 2%, and 20 steps 5%, which many edits miss."""
 
 
-def left_out(backbone: Backbone, table: StepTable) -> str | None:
+def left_out(backbone: Backbone, table: Schedule) -> str | None:
     """A line for the user, where steps begin well before the last timestep that has signal; or else None.
 
     The spacings are those of Lin et al. (arXiv 2305.08891, Table 2).
