@@ -173,7 +173,7 @@ def clip(
     size: int = SIZE // 2,
     width: int = 96,
     layers: int = 4,
-    steps: int = 3000,
+    steps: int = 2000,
     batch: int = 96,
     lr: float = 1e-3,
     cases: int = 200,

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTModel
 
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.models.clip import MEAN, STD, Clip
 from kvinv_pl.models.dino import Dino
 from kvinv_pl.models.loading import quiet
@@ -101,3 +102,15 @@ def test_structure_is_the_self_similarity_of_the_last_keys(dino_folder: Path, tm
     assert dino.distance(a, b, 255.0) == pytest.approx(float((maps[0] - maps[1]).square().mean()), rel=1e-3)
     tall = fits.opened(fits.picture(tmp_path / "tall.png", (20, 60)))
     assert dino.self_similarity(tall).shape[0] == 1 + (480 // 56) * (160 // 56)
+
+
+def test_the_shipped_clip_knows_what_an_animal_does_and_the_source_from_its_edit() -> None:
+    clip = Clip.load("menagerie")
+    for animal in map(Animal.sample, range(1_000_000, 1_000_008)):
+        target = next(action for action in ACTIONS if action != animal.action)
+        for action, other in ((animal.action, target), (target, animal.action)):
+            seen = clip.of_picture(animal.render(action))
+            assert (
+                float(seen @ (clip.of_text(animal.prompt(action)) - clip.of_text(animal.prompt(other))))
+                > 0.05
+            )
