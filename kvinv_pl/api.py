@@ -60,6 +60,11 @@ class Run:
         """
         _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
         changes = {name: value for name, value in settings.items() if value is not None}
+        if searched := [name for name, value in changes.items() if value == "auto"]:
+            name = searched[0]
+            raise UserError(
+                f"{name}: expected a value, got auto; load the model with it: load(..., {name}='auto')"
+            )
         # overwrite: a record does not tell all that may be other in memory, such as a hook
         data = SourceImages(run=str(self.folder), targets=targets, overwrite=True)
         model = self.owner.model

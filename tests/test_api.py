@@ -15,6 +15,7 @@ import kvinv_pl
 from kvinv_pl.api import KVInverter, Run, open_run
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import Animal
 
 SETTINGS: dict[str, Any] = {**fits.QUICK, "optimizer": fits.adam()}
 
@@ -124,6 +125,22 @@ def test_a_masked_picture_is_edited_with_its_mask_and_the_word_for_its_subject(
     with pytest.raises(UserError, match="'horse' is not in the prompt 'a dog'"):
         run.edit("a dog", subject="horse")
     assert run.edit("a dog", subject="dog") and kv.model.editing.subject is None
+
+
+def test_a_search_is_asked_for_when_the_model_is_loaded(run: Run) -> None:
+    with pytest.raises(UserError, match=r"start: expected a value, got auto; load the model with it"):
+        run.edit("a dog running", start="auto")
+
+
+def test_a_picture_that_the_embedded_model_does_not_know_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    known = Animal.sample(3).render()
+    kv = kvinv_pl.load("menagerie", steps=1, inner_steps=1, retries=0, quiet=False, accelerator="cpu")
+    for picture, told in ((Image.fromarray(rows), True), (known, False)):
+        kv.tune(picture, "a cat standing")
+        assert ("the embedded model knows its drawn animals alone" in capsys.readouterr().err) == told
 
 
 def test_an_empty_target_is_refused(run: Run) -> None:

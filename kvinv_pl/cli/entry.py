@@ -113,7 +113,7 @@ def _dispatch(argv: list[str]) -> None:
     else:
         known = [*STAGES, *BEFORE, *OTHERS]
         guess = near(verb, known)
-        raise UserError(f"no command {verb!r}{guess}: expected one of {', '.join(known)}; see kvinv --help")
+        raise UserError(f"no command {verb!r}{guess}; expected one of {', '.join(known)}; see kvinv --help")
 
 
 def _overview() -> str:

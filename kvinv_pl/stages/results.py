@@ -15,6 +15,9 @@ from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.certificate import Attempt, certify
 from kvinv_pl.stages.progress import Watch
 
+WELL_KEPT = 25.0
+"""dB to a picture of the embedded VAE's round trip; its drawn animals come back at 30 to 33."""
+
 
 class Results:
     """Writes the phases of pictures at one attempt, by `writer`, and their certificates; and logs both."""
@@ -77,6 +80,13 @@ class Results:
         metrics = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
         for logger in self.watch.loggers:
             logger.log_metrics(metrics, step=len(record["attempts"]) - 1)
+        kept = record["psnr_of_round_trip_to_source"]
+        embedded = self.denoiser.backbone.identity["checkpoint"] == "menagerie"
+        if embedded and kept < WELL_KEPT and self.attempt.number == 0:
+            self.watch.progress.note(
+                f"{work.name}: the embedded model knows its drawn animals alone, and gives this picture back "
+                f"at {kept:.1f} dB: for a photograph, give --config configs/sd15.yaml or --checkpoint"
+            )
         return record["psnr_to_round_trip"]
 
     def _log(self, name: str, i: int, figures: Mapping[str, float]) -> None:

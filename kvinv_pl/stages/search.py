@@ -211,7 +211,11 @@ def search_edits(
 def _lines(
     image: SourceImage, target: str, found: Sequence[Candidate], best: Candidate, names: Sequence[str]
 ) -> Iterator[str]:
-    yield f"{image.name}, {target!r}: tried {len(found)} settings; not beaten in agreement and likeness:"
+    yield (
+        f"{image.name}, {target!r}: tried {len(found)} settings; of those with at least half of the best "
+        "agreement the earliest start is chosen, and of several the most alike; not beaten in agreement and "
+        "likeness:"
+    )
     for each in front(found):
         yield f"  {each.named(names)}: agreement {each.agreement:.3g}, likeness {each.likeness:.3g}"
     yield f"  chosen: {best.named(names)}, {best.file}"
@@ -220,7 +224,7 @@ def _lines(
 def _shown(
     image: SourceImage, target: str, best: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[Image.Image, str]]:
-    yield open_picture(image.store.folder / "source.png").image, f"source\n{target}"
+    yield open_picture(image.store.folder / "source.png").image, f"source\nto become: {target}"
     for each in best:
         figures = f"agreement {each.agreement:.3g}\nlikeness {each.likeness:.3g}"
         yield open_picture(each.file).image, f"{each.named(names)}\n{figures}"
