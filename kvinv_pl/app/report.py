@@ -2,8 +2,7 @@
 
 import base64
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
+from kvinv_pl.app.curves import loss_curves
 from kvinv_pl.app.words import certificate, settings_of_edit, shown
 from kvinv_pl.data.files import explaining_os_errors, write_atomically
 from kvinv_pl.data.run_store import RunStore
@@ -19,9 +19,6 @@ from kvinv_pl.errors import UserError
 
 LARGE = 1 << 20
 """Bytes of a picture from which it is put into the report as a JPEG."""
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 56, 34, 12
-COLOURS = {"loss_start": "#c2410c", "loss_end": "#1d4ed8"}
-LEAST = 1e-12  # a loss of zero has a place on a scale of powers, too
 
 
 def write_report(folder: Path, file: Path) -> Path:
@@ -106,41 +103,3 @@ def _inline(file: Path) -> str:
             picture.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=92)
         data, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def loss_curves(phases: Sequence[Mapping[str, Any]], timesteps: Sequence[int]) -> str:
-    """Losses at the start and the end of every timestep, from noise on, in powers of ten, as inline SVG."""
-    values = [max(LEAST, phase[name]) for phase in phases for name in COLOURS]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1)
-
-    def x(i: int) -> float:
-        return LEFT + (WIDTH - LEFT - 8) * (i / max(1, len(phases) - 1))
-
-    def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(max(LEAST, value))) / (high - low)
-
-    marks = "".join(
-        f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(10.0**power):.1f}" y2="{y(10.0**power):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y(10.0**power) + 4:.1f}" text-anchor="end">1e{power}</text>'
-        for power in range(low, high + 1, max(1, (high - low) // 4))
-    )
-    lines = "".join(
-        f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
-        + " ".join(f"{x(i):.1f},{y(phase[name]):.1f}" for i, phase in enumerate(phases))
-        + '"/>'
-        for name, colour in COLOURS.items()
-    )
-    legend = "".join(
-        f'<text x="{WIDTH - 8}" y="{TOP + 14 + 16 * n}" text-anchor="end" style="fill:{colour}">{text}</text>'
-        for n, (colour, text) in enumerate(zip(COLOURS.values(), ("before", "after"), strict=True))
-    )
-    ends = (
-        f'<text x="{LEFT}" y="{HEIGHT - 8}">timestep {timesteps[0]}</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">{timesteps[len(phases) - 1]}</text>'
-    )
-    said = f"Loss before and after the inner steps of each of {len(phases)} timesteps"
-    return (
-        f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
-        f"{marks}{lines}{legend}{ends}</svg>"
-    )

@@ -16,7 +16,7 @@ import yaml
 from commands import kvinv, refused
 
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
-from kvinv_pl.app.report import loss_curves
+from kvinv_pl.app.curves import loss_curves
 from kvinv_pl.app.words import certificate
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.training.datamodule import SourceImages
