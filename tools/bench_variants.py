@@ -87,10 +87,8 @@ def near_and_far(case: Case, picture: Image.Image) -> tuple[float, float]:
     size = picture.width
     truth, source = case.animal.render(case.target, size), case.animal.render(None, size)
     animals = [case.animal.mask(action, size).convert("L") for action in (case.target, case.animal.action)]
-    covered, around = (
-        np.any([np.array(mask.filter(ImageFilter.MaxFilter(width))) > 0 for mask in animals], axis=0)
-        for width in (1, 5)
-    )
+    wider = [mask.filter(ImageFilter.MaxFilter(5)) for mask in animals]
+    covered, around = (np.any([np.asarray(m) > 0 for m in masks], axis=0) for masks in (animals, wider))
     moved = np.any(np.asarray(truth, np.int16) != np.asarray(source, np.int16), axis=2)
     error = np.square((np.asarray(picture, np.float64) - np.asarray(truth, np.float64)) / 255).mean(2)
     far = ~(around | moved)
