@@ -115,6 +115,22 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     assert both["data"]["targets"] == ["a dog"] and both["model"]["sharpness"] == 1.5
 
 
+def test_retries_are_those_that_were_asked_for_and_not_those_that_it_took(tmp_path: Path) -> None:
+    store = fits.fit(
+        fits.picture(tmp_path / "cat.png"), tmp_path / "run", required_psnr=0.0, retries=3, steps=1
+    )
+    run = store.read_run()
+    assert len(run["reconstruction"]["attempts"]) == 1
+    assert settings_again(run)["model"]["retries"] == 3
+
+
+def test_of_a_run_that_does_not_say_its_retries_nothing_is_made_up() -> None:
+    run = json.loads((TUNED / "run.json").read_text())
+    assert "retries" not in settings_again(run)["model"]
+    run["reconstruction"]["passed"] = False
+    assert settings_again(run)["model"]["retries"] == 0
+
+
 def test_a_run_is_made_again_in_its_working_size_and_prompt_syntax(tmp_path: Path) -> None:
     image = fits.picture(tmp_path / "cat.png", (24, 16))
     syntax: dict[str, Any] = {"prompt_syntax": "webui", "steps": 1, "inner_steps": 1}
