@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -80,6 +80,8 @@ class Report:
     failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     lost: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
     """By row, case and column, why there is no figure of a case that did not fail."""
+    kept: Sequence[str] = ()
+    """Rows that were not asked for now, and are there from before."""
 
     def mean(self, row: str, column: str, among: Callable[[str], bool] = lambda case: True) -> Mean:
         """Over the cases of a row."""
@@ -122,6 +124,15 @@ class Report:
                     parts = (f"{', '.join(names)} not measured: {why}" for why, names in columns.items())
                     found[f"{row}, {case}"] = "; ".join(parts)
         return found
+
+    @property
+    def failures_now(self) -> dict[str, str]:
+        """The failures of the rows that were asked for now."""
+        failed, lost = (
+            {row: cases for row, cases in found.items() if row not in self.kept}
+            for found in (self.failed, self.lost)
+        )
+        return replace(self, failed=failed, lost=lost).failures
 
     def markdown(self) -> str:
         """All tables, each under its heading."""

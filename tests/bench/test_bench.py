@@ -177,6 +177,37 @@ def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> No
     assert list(figures(copy))[3:] == given
 
 
+def test_rows_of_the_folder_stay_behind_those_that_are_asked_for_and_are_not_computed(copy: Path) -> None:
+    (copy / "pictures" / "direct+plain" / "1000001.json").unlink()  # as after a kill
+    before, had = times(copy), figures(copy)
+    answer = bench(copy, "ddim+plain")
+    assert answer.code == 0, answer.err  # what failed before was not asked for
+    after = times(copy)
+    assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
+    assert all(after[name] == time for name, time in before.items())
+    rows = figures(copy)
+    assert list(rows)[3:] == ["ddim+plain", "direct+plain", "plain(guidance=nonsense)", "kv_inversion"]
+    assert rows["kv_inversion"]["cases"].keys() == had["kv_inversion"]["cases"].keys()
+    assert rows["direct+plain"]["cases"].keys() == {"1000000"} and not rows["direct+plain"]["failed"]
+    assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
+    assert "less ours" in rows["ddim+plain"]
+    content = content_of((copy / "page.html").read_text())
+    assert [row["name"] for row in content["rows"]] == list(rows)
+    assert "kv_inversion" in content["cases"][0]["pictures"]
+
+
+def test_a_figure_that_is_new_is_measured_of_the_rows_of_before_as_well(tmp_path: Path) -> None:
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    Plan(("ddim+plain",), tmp_path, setup, cases=1).run()
+    plan = Plan(("direct+plain",), tmp_path, setup, cases=1)
+    data = plan.load_cases()
+    new = Metric("new", ("one",), lambda case, picture: {"one": 1.0})
+    data = replace(data, metrics=[new, *data.metrics])
+    bench = Bench(setup, data, [Contestant.parse("direct+plain")], Records(tmp_path), Progress(quiet=True))
+    bench.run()
+    assert bench.report().mean("ddim+plain", "one").count == 1
+
+
 def test_a_bench_with_other_settings_is_refused(copy: Path) -> None:
     refused(bench(copy, "direct+plain", steps=2), "has a bench with steps 1, expected 2", "--out")
     refused(bench(copy, "direct+plain", clip=checkpoints.clip(copy / "other")), "has a bench with clip")
