@@ -12,6 +12,7 @@ from PIL import Image
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
 from kvinv_pl.app.curves import loss_curves
 from kvinv_pl.app.words import certificate, settings_of_edit, shown
+from kvinv_pl.data import slider
 from kvinv_pl.data.files import explaining_os_errors, write_atomically
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, works_in
@@ -34,7 +35,8 @@ def write_report(folder: Path, file: Path) -> Path:
     if not runs:
         raise UserError("; ".join(failed.values()))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("report.html").render(folder=folder.name, runs=runs, failed=failed)
+    template = templates.get_template("report.html")
+    page = template.render(folder=folder.name, runs=runs, failed=failed, slider=slider)
     write_atomically(file, page.encode("utf-8", "replace"))
     return file
 

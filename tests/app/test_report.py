@@ -17,7 +17,10 @@ from commands import kvinv, refused
 
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
 from kvinv_pl.app.curves import loss_curves
+from kvinv_pl.app.report import write_report
 from kvinv_pl.app.words import certificate
+from kvinv_pl.bench.page import filled
+from kvinv_pl.data import slider
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.training.datamodule import SourceImages
 
@@ -66,6 +69,18 @@ def test_a_run_is_one_file_that_needs_nothing_beside_it(folder: Path) -> None:
     for said in ("a cat running", "18.9 dB", "0 dB were asked for: it passed", "kvinv edit --run", "LowRank"):
         assert said in text
     assert text.count('type="range"') == 2 and "Loss before and after" in text
+
+
+def test_both_pages_of_ours_compare_by_one_slider_with_the_source_on_the_left(folder: Path) -> None:
+    report = write_report(folder / "cat", folder / "report.html").read_text(encoding="utf-8")
+    for page in (report, filled("A bench", {})):
+        assert slider.STYLE in page and slider.SCRIPT in page and page.count("clip-path: inset") == 1
+        (below, above), *_ = re.findall(
+            r'class="compare[^"]*"[^>]*>\s*(<svg|<img)[^§]*?<img[^>]*class="(\w+)"[^>]*><input type="range"',
+            page,
+        )
+        assert below and above == "edited" and slider.SOURCE_SHOWN in page
+    assert "inset(0 0 0 var(--at))" in slider.STYLE  # what is cut off the edit is on its left
 
 
 def test_a_folder_of_runs_is_one_report_which_names_what_it_could_not_read(folder: Path) -> None:
