@@ -7,7 +7,7 @@ STYLE = """
 .compare { position: relative; line-height: 0; --at: 50% }
 .compare .edited { position: absolute; inset: 0; width: 100%; height: 100%;
   clip-path: inset(0 0 0 var(--at)) }
-.compare::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px;
+.compare:has(input)::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px;
   margin-left: -1px; background: #fff; box-shadow: 0 0 3px #000; pointer-events: none }
 .compare input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
   opacity: 0; cursor: ew-resize }
