@@ -12,7 +12,9 @@ STYLE = """
 .compare input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
   opacity: 0; cursor: ew-resize }
 .compare:focus-within { outline: 3px solid var(--accent, #0969da); outline-offset: 2px }
-@media print { .compare input, .compare::after { display: none } .compare .edited { clip-path: none } }
+@media print {
+  .compare input, .compare:has(input)::after { display: none } .compare .edited { clip-path: none }
+}
 """
 SCRIPT = """
 addEventListener("input", event => {
