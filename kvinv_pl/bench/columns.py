@@ -14,9 +14,13 @@ MEANINGS: Mapping[str, str] = {
         "anywhere on the animal, below 0 less"
     ),
     "second precision": (
-        "how much of what is found of the second colour is in its place, beyond chance, likewise"
+        "how much of what is found of the second colour is in its place, beyond chance: 1 is all, 0 "
+        "as if it lay anywhere on the animal, below 0 less"
     ),
-    "accent %": "edits whose tail tip, ears or collar have their colour, and nothing else has it",
+    "accent %": (
+        "edits in which tail tip, ears or collar, whichever is the animal's accent, has its colour, "
+        "and the two others do not"
+    ),
     "body": "error of the body's colour, 0 to 1",
     "marks %": "edits with the right number of stripes or spots",
     "scene %": "edits that keep sun, hill, sky and ground",
@@ -37,26 +41,32 @@ MEANINGS: Mapping[str, str] = {
         "PSNR of the unedited part against the source as PIE-Bench publishes it: both pictures are "
         "black where they may be edited, and the mean is over the whole frame"
     ),
-    "PIE MSE x10^4": "the squared error of the same",
-    "PIE SSIM x10^2": "the structural similarity (SSIM) of the same",
+    "PIE MSE x10^4": "squared error, instead of PSNR, of what PIE PSNR compares",
+    "PIE SSIM x10^2": "structural similarity (SSIM), instead of PSNR, of what PIE PSNR compares",
     "unedited PSNR": "PSNR against the source over the unedited pixels alone",
-    "unedited MSE x10^4": "the squared error of the same",
-    "unedited SSIM x10^2": "the structural similarity (SSIM) of the same",
+    "unedited MSE x10^4": "squared error against the source over the unedited pixels alone",
+    "unedited SSIM x10^2": "structural similarity (SSIM) to the source over the unedited pixels alone",
     "CLIP whole": "agreement of the picture with the target prompt by the CLIP of --clip",
-    "CLIP edited": "the same of the part that may be edited, with black around it",
+    "CLIP edited": (
+        "agreement of the part that may be edited, with black around it, with the target prompt by "
+        "the CLIP of --clip"
+    ),
     "PIE structure x10^3": (
         "distance to the source in structure by the DINO of --dino, of pictures in 0 to 255 as published"
     ),
-    "structure x10^3": "the same of pictures in 0 to 1",
+    "structure x10^3": "distance to the source in structure by the DINO of --dino, of pictures in 0 to 1",
     "PIE LPIPS x10^3": (
         "LPIPS of the unedited part against the source by the SqueezeNet of --lpips, with black where"
         " it may be edited, over the whole frame, as published"
     ),
-    "unedited LPIPS x10^3": "the same over the unedited pixels of the pictures as they are",
+    "unedited LPIPS x10^3": (
+        "LPIPS against the source by the SqueezeNet of --lpips, of the pictures as they are, over the"
+        " unedited pixels alone"
+    ),
 }
 """By column, in the order of the docs."""
 CAPPED = 100.0  # dB, of a PSNR of equal pictures
-EXACT = "exact: no pixel differs; it counts as 100 dB in means, intervals and differences, in CSV and JSON"
+EXACT = "exact: nothing differs; it counts as 100 dB in means, intervals and differences, in CSV and JSON"
 
 
 def is_psnr(column: str) -> bool:
