@@ -187,12 +187,12 @@ def bench(eye: Eye) -> None:
     page.get_by_label("show each row less ours").check()
     expect(page.locator("#table tbody tr", has_text="low").locator("td").nth(2)).to_contain_text("-40.00")
     page.locator("#slider").fill("20")
-    assert "80%" in page.locator("#above").evaluate("each => each.style.clipPath")
+    assert page.locator(".compare").evaluate("each => each.style.getPropertyValue('--at')") == "20%"
     second = list(cases.values())[1]
     page.locator("#case").select_option(second.name)
     expect(page.locator("#prompts")).to_contain_text(second.target)
     page.locator("#thumbs button", has_text="high").click()
-    expect(page.locator("#caption")).to_contain_text("left of the slider: high")
+    expect(page.locator("#caption")).to_contain_text("left of the line: the source; right: high")
     eye.keep(page, "bench")
     eye.keep(eye.page(PHONE, file.resolve().as_uri()), "bench-phone")
 

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3)
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--inner-steps", type=int, default=3)
+    parser.add_argument("--inner-steps", "--inner_steps", type=int, default=3)
     parser.add_argument("--curriculum", default="sequential")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--checkpoint", default="menagerie")

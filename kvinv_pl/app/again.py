@@ -86,12 +86,19 @@ def as_made(edit: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _demanded(reconstruction: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the reconstruction had to reach, and how often it was tried again."""
+    """What the reconstruction had to reach, and how often it might be tried again.
+
+    A record of an older version has no such number. Where the picture did not pass, it was tried as often as
+    it might be; where it passed, no more is known than how often it took.
+    """
     if reconstruction is None:
         return {}
+    tried = len(reconstruction["attempts"]) - 1
+    known = "retries" in reconstruction or tried or not reconstruction["passed"]
     return {
-        "required_psnr": reconstruction["psnr_demanded"], "retries": len(reconstruction["attempts"]) - 1
-    }  # fmt: skip
+        "required_psnr": reconstruction["psnr_demanded"],
+        **({"retries": reconstruction.get("retries", tried)} if known else {}),
+    }
 
 
 def _optimizer(record: Mapping[str, Any]) -> dict[str, Any]:

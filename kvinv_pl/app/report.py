@@ -11,7 +11,9 @@ from PIL import Image
 
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
 from kvinv_pl.app.curves import loss_curves
-from kvinv_pl.app.words import certificate, settings_of_edit, shown
+from kvinv_pl.app.words import certificate, searched, settings_of_edit, shown
+from kvinv_pl.data import slider
+from kvinv_pl.data.edits import CHOSEN, search_of
 from kvinv_pl.data.files import explaining_os_errors, write_atomically
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, works_in
@@ -34,7 +36,8 @@ def write_report(folder: Path, file: Path) -> Path:
     if not runs:
         raise UserError("; ".join(failed.values()))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("report.html").render(folder=folder.name, runs=runs, failed=failed)
+    template = templates.get_template("report.html")
+    page = template.render(folder=folder.name, runs=runs, failed=failed, slider=slider)
     write_atomically(file, page.encode("utf-8", "replace"))
     return file
 
@@ -53,7 +56,10 @@ def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
         "certificate": certificate(run),
         "passed": reconstruction["passed"] if reconstruction else None,
         "psnr": reconstruction["psnr_to_round_trip"] if reconstruction else None,
-        "edits": [_of_edit(store, run, record, file) for record, file in store.edits() if tuned],
+        "edits": sorted(
+            [_of_edit(store, run, record, file) for record, file in store.edits() if tuned],
+            key=lambda edit: not edit["chosen"],
+        ),
         "settings": _rows(run),
     }
     if reconstruction:
@@ -72,6 +78,8 @@ def _of_edit(
         "target": record["target"],
         "picture": _inline(file),
         "settings": settings_of_edit(record),
+        "chosen": CHOSEN if search_of(record).get("chosen") else "",
+        "searched": searched(record),
         "seconds": record.get("figures", {}).get("seconds"),
         "command": edit_command(store.folder, run, record),
     }

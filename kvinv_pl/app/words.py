@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from kvinv_pl.data.edits import search_of
 from kvinv_pl.stages.settings import EditSettings
 
 
@@ -35,6 +36,14 @@ def settings_of_edit(record: Mapping[str, Any]) -> dict[str, str]:
     """The settings of an edit that its record has, ready to show."""
     names = [setting.name for setting in fields(EditSettings) if record.get(setting.name) not in (None, "")]
     return {name.replace("_", " "): shown(record[name]) for name in names}
+
+
+def searched(record: Mapping[str, Any]) -> str:
+    """What a search thought of an edit; empty where there was none."""
+    if not (found := search_of(record)):
+        return ""
+    judge = f"the CLIP {found['judge']}" if found["judge"] else "the model itself"
+    return f"agreement {found['agreement']:.3g}, likeness {found['likeness']:.3g}, by {judge}"
 
 
 def shown(value: Any) -> str:

@@ -79,6 +79,7 @@ class Bench:
         """Refuse a folder of another bench, before anything is computed."""
         models = {metric.name: metric.model for metric in self.data.metrics if metric.model}
         self.records.settle({"data": self.data.title, **self.setup.record(), **models})
+        self.records.settle_rows({row.text: row.cases for row in self.rows})
 
     # ---- computing
 
@@ -96,6 +97,9 @@ class Bench:
                 self._measure(name, case)
             if missing:
                 self.progress.finish()
+        for name, count in self._kept().items():  # a new figure is of every row in the table
+            for case in self.data.first(count)[part::parts]:
+                self._measure(name, case)
 
     def _all(self) -> Iterator[tuple[str, int | None, Callable[[Case], None]]]:
         """Every row's name, how many cases it has at most, and what computes one."""
@@ -103,6 +107,11 @@ class Bench:
             yield name, None, lambda case, name=name, draw=draw: self._reference(name, case, draw(case))
         for row in self.rows:
             yield row.text, row.cases, lambda case, row=row: self._edit(row, case)
+
+    def _kept(self) -> dict[str, int | None]:
+        """The rows that are in the folder and were not asked for now, as `_all` has them."""
+        asked = {row.text for row in self.rows}
+        return {name: count for name, count in self.records.rows().items() if name not in asked}
 
     def _one(self, name: str, case: Case, draw: Callable[[Case], None]) -> None:
         """Compute one case; whatever a method raises, and the end of its process, is this case's alone."""
@@ -162,18 +171,28 @@ class Bench:
             self.records.add(name, case.name, found, lost)
 
     def report(self, ours: str | None = None) -> Report:
-        """What is known now; `ours` is the row that the others are compared with."""
+        """What is known now; `ours` is the row that the others are compared with.
+
+        Behind the rows that were asked for stand the others of the folder, with what there is of them.
+        """
         columns = [*(column for metric in self.data.metrics for column in metric.columns), *COSTS]
         rows, failed, lost = {}, {}, {}
-        for name, count, _ in self._all():
-            cases = self.data.first(count)
-            done = [case.name for case in cases if self.records.done(name, case.name)]
+        asked, kept = {name: count for name, count, _ in self._all()}, self._kept()
+        for name, count in {**asked, **kept}.items():
+            records = {case.name: self.records.read(name, case.name) for case in self.data.first(count)}
+            if name in kept:
+                records = {case: record for case, record in records.items() if record is not None}
+                if not records:
+                    continue
+            reasons = {
+                case: (record or {}).get("failed", "it was not computed")
+                for case, record in records.items()
+                if record is None or "failed" in record
+            }
+            done = [case for case in records if case not in reasons]
             rows[name] = {case: self.records.figures(name, case) for case in done}
             lost[name] = {case: self.records.lost(name, case) for case in done}
-            failed[name] = {
-                case.name: (self.records.read(name, case.name) or {}).get("failed", "it was not computed")
-                for case in cases
-                if case.name not in done
-            }
+            failed[name] = reasons
         kinds = {case.name: case.kind for case in self.data.cases}
-        return Report(rows, columns, kinds, ours if ours in rows else None, failed, lost)
+        ours = ours if ours in rows else None
+        return Report(rows, columns, kinds, ours, failed, lost, [name for name in kept if name in rows])

@@ -11,12 +11,12 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from kvinv_pl.bench.cases import Case, Metric
+from kvinv_pl.bench.columns import CAPPED
 from kvinv_pl.models.clip import Clip
 from kvinv_pl.models.dino import Dino
 from kvinv_pl.models.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from kvinv_pl.models.lpips import Lpips, spread
 
-BEST = 100.0  # dB, of equal pictures
 SMALLEST = 11  # pixels a side, the window of SSIM
 UNEDITED = Metric(
     "unedited",
@@ -43,7 +43,7 @@ def unedited(case: Case, picture: Image.Image) -> Mapping[str, float]:
     error = np.square(source - edited).mean(-1)
     found = dict[str, float]()
     for rule, mse in (("PIE", (error * keep).mean()), ("unedited", error[keep].mean())):
-        found[f"{rule} PSNR"] = min(BEST, -10 * math.log10(mse)) if mse > 0 else BEST
+        found[f"{rule} PSNR"] = min(CAPPED, -10 * math.log10(mse)) if mse > 0 else CAPPED
         found[f"{rule} MSE x10^4"] = 1e4 * float(mse)
     if min(keep.shape) < SMALLEST:
         return found | {f"{rule} SSIM x10^2": math.nan for rule in ("PIE", "unedited")}

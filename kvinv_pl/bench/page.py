@@ -12,8 +12,10 @@ from typing import Any
 from PIL import Image
 
 from kvinv_pl.bench.cases import Case
+from kvinv_pl.bench.columns import CAPPED, MEANINGS, is_psnr
 from kvinv_pl.bench.ranks import ranks
 from kvinv_pl.bench.table import Mean, Report
+from kvinv_pl.data import slider
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST, SMALL = 384, 160  # pixels a side: what is shown at most, and up to which nothing is lost
@@ -23,6 +25,16 @@ AXES = (
     ("PIE MSE x10^4", "PIE PSNR"),
 )
 """What methods are weighed by, to the right and upward; the first pair that is known."""
+ABOUT = {
+    "row": "the method as it was typed, or pictures that no method makes",
+    "cases": "edits that are there",
+}
+ABOUT_RANKS = {
+    "metric": "a metric that needs no truth",
+    "over methods": "rank correlation of the methods' means with those of the truth, and its 95 % interval",
+    "over edits": "rank correlation of all edits of all methods with the truth, and its 95 % interval",
+}
+"""What the other headings say."""
 
 
 def page(title: str, cases: Sequence[Case], report: Report, opened: Callable[[str, str], Image.Image]) -> str:
@@ -37,7 +49,11 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Callable[[st
     known = report.known
     measured = {name for name in known if any(report.mean(row, name).count for row in report.rows)}
     content = {
-        "columns": known,
+        "about": ABOUT,
+        "about_ranks": ABOUT_RANKS,
+        "columns": {name: MEANINGS.get(name, name) for name in known},
+        "psnr": [name for name in known if is_psnr(name)],
+        "capped": CAPPED,
         "notes": report.notes,
         "ours": report.ours,
         "rows": [
@@ -65,6 +81,8 @@ def filled(title: str, content: dict[str, Any]) -> str:
     """The template with its title and content; nothing in them can end the script that they stand in."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = TEMPLATE.read_text(encoding="utf-8")
+    template = template.replace("{{slider_style}}", slider.STYLE).replace("{{slider_script}}", slider.SCRIPT)
+    template = template.replace("{{slider_label}}", slider.SOURCE_SHOWN)
     return template.replace("{{title}}", html.escape(title)).replace("{{content}}", text)
 
 

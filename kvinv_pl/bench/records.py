@@ -40,6 +40,17 @@ class Records:
         if known != {**known, **plain}:
             write_json(file, {**known, **plain})
 
+    def settle_rows(self, asked: Mapping[str, int | None]) -> None:
+        """Note the rows that are asked for, each with its number of cases at most, behind those noted."""
+        known = self.rows()
+        if known != (rows := {**known, **asked}):
+            write_json(self.folder / "rows.json", rows)
+
+    def rows(self) -> dict[str, int | None]:
+        """Every row that was asked for in this folder, in the order in which they came."""
+        file = self.folder / "rows.json"
+        return read_json(file) if file.exists() else {}
+
     def picture(self, row: str, case: str) -> Path:
         """The file of an edited picture."""
         return self.folder / "pictures" / slug(row) / f"{slug(case)}.png"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kvinv_pl.bench.ablation import Ablation
 from kvinv_pl.bench.bench import Bench
+from kvinv_pl.bench.columns import shown as figure
 from kvinv_pl.bench.fronts import findings, pareto
 from kvinv_pl.bench.page import page
 from kvinv_pl.bench.ranks import as_csv, as_markdown, ranks
@@ -58,7 +59,7 @@ def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:
                 continue
             pictures.append(bench.records.open(row, case.name))
             figures = [(name, scores[case.name].get(name)) for name in report.known[:NOTED]]
-            lines = [f"{name} {value:g}" for name, value in figures if value is not None]
+            lines = [f"{name} {figure(name, value, 'g')}" for name, value in figures if value is not None]
             captions.append("\n".join([row, *lines]))
         files.append(
             write_png(bench.records.folder / "sheets" / f"{case.name}.png", sheet(pictures, captions))

@@ -2,6 +2,7 @@
 
 from textwrap import wrap
 
+from kvinv_pl.bench.columns import shown
 from kvinv_pl.bench.table import Report
 
 WITH_TRUTH = ("same animal %", "right action %", "animal dB", "background dB")
@@ -40,7 +41,7 @@ def summary(report: Report, width: int) -> str:
 
 def _cell(report: Report, row: str, column: str) -> str:
     mean = report.mean(row, column)
-    return f"{mean.value:.1f}" if mean.count else ""
+    return shown(column, mean.value, ".1f") if mean.count else ""
 
 
 def _line(name: str, values: list[str], label: int, widths: list[int]) -> str:

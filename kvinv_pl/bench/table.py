@@ -7,23 +7,13 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kvinv_pl.bench.columns import CAPPED, EXACT, MEANINGS, is_psnr, shown
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval
 
-NOTES: Mapping[str, str] = {
-    "second recall": (
-        "second recall and precision: how much of the second colour is found, and how much of what is found "
-        "is in its place, beyond chance: 1 is all, 0 as if it lay anywhere on the animal, below 0 less"
-    ),
-    "time x": (
-        "time x: the seconds over those of sampling one picture, measured before the first case of a row and "
-        "size; other work on the machine shifts both, and may bring it below 1"
-    ),
-}
-"""What a figure does not say of itself, by the column that brings it up."""
 Scores = Mapping[str, Mapping[str, float]]
 """Of one row: every case's figures, by case and column; NaN where a case has nothing to judge."""
 
@@ -47,10 +37,14 @@ class Mean:
 
     def __str__(self) -> str:
         """As in a table: empty where nothing is known, and without an interval where there is one value."""
+        return self.of_column("")
+
+    def of_column(self, name: str) -> str:
+        """The same of a column, whose PSNR may be exact."""
         if not self.count:
             return ""
-        interval = f" [{self.low:.2f}, {self.high:.2f}]" if self.count > 1 else ""
-        return f"{self.value:.2f}{interval}"
+        value, low, high = (shown(name, each) for each in (self.value, self.low, self.high))
+        return value if self.count == 1 or value == "exact" else f"{value} [{low}, {high}]"
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -80,6 +74,8 @@ class Report:
     failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     lost: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
     """By row, case and column, why there is no figure of a case that did not fail."""
+    kept: Sequence[str] = ()
+    """Rows that were not asked for now, and are there from before."""
 
     def mean(self, row: str, column: str, among: Callable[[str], bool] = lambda case: True) -> Mean:
         """Over the cases of a row."""
@@ -108,8 +104,11 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the columns."""
-        return [text for name, text in NOTES.items() if name in self.known]
+        """What the columns say, a line each, and what exact is where it stands."""
+        found = [f"{name}: {MEANINGS[name]}" for name in self.known if name in MEANINGS]
+        every = [each for scores in self.rows.values() for each in scores.values()]
+        capped = any(is_psnr(name) and each[name] >= CAPPED for each in every for name in each)
+        return [*found, EXACT] if capped else found
 
     @property
     def failures(self) -> dict[str, str]:
@@ -123,10 +122,18 @@ class Report:
                     found[f"{row}, {case}"] = "; ".join(parts)
         return found
 
+    @property
+    def failures_now(self) -> dict[str, str]:
+        """The failures of the rows that were asked for now."""
+        failed, lost = (
+            {row: cases for row, cases in found.items() if row not in self.kept}
+            for found in (self.failed, self.lost)
+        )
+        return replace(self, failed=failed, lost=lost).failures
+
     def markdown(self) -> str:
         """All tables, each under its heading."""
         parts = ["## All cases\n\n" + self._means(lambda case: True)]
-        parts += ["\n".join(f"* {note}" for note in self.notes)] if self.notes else []
         kinds = list(dict.fromkeys(self.kinds.values()))
         for kind in kinds if len(kinds) > 1 else ():
             parts.append(f"## {kind}\n\n" + self._means(lambda case, kind=kind: self.kinds[case] == kind))
@@ -140,6 +147,8 @@ class Report:
         reasons = [f"* {which}: {why}" for which, why in self.failures.items()]
         if reasons:
             parts.append("## Failed\n\n" + "\n".join(reasons))
+        if notes := self.notes:
+            parts.append("## What the columns say\n\n" + "\n".join(f"* {note}" for note in notes))
         return "\n\n".join(parts) + "\n"
 
     def _means(self, among: Callable[[str], bool]) -> str:
@@ -154,7 +163,7 @@ class Report:
     def _cell(self, row: str, column: str, among: Callable[[str], bool]) -> str:
         lost = self.unmeasured(row, column, among)
         return " ".join(
-            [str(self.mean(row, column, among)), f"({lost} not measured)" if lost else ""]
+            [self.mean(row, column, among).of_column(column), f"({lost} not measured)" if lost else ""]
         ).strip()
 
     def csv(self) -> str:
@@ -164,8 +173,8 @@ class Report:
             for case, figures in scores.items():
                 for name in self.known:
                     value = figures.get(name, math.nan)
-                    shown = "" if math.isnan(value) else value
-                    lines.append([row, case, self.kinds.get(case, ""), name, shown])
+                    known = "" if math.isnan(value) else value
+                    lines.append([row, case, self.kinds.get(case, ""), name, known])
         return csv_of(lines)
 
     def json(self) -> str:

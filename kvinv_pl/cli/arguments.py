@@ -64,13 +64,19 @@ class CommandLine:
                 self.note(key, flag, value if equals else following)
 
 
+def underscored(arg: str) -> str:
+    """`--seed-base=1` as `--seed_base=1`, the name that a parameter has; what is no flag stays as it is."""
+    flag, equals, value = arg.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else arg
+
+
 def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
     """Replace short flags by their options, and --run by the settings that the run was made with."""
     short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
     line, targets, left = CommandLine([], [*short]), list[str](), deque(argv)
     first, passed = list[str](), list[str]()  # YAML comes first, so that flags override it
     while left:
-        arg = left.popleft()
+        arg = underscored(left.popleft())
         flag, equals, value = arg.partition("=")
         flag = {"-o": "--out", "-c": "--config"}.get(flag, flag)
         if flag not in short and flag != "--config":

@@ -34,7 +34,8 @@ def bench(
 ) -> None:
     """Compare methods on the same cases: tables, pictures, and one page to look at.
 
-    A bench that was stopped resumes when it is given again, and takes more methods and cases; what fails is
+    A bench that was stopped resumes when it is given again, and takes more methods and cases; only what is
+    asked for is computed, and rows from before stay in the tables, behind those asked for. What fails is
     reported at the end, and tried again then.
 
     Args:
@@ -74,6 +75,7 @@ def bench(
     files = write_results(found, report, shown)
     print(summary(report, get_terminal_size().columns))
     print(f"all figures with their intervals, and what failed: {files[1]}; look at {files[0]}")
-    if failures := report.failures:
-        everything = [*report.rows.values(), *report.failed.values()]
-        raise SomeFailedError(failures, sum(map(len, everything)))
+    if failures := report.failures_now:
+        everything = [(row, cases) for found in (report.rows, report.failed) for row, cases in found.items()]
+        count = sum(len(cases) for row, cases in everything if row not in report.kept)
+        raise SomeFailedError(failures, count)

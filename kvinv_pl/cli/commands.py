@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, get_origin
 
-from kvinv_pl.cli.arguments import CommandLine, kinds_of, readable_errors
+from kvinv_pl.cli.arguments import CommandLine, kinds_of, readable_errors, underscored
 from kvinv_pl.cli.messages import without_null
 from kvinv_pl.cli.utf8 import files_are_utf8
 from kvinv_pl.cli.variant_names import expand_variant_names, make_importable
@@ -73,10 +73,10 @@ def _help(verb: str, text: str) -> str:
 
 
 def _normalized(verb: str, argv: Sequence[str], lists: Mapping[str, Any]) -> list[str]:
-    """-o becomes --out, a positional argument its option, and a repeated option a list."""
+    """-o becomes --out, - in a name _, a positional argument its option, and a repeated option a list."""
     out, left, repeated = list[str](), deque(argv), dict[str, list[str]]()
     while left:
-        flag, equals, value = left.popleft().partition("=")
+        flag, equals, value = underscored(left.popleft()).partition("=")
         if not flag.startswith("-"):
             positional = verb in FIRST and not any(arg.startswith(f"--{FIRST[verb]}=") for arg in out)
             out.append(f"{f'--{FIRST[verb]}=' if positional else ''}{flag}{equals}{value}")

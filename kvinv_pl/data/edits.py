@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -10,8 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from kvinv_pl.data.files import read_json, write_json, write_png
+from kvinv_pl.data.files import explaining_os_errors, read_json, write_json, write_png
 from kvinv_pl.errors import UserError
+
+CHOSEN = "chosen"
+"""What is written over the edit that a search has chosen."""
 
 
 class Edits:
@@ -38,6 +42,24 @@ class Edits:
         write_json(file, record)  # last: an edit exists if its record does
         return file.with_suffix(".png")
 
+    def note_search(self, target: str, judged: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Note what a search says of its edits of a target, by their pictures.
+
+        What an earlier search has chosen is chosen no more. Every edit keeps its place among the others.
+        """
+        for record, picture in self.all():
+            found = search_of(record)
+            if picture in judged:
+                found = judged[picture]
+            elif record["target"] == target and found.get("chosen"):
+                found = {**found, "chosen": False}
+            if found != search_of(record):
+                file = picture.with_suffix(".json")
+                with explaining_os_errors("write", file):
+                    times = file.stat()
+                    write_json(file, {**record, "figures": {**record.get("figures", {}), "search": found}})
+                    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
     def find(self, slug: str, record: Mapping[str, Any]) -> Path | None:
         """The picture of an edit that was made with these very settings, if it exists and is complete."""
         file = self._file(slug, record)
@@ -56,6 +78,11 @@ class Edits:
         names = itertools.chain([words], (f"{words}-{n}" for n in itertools.count(2)))
         possible = (self.folder / f"{name}.json" for name in names)
         return next(file for file in possible if not file.exists() or _is_same(file, record))
+
+
+def search_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a search noted of an edit: whether it was chosen, agreement, likeness and judge; empty without."""
+    return (record.get("figures") or {}).get("search", {})
 
 
 def _is_same(file: Path, record: Mapping[str, Any]) -> bool:

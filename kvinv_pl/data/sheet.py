@@ -1,17 +1,26 @@
 """Pictures side by side with captions."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 SIDES = 192, 768  # pixels, shortest and longest: small pictures are enlarged to be seen, large ones reduced
 ACROSS = 5  # pictures in a row
 GAP, LINE, LETTER = 8, 18, 7  # pixels
+BORDER, MARK = 4, "#1d4ed8"  # pixels and colour, around a picture that is marked
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], across: int = ACROSS) -> Image.Image:
-    """The pictures in rows of `across`, each over its caption (lines may be broken by hand)."""
+def sheet(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    across: int = ACROSS,
+    marked: Collection[int] = (),
+) -> Image.Image:
+    """The pictures in rows of `across`, each over its caption (lines may be broken by hand).
+
+    Those that are marked, by their numbers from 0 on, have a border.
+    """
     shown = [_shown(picture) for picture in pictures]
     texts = [_wrapped(caption, picture.width) for caption, picture in zip(captions, shown, strict=True)]
     rows = [range(begin, min(begin + across, len(shown))) for begin in range(0, len(shown), across)]
@@ -24,6 +33,10 @@ def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], across: int 
         left = GAP
         for n in row:
             page.paste(shown[n], (left, top))
+            if n in marked:
+                right, bottom = left + shown[n].width - 1, top + shown[n].height - 1
+                around = (left - BORDER, top - BORDER, right + BORDER, bottom + BORDER)
+                draw.rectangle(around, outline=MARK, width=BORDER)
             draw.multiline_text(
                 (left, top + shown[n].height + 4), texts[n], fill="black", font=font, spacing=4
             )

@@ -35,6 +35,7 @@ def certify(denoiser: Denoiser, store: RunStore, attempt: Attempt) -> dict[str, 
     best = before if before and before["psnr_to_round_trip"] >= reached else None
     record = {**(best or figures), "attempts": attempts, "kept": best["kept"] if best else number}
     record |= {"psnr_demanded": required, "passed": record["psnr_to_round_trip"] >= required}
+    record["retries"] = attempt.settings.retries
     if best:
         store.write_run({**run, "reconstruction": record})
         store.drop_attempts()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.editing import edit
 from kvinv_pl.attention.config import of_variant
-from kvinv_pl.data.edits import Edits
+from kvinv_pl.data.edits import CHOSEN, Edits, search_of
 from kvinv_pl.data.failures import is_out_of_memory
 from kvinv_pl.data.geometry import to_image
 from kvinv_pl.data.pictures import open_picture
@@ -160,7 +160,7 @@ def in_batches(
 
 
 def sheet_of(store: RunStore) -> Image.Image:
-    """The source, the reconstruction and every edit of the run folder, on one sheet."""
+    """The source, the reconstruction and every edit of the run folder on one sheet; the chosen are marked."""
     run, done = store.read_run(), store.edits()
     files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
     quality = run["reconstruction"]["psnr_to_round_trip"]
@@ -171,5 +171,11 @@ def sheet_of(store: RunStore) -> Image.Image:
             value = record.get(name)
             shown = f"{value:g}" if isinstance(value, float) else value
             how += f", {name.replace('_', ' ')} {shown}" if name in record else ""
-        captions.append(f"{record['target']}\n{how}")
-    return sheet([open_picture(file).image for file in files], captions)
+        if found := search_of(record):
+            how += f"\nagreement {found['agreement']:.3g}, likeness {found['likeness']:.3g}"
+        first = f"{CHOSEN}\n" if found.get("chosen") else ""
+        captions.append(f"{first}{record['target']}\n{how}")
+    marked = [
+        n for n, (record, _) in enumerate(done, len(files) - len(done)) if search_of(record).get("chosen")
+    ]
+    return sheet([open_picture(file).image for file in files], captions, marked=marked)

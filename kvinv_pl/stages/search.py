@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from kvinv_pl.data.edits import CHOSEN, Edits
 from kvinv_pl.data.geometry import Geometry, shared_colours, to_pixels
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import geometry_of
@@ -23,7 +24,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.clip import Clip
 from kvinv_pl.models.denoiser import Denoiser, generator
-from kvinv_pl.stages.edit import edit_picture
+from kvinv_pl.stages.edit import edit_picture, sheet_of
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import EditSettings, at_least_1
 
@@ -186,23 +187,28 @@ def search_edits(
 ) -> list[Path]:
     """Edit in every way of the grid, show the best, and return the chosen edit of each target.
 
-    All edits stay in the run folder, as any others; `candidates.png` has the best beside the source.
+    All edits stay in the run folder, as any others, with their figures; `candidates.png` has the best beside
+    the source, and the chosen one is marked there and on the sheet.
     """
     clip = None if search.clip is None else Clip.load(search.clip, denoiser.device)
     judging, names = Judging(denoiser, image, clip), search.auto or ("start",)
     tried = [(each, edit_picture(denoiser, image, each, watch, again)) for each in search.grid(settings)]
     chosen = list[Path]()
     shown: list[tuple[Image.Image, str]] = []
+    marked, edits = list[int](), Edits(image.store.folder)
     for n, target in enumerate(image.targets):
         found = [judging.candidate(each, paths[n], target) for each, paths in tried]
         order = ranked(found)
         for line in _lines(image, target, found, order[0], names):
             watch.progress.note(line)
         chosen.append(order[0].file)
+        edits.note_search(target, {each.file: _note(each, search, order[0]) for each in found})
+        marked.append(len(shown) + 1)  # behind the source
         shown += list(_shown(image, target, order[: search.candidates], names))
     pictures, captions = zip(*shown, strict=True)
-    page = sheet(pictures, captions, search.candidates + 1)
+    page = sheet(pictures, captions, search.candidates + 1, marked)
     image.store.save_picture("candidates", page)
+    image.store.save_picture("sheet", sheet_of(image.store))  # of each edit's making, without the choice
     if search.candidates > 1:
         watch.progress.note(f"look at {image.store.folder / 'candidates.png'}")
     return chosen
@@ -225,6 +231,17 @@ def _shown(
     image: SourceImage, target: str, best: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[Image.Image, str]]:
     yield open_picture(image.store.folder / "source.png").image, f"source\nto become: {target}"
-    for each in best:
+    for n, each in enumerate(best):
         figures = f"agreement {each.agreement:.3g}\nlikeness {each.likeness:.3g}"
-        yield open_picture(each.file).image, f"{each.named(names)}\n{figures}"
+        first = "" if n else f"{CHOSEN}\n"
+        yield open_picture(each.file).image, f"{first}{each.named(names)}\n{figures}"
+
+
+def _note(each: Candidate, search: Search, best: Candidate) -> dict[str, Any]:
+    """What the record of an edit says of the search, among its figures."""
+    return {
+        "chosen": each.file == best.file,
+        "agreement": each.agreement,
+        "likeness": each.likeness,
+        "judge": search.clip,
+    }

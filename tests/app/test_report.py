@@ -17,7 +17,10 @@ from commands import kvinv, refused
 
 from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
 from kvinv_pl.app.curves import loss_curves
+from kvinv_pl.app.report import write_report
 from kvinv_pl.app.words import certificate
+from kvinv_pl.bench.page import filled
+from kvinv_pl.data import slider
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.training.datamodule import SourceImages
 
@@ -68,6 +71,18 @@ def test_a_run_is_one_file_that_needs_nothing_beside_it(folder: Path) -> None:
     assert text.count('type="range"') == 2 and "Loss before and after" in text
 
 
+def test_both_pages_of_ours_compare_by_one_slider_with_the_source_on_the_left(folder: Path) -> None:
+    report = write_report(folder / "cat", folder / "report.html").read_text(encoding="utf-8")
+    for page in (report, filled("A bench", {})):
+        assert slider.STYLE in page and slider.SCRIPT in page and page.count("clip-path: inset") == 1
+        (below, above), *_ = re.findall(
+            r'class="compare[^"]*"[^>]*>\s*(<svg|<img)[^§]*?<img[^>]*class="(\w+)"[^>]*><input type="range"',
+            page,
+        )
+        assert below and above == "edited" and slider.SOURCE_SHOWN in page
+    assert "inset(0 0 0 var(--at))" in slider.STYLE  # what is cut off the edit is on its left
+
+
 def test_a_folder_of_runs_is_one_report_which_names_what_it_could_not_read(folder: Path) -> None:
     shutil.copytree(folder / "cat", folder / "dog")
     run = json.loads((folder / "dog" / "run.json").read_text())
@@ -113,6 +128,22 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     assert fits.opened(file).tobytes() == edited.tobytes()
     both = yaml.safe_load(as_yaml(settings_again(run, record), ""))
     assert both["data"]["targets"] == ["a dog"] and both["model"]["sharpness"] == 1.5
+
+
+def test_retries_are_those_that_were_asked_for_and_not_those_that_it_took(tmp_path: Path) -> None:
+    store = fits.fit(
+        fits.picture(tmp_path / "cat.png"), tmp_path / "run", required_psnr=0.0, retries=3, steps=1
+    )
+    run = store.read_run()
+    assert len(run["reconstruction"]["attempts"]) == 1
+    assert settings_again(run)["model"]["retries"] == 3
+
+
+def test_of_a_run_that_does_not_say_its_retries_nothing_is_made_up() -> None:
+    run = json.loads((TUNED / "run.json").read_text())
+    assert "retries" not in settings_again(run)["model"]
+    run["reconstruction"]["passed"] = False
+    assert settings_again(run)["model"]["retries"] == 0
 
 
 def test_a_run_is_made_again_in_its_working_size_and_prompt_syntax(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from kvinv_pl.bench.bench import BROKEN_OFF, Bench, Setup
 from kvinv_pl.bench.cases import Case, Metric
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.costs import Cost
-from kvinv_pl.bench.page import TEMPLATE, filled, page
+from kvinv_pl.bench.page import filled, page
 from kvinv_pl.bench.plan import Plan
 from kvinv_pl.bench.records import Records, slug
 from kvinv_pl.bench.results import write_results
@@ -138,7 +138,7 @@ def test_the_page_needs_nothing_beside_it(done: tuple[Path, Answer]) -> None:
 
 def test_the_pages_script_finds_what_it_asks_for_and_every_bracket_is_closed() -> None:
     """The page is clicked through in a browser by tools/look_at_studio.py."""
-    text = TEMPLATE.read_text(encoding="utf-8")
+    text = filled("", {})
     inside, ids, void = list[str](), set[str](), {"meta", "img", "input"}
 
     class Tags(HTMLParser):
@@ -153,7 +153,7 @@ def test_the_pages_script_finds_what_it_asks_for_and_every_bracket_is_closed() -
     assert not inside
     script = text.partition("<script>")[2].partition("</script>")[0]
     assert set(re.findall(r'\bat\("(\w+)"\)', script)) <= ids
-    code = re.sub(r'"(?:\\.|[^"\\\n])*"|/dB\|PSNR/', "", script)  # without texts
+    code = re.sub(r'"(?:\\.|[^"\\\n])*"', "", script)  # without texts
     opened = list[str]()
     for sign in re.findall(r"[(){}\[\]]", code):
         if sign in "({[":
@@ -175,6 +175,37 @@ def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> No
     assert figures(copy)["direct+plain"]["means"]["PIE PSNR"]["count"] == 2
     given = ["direct+plain", "kv_inversion", BROKEN.removesuffix("@1"), "ddim+plain"]
     assert list(figures(copy))[3:] == given
+
+
+def test_rows_of_the_folder_stay_behind_those_that_are_asked_for_and_are_not_computed(copy: Path) -> None:
+    (copy / "pictures" / "direct+plain" / "1000001.json").unlink()  # as after a kill
+    before, had = times(copy), figures(copy)
+    answer = bench(copy, "ddim+plain")
+    assert answer.code == 0, answer.err  # what failed before was not asked for
+    after = times(copy)
+    assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
+    assert all(after[name] == time for name, time in before.items())
+    rows = figures(copy)
+    assert list(rows)[3:] == ["ddim+plain", "direct+plain", "plain(guidance=nonsense)", "kv_inversion"]
+    assert rows["kv_inversion"]["cases"].keys() == had["kv_inversion"]["cases"].keys()
+    assert rows["direct+plain"]["cases"].keys() == {"1000000"} and not rows["direct+plain"]["failed"]
+    assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
+    assert "less ours" in rows["ddim+plain"]
+    content = content_of((copy / "page.html").read_text())
+    assert [row["name"] for row in content["rows"]] == list(rows)
+    assert "kv_inversion" in content["cases"][0]["pictures"]
+
+
+def test_a_figure_that_is_new_is_measured_of_the_rows_of_before_as_well(tmp_path: Path) -> None:
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    Plan(("ddim+plain",), tmp_path, setup, cases=1).run()
+    plan = Plan(("direct+plain",), tmp_path, setup, cases=1)
+    data = plan.load_cases()
+    new = Metric("new", ("one",), lambda case, picture: {"one": 1.0})
+    data = replace(data, metrics=[new, *data.metrics])
+    bench = Bench(setup, data, [Contestant.parse("direct+plain")], Records(tmp_path), Progress(quiet=True))
+    bench.run()
+    assert bench.report().mean("ddim+plain", "one").count == 1
 
 
 def test_a_bench_with_other_settings_is_refused(copy: Path) -> None:

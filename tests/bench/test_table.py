@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,12 @@ import pytest
 import torch
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from kvinv_pl.bench.ablation import LIKENESS
+from kvinv_pl.bench.bench import COSTS
+from kvinv_pl.bench.cases import IDENTITY
+from kvinv_pl.bench.columns import MEANINGS
 from kvinv_pl.bench.contestants import Contestant
+from kvinv_pl.bench.metrics import UNEDITED, clip_score, lpips, structure_distance
 from kvinv_pl.bench.page import page
 from kvinv_pl.bench.ranks import METRICS, as_csv, as_markdown, ranks, spearman
 from kvinv_pl.bench.summary import summary
@@ -80,11 +86,44 @@ def test_the_tables_have_all_cases_then_kinds_in_their_order_then_differences_an
 def test_a_figure_that_may_be_below_0_or_depends_on_the_machine_is_explained_beside_the_table() -> None:
     rows = {"ours": {"a": {"second recall": -0.3, "second precision": 0.1, "time x": 0.9}}}
     report = Report(rows, ("second recall", "second precision", "time x"))
-    recall, time = report.notes
+    recall, _, time = report.notes
     assert "beyond chance" in recall and "below 0" in recall and "other work on the machine" in time
     assert all(note in report.markdown() for note in report.notes)
     assert content_of(page("", [], report, lambda row, case: pytest.fail(row)))["notes"] == report.notes
     assert not Report({"ours": {"a": {"dB": 1.0}}}, ("dB",)).notes
+
+
+def test_every_column_has_its_line_in_the_page_the_tables_and_the_docs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for model in ("Clip", "Dino", "Lpips"):
+        monkeypatch.setattr(f"kvinv_pl.bench.metrics.{model}.load", lambda *_: None)
+    metrics = [IDENTITY, UNEDITED, clip_score("x"), structure_distance("x"), lpips("x")]
+    columns = [*(name for metric in metrics for name in metric.columns), *COSTS, LIKENESS]
+    assert set(columns) == MEANINGS.keys() and METRICS.keys() <= MEANINGS.keys()
+    report = Report({"ours": {"a": dict.fromkeys(columns, 1.0)}}, columns)
+    assert len(report.notes) == len(columns)
+    content = content_of(page("", [], report, lambda row, case: pytest.fail(row)))
+    assert content["columns"] == {name: MEANINGS[name] for name in columns}
+    assert content["notes"] == report.notes
+    docs = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    table = docs.partition("| column | |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| {name} | {meaning} |" for name, meaning in MEANINGS.items()]
+
+
+def test_a_psnr_of_equal_pictures_is_exact_in_tables_and_100_in_files() -> None:
+    scores = {"a": {"PIE PSNR": 100.0, "scene %": 100.0}, "b": {"PIE PSNR": 100.0, "scene %": 100.0}}
+    near = {"a": {"PIE PSNR": 100.0, "scene %": 50.0}, "b": {"PIE PSNR": 60.0, "scene %": 50.0}}
+    report = Report({"same": scores, "near": near}, ("PIE PSNR", "scene %"), ours="same")
+    everything = cells(report.markdown().partition("All cases\n\n")[2].partition("\n\n")[0])
+    assert everything["same"] == {"cases": "2", "PIE PSNR": "exact", "scene %": "100.00 [100.00, 100.00]"}
+    assert everything["near"]["PIE PSNR"] == "80.00 [60.00, exact]"
+    assert "| near | -20.00 [" in report.markdown() and "exact: nothing differs" in report.markdown()
+    assert "exact" in summary(report, 80)
+    content = content_of(page("", [], report, lambda row, case: pytest.fail(row)))
+    assert content["psnr"] == ["PIE PSNR"] and content["capped"] == content["rows"][0]["means"][0][0] == 100
+    assert "same,a,,PIE PSNR,100.0" in report.csv() and "exact" not in report.csv() + report.json()
+    assert not any("exact" in note for note in Report({"x": {"a": {"scene %": 100.0}}}, ("scene %",)).notes)
 
 
 def test_a_terminal_is_shown_the_figures_that_decide_in_its_own_width() -> None:

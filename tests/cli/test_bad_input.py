@@ -19,6 +19,7 @@ from commands import QUICK, kvinv, photograph, refused, signals_as_at_a_terminal
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from kvinv_pl.cli.arguments import underscored
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.training.launcher import STOPPING
 
@@ -260,6 +261,15 @@ def test_an_unknown_command_or_option_is_answered_with_what_was_meant() -> None:
     refused(kvinv("world", "--seed", "x"), "--seed: expected a whole number, got 'x'")
     refused(kvinv("world", "--seed", -1), "seed: expected 0 or more, got -1")
     refused(kvinv("variants", "all"), "no attention variant 'all'")
+
+
+@pytest.mark.parametrize("given", [("--seed-base", "x"), ("--seed_base", "x"), ("--seed-base=x",)])
+def test_an_option_may_be_typed_with_hyphens(given: tuple[str, ...]) -> None:
+    for verb in ("bench", "ablate"):
+        refused(kvinv(verb, *given), "--seed_base: expected a whole number, got 'x'")
+    stage = [flag.replace("seed", "model.inner").replace("base", "steps") for flag in given]
+    refused(kvinv("fit", *stage), "--model.inner_steps: expected a whole number, got 'x'")
+    assert underscored("--data.source=a-b") == "--data.source=a-b" and underscored("-o") == "-o"
 
 
 def test_a_list_without_images_or_with_broken_lines_is_refused(good: list[object], tmp_path: Path) -> None:

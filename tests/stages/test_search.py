@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import fits
+import numpy as np
 import pytest
 import torch
 from commands import kvinv, refused
-from PIL import Image
+from PIL import Image, ImageColor
 
+from kvinv_pl.app.report import write_report
+from kvinv_pl.data.edits import Edits, search_of
 from kvinv_pl.data.geometry import shared_colours
 from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.sheet import BORDER, MARK, SIDES
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked
 from kvinv_pl.training.datamodule import SourceImages
@@ -32,6 +37,13 @@ def run(tuned: Path, tmp_path: Path) -> Path:
 
 def candidate(agreement: float, likeness: float, start: float = 0.0) -> Candidate:
     return Candidate(fits.model(start=start).editing, Path("x.png"), agreement, likeness)
+
+
+def bordered(file: Path) -> int:
+    """How many pictures of a sheet have a border."""
+    blue = (np.asarray(fits.opened(file)) == ImageColor.getrgb(MARK)).all(-1)
+    rows = blue.sum(1)  # the first line of a border is as long as its picture and both sides
+    return int(rows[rows > 2 * BORDER].sum() // (BORDER * 2 * (SIDES[0] + 2 * BORDER)))
 
 
 def test_of_those_that_do_what_the_target_says_the_earliest_and_most_like_the_source_is_chosen() -> None:
@@ -105,6 +117,45 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
     assert starts == set(GRIDS["start"]) and len(RunStore(run).edits()) == 2 * len(starts)
     width, height = fits.opened(run / "candidates.png").size
     assert width > 3 * 192 and height > 2 * 192
+
+
+def test_the_chosen_edit_is_marked_on_the_sheets_and_first_in_the_report(run: Path) -> None:
+    store = RunStore(run)
+    fits.edit(store, "a dog", module=fits.model(steps=3, guidance=3.3))  # no part of the search
+    before = [file for _, file in store.edits()]
+    assert not bordered(run / "sheet.png")
+    module = fits.model(start="auto", candidates=2, steps=3)
+    fits.edit(store, fits.TARGET, "a dog", module=module)
+    records = store.edits()
+    assert [file for _, file in records[: len(before)]] == before  # noting figures keeps the order
+    found = {file: search_of(record) for record, file in records if search_of(record)}
+    assert {file for file, each in found.items() if each["chosen"]} == set(module.last_edits)
+    assert all(each["judge"] is None and isinstance(each["agreement"], float) for each in found.values())
+    assert bordered(run / "sheet.png") == 2 == bordered(run / "candidates.png")
+    page = write_report(run, run / "report.html").read_text(encoding="utf-8")
+    captions = re.findall(r"<figcaption><b>(.*?)</figcaption>", page)
+    marks = ["chosen</span>" in caption for caption in captions if "agreement" in caption]
+    assert marks == [True] * 2 + [False] * (2 * len(GRIDS["start"]) - 2)
+    best = found[module.last_edits[0]]
+    said = f"agreement {best['agreement']:.3g}, likeness {best['likeness']:.3g}, by the model itself"
+    assert said in captions[2] + captions[3]
+    assert fits.edit(store, "a dog", module=fits.model(steps=3)) and len(store.edits()) == len(records)
+
+
+def test_of_two_searches_it_is_the_last_that_has_chosen(tmp_path: Path) -> None:
+    edits, picture = Edits(tmp_path), Image.new("RGB", (2, 2))
+    old, new, other = (
+        edits.save(target, picture, {"target": target, "start": start, "figures": {"seconds": 1}})
+        for target, start in (("a cat", 0), ("a cat", 1), ("a dog", 0))
+    )
+    edits.note_search("a cat", {old: {"chosen": True}})
+    edits.note_search("a dog", {other: {"chosen": True}})
+    edits.note_search("a cat", {new: {"chosen": True}})
+    assert {file: search_of(record)["chosen"] for record, file in edits.all()} == {
+        old: False, new: True, other: True
+    }  # fmt: skip
+    assert [file for _, file in edits.all()] == [old, new, other]
+    assert edits.find("a cat", {"target": "a cat", "start": 0}) == old  # figures are no settings
 
 
 def test_a_target_that_is_asked_for_twice_is_edited_once_and_found_for_both(run: Path) -> None:

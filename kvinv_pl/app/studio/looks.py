@@ -6,7 +6,8 @@ from typing import Any
 
 from kvinv_pl.app.studio.jobs import Job
 from kvinv_pl.app.studio.workbench import Workbench
-from kvinv_pl.app.words import certificate, settings_of_edit
+from kvinv_pl.app.words import certificate, searched, settings_of_edit
+from kvinv_pl.data.edits import CHOSEN, search_of
 
 
 def progress(bench: Workbench, job: Job | None) -> str:
@@ -38,9 +39,11 @@ def gallery(bench: Workbench, name: str) -> list[tuple[str, str]]:
 
 
 def caption(record: dict[str, Any]) -> str:
-    """The target and the settings of an edit."""
-    settings = settings_of_edit(record)
-    return f"{record['target']} ({', '.join(f'{name} {value}' for name, value in settings.items())})"
+    """The target and the settings of an edit, and what a search thought of it."""
+    settings = ", ".join(f"{name} {value}" for name, value in settings_of_edit(record).items())
+    chosen = [CHOSEN] if search_of(record).get("chosen") else []
+    found = [text for text in (*chosen, searched(record)) if text]
+    return "; ".join([f"{record['target']} ({settings})", *found])
 
 
 def pair(bench: Workbench, name: str, edit: Path | None) -> tuple[str, str] | None:
