@@ -19,8 +19,8 @@ class Masked(CPAttention):
     """Another variant, in which the subject and the background each attend to themselves alone.
 
     The mask splits the source's keys, and while psi is tuned its queries, too, so that an edit reads K-bar
-    and V-bar as they were learned. Tokens on the subject's outline show both: their keys are read by both, and
-    their queries read all. Mask-guided as in MasaCtrl (Cao et al., 2023), which cuts the outline at one half
+    and V-bar as they were learned. Tokens on the subject's outline show both: both read their keys, and their
+    queries read all. Mask-guided as in MasaCtrl (Cao et al., 2023), which cuts the outline at one half
     and is otherwise this around `recorded`.
 
     Args:
