@@ -12,13 +12,16 @@ from torch import Tensor
 from kvinv_pl.attention import CPAttention, Sdpa, Site, resolve
 from kvinv_pl.errors import UserError
 
+OUTLINE = 0.1  # a token with more than this share of both subject and background is a part of both
+
 
 class Masked(CPAttention):
     """Another variant, in which the subject and the background each attend to themselves alone.
 
     The mask splits the source's keys, and while psi is tuned its queries, too, so that an edit reads K-bar
-    and V-bar as they were learned. Mask-guided as in MasaCtrl (Cao et al., 2023), which is this around
-    `recorded`.
+    and V-bar as they were learned. Tokens on the subject's outline show both: both read their keys, and their
+    queries read all. Mask-guided as in MasaCtrl (Cao et al., 2023), which cuts the outline at one half
+    and is otherwise this around `recorded`.
 
     Args:
         site: The self-attention to upgrade.
@@ -52,8 +55,10 @@ class Masked(CPAttention):
         self.follows = queries != "source" or self.inner.follows
         moves = {"reading frozen": "an edit's subject may be in another place than the source's"}
         self.exempt = {**self.inner.exempt, **(moves if queries != "source" else {})}
+        # the keys that subject and background read, and the queries that are more the subject's
         self._subject: Bool[Tensor, "slots tokens"] | None = None
         self._background: Bool[Tensor, "slots tokens"] | None = None
+        self._within: Bool[Tensor, "slots tokens"] | None = None
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Reset the other variant."""
@@ -72,12 +77,13 @@ class Masked(CPAttention):
     def bind(self, mask: Float[Tensor, "slots h w"] | None) -> None:
         """Resize the masks to the site's grid; a subject too small for it keeps the pixels it covers most."""
         self.inner.bind(mask)
-        self._subject = self._background = None
+        self._subject = self._background = self._within = None
         if mask is not None:
             share = F.interpolate(mask[:, None].float(), self.site.grid, mode="area")[:, 0].flatten(1)
             most, least = share.amax(1, keepdim=True), share.amin(1, keepdim=True)
-            self._subject = (share > 0.5) | (share == most)
-            self._background = (share <= 0.5) | (share == least)
+            self._subject = (share > OUTLINE) | (share == most)
+            self._background = (share < 1 - OUTLINE) | (share == least)
+            self._within = (share > 0.5) | (share == most)
 
     def forward(
         self, k: Float[Tensor, "branches slots tokens dim"], v: Float[Tensor, "branches slots tokens dim"]
@@ -96,7 +102,7 @@ class Masked(CPAttention):
         inner = partial(self.inner.attend, q, k, v)
         if self._subject is None:
             return inner(sdpa)
-        return self._apart(q, inner, sdpa, self._subject[None])
+        return self._apart(q, inner, sdpa, *self._source_queries())
 
     def attend_edit(
         self,
@@ -110,21 +116,25 @@ class Masked(CPAttention):
         inner = partial(self.inner.attend_edit, q, k, v, subject=subject)
         if self._subject is None:
             return inner(sdpa)
-        source_subject = self._subject[None]
+        source_subject, outline = self._source_queries()
         if self.queries == "source":
-            return self._apart(q, inner, sdpa, source_subject)
+            return self._apart(q, inner, sdpa, source_subject, outline)
         if subject is None:  # its place is not known yet
             return inner(sdpa)
         # it moves, and keeps its size: thresholded midway, such a map has half of the picture
         size = source_subject.sum(2, keepdim=True)
         edit_subject = subject.flatten(2).argsort(dim=2, descending=True, stable=True).argsort(2) < size
         if self.queries == "agreed":
-            return self._apart(
-                q, inner, sdpa, edit_subject & source_subject, undecided=edit_subject ^ source_subject
-            )
+            undecided = outline | (edit_subject ^ source_subject)
+            return self._apart(q, inner, sdpa, edit_subject & source_subject, undecided)
         return self._apart(
             q, inner, sdpa, edit_subject if self.queries == "words" else edit_subject | source_subject
         )
+
+    def _source_queries(self) -> tuple[Bool[Tensor, "1 slots tokens"], Bool[Tensor, "1 slots tokens"]]:
+        """Where the source has its subject, and where its outline."""
+        assert self._subject is not None and self._background is not None and self._within is not None
+        return self._within[None], (self._subject & self._background)[None]
 
     def _apart(
         self,

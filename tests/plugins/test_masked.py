@@ -91,16 +91,24 @@ def most(looks: Tensor) -> Tensor:
     return flat >= torch.stack(least, 1)[..., None]
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, subject: Tensor, background: Tensor) -> Tensor:
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subject: Tensor,
+    background: Tensor,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Every query by itself, from the keys that it may read: all, where it is in neither of the two."""
     out = torch.empty_like(q)
-    keys, size = on_grid(), SITE.dim // SITE.heads
+    mine, others = keys or (on_grid(), ~on_grid())
+    size = SITE.dim // SITE.heads
     for branch, slot, token in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        read = torch.ones_like(keys[slot])
+        read = torch.ones_like(mine[slot])
         if subject[branch, slot, token]:
-            read = keys[slot]
+            read = mine[slot]
         elif background[branch, slot, token]:
-            read = ~keys[slot]
+            read = others[slot]
         for head in range(SITE.heads):
             of = slice(head * size, (head + 1) * size)
             scores = k[branch, slot, read][:, of] @ q[branch, slot, token, of] / size**0.5
@@ -143,6 +151,33 @@ def test_the_subjects_queries_read_the_subjects_keys_in_every_slot(
     assert cp.follows == (queries != "source")
 
 
+@pytest.mark.parametrize("queries", QUERIES)
+def test_the_outline_is_read_by_both_sides_and_reads_both(queries: Any) -> None:
+    cp = Masked(SITE, Recorded, queries)
+    share = torch.tensor([0.0, 0.05, 0.3, 0.7, 0.95, 1.0])[
+        torch.randint(6, (SITE.slots, SITE.tokens), generator=torch.Generator().manual_seed(4))
+    ]
+    cp.bind(share.view(SITE.slots, *SITE.grid))
+    mine, others, source = share > 0.1, share < 0.9, share > 0.5
+    outline = (mine & others)[None].expand(4, -1, -1)
+    q, k, v = features(0), features(1), features(2)
+    looks = torch.rand(4, SITE.slots, *SITE.grid, generator=torch.Generator().manual_seed(3))
+    flat = looks.flatten(2)
+    least = flat.sort(descending=True).values[:, range(SITE.slots), source.sum(1) - 1]
+    words, inside = flat >= least[..., None], source[None].expand(4, -1, -1)
+    nowhere = torch.zeros_like(inside)
+    found, unknown = {
+        "source": (inside, outline),
+        "words": (words, nowhere),
+        "union": (words | inside, nowhere),
+        "agreed": (words & inside, outline | (words ^ inside)),
+    }[queries]
+    expected = written_out(q, k, v, found & ~unknown, ~found & ~unknown, (mine, others))
+    torch.testing.assert_close(cp.attend_edit(q, k, v, SDPA, looks), expected)
+    own = written_out(q, k, v, inside & ~outline, ~inside & ~outline, (mine, others))
+    torch.testing.assert_close(cp.attend(q, k, v, SDPA), own)
+
+
 def test_where_the_model_looks_alike_everywhere_the_subject_is_no_larger() -> None:
     cp = Masked(SITE, Recorded, "words")
     cp.bind(halves())
@@ -175,8 +210,9 @@ def kept(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     site = Site("up_blocks.0.attn1", 1, grid, 4, 1)
     seen: list[Tensor] = []
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        seen.append(mask.expand(1, 1, 1, -1).reshape(grid))
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:  # those of the outline read all
+            seen.append(mask.expand(1, 1, 1, -1).reshape(grid))
         return SDPA(q, k, v, mask)
 
     cp = Masked(site, Recorded, "source")
@@ -186,17 +222,18 @@ def kept(mask: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return subject, background
 
 
-def test_a_mask_is_cut_at_half_of_each_token() -> None:
+def test_a_token_that_shows_both_is_a_key_of_both() -> None:
     mask = torch.zeros(6, 12)
-    mask[:3, :7] = 1  # on a grid of 2x3: the first column, and three quarters of the second
-    for grid, subject in (((2, 3), [[1, 1, 0], [0, 0, 0]]), ((1, 3), [[0, 0, 0]]), ((3, 2), None)):
-        found, background = kept(mask, grid)
-        if grid == (1, 3):  # half of a token is not more than half, but the best that there is
-            subject = [[1, 0, 0]]
-        if grid == (3, 2):
-            subject = [[1, 0], [0, 0], [0, 0]]
+    mask[:3, :7] = 1
+    for grid, subject, background in (
+        ((2, 3), [[1, 1, 0], [0, 0, 0]], [[0, 1, 1], [1, 1, 1]]),  # three quarters of the second column
+        ((1, 3), [[1, 1, 0]], [[1, 1, 1]]),  # half of the first, three eighths of the second
+        ((3, 2), [[1, 1], [1, 0], [0, 0]], [[0, 1], [1, 1], [1, 1]]),
+        ((6, 12), mask.tolist(), (1 - mask).tolist()),
+    ):
+        found, others = kept(mask, grid)
         assert found.tolist() == torch.tensor(subject).bool().tolist()
-        assert torch.equal(background, ~found) or grid == (1, 3)
+        assert others.tolist() == torch.tensor(background).bool().tolist()
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (3, 5)])
