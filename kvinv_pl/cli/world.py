@@ -46,12 +46,13 @@ def _page(out: Path, seed: int, count: int, size: int) -> list[str]:
 
 def _pictures(out: Path, seed: int, size: int) -> list[str]:
     animal = Animal.sample(seed)
-    lines = []
+    lines, rows = list[str](), ["image\tsource\tmask"]  # a list that --image takes
     for action in ACTIONS:
         file = _save(animal.render(action, size), out / f"{action}.png")
-        _save(animal.mask(action, size), out / f"{action}-mask.png")
+        mask = _save(animal.mask(action, size), out / f"{action}-mask.png")
         lines.append(f"{file}\t{animal.prompt(action)}")
-    (out / "prompts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.append(f"{file.name}\t{animal.prompt(action)}\t{mask.name}")
+    (out / "prompts.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return lines
 
 

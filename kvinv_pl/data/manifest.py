@@ -97,15 +97,31 @@ def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
         named = file.suffix.lower() in SUFFIXES and not file.is_dir()
         return named or (file.is_file() and is_picture(file))
 
-    found = [file for file in files if is_taken(file)]
-    skipped = [f"{file.name}{'/' if file.is_dir() else ''}" for file in files if file not in found]
+    taken = [file for file in files if is_taken(file)]
+    masks = masks_among(taken)
+    found = [file for file in taken if file not in masks]
+    skipped = [f"{file.name}{'/' if file.is_dir() else ''}" for file in files if file not in taken]
     named = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
     if not found:
         got = f"got {named}" if skipped else "it is empty"
         raise UserError(f"{folder} contains no pictures ({got}): name a folder that does")
     if skipped:
         notes.append(f"skipped in {folder}, being no pictures: {named}")
+    if masks:
+        notes.append(
+            f"skipped in {folder}, being masks by their names: {masks[0].name}"
+            + (f" and {len(masks) - 1} more" if len(masks) > 1 else "")
+            + "; a list with the column mask gives each picture its own"
+        )
     return found
+
+
+def masks_among(files: Sequence[Path]) -> list[Path]:
+    """Those named NAME-mask, as `kvinv world` and `kvinv mask` do, beside a picture NAME."""
+    names = {file.stem for file in files}
+    return [
+        file for file in files if file.stem.endswith("-mask") and file.stem.removesuffix("-mask") in names
+    ]
 
 
 def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,8 +1,10 @@
-"""Prompts that are longer than the text model reads: which words are lost, and which prompts read alike."""
+"""What the text model does not read: words past its end, unknown words, and what makes two prompts differ."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SPECIES
 from kvinv_pl.models.stable_diffusion import Backbone
 
 
@@ -13,6 +15,18 @@ def cuts(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str
             yield (
                 f"the {what} is longer than the model reads, and these words are lost "
                 f"(--model.prompt_syntax webui reads them): {lost}"
+            )
+
+
+def unlearned(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """A line for each prompt (what it is, and its text) with words unknown to the embedded model."""
+    known = set(backbone.prompts.tokenizer.get_vocab())  # in which a word that was learned is one token
+    for what, prompt in dict.fromkeys(prompts):
+        words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", backbone.prompts.text(prompt).lower()))
+        if lost := [word for word in words if f"{word}</w>" not in known]:
+            yield (
+                f"the {what} has words that the embedded model has not learned: {', '.join(lost)}; it knows "
+                f"{', '.join((*ACTIONS, *SPECIES, *COATS, *COLOURS, *GROUNDS))}"
             )
 
 

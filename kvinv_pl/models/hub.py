@@ -33,7 +33,7 @@ def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = 
         )
     if (folder := located(checkpoint, menagerie.checkpoint, needed, files=True)) is not None:
         return folder
-    with _from_hub(f"folder {checkpoint}"):
+    with _from_hub(f"folder {checkpoint}", "; --checkpoint also takes a folder or file of this machine"):
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         path = Path(hf_hub_download(checkpoint, "model_index.json"))
@@ -88,7 +88,7 @@ def file_of(name: str, what: str) -> Path:
 
 
 @contextmanager
-def _from_hub(what: str) -> Iterator[None]:
+def _from_hub(what: str, remedy: str = "") -> Iterator[None]:
     """Download something, with progress bars; an error says in one line why it is not there."""
     try:
         with quiet(bars=True):
@@ -96,7 +96,9 @@ def _from_hub(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"no {what} here, and not available from the hub: {_of_hub(error)}") from error
+        raise UserError(
+            f"no {what} here, and not available from the hub: {_of_hub(error)}{remedy}"
+        ) from error
 
 
 def _names_in(repository: str, folder: str = "") -> list[str]:

@@ -92,8 +92,10 @@ def edit_picture(
     }  # fmt: skip
     existing = {} if again else {target: edits.find(target, record) for target, record in records.items()}
     paths = {target: path for target, path in existing.items() if path is not None}
-    for path in paths.values():
-        watch.progress.note(f"{image.name}: {path} exists with these settings; --overwrite renders it again")
+    if paths:
+        first, *more = paths.values()
+        which = f"{first} and {len(more)} more exist" if more else f"{first} exists"
+        watch.progress.note(f"{image.name}: {which} with these settings; --overwrite renders again")
     targets = [target for target in records if target not in paths]
     if not targets:
         store.save_picture("sheet", sheet_of(store))  # after a kill it may be outdated

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from kvinv_pl.data.failures import MEMORY
 from kvinv_pl.data.geometry import fit_geometry, working_size
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import stored_bytes
+from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import Sizes, outline
 from kvinv_pl.models.memory import fitting, free_bytes, in_units
 from kvinv_pl.models.sampling import Sample, sample
@@ -55,6 +57,14 @@ class Machine:
         return cls(device, dtype, devices, REACHED * done * 2 * side**3 / took)
 
 
+def first_existing(out: Path) -> Path:
+    """The path, or the nearest of its parents that exists; a UserError where none does, as without its drive."""
+    for path in (out, *out.parents):
+        if path.exists():
+            return path
+    raise UserError(f"there is no {out.anchor} for {out}: check the path")
+
+
 def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterator[str]:
     """Lines for the user. Of the checkpoint only configurations are read, and nothing is written.
 
@@ -74,8 +84,7 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
         each = Estimate(model, size, pictures, max(1, targets), machine, prompts)
         yield from each.lines()
         disk += pictures * sum(each.on_disk())
-    out = data.out.absolute()
-    place = next(path for path in (out, *out.parents) if path.exists())
+    place = first_existing(data.out.absolute())
     free = shutil.disk_usage(place).free
     yield f"disk, in all: {in_units(disk)}; {in_units(free)} are free in {place}"
     if disk > free:

@@ -9,7 +9,7 @@ import torch
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.cut_prompts import cuts
+from kvinv_pl.models.cut_prompts import cuts, unlearned
 from kvinv_pl.models.noisy_end import left_out
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
@@ -90,7 +90,9 @@ class Workload:
             if work.source in work.targets:
                 same.append(f"{work.label}: a target is the source prompt, so that its edit changes nothing")
             prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
-        return [*self.data.notes, *same, *cuts(self.model.denoiser.backbone, prompts)]
+        backbone = self.model.denoiser.backbone
+        lost = unlearned(backbone, prompts) if self.model.checkpoint == "menagerie" else ()
+        return [*self.data.notes, *same, *cuts(backbone, prompts), *lost]
 
     def choices(self, precision: str | None) -> list[str]:
         """Lines for the user: what was merged into the checkpoint, and what follows from it and the device.

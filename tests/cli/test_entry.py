@@ -21,6 +21,7 @@ from kvinv_pl.cli.entry import main
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.menagerie import ACTIONS
+from kvinv_pl.training.datamodule import SourceImages
 
 
 @pytest.fixture
@@ -213,6 +214,10 @@ def test_world_writes_every_action_with_its_mask_and_prompt(tmp_path: Path) -> N
         assert size(Path(file)) == (32, 32)
         with Image.open(file.replace(".png", "-mask.png")) as mask:
             assert mask.mode == "1"
+    works = SourceImages(str(tmp_path / "world" / "prompts.tsv")).works
+    for work, line, action in zip(works, answer.out.splitlines(), ACTIONS, strict=True):
+        assert [str(work.path), work.source] == line.split("\t")
+        assert work.mask == tmp_path / "world" / f"{action}-mask.png"
 
 
 def test_world_shows_several_animals_on_a_sheet(tmp_path: Path) -> None:
@@ -351,6 +356,9 @@ def test_what_is_rendered_is_not_rendered_again(cat: list[object], done: Path) -
     after = times(run, edited)
     assert after.keys() == times(run, edited).keys() and len(RunStore(run).edits()) == 4
     assert {name for name, at in before.items() if after[name] != at} == set(before)
+    both = ["edit", "--run", run, "--target", "a dog", "--target", "a fox"]
+    assert kvinv(*both).code == 0
+    assert f"cat.png: {run / 'edits' / 'a-dog.png'} and 1 more exist with" in kvinv(*both).err
 
 
 def test_of_a_run_that_was_killed_before_its_certificate_nothing_is_rendered(

@@ -8,7 +8,7 @@ import fits
 import pytest
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.cut_prompts import cuts, refuse_alike
+from kvinv_pl.models.cut_prompts import cuts, refuse_alike, unlearned
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.training.datamodule import SourceImages
 
@@ -28,6 +28,19 @@ def test_the_words_that_are_lost_are_said_once_for_each_prompt_that_is_cut(backb
         "(--model.prompt_syntax webui reads them): standing on the grass",
         "the target is longer than the model reads, and these words are lost "
         "(--model.prompt_syntax webui reads them): running",
+    ]
+
+
+def test_words_that_the_embedded_model_has_not_learned_are_said() -> None:
+    backbone = Backbone.load("menagerie")
+    prompts = [
+        ("source prompt", "A photo of a Cat on the sand"),
+        ("target", "a cat flying on the moon, 2 of it"),
+    ]
+    assert list(unlearned(backbone, prompts)) == [
+        "the target has words that the embedded model has not learned: flying, moon; it knows standing, sitting, "
+        "running, jumping, lying, cat, dog, rabbit, fox, plain, striped, spotted, red, orange, yellow, green, blue, "
+        "purple, brown, grey, grass, sand, snow"
     ]
 
 

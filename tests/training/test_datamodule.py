@@ -52,6 +52,17 @@ def test_a_folder_gives_its_pictures_in_order_and_names_what_it_skips(tmp_path: 
     assert data.notes == [f"skipped in {tmp_path}, being no pictures: list.csv, more/, notes.txt"]
 
 
+def test_masks_beside_their_pictures_in_a_folder_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("cat.png", "cat-mask.png", "dog.jpg", "dog-mask.png", "bear-mask.png"):
+        photograph(tmp_path / name, format="PNG")
+    data = SourceImages(str(tmp_path), out="out")
+    assert [work.name for work in data.works] == ["bear-mask.png", "cat.png", "dog.jpg"]
+    assert data.notes == [
+        f"skipped in {tmp_path}, being masks by their names: cat-mask.png and 1 more; a list with the column "
+        "mask gives each picture its own"
+    ]
+
+
 def test_many_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     photograph(tmp_path / "z.png")
     for n in range(8):

@@ -17,6 +17,7 @@ from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 
 from kvinv_pl.cli.arguments import kinds_of
 from kvinv_pl.data.failures import MEMORY
+from kvinv_pl.errors import UserError
 from kvinv_pl.models import memory, sampling
 from kvinv_pl.models.sampling import Sample, Timed, sample
 from kvinv_pl.models.sketch import TOKENS, tokens_of
@@ -140,3 +141,10 @@ def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
     assert "a guess from products of matrices" in answer.out and "timed" not in answer.out
     assert tree(tmp_path) == {f"in/{seed}.png" for seed in range(2)}
     refused(kvinv("plan", *quick, "--image", tmp_path / "no.png"), "expected a picture file at")
+
+
+def test_a_drive_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert estimate.first_existing(tmp_path / "new" / "run") == tmp_path
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"there is no .* for .*run: check"):
+        patch.setattr(Path, "exists", lambda _: False)  # as every parent of Z:/run is, without a Z:
+        estimate.first_existing(tmp_path / "run")
