@@ -63,7 +63,7 @@ class Run:
         if searched := [name for name, value in changes.items() if value == "auto"]:
             name = searched[0]
             raise UserError(
-                f"{name}: expected a value, got auto; load the model with it: load(..., {name}='auto')"
+                f"{name}: expected a value, got auto; pass it to load(): load(..., {name}='auto')"
             )
         # overwrite: a record does not tell all that may be other in memory, such as a hook
         data = SourceImages(run=str(self.folder), targets=targets, overwrite=True)
@@ -109,7 +109,7 @@ class KVInverter:
         """Invert and tune one picture.
 
         Args:
-            image: A picture, of pillow or as an array of 8 bits (height, width, 3), or the path of one.
+            image: A PIL image, a uint8 array (height, width, 3), or a path.
             source: What it shows; may be empty.
             out: The run folder, resumed if it exists; None: a temporary one, deleted with the Run.
             mask: A mask of the subject, for variants that take one, in the same kinds.

@@ -103,7 +103,9 @@ class FromPretrained(OnOneDevice):
         """
         run = self._picture()
         if unused:
-            raise UserError(f"save_pretrained takes a folder alone, got {next(iter(unused))} as well")
+            raise UserError(
+                f"save_pretrained takes only a folder, got the argument {next(iter(unused))} as well"
+            )
         _save_run(run.folder, Path(save_directory).expanduser())
 
     def _inverter(self) -> KVInverter:
@@ -130,7 +132,7 @@ def _save_run(run: Path, target: Path) -> None:
     if "reconstruction" not in RunStore(run).read_run():
         raise UserError("save_pretrained: the picture is not tuned to the end: call tune() first")
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"save_directory: expected a new folder, got {target}, in which there is something")
+        raise UserError(f"save_directory: expected an empty or new folder, got {target}, which is not empty")
     passing = shutil.ignore_patterns(".lock*", "logs", f"*{TEMPORARY}")
     beside = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     with explaining_os_errors("write", target):

@@ -68,7 +68,7 @@ class KVInversionPipeline(FromPretrained):
         """Stage 1: find the trajectory of a picture, which is the pipeline's picture from here on.
 
         Args:
-            image: A picture of pillow, an array of 8 bits (height, width, 3), or a path.
+            image: A PIL image, a uint8 array (height, width, 3), or a path.
             prompt: What it shows; may be empty.
             mask: Of the subject, for variants that take one.
             geometry: keep, or crop.

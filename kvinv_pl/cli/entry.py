@@ -83,7 +83,7 @@ def _telling_of_no_home() -> Iterator[None]:
         if "home directory" not in str(error):
             raise
         raise UserError(
-            "a path begins with ~ and a name that no user of this machine has: write it in full, or as ./~..."
+            "a path starts with ~NAME, but this machine has no such user: write it in full, or as ./~..."
         ) from error
 
 

@@ -35,14 +35,12 @@ def mask(
     file, prompted = Path(out).expanduser(), {"--point": point, "--box": box, "--sam": sam}
     if word is not None and (conflicting := [flag for flag, value in prompted.items() if value]):
         raise UserError(
-            f"{', '.join(conflicting)} is for SAM and does not go with --word: leave one of them out"
+            f"{', '.join(conflicting)} is for SAM and cannot be combined with --word: leave one of them out"
         )
     if word is None and (source is not None or checkpoint is not None or model != NO_CHOICES):
-        raise UserError(
-            "--source, --checkpoint and --model go with --word, which names the subject: give that too"
-        )
+        raise UserError("--source, --checkpoint and --model only work with --word: add --word")
     if word is not None and not source:
-        raise UserError("--word needs --source, what the picture shows: give that too")
+        raise UserError("--word needs --source, what the picture shows: add --source")
     if file.suffix.lower() != ".png":
         raise UserError(f"out: expected the name of a .png file, got {out}")
     points = [(x, y) for x, y in (_numbers("--point", text, "X,Y") for text in point)]

@@ -331,7 +331,7 @@ def test_mistakes_are_refused_before_anything_is_computed(tmp_path: Path) -> Non
     refused(bench(tmp_path / "a", also="masactl"), "did you mean masactrl")
     refused(bench(tmp_path / "a", "plain", cases=0), "cases: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", workers=0), "workers: expected 1 or more, got 0")
-    refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is asked for twice")
+    refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is given twice")
     refused(bench(tmp_path / "a", "plain", data=tmp_path), "expected world, a folder of PIE-Bench")
     refused(bench(tmp_path / "a", "plain", clip=tmp_path), "has no config.json")
     assert not (tmp_path / "a").exists()
