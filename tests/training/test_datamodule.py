@@ -57,7 +57,7 @@ def test_many_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for n in range(8):
         (tmp_path / f"{n}.txt").write_text("")
     (note,) = SourceImages(str(tmp_path)).notes
-    assert note.endswith("no pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more")
+    assert note.endswith("not pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more")
 
 
 def test_a_damaged_picture_of_a_folder_is_not_skipped(tmp_path: Path) -> None:
