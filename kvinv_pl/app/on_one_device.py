@@ -57,7 +57,7 @@ class OnOneDevice(DiffusionPipeline):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the U-Net and the text model."""
+        """The dtype of the U-Net and the text model."""
         return COMPUTE_DTYPES[self._precision]
 
     def to(
@@ -67,7 +67,7 @@ class OnOneDevice(DiffusionPipeline):
 
         Args:
             device: cpu, cuda or mps; a dtype alone may stand in its place.
-            dtype: Only the one that it was loaded in.
+            dtype: Only the dtype that it was loaded in.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

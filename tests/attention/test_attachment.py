@@ -365,7 +365,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(unet: UNet2DConditionM
         ({}, "at least one site"),
         (
             {**psi, "mid_block.resnets.0": FullKV(replace(cp.site, path="mid_block.resnets.0"))},
-            "no attention layer",
+            "not an attention layer",
         ),
         ({**psi, "nowhere": cp}, "'nowhere' is not an attention layer"),
         ({**psi, path: FullKV(replace(cp.site, dim=cp.site.dim * 2))}, f"does not fit {path}"),
