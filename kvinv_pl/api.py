@@ -116,7 +116,7 @@ class KVInverter:
             mask: A mask of the subject, in the same types, for variants that use one.
             geometry: keep, or crop.
             stage: fit, or invert, which leaves the tuning to `Run.tune`.
-            size: The working size: the shorter side of what the model sees, in pixels; None: the checkpoint's.
+            size: The working size: shorter side of what the model sees, in pixels; None: the checkpoint's.
         """
         _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):

@@ -67,9 +67,9 @@ class KVTrainer(Trainer):
             devices: Number of devices per machine, -1 for all; each works on its own pictures.
             num_nodes: Number of machines.
             strategy: auto or image_parallel, which are the same: one process per device, nothing is averaged.
-            precision: Precision of the U-Net and the text model: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, the
-                loss, DDIM and the VAE stay in fp32. auto: bf16-mixed on an NVIDIA or AMD GPU that supports
-                it, unless the model is the embedded one; 32-true otherwise.
+            precision: Precision of the U-Net and the text model: 32-true, bf16-mixed or (on a GPU) 16-mixed;
+                psi, the loss, DDIM and the VAE stay in fp32. auto: bf16-mixed on an NVIDIA or AMD GPU that
+                supports it, unless the model is the embedded one; 32-true otherwise.
             logger: A Lightning logger; true: TensorBoard, in logs under the run folder.
             callbacks: Lightning callbacks.
             fast_dev_run: A dry run: one inner step of one phase of the first picture; nothing is written.
@@ -170,7 +170,7 @@ class KVTrainer(Trainer):
         self._run_workload(model, datamodule, ["invert", "fit", "edit"])
 
     def plan(self, model: KVInversion, datamodule: SourceImages) -> None:
-        """Say what all three stages will take: slots, memory, disk, forwards and time; nothing is tuned."""
+        """Estimate what all stages need: slots, memory, disk, forward passes and time; nothing is tuned."""
         device = self.strategy.root_device
         chosen = precision_for(model.checkpoint, device) if self._chooses_precision else str(self.precision)
         machine = Machine.of(device, COMPUTE_DTYPES[chosen], self.ranks.world.local_size)
