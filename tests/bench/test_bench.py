@@ -178,7 +178,7 @@ def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> No
 
 
 def test_a_bench_with_other_settings_is_refused(copy: Path) -> None:
-    refused(bench(copy, "direct+plain", steps=2), "has a bench with steps 1, expected 2", "--out")
+    refused(bench(copy, "direct+plain", steps=2), "has a bench with steps 1, not 2", "--out")
     refused(bench(copy, "direct+plain", clip=checkpoints.clip(copy / "other")), "has a bench with clip")
 
 
