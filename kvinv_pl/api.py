@@ -46,7 +46,8 @@ class Run:
 
         Args:
             target: What it should become.
-            **settings: Of this edit, as KVInversion has them: guidance, reading, start, background and so on.
+            **settings: Settings of this edit, named as in KVInversion: guidance, reading, start, background
+                and so on.
         """
         _require_text("target", target)
         return open_picture(self.edits([target], **settings)[0]).image
@@ -56,14 +57,14 @@ class Run:
 
         Args:
             targets: What it should become, an edit for each.
-            **settings: As of `edit`.
+            **settings: As for `edit`.
         """
         _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
         changes = {name: value for name, value in settings.items() if value is not None}
         if searched := [name for name, value in changes.items() if value == "auto"]:
             name = searched[0]
             raise UserError(
-                f"{name}: expected a value, got auto; load the model with it: load(..., {name}='auto')"
+                f"{name}: expected a value, got auto; pass it to load(): load(..., {name}='auto')"
             )
         # overwrite: a record does not tell all that may be other in memory, such as a hook
         data = SourceImages(run=str(self.folder), targets=targets, overwrite=True)
@@ -109,13 +110,13 @@ class KVInverter:
         """Invert and tune one picture.
 
         Args:
-            image: A picture, of pillow or as an array of 8 bits (height, width, 3), or the path of one.
+            image: A PIL image, a uint8 array (height, width, 3), or a path.
             source: What it shows; may be empty.
             out: The run folder, resumed if it exists; None: a temporary one, deleted with the Run.
-            mask: A mask of the subject, for variants that take one, in the same kinds.
+            mask: A mask of the subject, in the same types, for variants that use one.
             geometry: keep, or crop.
             stage: fit, or invert, which leaves the tuning to `Run.tune`.
-            size: The working size, the shorter side of what the model sees; None: the checkpoint's.
+            size: The working size: shorter side of what the model sees, in pixels; None: the checkpoint's.
         """
         _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
@@ -142,10 +143,10 @@ def load(
     """A Stable Diffusion checkpoint, ready to tune and edit.
 
     Args:
-        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
-            a hub id; or a StableDiffusionPipeline in memory, which is copied when the first picture begins.
+        checkpoint: "menagerie" (the embedded model), a diffusers folder, a .safetensors file, or a hub id; or
+            a StableDiffusionPipeline in memory, which is copied when the first picture begins.
         accelerator: cpu, gpu, mps or auto.
-        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: by checkpoint and device.
+        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: depends on checkpoint and device.
         quiet: Whether to hide progress.
         **settings: Arguments of KVInversion, such as steps=50, guidance=7.5, start=0.1; attention may be the
             name of a variant.
@@ -172,7 +173,7 @@ def open_run(folder: str | Path, **given: Any) -> Run:
 
     Args:
         folder: The run folder.
-        **given: Arguments of `load` in place of the run's own, accelerator for example.
+        **given: Arguments of `load` instead of the run's own, for example accelerator.
     """
     return Run(load(**{**settings_to_open(folder), **given}), Path(folder).expanduser())
 

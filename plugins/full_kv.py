@@ -18,7 +18,7 @@ class FullKV(CPAttention):
         start: zeros: K-hat = V-hat = 0, gamma 1. noise: normal K-hat and V-hat, gamma 0. source: K-hat and
             V-hat are the source's own K and V, with lambda 0 and gamma 1.
         noise_std: Standard deviation of the noise start.
-        scale: How many lambda and gamma there are: one a layer, one a head or one a channel.
+        scale: Granularity of lambda and gamma: layer, head or channel.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class LowRank(CPAttention):
         rank: The rank, cut to the site's tokens or channels where it has fewer.
         start: zeros: B = 0 and A random, so that K-hat = V-hat = 0, gamma 1. noise: A and B random, gamma 0.
         noise_std: Standard deviation of K-hat and V-hat in the noise start.
-        scale: How many lambda and gamma there are: one a layer, one a head or one a channel.
+        scale: Granularity of lambda and gamma: layer, head or channel.
     """
 
     def __init__(

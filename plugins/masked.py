@@ -25,12 +25,12 @@ class Masked(CPAttention):
 
     Args:
         site: The self-attention to upgrade.
-        inner: The variant that learns K-bar and V-bar; left out, it is the paper's own, full_kv.
+        inner: The variant that learns K-bar and V-bar; default: the paper's own, full_kv.
         queries: Which of an edit's queries are the subject's. source: where the source has it, by the mask.
             words: where the edit's attention map of the subject's word is largest, as many as the
             source's mask has. union: both, because the subject moves. agreed: where both have it; where one
             of them does, a query reads all keys.
-        separate: Whether the other queries read the background's keys alone, or all keys.
+        separate: Whether the other queries read only the background's keys, or all keys.
     """
 
     wants_mask = True

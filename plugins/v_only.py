@@ -20,7 +20,7 @@ class VOnly(CPAttention):
         start: zeros: V-hat = 0, gamma 1. noise: normal V-hat, gamma 0. source: V-hat is the source's own V,
             with lambda 0 and gamma 1.
         noise_std: Standard deviation of the noise start.
-        scale: How many lambda and gamma there are: one a layer, one a head or one a channel.
+        scale: Granularity of lambda and gamma: layer, head or channel.
     """
 
     def __init__(

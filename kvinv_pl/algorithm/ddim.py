@@ -36,8 +36,8 @@ class StepTable:
         if self.alphas[0] == 0:
             raise UserError(
                 "the schedule begins at alpha = 0 (zero terminal SNR): nothing of the picture is left there, "
-                "and epsilon cannot tell of it; give --model.timestep_spacing leading, or if the model "
-                "predicts v, --model.prediction_type v_prediction"
+                "and it cannot be predicted from epsilon; give --model.timestep_spacing leading, or if the "
+                "model predicts v, --model.prediction_type v_prediction"
             )
         if not ((self.alphas > 0) & (self.alphas <= 1)).all() or (self.alphas.diff() < 0).any():
             raise UserError(
@@ -100,7 +100,7 @@ class StepTable:
         a, b = float(self.alphas[i]), float(self.alphas[i + 1])
         signal_from, noise_from, signal_to, noise_to = a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5
         if (both := signal_from * noise_to - signal_to * noise_from) == 0:
-            raise UserError(f"a step from alpha {a:g} to {b:g} says nothing of the picture")
+            raise UserError(f"a step from alpha {a:g} to {b:g} carries no information about the picture")
         return (noise_to * z_from - noise_from * z_to) / both
 
     def record(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def common_subject(source: str, target: str, remedy: str) -> str:
     same = all(equal) and len(source_words) == len(target_words)
     if same or not words:
         raise UserError(
-            f"subject: which word of {target!r} is the subject cannot be told from {source!r}: {remedy}"
+            f"subject: cannot tell which word of {target!r} is the subject by comparing it with {source!r}: "
+            f"{remedy}"
         )
     return words[-1]

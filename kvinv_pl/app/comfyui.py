@@ -38,10 +38,10 @@ class LoadModel(Node):
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """As of `kvinv_pl.load`."""
-        checkpoint = "menagerie, a folder as diffusers saves it, a .safetensors file, or a hub id"
+        checkpoint = "menagerie, a diffusers folder, a .safetensors file, or a hub id"
         attention = "which variant of CP-attn; masked takes a mask"
-        steps = "DDIM steps, of the tuning and of edits; with few, such as 10, most edits miss the action"
-        precision = "of the U-Net and the text model; auto: by checkpoint and device"
+        steps = "number of DDIM steps, of the tuning and of edits; with 10, most edits miss the action"
+        precision = "precision of the U-Net and the text model; auto: depends on checkpoint and device"
         return {
             "required": {
                 "checkpoint": ("STRING", {"default": "menagerie", "tooltip": checkpoint}),
@@ -69,15 +69,15 @@ class TunePicture(Node):
     def INPUT_TYPES(cls) -> Inputs:
         """A picture with its prompt, and a mask for variants that take one."""
         source = ("STRING", {"multiline": True, "default": "", "tooltip": "what the picture shows"})
-        folder = "the run folder, gone on with if it is there; left empty, the run is gone with the graph"
+        folder = "the run folder, resumed if it exists; left empty, the run is deleted with the graph"
         return {
             "required": {
-                "model": ("KV_MODEL", {"tooltip": "of Load for KV Inversion"}),
-                "image": ("IMAGE", {"tooltip": "a picture of any size; of a batch, the first"}),
+                "model": ("KV_MODEL", {"tooltip": "from Load for KV Inversion"}),
+                "image": ("IMAGE", {"tooltip": "a picture of any size; only the first of a batch"}),
                 "source": source,
             },
             "optional": {
-                "mask": ("MASK", {"tooltip": "of the subject, in the picture's size; for masked"}),
+                "mask": ("MASK", {"tooltip": "the subject's mask, in the picture's size; for masked"}),
                 "folder": ("STRING", {"default": "", "tooltip": folder}),
             },
         }
@@ -116,7 +116,7 @@ class EditPicture(Node):
     def INPUT_TYPES(cls) -> Inputs:
         """A run, a target, and the dials."""
         target = ("STRING", {"multiline": True, "default": "", "tooltip": "what it should become"})
-        run = ("KV_RUN", {"tooltip": "of Tune a picture"})
+        run = ("KV_RUN", {"tooltip": "from Tune a picture"})
         return {
             "required": {"run": run, "target": target},
             "optional": {dial.name: as_input(dial) for dial in dials()},
@@ -140,10 +140,10 @@ class FindSubject(Node):
     def INPUT_TYPES(cls) -> Inputs:
         """A picture and a point."""
         at = ("INT", {"default": -1, "min": -1, "max": 16384, "tooltip": "in pixels; -1: the most prominent"})
-        sam = "menagerie, a folder as transformers saves a SAM, or a hub id"
+        sam = "menagerie, a transformers SAM folder, or a hub id"
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "a picture; of a batch, the first"}), "x": at, "y": at,
+                "image": ("IMAGE", {"tooltip": "a picture; only the first of a batch"}), "x": at, "y": at,
                 "sam": ("STRING", {"default": "menagerie", "tooltip": sam}),
             }
         }  # fmt: skip

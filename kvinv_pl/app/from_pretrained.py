@@ -39,12 +39,12 @@ class FromPretrained(OnOneDevice):
         """Load a checkpoint to tune pictures with, or a tuned picture with its checkpoint.
 
         Args:
-            pretrained_model_name_or_path: What `load` takes: a folder as diffusers saves it, a .safetensors
-                file, a hub id, "menagerie"; or what `save_pretrained` wrote, or any run folder.
-            dtype: Of the U-Net and the text model: float32 (the default), bfloat16 or (on a GPU) float16. A
-                tuned picture has its own.
-            torch_dtype: Its older name.
-            device_map: cpu, cuda or mps, for the whole model, as `to`.
+            pretrained_model_name_or_path: What `load` takes: a diffusers folder, a .safetensors file, a hub
+                id or "menagerie"; or what `save_pretrained` wrote, or any run folder.
+            dtype: The dtype of the U-Net and the text model: float32 (the default), bfloat16 or (on a GPU)
+                float16; a tuned picture's default is its own.
+            torch_dtype: The older name of dtype.
+            device_map: cpu, cuda or mps, for the whole model, as in `to`.
             **settings: Arguments of KVInversion, such as steps=50, start=0.1 or attention="low_rank".
         """
         name = os.fspath(pretrained_model_name_or_path)
@@ -75,9 +75,9 @@ class FromPretrained(OnOneDevice):
 
         Args:
             pipeline: The pipeline, whose parts are copied.
-            dtype: As `from_pretrained` has it.
-            torch_dtype: Its older name.
-            **settings: As `from_pretrained` takes them.
+            dtype: As for `from_pretrained`.
+            torch_dtype: The older name of dtype.
+            **settings: As for `from_pretrained`.
         """
         precision = precision_in(dtype, torch_dtype) or "32-true"
         return cls._around(load_module(pipeline, **settings), precision)
@@ -98,12 +98,14 @@ class FromPretrained(OnOneDevice):
         `from_pretrained` opens it again, as does `kvinv edit --run`.
 
         Args:
-            save_directory: A folder that is new or empty.
-            **unused: None.
+            save_directory: A new or empty folder.
+            **unused: Not supported.
         """
         run = self._picture()
         if unused:
-            raise UserError(f"save_pretrained takes a folder alone, got {next(iter(unused))} as well")
+            raise UserError(
+                f"save_pretrained takes only a folder, got the argument {next(iter(unused))} as well"
+            )
         _save_run(run.folder, Path(save_directory).expanduser())
 
     def _inverter(self) -> KVInverter:
@@ -130,7 +132,7 @@ def _save_run(run: Path, target: Path) -> None:
     if "reconstruction" not in RunStore(run).read_run():
         raise UserError("save_pretrained: the picture is not tuned to the end: call tune() first")
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"save_directory: expected a new folder, got {target}, in which there is something")
+        raise UserError(f"save_directory: expected an empty or new folder, got {target}, which is not empty")
     passing = shutil.ignore_patterns(".lock*", "logs", f"*{TEMPORARY}")
     beside = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     with explaining_os_errors("write", target):

@@ -35,7 +35,7 @@ def one_device(name: str, given: str | torch.device) -> torch.device:
 def precision_in(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> str | None:
     """What a trainer calls this dtype, which diffusers takes by an older name, too; None if none is given."""
     if dtype is not None and torch_dtype is not None:
-        raise UserError("dtype: expected it once, got torch_dtype as well, which is its older name")
+        raise UserError("dtype: got both dtype and torch_dtype, its older name: pass dtype alone")
     given = torch_dtype if dtype is None else dtype
     if given not in (None, *COMPUTE_DTYPES.values()):
         raise UserError(f"dtype: expected float32, bfloat16 or float16, got {given}")
@@ -57,7 +57,7 @@ class OnOneDevice(DiffusionPipeline):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the U-Net and the text model."""
+        """The dtype of the U-Net and the text model."""
         return COMPUTE_DTYPES[self._precision]
 
     def to(
@@ -67,12 +67,12 @@ class OnOneDevice(DiffusionPipeline):
 
         Args:
             device: cpu, cuda or mps; a dtype alone may stand in its place.
-            dtype: Only the one that it was loaded in.
+            dtype: Only the dtype that it was loaded in.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype not in (None, self.dtype):
-            raise UserError(f"dtype: it is loaded in {self.dtype}: give from_pretrained dtype={dtype}")
+            raise UserError(f"dtype: already loaded in {self.dtype}: pass dtype={dtype} to from_pretrained")
         if device is None:
             return self
         place = one_device("device", device)
@@ -92,7 +92,7 @@ class OnOneDevice(DiffusionPipeline):
         place = torch.device(device or found or "cpu")
         if place.type == "cpu" or gpu_id:
             raise UserError(
-                f"enable_model_cpu_offload: expected an accelerator, the first, got {gpu_id or place}"
+                f"enable_model_cpu_offload: expected the first accelerator, got {gpu_id or place}"
             )
         self.to("cpu")
         self._device, self._offloads = torch.device(place.type), True

@@ -68,11 +68,11 @@ class KVInversionPipeline(FromPretrained):
         """Stage 1: find the trajectory of a picture, which is the pipeline's picture from here on.
 
         Args:
-            image: A picture of pillow, an array of 8 bits (height, width, 3), or a path.
+            image: A PIL image, a uint8 array (height, width, 3), or a path.
             prompt: What it shows; may be empty.
-            mask: Of the subject, for variants that take one.
+            mask: A mask of the subject, for variants that use one.
             geometry: keep, or crop.
-            out: The run folder, gone on with if it exists; None: a temporary one.
+            out: The run folder, resumed if it exists; None: a temporary one.
         """
         with self._stage():
             self._run = self._inverter().tune(image, prompt, out, mask, geometry, stage="invert")
@@ -81,9 +81,9 @@ class KVInversionPipeline(FromPretrained):
         """Stage 2: learn psi of a picture, or of the one that `invert` was given; its reconstruction.
 
         Args:
-            image: As `invert` takes it, with what else it takes; None: the picture that is inverted.
+            image: As for `invert`; None: the picture that is inverted.
             prompt: What it shows.
-            **options: mask, geometry and out, as `invert` has them.
+            **options: mask, geometry and out, as for `invert`.
         """
         with self._stage():
             if image is not None:
@@ -109,14 +109,14 @@ class KVInversionPipeline(FromPretrained):
 
         Args:
             prompt: What it should become; several are rendered together.
-            negative_prompt: Of the unconditional branch.
-            guidance_scale: w of the edit; left out, that of the tuning.
+            negative_prompt: The negative prompt; left out, that of the tuning.
+            guidance_scale: Guidance scale w of the edit; left out, that of the tuning.
             output_type: pil, np or pt.
             return_dict: Whether to return an ImagePipelineOutput or a tuple of its images.
             callback_on_step_end: Called after each step with the pipeline, the step's index, its timestep and
                 the tensors asked for; "latents" in the dict that it returns take the place of the edit's.
             callback_on_step_end_tensor_inputs: Which tensors it is given.
-            **settings: Of this edit, as KVInversion has them: start, reading, sharpness and so on.
+            **settings: Settings of this edit, named as in KVInversion: start, reading, sharpness and so on.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if output_type not in ("pil", "np", "pt"):

@@ -49,7 +49,7 @@ class Attachment:
         lost = [(path, cause) for path in self._processors if (cause := self._lost(path))]
         if lost:
             raise UserError(
-                f"CP-attn is gone from {len(lost)} of its {len(self._processors)} self-attentions: at "
+                f"CP-attn was replaced in {len(lost)} of its {len(self._processors)} self-attentions: at "
                 f"{lost[0][0]} {lost[0][1]}. Do that before CP-attn is attached, or undo it and attach again"
             )
 

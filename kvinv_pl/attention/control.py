@@ -30,7 +30,7 @@ def controlled(
     processors = {path: layer.processor for path, layer in attentions.items()}
     layers = dict(unet.named_modules())
     if wrong := [path for path in control.convolutions if not isinstance(layers.get(path), nn.Conv2d)]:
-        raise UserError(f"{wrong[0]!r} is no convolution of this U-Net: take the paths from its decoder")
+        raise UserError(f"{wrong[0]!r} is not a convolution of this U-Net: take the paths from its decoder")
     with ExitStack() as hooks:
         try:
             for path, layer in attentions.items():

@@ -56,7 +56,7 @@ class CPProcessor:
             more = {} if temb is None else {"temb": temb}
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **more)
         if encoder_hidden_states is not None:
-            raise UserError(f"{self.site.path} is no self-attention: leave it out of the selection")
+            raise UserError(f"{self.site.path} is not a self-attention: leave it out of the selection")
 
         def middle(x: Tensor) -> Tensor:
             rows, tokens, _ = x.shape
@@ -65,7 +65,7 @@ class CPProcessor:
             def project(x: Tensor, layer: nn.Module | None, norm: nn.Module | None = None) -> Tensor:
                 if layer is None:
                     raise UserError(
-                        f"{self.site.path} has no K and V of its own: leave it out of the selection"
+                        f"{self.site.path} does not compute its own K and V: leave it out of the selection"
                     )
                 return projected(attn, x, layer, norm).unflatten(0, (-1, self.site.slots))
 
@@ -163,7 +163,7 @@ def layer_at(unet: nn.Module, path: str, who: str) -> Attention:
     except AttributeError:
         layer = None
     if not isinstance(layer, Attention):
-        raise UserError(f"{path!r} is no attention layer of this U-Net; `kvinv sites` shows those there are")
+        raise UserError(f"{path!r} is not an attention layer of this U-Net; `kvinv sites` lists them")
     found = layer.processor
     if isinstance(found, CPProcessor):
         raise UserError(f"CP-attn is attached to {path} already: detach it first")

@@ -175,7 +175,9 @@ def _refuse_contradictions(selection: Selection) -> None:
     if selection.max_grid is not None and selection.max_grid < 1:
         raise UserError(f"max_grid: expected 1 or more, got {selection.max_grid}")
     if targets in ("", []):
-        raise UserError(f"target_modules={targets!r} chooses nothing: expected e.g. decoder, or leave it out")
+        raise UserError(
+            f"target_modules={targets!r} chooses nothing: give decoder, for example, or leave it out"
+        )
 
 
 def _expanded(words: str | list[str] | None, paths: list[str]) -> str | list[str] | None:

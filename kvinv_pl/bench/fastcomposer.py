@@ -42,11 +42,11 @@ class FastComposerEdit:
     are DDIM's. There is no reconstruction.
 
     Args:
-        weights: Its authors' pytorch_model.bin, as a file or by its hub id, which is fetched (4.5 GB).
-        word: The subject's; left out, the last that both prompts have before they differ.
-        delay: Share of the steps that read the prompt alone; published: the first 10 of 50.
-        guidance: Of the prompt; published: 5.
-        seed: Of the noise.
+        weights: Its authors' pytorch_model.bin, as a file or a hub id, which is downloaded (4.5 GB).
+        word: The subject's word; default: the last that both prompts have before they differ.
+        delay: Share of the steps that read only the prompt; published: the first 10 of 50.
+        guidance: Guidance scale of the prompt; published: 5.
+        seed: Seed of the noise.
     """
 
     weights: str = "mit-han-lab/fastcomposer/pytorch_model.bin"

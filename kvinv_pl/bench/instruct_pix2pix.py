@@ -24,12 +24,12 @@ class InstructPix2Pix:
     does not matter. There is no reconstruction.
 
     Args:
-        checkpoint: A folder as diffusers saves it, or a hub id, which is fetched.
-        instruction: What it is told; {source} and {target} are the prompts.
-        steps: Of sampling, whatever other methods have.
+        checkpoint: A diffusers folder, or a hub id, which is downloaded.
+        instruction: The instruction; {source} and {target} stand for the prompts.
+        steps: Number of sampling steps, whatever other methods use.
         guidance: s_T, the scale of the instruction.
         image_guidance: s_I, the scale of the picture, 1 or more.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     checkpoint: str = "timbrooks/instruct-pix2pix"

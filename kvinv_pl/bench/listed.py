@@ -37,7 +37,7 @@ class ListedCase:
         for file, mask in zip(self.masks, found, strict=True):
             if mask.size != size:
                 got, expected = ("{}x{}".format(*each) for each in (mask.size, size))
-                raise UserError(f"{file} is {got}, its picture is {expected} pixels: make both of one size")
+                raise UserError(f"{file} is {got}, its picture is {expected} pixels: make both the same size")
         return np.any([np.asarray(mask.convert("L")) >= 128 for mask in found], 0) if found else None
 
     def picture(self) -> Image.Image:
@@ -55,7 +55,9 @@ def understood(file: Path, what: str) -> Iterator[Any]:
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no {what}: {type(error).__name__} {error}; download it again") from error
+        raise UserError(
+            f"{file} is not a {what}: {type(error).__name__} {error}; download it again"
+        ) from error
 
 
 def through_nothing() -> Mapping[str, Callable[[Case], Image.Image]]:

@@ -46,7 +46,7 @@ class Plan:
         rows = list(dict.fromkeys(self.methods))
         names = [Contestant.parse(text) for text in rows]
         if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
-            raise UserError(f"{min(twice)} is asked for twice, with other numbers of cases: name it once")
+            raise UserError(f"{min(twice)} is given twice with different numbers of cases: give it once")
         return Bench(
             self.setup, self.load_cases(), names, Records(self.out), Progress(quiet=quiet, counted="case")
         )

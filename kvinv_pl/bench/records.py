@@ -34,8 +34,8 @@ class Records:
         if changed:
             name = changed[0]
             raise UserError(
-                f"{self.folder} has a bench with {name} {known[name]!r}, expected {plain[name]!r}: "
-                "name another folder by --out"
+                f"{self.folder} has a bench with {name} {known[name]!r}, not {plain[name]!r}: "
+                "choose another folder with --out"
             )
         if known != {**known, **plain}:
             write_json(file, {**known, **plain})

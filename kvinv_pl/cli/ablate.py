@@ -37,20 +37,20 @@ def ablate(
     Args:
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, grids, strips.
         data: world (the drawn world, where the truth is known), or what `kvinv bench` takes.
-        cases: How many.
+        cases: Number of cases.
         seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
         place: Where CP-attn is: encoder, middle, decoder, all, or masactrl (the layers that MasaCtrl takes
             over); repeatable.
-        start: The share of the steps before it becomes active; repeatable.
+        start: The share of the steps before CP-attn becomes active; repeatable.
         reading: frozen or blend; repeatable.
-        sharpness: With the reading frozen; repeatable.
+        sharpness: Factor of the attention scores, with reading frozen; repeatable.
         checkpoint: As for `kvinv run`.
         steps: As for `kvinv run`.
         guidance: As for `kvinv run`.
         settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
-        clip: A CLIP folder as transformers saves it, or menagerie, for CLIP scores.
-        dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
-        lpips: The file of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
+        clip: A transformers CLIP folder, or menagerie, for CLIP scores.
+        dino: A transformers folder of a DINO ViT, for the structure distance.
+        lpips: The weights of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
         shown: How many cases are shown as pictures.
         accelerator: cpu, gpu, mps or auto.
         precision: As for `kvinv run`.

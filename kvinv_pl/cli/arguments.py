@@ -102,7 +102,8 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
         raise UserError("expected one run folder, got --run and --data.run: leave --data.run out")
     if "data.run" in line.typed and (conflicting := {line.typed[key] for key in OF_RUN & line.typed.keys()}):
         raise UserError(
-            f"{', '.join(sorted(conflicting))} does not go with --run: the run folder has it; leave it out"
+            f"{', '.join(sorted(conflicting))} cannot be combined with --run: the run folder has it; "
+            "leave it out"
         )
     if targets:
         line.argv.append(f"--data.targets={json.dumps(targets, ensure_ascii=False)}")

@@ -40,25 +40,25 @@ def bench(
 
     Args:
         method: INVERSION+EDIT, or a method that is both, as `kvinv methods` lists them; repeatable. Options
-            in brackets, 'direct+masactrl(layer=3)'; what a method does not have is a setting of the model,
-            'kv_inversion(attention=low_rank)'. With @16 behind it, on the first 16 cases alone.
-        also: Further rows, in the same words, beside those of method.
+            in brackets, 'direct+masactrl(layer=3)'; what is not an option of the method is a setting of the
+            model, 'kv_inversion(attention=low_rank)'. With @16 at the end, only on the first 16 cases.
+        also: Additional rows, in the same form as method.
         out: The folder to write to (also -o): page.html, table.md, figures.csv, figures.json, pictures.
         data: world (the drawn world, where the truth is known), a folder of PIE-Bench or EditBench, or a list
             of your own as `kvinv run` takes it (or a folder with one in it), with masks of the part to edit.
-        cases: How many; left out, 64 of the world, and all of a folder or list.
+        cases: Number of cases; default: 64 of the world, all of a folder or list.
         seed_base: The first animal of the world: below 1,000,000 to choose settings, from there on to report.
         checkpoint: As for `kvinv run`.
-        steps: Of every method.
-        guidance: Of the target in every method; left out, each method's published one, and of KV Inversion
-            the one for the checkpoint.
+        steps: Number of DDIM steps of every method.
+        guidance: Guidance scale of the target in every method; default: each method's published one, and for
+            KV Inversion the checkpoint's default.
         settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
         ours: The row that the others are compared with, case by case.
-        clip: A CLIP folder as transformers saves it, or menagerie, for CLIP scores.
-        dino: A DINO folder (ViT) as transformers saves it, for the structure distance.
-        lpips: The file of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
+        clip: A transformers CLIP folder, or menagerie, for CLIP scores.
+        dino: A transformers folder of a DINO ViT, for the structure distance.
+        lpips: The weights of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
         shown: How many cases are shown as pictures.
-        workers: Processes that share the cases, on a GPU each as far as there are any.
+        workers: Number of processes that share the cases, each on its own GPU if there are enough.
         accelerator: cpu, gpu, mps or auto.
         precision: As for `kvinv run`.
     """

@@ -16,21 +16,23 @@ STAGES = {
     "fit": "stage 2: learn psi_t of every picture, timestep by timestep",
     "edit": "stage 3: render tuned pictures as their targets say",
 }
-BEFORE = {"plan": "say what the three stages of a picture will take: slots, memory, disk, forwards and time"}
+BEFORE = {
+    "plan": "estimate what the three stages of a picture need: slots, memory, disk, forward passes, time"
+}
 """With the options of a stage, and nothing made."""
 OTHERS = {
     "studio": "serve a page in the browser: tune, edit, compare, download",
-    "report": "write one HTML file of a run, or of a folder of runs, to look at and hand round",
+    "report": "write one HTML file of a run, or of a folder of runs, to look at and share",
     "world": "draw animals of the embedded world in all their actions",
     "variants": "list the attention variants that are installed, or show one with its options",
-    "sites": "show the self-attentions of a checkpoint, and what psi takes there",
-    "check": "check that an attention variant, or a method to compare with, does what it must",
+    "sites": "show the self-attentions of a checkpoint, and the size of psi in each",
+    "check": "check that an attention variant, or a method to compare with, meets its requirements",
     "methods": "list the published methods to compare with, or show one with its options",
     "bench": "compare methods on the same cases: tables, pictures, and one page",
-    "ablate": "edit from every start, with every place of CP-attn: the paper's ablation, with figures",
+    "ablate": "edit from every start, with CP-attn at every place: the paper's ablation, with figures",
     "new-variant": "write a variant to start from, its configuration and its test",
     "mask": "find the subject of a picture, by SAM or by a word, and show it",
-    "completion": "print a script with which bash, zsh or tcsh completes commands and options",
+    "completion": "print a completion script for bash, zsh or tcsh",
 }
 
 
@@ -83,7 +85,7 @@ def _telling_of_no_home() -> Iterator[None]:
         if "home directory" not in str(error):
             raise
         raise UserError(
-            "a path begins with ~ and a name that no user of this machine has: write it in full, or as ./~..."
+            "a path starts with ~NAME, but this machine has no such user: write it in full, or as ./~..."
         ) from error
 
 

@@ -19,30 +19,28 @@ def mask(
 ) -> None:
     """Find the subject of a picture, write its mask, and show it over the picture, to look at before tuning.
 
-    Without a point, box or word it is the largest, most central object that SAM finds.
+    Without a point, box or word, it is the largest, most central object that SAM finds.
 
     Args:
         image: The picture; `kvinv mask FILE` does as well.
         out: The PNG file to write to (also -o); NAME-shown.png is written beside it.
         point: X,Y in pixels from the upper left corner, on the subject; repeatable.
         box: X0,Y0,X1,Y1 in pixels: left, top, right and bottom of a box around the subject.
-        sam: A SAM folder as transformers saves it, a hub id, or menagerie, which is also the default.
-        word: Without SAM: a word of --source; the mask comes from the model's own cross-attention to it.
+        sam: A transformers SAM folder, a hub id, or menagerie, which is also the default.
+        word: Instead of SAM: a word of --source; the mask comes from the model's cross-attention to it.
         source: With --word: what the picture shows.
         checkpoint: With --word: a Stable Diffusion folder or file, a hub id, or menagerie, also the default.
-        model: What --checkpoint is loaded with, as of `kvinv run`.
+        model: Loading options of --checkpoint, the same as those of `kvinv run`.
     """
     file, prompted = Path(out).expanduser(), {"--point": point, "--box": box, "--sam": sam}
     if word is not None and (conflicting := [flag for flag, value in prompted.items() if value]):
         raise UserError(
-            f"{', '.join(conflicting)} is for SAM and does not go with --word: leave one of them out"
+            f"{', '.join(conflicting)} is for SAM and cannot be combined with --word: leave one of them out"
         )
     if word is None and (source is not None or checkpoint is not None or model != NO_CHOICES):
-        raise UserError(
-            "--source, --checkpoint and --model go with --word, which names the subject: give that too"
-        )
+        raise UserError("--source, --checkpoint and --model only work with --word: add --word")
     if word is not None and not source:
-        raise UserError("--word needs --source, what the picture shows: give that too")
+        raise UserError("--word needs --source, what the picture shows: add --source")
     if file.suffix.lower() != ".png":
         raise UserError(f"out: expected the name of a .png file, got {out}")
     points = [(x, y) for x, y in (_numbers("--point", text, "X,Y") for text in point)]

@@ -59,7 +59,7 @@ def explain_parser_error(
         return f"no option {found.group(1)!r}{near(found.group(1), kinds)}"
     if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
         where = values.get("config", "the text given")
-        return f"{where} is no configuration: expected YAML with sections such as model and data"
+        return f"{where} is not a configuration: expected YAML with sections such as model and data"
     return message
 
 

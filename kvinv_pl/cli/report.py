@@ -10,7 +10,7 @@ def report(folder: str, out: str | None = None) -> None:
 
     Args:
         folder: The run folder, or a folder of them; `kvinv report DIR` does as well.
-        out: The file (also -o); left out, report.html in the folder.
+        out: The file (also -o); default: report.html in the folder.
     """
     from kvinv_pl.app.report import write_report
 

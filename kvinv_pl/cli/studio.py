@@ -17,14 +17,14 @@ def studio(
     """Serve a page to work on in the browser: tune pictures, edit them, compare, and download.
 
     Args:
-        out: The folder of its runs (also -o), those that are in it already too; only there it writes.
-        checkpoint: A folder as diffusers saves it, a .safetensors file, a hub id, or menagerie.
-        config: A YAML file as the stages take it, of which the section model is read.
-        sam: What finds a subject by a click: a folder as transformers saves a SAM, a hub id, or menagerie.
+        out: The folder of its runs (also -o), including those already in it; nothing is written elsewhere.
+        checkpoint: A diffusers folder, a .safetensors file, a hub id, or menagerie.
+        config: A YAML file like those of `kvinv run`; only its section model is read.
+        sam: The SAM that finds a subject by a click: a transformers folder, a hub id, or menagerie.
         accelerator: cpu, gpu, mps or auto.
-        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: by checkpoint and device.
-        host: The address to listen at; 0.0.0.0 lets every machine of the network in.
-        port: The port; left out, the first free one from 7860 on.
+        precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; auto: depends on checkpoint and device.
+        host: The address to listen on; 0.0.0.0 accepts every machine in the network.
+        port: The port; default: the first free one from 7860.
     """
     from kvinv_pl.app.studio.serve import serve
 

@@ -28,8 +28,8 @@ def variants(name: str | None = None, checkpoint: str | None = None, allow_pickl
 
     Args:
         name: Which one to show, by its name, class path or FILE.py:CLASS; `kvinv variants NAME` does as well.
-        checkpoint: The model whose decoder the values of psi are counted for; menagerie, if it is not given.
-        allow_pickle: Read a checkpoint that is pickled (.ckpt) rather than refuse it.
+        checkpoint: The model for whose decoder the values of psi are counted; default: menagerie.
+        allow_pickle: Read the tensors of a pickled checkpoint (.ckpt), which is refused otherwise.
     """
     decoder_sites, problem = list[Site](), ""
     try:
@@ -99,18 +99,18 @@ def sites(
     """Show every self-attention of a checkpoint, what psi takes there, and which of them are chosen (*).
 
     Args:
-        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
-            a hub id.
-        attention: The CP-attn variant, as for --model.attention; left out, it is full_kv.
-        target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
-        exclude_modules: What to leave out of them, in the same words.
-        layers_to_transform: Numbers of the blocks to keep, as in peft.
-        layers_pattern: The module list that layers_to_transform counts.
+        checkpoint: "menagerie" (the embedded model), a diffusers folder, a .safetensors file, or a hub id.
+        attention: The CP-attn variant, as for --model.attention; default: full_kv.
+        target_modules: Which self-attentions carry psi: encoder, middle, decoder or all, or a regex or list
+            of paths as in peft's LoraConfig.
+        exclude_modules: Which of these to leave out, in the same form.
+        layers_to_transform: Keep only the blocks with these indices, as in peft's LoraConfig.
+        layers_pattern: The name of the module list whose indices layers_to_transform gives.
         max_grid: Only self-attentions of at most max_grid x max_grid tokens.
-        steps: DDIM steps T of the run.
-        size: Of the picture, as WIDTHxHEIGHT in pixels; left out, what the checkpoint was made for.
-        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
-        allow_pickle: Read a checkpoint that is pickled (.ckpt) rather than refuse it.
+        steps: Number of DDIM steps T of the run.
+        size: The size of the picture, as WIDTHxHEIGHT in pixels; default: what the checkpoint was made for.
+        store_dtype: The type in which psi, K-bar and V-bar are stored on disk; int8 has a scale per channel.
+        allow_pickle: Read the tensors of a pickled checkpoint (.ckpt), which is refused otherwise.
     """
     if steps < 1:
         raise UserError(f"steps: expected 1 or more, got {steps}")
@@ -172,8 +172,8 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
     Args:
         target: FILE.py:CLASS, a class path, or a name that `kvinv variants` or `kvinv methods` lists;
             `kvinv check NAME` does as well.
-        options: What to make it with, such as '{"rank": 4}'; left out, its defaults are checked, and of a
-            variant each other choice among its options.
+        options: Its arguments, as JSON, such as '{"rank": 4}'; default: its own defaults, and for a variant
+            also every other choice of its options.
     """
     from kvinv_pl.testing import method_trials, report, trials
 

@@ -16,9 +16,9 @@ def world(out: str = "world", seed: int = 7, sheet: int = 0, size: int = SIZE) -
 
     Args:
         out: The folder to write to (also -o).
-        seed: Which animal.
-        sheet: Write one page of this many animals, from seed on, in all actions, in place of pictures.
-        size: Pixels a side.
+        seed: The number of the animal.
+        sheet: Instead of pictures, write one page of this many animals, from seed on, in all actions.
+        size: Side length in pixels.
     """
     if seed < 0:
         raise UserError(f"seed: expected 0 or more, got {seed}")

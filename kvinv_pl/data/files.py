@@ -33,7 +33,7 @@ def explaining_os_errors(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "make room or name another folder" if verb == "write" else "fix this and try again"
+        advice = "make room or choose another folder" if verb == "write" else "fix this and try again"
         kind = NoRoomError if error.errno in NO_ROOM else UserError
         raise kind(f"cannot {verb} {path}: {error.strerror or error}; {advice}") from error
 
@@ -137,7 +137,7 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise _damaged(file, str(error)) from error
     if not isinstance(info, dict):
-        raise _damaged(file, "its info is no record")
+        raise _damaged(file, "its info is not a record")
     _check_format(file, metadata.get("format"))
     if metadata.get("kind") != kind:
         raise _damaged(file, f"it contains {metadata.get('kind')}, expected {kind}")

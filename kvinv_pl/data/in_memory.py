@@ -1,4 +1,4 @@
-"""Pictures that are given from Python: of pillow, as an array, or by their path."""
+"""Pictures that are given from Python: PIL images, arrays, or paths."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from kvinv_pl.errors import UserError
 
 Picture = Image.Image | Image.SupportsArrayInterface | str | Path
-"""A picture of pillow, an array of 8 bits (height, width, 3), or a path."""
+"""A PIL image, a uint8 array (height, width, 3), or a path."""
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
@@ -27,8 +27,8 @@ def as_file(image: Picture, folder: Path, name: str) -> Path:
         shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
         got = type(image).__name__ if shape is None else f"{dtype} of {tuple(shape)}"
         raise UserError(
-            f"{name}: expected a path, a picture of pillow or an array of 8 bits (height, width, 3), "
-            f"got {got}; PIL.Image.open and PIL.Image.fromarray make pictures"
+            f"{name}: expected a path, a PIL image or a uint8 array (height, width, 3), got {got}; "
+            "PIL.Image.open and PIL.Image.fromarray make PIL images"
         )
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "YCbCr":  # pillow 12 writes it as a TIFF that it cannot read

@@ -42,7 +42,7 @@ def rows_of(
         source: The source prompt of rows without one.
         targets: Those of rows without any.
         mask: The mask of rows without one.
-        notes: Gets a line about files of a folder that are no pictures.
+        notes: Gets a line about files of a folder that are not pictures.
     """
     return _merged(
         Row(row["image"], row.get("source", source), list(row.get("targets", targets)), row.get("mask", mask))
@@ -106,10 +106,10 @@ def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
         got = f"got {named}" if skipped else "it is empty"
         raise UserError(f"{folder} contains no pictures ({got}): name a folder that does")
     if skipped:
-        notes.append(f"skipped in {folder}, being no pictures: {named}")
+        notes.append(f"skipped in {folder}, as they are not pictures: {named}")
     if masks:
         notes.append(
-            f"skipped in {folder}, being masks by their names: {masks[0].name}"
+            f"skipped in {folder}, as they are masks by their names: {masks[0].name}"
             + (f" and {len(masks) - 1} more" if len(masks) > 1 else "")
             + "; a list with the column mask gives each picture its own"
         )
@@ -145,7 +145,7 @@ def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             )
     except csv.Error as error:
         raise UserError(
-            f"line {reader.line_num + 1} of {path} is not CSV: {error}; save the list anew as CSV"
+            f"line {reader.line_num + 1} of {path} is not CSV: {error}; save the list as CSV again"
         ) from error
 
 
@@ -165,12 +165,13 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"line {number} of {path} is not JSON ({error}): expected an object a line; mend the line"
+                    f"line {number} of {path} is not JSON ({error}): expected one object per line; "
+                    "fix the line"
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(
                     f"line {number} of {path}: expected an object with {', '.join(COLUMNS)}, got "
-                    f"{row!r:.40}; mend it"
+                    f"{row!r:.40}; fix it"
                 )
             _check_columns(path, list(row))
             row = {key: value for key in COLUMNS if (value := row.get(key)) is not None}
@@ -181,7 +182,7 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(value, kind) or not all(isinstance(text, str) for text in value):
                     wanted = "a list of texts" if kind is list else "text"
                     raise UserError(
-                        f"line {number} of {path}: {key}: expected {wanted}, got {value!r:.40}; mend it"
+                        f"line {number} of {path}: {key}: expected {wanted}, got {value!r:.40}; fix it"
                     )
             yield number, row
 

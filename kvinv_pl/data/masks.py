@@ -54,15 +54,15 @@ def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h
     """The mask over the model's pixels, in 0..1; refused if empty, full or not of its picture's size."""
     if mask.size != geometry.original:
         expected, got = ("{}x{}".format(*size) for size in (geometry.original, mask.size))
-        raise UserError(f"{name} is {got}, its picture is {expected} pixels: make both of one size")
+        raise UserError(f"{name} is {got}, its picture is {expected} pixels: make both the same size")
     pixels = to_mask(mask, geometry)
     subject, crop = pixels > 0.5, "" if geometry.box is None else ", in the part of the picture that is used"
     darkest, brightest = (round(float(value) * 255) for value in (pixels.min(), pixels.max()))
     if not subject.any():
-        got = "black everywhere" if brightest == 0 else f"values up to {brightest} of 255 alone"
+        got = "black everywhere" if brightest == 0 else f"only values up to {brightest} of 255"
         raise UserError(f"{name} is empty: expected white on the subject{crop}, got {got}: {REMEDY}")
     if subject.all():
-        got = "white everywhere" if darkest == 255 else f"values from {darkest} of 255 up alone"
+        got = "white everywhere" if darkest == 255 else f"only values from {darkest} of 255 up"
         raise UserError(f"{name} is full: expected black around the subject{crop}, got {got}: {REMEDY}")
     return pixels
 

@@ -82,7 +82,7 @@ def read_picture(
             raise too_large from None
         except Exception as error:  # PIL's readers raise nearly anything on a broken file
             known = not isinstance(error, UnidentifiedImageError)
-            reason = f"{error}; save it anew, as PNG or JPEG" if known else NO_FORMAT
+            reason = f"{error}; save it again as PNG or JPEG" if known else NO_FORMAT
             raise UserError(f"{path} cannot be read as a picture: {reason}") from error
     pixels = np.ascontiguousarray(np.asarray(image))
     digest = sha256(f"{image.width}x{image.height}".encode() + pixels.tobytes()).hexdigest()

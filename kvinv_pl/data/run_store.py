@@ -149,8 +149,8 @@ class RunStore:
         for key in keys:
             if other := told_apart(key, run.get(key), json.loads(json.dumps(expected[key]))):
                 raise UserError(
-                    f"{self.folder} was made with {other}: give what it was made with, or another folder, or "
-                    "make it anew by `kvinv run` or `kvinv fit` with --overwrite"
+                    f"{self.folder} was made with {other}: use the same settings or another folder, or start "
+                    "again with `kvinv run` or `kvinv fit` and --overwrite"
                 )
 
     def has_trajectory(self) -> bool:

@@ -109,7 +109,9 @@ def _stores_in(folder: Path) -> list[RunStore]:
     stores = [RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))]
     if not stores:
         found = "it has no run.json, nor has a folder in it" if folder.is_dir() else "there is no such folder"
-        raise UserError(f"{folder} is no run folder: {found}; name one that `kvinv fit` or `kvinv run` made")
+        raise UserError(
+            f"{folder} is not a run folder: {found}; name one that `kvinv fit` or `kvinv run` made"
+        )
     return stores
 
 

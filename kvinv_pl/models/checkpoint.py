@@ -36,7 +36,7 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_C
         if isinstance(place, Path) and place.is_dir():
             found = of_folder(place, name, read_as, vae, choices.variant)
         elif choices.variant is not None:
-            raise UserError(f"--model.variant: {name} is of one variant alone: leave it out")
+            raise UserError(f"--model.variant: {name} has only one variant: leave it out")
         elif isinstance(place, Path):
             found = of_file(place, read_as, choices.prediction_type, choices.allow_pickle, vae)
         else:

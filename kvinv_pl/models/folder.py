@@ -119,4 +119,4 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     kind = lone.get("_class_name") or (lone.get("architectures") or [lone.get("model_type")])[0]
     if not kind and (files := sorted(folder.glob("*.safetensors"))):
         raise UserError(f"{folder} has no {name}: if {files[0].name} is the checkpoint, give that file")
-    raise UserError(f"{folder} has no {name}{f', it contains {kind} alone' if kind else ''}; {NEEDED}")
+    raise UserError(f"{folder} has no {name}{f', it contains only {kind}' if kind else ''}; {NEEDED}")

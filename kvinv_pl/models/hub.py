@@ -29,7 +29,7 @@ def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = 
     needed = f"{NEEDED} or in one file, or a hub id (owner/name), or menagerie"
     if checkpoint == IN_MEMORY:
         raise UserError(
-            "this run was tuned with a pipeline in memory: go on from Python, with load(pipeline)"
+            "this run was tuned with a pipeline in memory: continue from Python with load(pipeline)"
         )
     if (folder := located(checkpoint, menagerie.checkpoint, needed, files=True)) is not None:
         return folder

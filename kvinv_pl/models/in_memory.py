@@ -110,7 +110,7 @@ def _change(module: Any, name: str) -> Tensor:
     """What the active LoRAs add to a weight."""
     special = [*getattr(module, "lora_variant", {}), *filter(None, getattr(module, "lora_bias", {}).values())]
     if not hasattr(module, "lora_A") or special:
-        raise UserError(f"the pipeline has an adapter at {name} that is no LoRA, which is not supported")
+        raise UserError(f"the pipeline has an adapter at {name} that is not a LoRA, which is not supported")
     active = [] if module.merged or module.disable_adapters else module.active_adapters
     changes = [module.get_delta_weight(adapter).detach() for adapter in active if adapter in module.lora_A]
     return sum(changes, torch.zeros(()))

@@ -97,7 +97,7 @@ def _product(parts: Mapping[str, Tensor]) -> Tensor:
     """Up [mid] down in fp32, (out, in, ...)."""
     down, up = parts["down"].float(), parts["up"].float()
     if up[0, 0].numel() != 1:
-        raise RuntimeError("the upper matrix is no matrix")
+        raise RuntimeError("the upper matrix is not a matrix")
     if (mid := parts.get("mid")) is not None:  # a convolution, decomposed
         return torch.einsum("oa,abhw,bi->oihw", up.flatten(1), mid.float(), down.flatten(1))
     return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
@@ -118,6 +118,6 @@ def _not_understood(path: Path, unknown: Sequence[str]) -> str:
         return f"{path} contains {what}; expected a LoRA for Stable Diffusion 1 or 2"
     some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
     return (
-        f"{path} contains what is no LoRA of a layer of this checkpoint: {some or 'no tensors'}; "
+        f"{path} contains what is not a LoRA of a layer of this checkpoint: {some or 'no tensors'}; "
         "expected one in the layout of kohya, diffusers or peft"
     )

@@ -18,7 +18,7 @@ def left_out(backbone: Backbone, table: Schedule) -> str | None:
     share = (signal - 1 - first) / len(alphas)
     if share <= WORTH_SAYING:
         return None
-    # epsilon tells nothing of the picture where there is no signal: there, trailing is refused
+    # epsilon carries no information about the picture where there is no signal: there, trailing is refused
     other = ", or --model.timestep_spacing trailing" if signal == len(alphas) else ""
     return (
         f"--steps {len(table)} begins at timestep {first} of {signal - 1}, and the noisiest {share:.0%} of "

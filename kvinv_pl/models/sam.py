@@ -156,7 +156,9 @@ def _kind(checkpoint: str, where: str) -> tuple[Any, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(where)
     except Exception as error:
-        found = "cannot be read" if Path(where).is_dir() else "is no folder, and not available from the hub"
+        found = (
+            "cannot be read" if Path(where).is_dir() else "is not a folder, and not available from the hub"
+        )
         raise UserError(f"{checkpoint} {found}: {first_line(error)}; {NEEDED}") from error
     kind = config.get("model_type")
     if kind not in KINDS:

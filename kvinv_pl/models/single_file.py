@@ -34,7 +34,7 @@ OTHERS = (
     ("image_proj", "an IP-Adapter, which is not supported"),
     ("down_blocks.", "a U-Net alone as diffusers saves it: give the folder that has model_index.json"),
     ("encoder.", "a VAE or text encoder alone: a VAE goes to --model.vae, beside a checkpoint"),
-    ("text_model.", "a text encoder alone"),
+    ("text_model.", "only a text encoder"),
 )
 
 
@@ -78,18 +78,18 @@ def _header(path: Path) -> Contents:
     with path.open("rb") as stream:
         size, length = int.from_bytes(stream.read(8), "little"), path.stat().st_size
         if not 2 <= size <= min(100_000_000, length - 8):  # as the format bounds it
-            raise ValueError("it is no safetensors file, or is cut")
+            raise ValueError("it is not a safetensors file, or is cut short")
         parts: dict[str, Any] = json.loads(stream.read(size))
     metadata = parts.pop("__metadata__", {})
     if max((part["data_offsets"][1] for part in parts.values()), default=0) != length - 8 - size:
-        raise ValueError("it is cut")
+        raise ValueError("it is cut short")
     return Contents(path, {name: tuple(part["shape"]) for name, part in parts.items()}, metadata)
 
 
 def refuse_pickle(path: Path, allowed: bool) -> None:
     """Refuse a file that is not safetensors, unless it is asked for."""
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} is no model: expected a .safetensors file, or a folder")
+        raise UserError(f"{path} is not a model: expected a .safetensors file, or a folder")
     if path.suffix != ".safetensors" and not allowed:
         raise UserError(
             f"{path} is pickled, and opening a pickle can run code: expected .safetensors; if you trust "

@@ -100,7 +100,7 @@ class Backbone(nn.Module):
             pixels = torch.cat([self.vae.decode(x, return_dict=False)[0] for x in rows])
         if not pixels.isfinite().all():
             raise UserError(
-                "the decoded picture is not finite: the latents have run away; "
+                "the decoded picture is not finite: the latents diverged; "
                 "use a lower guidance scale or learning rate, or float32 in place of half precision"
             )
         return pixels.clamp(-1, 1)

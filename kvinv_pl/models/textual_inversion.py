@@ -69,7 +69,7 @@ def _read(path: Path, word: str | None, allow_pickle: bool) -> Words:
         found = dict(state)
     for name, vectors in found.items():
         if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(name.split()) != 1:
-            raise UserError(f"{path} contains {name!r}, which is no word with its vectors; {NEEDED}")
+            raise UserError(f"{path} contains {name!r}, which is not a word with its vectors; {NEEDED}")
     if not found or (word is not None and len(found) > 1):
         raise UserError(f"{path} has {len(found)} words ({', '.join(found)}); {NEEDED} of one, for WORD=FILE")
     return {word or name: torch.atleast_2d(vectors.detach().float()) for name, vectors in found.items()}

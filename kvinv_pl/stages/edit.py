@@ -44,7 +44,7 @@ def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSett
     follows = variant.follows or settings.background == "kept"
     if subject and not follows:
         raise UserError(
-            f"subject: got {subject!r}, but {type(variant).__name__} does not follow it: leave it out"
+            f"subject: got {subject!r}, but {type(variant).__name__} does not use a subject: leave it out"
         )
     if follows:
         subject_positions(denoiser.backbone, image.source, image.targets, subject)

@@ -79,7 +79,7 @@ def trials(variant: type[CPAttention] | Factory, **options: Any) -> list[Trial]:
                 f"{getattr(variant, '__name__', 'the variant')} cannot be made with {words or 'its defaults'}"
             )
             raise UserError(
-                f"{made} ({type(error).__name__}: {error}): give it options, or mend it"
+                f"{made} ({type(error).__name__}: {error}): give it options, or fix it"
             ) from error
         if unknown := exempt.keys() - {check.name for check in CHECKS}:
             names = ", ".join(check.name for check in CHECKS)

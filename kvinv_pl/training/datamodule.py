@@ -34,18 +34,21 @@ class SourceImages(LightningDataModule):
 
     Args:
         image: A picture, a folder of pictures, or a .csv, .tsv or .jsonl list. A list has the columns image,
-            source, targets (separated by |, or a JSON list) and mask, paths as seen from the list; what a row
-            leaves out is taken from the other options, and rows of one picture and source share its run.
-        source: What the picture shows, in a few words; may be empty.
-        targets: What it should become, one edit for each; with run, left out, those of the run.
+            source, targets (separated by |, or a JSON list) and mask, with paths relative to the list; what a
+            row leaves out is taken from the other options, and rows with the same picture, source and mask
+            share one run.
+        source: The source prompt: what the picture shows, in a few words; may be empty.
+        targets: The target prompts: what the picture should become, one edit for each; default with run:
+            those of the run.
         mask: A picture of the same size, white on the subject; for attention variants that use one.
-        out: The run folder: of the picture, or for a folder or list, with a run folder in it for each.
-        geometry: keep: aspect kept, results in the picture's size. crop: the middle, in the model's shape.
+        out: The run folder; for a folder or list of pictures, the folder that gets a run folder for each.
+        geometry: keep: keep the aspect ratio, results have the picture's size. crop: the centre, in the
+            model's shape.
         overwrite: Replace runs that were made with other settings, and render existing edits again.
-        run: A run folder (or a folder of them) to resume or edit, in place of image, source and out.
-        invert_mask: Take masks the other way round, black (or transparent) on the subject.
-        size: The working size, the shorter side of what the model sees, in pixels; a smaller one takes less
-            memory, disk and time. Left out, what the checkpoint was made for. Results keep a picture's size.
+        run: A run folder (or a folder of them) to resume or edit, instead of image, source and out.
+        invert_mask: Invert masks: black (or transparent) on the subject.
+        size: The working size: the shorter side, in pixels, of what the model sees; a smaller one takes less
+            memory, disk and time. Default: what the checkpoint was made for. Results keep the picture's size.
     """
 
     needs_pictures = True

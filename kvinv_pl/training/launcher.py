@@ -100,6 +100,6 @@ def slurm_in_one_line() -> Iterator[None]:
             raise
         tasks = os.environ.get("SLURM_NTASKS")
         raise UserError(
-            f"SLURM: expected --ntasks-per-node, got --ntasks={tasks}, which leaves open how many run on a "
-            "node: give --ntasks-per-node=N, and --trainer.devices N"
+            f"SLURM: expected --ntasks-per-node, got --ntasks={tasks}, which does not say how many run on "
+            "each node: give --ntasks-per-node=N, and --trainer.devices N"
         ) from error

@@ -51,86 +51,87 @@ class KVInversion(LightningModule):
     """KV Inversion (arXiv 2309.16608) of pictures by a frozen Stable Diffusion model.
 
     Args:
-        checkpoint: "menagerie" (the embedded model), a folder as diffusers saves it, a .safetensors file, or
-            a hub id.
-        variant: fp16 or non_ema: which weights are taken where a folder or a hub id has several; left out,
-            the full ones, or those that there are.
+        checkpoint: "menagerie" (the embedded model), a diffusers folder, a .safetensors file, or a hub id.
+        variant: Which weights to load if a folder or hub id has several: fp16 or non_ema; default: the full
+            ones, or the only ones there are.
         vae: Another VAE for the checkpoint: a .safetensors file, a folder or a hub id.
-        prediction_type: What the U-Net predicts, where the checkpoint does not say it or is wrong.
-        timestep_spacing: Where the steps lie in the noise schedule, in the words of diffusers: leading (the
-            noisiest timesteps are left out, more of them with fewer steps), linspace or trailing (from the
-            noisiest timestep on); left out, as the checkpoint says.
-        clip_skip: The layer of the text model whose reading is taken, from its end, as web UIs count: 1 is
+        prediction_type: What the U-Net predicts, if the checkpoint does not say so or is wrong.
+        timestep_spacing: Where the steps lie in the noise schedule, as in diffusers' schedulers: leading
+            (leaves out the noisiest timesteps, more of them with fewer steps), linspace or trailing (both
+            begin at the noisiest timestep); default: the checkpoint's.
+        clip_skip: The layer of the text model whose output is used, counted from the end as in web UIs: 1 is
             the last, 2 the last but one.
-        loras: LoRAs to merge into the weights: files or hub ids, each with a weight as FILE:WEIGHT if it is
-            not 1.
-        embeddings: Textual inversions to add to the tokenizer: files or hub ids, with another word than the
-            file's own as WORD=FILE.
-        prompt_syntax: How prompts are read: plain (as they are, to the text model's end) or webui (of any
-            length, with weights as in (running:1.3) and [grass], as web UIs have them).
-        allow_pickle: Read tensors from a checkpoint that is pickled (.ckpt) rather than refuse it.
-        attention: The CP-attn variant, by a name that `kvinv variants` lists or by class_path and init_args;
-            left out, it is the paper's own, full_kv.
-        target_modules: Which self-attentions carry psi: encoder, middle, decoder, all, or as in peft.
-        exclude_modules: What to leave out of them, in the same words.
-        layers_to_transform: Numbers of the blocks to keep, as in peft.
-        layers_pattern: The module list that layers_to_transform counts.
-        max_grid: Only self-attentions of at most max_grid x max_grid tokens; left out, of any size.
-        steps: DDIM steps T, in all stages; with few, such as 10, most edits miss the action: 20 at least,
-                with timestep_spacing trailing.
-        guidance: Guidance scale w of the edit, and of tuning unless another is given; left out, 3 for the
-            embedded model and 7.5 for any other.
-        source_guidance: Guidance scale w_s of what the source prompt says, in the edit and in tuning; w then
-            guides the change of words alone: eps = eps(negative) + w_s (eps(source) - eps(negative)) +
-            w (eps(target) - eps(source)). Left out, 1 for the embedded model, and for any other w, which
-            is classifier-free guidance. At 1 the negative prompt has no branch, and tuning runs one alone.
-        inversion_guidance: w of the inversion; 1 is the source prompt alone.
-        tuning_guidance: w of tuning, with psi in both branches; 1 is the source prompt's branch alone; left
-            out, source_guidance or else guidance.
-        optimizer: Any torch optimiser by class_path; its state is cleared at every timestep.
-        curriculum: sequential (the paper's): timestep after timestep is tuned as z-tilde
-            rolls out. pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot
-            z-hat_t; then z-tilde rolls out, and every psi_t settles there in settle_steps at most.
-        inner_steps: Optimiser steps for one timestep at most.
-        settle_steps: With the curriculum pivot, optimiser steps for one timestep at most in rolling out.
+        loras: LoRAs to merge into the weights: files or hub ids, each as FILE:WEIGHT if its weight is not 1.
+        embeddings: Textual inversions to add to the tokenizer: files or hub ids, each as WORD=FILE to use
+            another word than the file's own.
+        prompt_syntax: How prompts are read: plain (literally, no more tokens than the text model reads) or
+            webui (of any length, with the weights of web UIs, such as (running:1.3) and [grass]).
+        allow_pickle: Read the tensors of a pickled checkpoint (.ckpt), which is refused otherwise.
+        attention: The CP-attn variant: a name that `kvinv variants` lists, or class_path and init_args;
+            default: the paper's own, full_kv.
+        target_modules: Which self-attentions carry psi: encoder, middle, decoder or all, or a regex or list
+            of paths as in peft's LoraConfig.
+        exclude_modules: Which of these to leave out, in the same form.
+        layers_to_transform: Keep only the blocks with these indices, as in peft's LoraConfig.
+        layers_pattern: The name of the module list whose indices layers_to_transform gives.
+        max_grid: Only self-attentions of at most max_grid x max_grid tokens; default: any size.
+        steps: Number of DDIM steps T, in all stages; for fewer than the default, use timestep_spacing
+            trailing and at least 20: with 10, most edits miss the action.
+        guidance: Guidance scale w of the edit, and of tuning unless that has its own; default: 3 for the
+            embedded model, 7.5 for any other.
+        source_guidance: Guidance scale w_s of the source prompt, in the edit and in tuning; w then scales
+            only the change from source to target prompt: eps = eps(negative) + w_s (eps(source) -
+            eps(negative)) + w (eps(target) - eps(source)). Default: 1 for the embedded model; for any other
+            w, which is classifier-free guidance. At 1 the negative prompt is not used, and tuning runs only
+            the source prompt's branch.
+        inversion_guidance: Guidance scale of the inversion; at 1 only the source prompt is used.
+        tuning_guidance: Guidance scale of tuning, with psi in both branches; at 1 only the source prompt's
+            branch runs; default: source_guidance, or else guidance.
+        optimizer: Any torch optimiser by class_path; its state is reset at every timestep.
+        curriculum: sequential (the paper's): one timestep after the other is tuned as z-tilde rolls out.
+            pivot: all timesteps are tuned at once, side by side in the slots, each at its pivot z-hat_t; then
+            z-tilde rolls out, and every psi_t is tuned again for at most settle_steps.
+        inner_steps: Maximum number of optimiser steps for one timestep.
+        settle_steps: Maximum number of optimiser steps for one timestep in the roll-out of curriculum pivot.
         tolerance: Mean squared error of the latent at which the noisiest timestep has converged.
-        tolerance_growth: What is added to the tolerance at every later step.
-        carry: Start psi_t from psi_(t+1), rather than every timestep from the variant's own start. With the
-            curriculum pivot: roll out with what settling has changed so far, rather than from each timestep
-            as tuned at its pivot.
-        reading: What an edit reads: frozen (the K-bar, V-bar tuning arrived at) or blend (Eq. 1 on its own).
-        kv: Where frozen has K-bar, V-bar from: stored (on disk, with psi) or replayed (psi alone is on disk,
-            and the source's pass runs along with the edits: n edits cost as n + 1).
-        start: The share of the steps, counted from noise, that an edit makes before CP-attn becomes active;
-            auto: a search without a truth chooses it for each picture and target, and says what else was
-            good (guidance and sharpness likewise).
-        negative: The negative prompt, of the unconditional branch.
-        subject: The word for the subject in the targets, for variants that follow it through an edit; left
-            out, it is the last word that source and target have in common before they differ.
-        sharpness: Factor of the scores of Eq. 2 in an edit with the reading frozen; above 1 an edit's query
-            keeps to the keys of K-bar that are most like it.
-        mixing: What an edit reads, with the reading frozen: replace (K-bar and V-bar alone) or concat (its
-            own keys and values side by side with them).
-        background: free (the whole picture is rendered anew) or kept (latents that belong to the subject
-            neither in the source nor in the edit are the source's, from a fifth of the steps on).
-        ahead: By which share of the steps K-bar and V-bar are ahead of the edit, with the reading frozen: it
-            reads those of a later timestep, in which more of the source is seen. Left out, 0.7 for the
-            embedded model, and 0 for any other.
-        reading_guidance: Guidance scale w_r of what is read of the source, with the reading frozen: eps +
-            (w_r - 1) (eps(target) - eps(target alone)), where the last one attends to itself, in a forward
-            of its own. Above 1 an edit shows more clearly what it reads, thin and small things above all.
-            Left out, 2 for the embedded model, and 1 for any other, at which that forward does not run.
-        candidates: How many edits of each target to show beside one another, the most promising first, in
-            candidates.png; with more than 1 and nothing auto, the start is searched.
-        judge: A CLIP folder that judges what is searched, or menagerie, the CLIP of the embedded world; left
-            out, the model itself does, by which prompt predicts an edit's noise better.
-        seed: Of random starts of psi.
-        slots: How many pictures of one size (or timesteps, at their pivots) are tuned side by side; auto:
-            what fits into memory, 8 at most.
-        store_dtype: In which psi, K-bar and V-bar are kept on disk; int8 has a scale for each channel.
-        required_psnr: dB to the VAE round trip that a reconstruction must reach for its picture to pass.
+        tolerance_growth: How much the tolerance grows with every later step.
+        carry: Initialize psi_t with psi_(t+1) rather than with the variant's own start. With curriculum
+            pivot: apply what the roll-out has changed so far to the next timestep, rather than take each as
+            tuned at its pivot.
+        reading: What an edit reads: frozen (the K-bar and V-bar at which tuning arrived) or blend (Eq. 1
+            applied to its own K and V).
+        kv: Where reading frozen gets K-bar and V-bar: stored (on disk, with psi) or replayed (only psi is on
+            disk, and the source runs beside the edits: n edits cost as much as n + 1).
+        start: The share of an edit's steps, counted from noise, before CP-attn becomes active; auto: a
+            search, which needs no ground truth, chooses it for each picture and target, and says what else
+            was good (the same for guidance and sharpness).
+        negative: The negative prompt.
+        subject: The subject's word in the targets, for variants that follow it through an edit; default: the
+            last word that source and target have in common before they differ.
+        sharpness: Factor of the attention scores of Eq. 2 in an edit, with reading frozen; above 1, each
+            query attends to fewer of the source's keys.
+        mixing: What an edit attends to, with reading frozen: replace (only K-bar and V-bar) or concat (its
+            own keys and values together with them).
+        background: free (the whole picture is rendered) or kept (where neither the source nor the edit has
+            the subject, the source's latents are restored after every step except in the first fifth).
+        ahead: By what share of the steps K-bar and V-bar are ahead of the edit, with reading frozen: each
+            step reads those of a later timestep, which show more of the source. Default: 0.7 for the
+            embedded model, 0 for any other.
+        reading_guidance: Guidance scale w_r of what is read from the source, with reading frozen: eps +
+            (w_r - 1) (eps(target) - eps(target alone)), where the last one attends only to itself, in a
+            forward pass of its own. Above 1 an edit shows more clearly what it reads, thin and small things
+            above all. Default: 2 for the embedded model; 1 for any other, without that forward pass.
+        candidates: How many edits of each target to show in candidates.png, the most promising first; with
+            more than 1 and nothing auto, the start is searched.
+        judge: The CLIP folder that judges the edits of a search, or menagerie, the embedded world's CLIP;
+            default: the model itself, by which prompt predicts an edit's noise better.
+        seed: Seed of psi's random start.
+        slots: How many pictures of one size (or timesteps of curriculum pivot) are tuned side by side; auto:
+            as many as fit into memory, at most 8.
+        store_dtype: The type in which psi, K-bar and V-bar are stored on disk; int8 has a scale per channel.
+        required_psnr: PSNR in dB, against the VAE round trip, that a reconstruction must reach to pass.
         retries: How often to tune a picture again that does not pass, each time with twice the inner (and
-            settle) steps and other random starts; the best attempt is kept.
+            settle) steps and another random start; the best attempt is kept.
     """
 
     def __init__(

@@ -38,8 +38,8 @@ class ImageParallelStrategy(SingleDeviceStrategy):
         if isinstance(env, LightningEnvironment) and self.num_nodes > 1:
             if not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
                 raise UserError(
-                    f"num_nodes: got {self.num_nodes}, but nothing says which of them this is: start the "
-                    "command by torchrun or srun, or set NODE_RANK on each machine"
+                    f"num_nodes: got {self.num_nodes}, but this machine's rank is unknown: start the command "
+                    "with torchrun or srun, or set NODE_RANK on each machine"
                 )
             if env.node_rank() >= self.num_nodes:
                 raise UserError(f"NODE_RANK: expected 0 to {self.num_nodes - 1}, got {env.node_rank()}")

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class KVTrainer(Trainer):
-    """A Trainer whose fit is the curriculum of KV Inversion and which has its other two stages as methods."""
+    """A Trainer whose fit is the curriculum of KV Inversion; the other two stages are methods."""
 
     fast_dev_run: int | bool  # set by Lightning
 
@@ -64,24 +64,24 @@ class KVTrainer(Trainer):
 
         Args:
             accelerator: cpu, gpu, mps or auto.
-            devices: How many of this machine, -1 for all; each has pictures of its own.
-            num_nodes: How many machines, each with as many devices.
-            strategy: auto, which is image_parallel: a process for each device, and nothing is averaged.
-            precision: 32-true, bf16-mixed or (on a GPU) 16-mixed; psi, loss, DDIM and the VAE stay in fp32.
-                auto: bf16-mixed on a GPU of NVIDIA or AMD that has it, unless the model is the embedded one;
-                32-true elsewhere.
-            logger: True: TensorBoard under the run folder's logs.
+            devices: Number of devices per machine, -1 for all; each works on its own pictures.
+            num_nodes: Number of machines.
+            strategy: auto or image_parallel, which are the same: one process per device, nothing is averaged.
+            precision: Precision of the U-Net and the text model: 32-true, bf16-mixed or (on a GPU) 16-mixed;
+                psi, the loss, DDIM and the VAE stay in fp32. auto: bf16-mixed on an NVIDIA or AMD GPU that
+                supports it, unless the model is the embedded one; 32-true otherwise.
+            logger: A Lightning logger; true: TensorBoard, in logs under the run folder.
             callbacks: Lightning callbacks.
-            fast_dev_run: A dry run: one inner step of one phase of the first picture, and nothing is written.
-            max_epochs: Leave it: an epoch is a phase of the curriculum, which counts them itself.
-            gradient_clip_val: Leave it: it would couple pictures that are tuned side by side.
-            accumulate_grad_batches: Leave it: every inner step sees the whole loss.
-            deterministic: As Lightning has it.
-            profiler: As Lightning has it.
-            default_root_dir: As Lightning has it.
-            quiet: No progress.
-            x_0_every: Decode and log the predicted x_0 every so many timesteps, at the cost of one decoding
-                for each picture; 0: never.
+            fast_dev_run: A dry run: one inner step of one phase of the first picture; nothing is written.
+            max_epochs: Not used: an epoch is a phase of the curriculum, which sets their number.
+            gradient_clip_val: Not supported: it would couple pictures that are tuned side by side.
+            accumulate_grad_batches: Not supported: every inner step sees the whole loss.
+            deterministic: As in Lightning's Trainer.
+            profiler: As in Lightning's Trainer.
+            default_root_dir: As in Lightning's Trainer.
+            quiet: Show no progress.
+            x_0_every: Decode and log the predicted x_0 every so many timesteps, which costs one VAE decoding
+                per picture; 0: never.
         """
         if max_epochs != -1:
             raise UserError(
@@ -161,7 +161,7 @@ class KVTrainer(Trainer):
         Args:
             model: The module.
             datamodule: The pictures.
-            settings: Of the edits; None: the model's.
+            settings: The settings of the edits; None: the model's.
         """
         self._run_workload(model, datamodule, ["edit"], settings)
 
@@ -170,7 +170,7 @@ class KVTrainer(Trainer):
         self._run_workload(model, datamodule, ["invert", "fit", "edit"])
 
     def plan(self, model: KVInversion, datamodule: SourceImages) -> None:
-        """Say what all three stages will take: slots, memory, disk, forwards and time; nothing is tuned."""
+        """Estimate what all stages need: slots, memory, disk, forward passes and time; nothing is tuned."""
         device = self.strategy.root_device
         chosen = precision_for(model.checkpoint, device) if self._chooses_precision else str(self.precision)
         machine = Machine.of(device, COMPUTE_DTYPES[chosen], self.ranks.world.local_size)

@@ -28,15 +28,15 @@ class FlexiEdit:
     Args:
         region: Left, top, right and bottom of the region, in shares of the picture; left out, what attends to
             the words that the target alone has.
-        threshold: Of that attention, in a map from 0 to 1.
-        alpha: Of the high frequencies, as published.
-        cutoff: Of the low-pass, as published.
+        threshold: Threshold of that attention, in a map from 0 to 1.
+        alpha: Weight of the high frequencies, as published.
+        cutoff: Cutoff of the low-pass filter, as published.
         reinversion: The share of the steps that is inverted again; published: 30 of 50.
         layer: The self-attention from which on the source's K and V are read, in the order of the forward;
             left out, 10 of Stable Diffusion's 16, and the same share of another U-Net's.
-        seed: Of the noise.
+        seed: Seed of the noise.
         empty_source: Whether the source is inverted and sampled without its prompt.
-        guidance: Of the target, unless another is asked for; as published.
+        guidance: Guidance scale of the target, unless another is given; as published.
     """
 
     region: Box | None = None

@@ -25,11 +25,11 @@ class MasaCtrl:
         start: The share of the steps, from noise, after which it begins; published: 4 of 50.
         layer: The self-attention from which on, in the order of the forward; left out, 10 of Stable
             Diffusion's 16, and the same share of another U-Net's.
-        word: Of both prompts, whose attention is the mask; left out, there are no masks.
-        threshold: Of a mask, in a map from 0 to 1.
+        word: The word of both prompts whose attention is the mask; default: no masks.
+        threshold: Threshold of a mask, in a map from 0 to 1.
         empty_source: Whether the source is inverted and sampled without a prompt, as published for
             photographs; without masks only.
-        guidance: Of the target, unless another is asked for; as published.
+        guidance: Guidance scale of the target, unless another is given; as published.
     """
 
     start: float = 0.08

@@ -25,10 +25,10 @@ class Pix2PixZero:
 
     Args:
         amount: lambda, as published.
-        sentences: About the source, and about the target, as many as there are; left out, the two prompts
+        sentences: Any number about the source and any number about the target; default: the two prompts
             themselves, so that the target reads its own.
         empty_source: Whether the source is inverted and sampled without its prompt.
-        guidance: Of the target, unless another is asked for; as published.
+        guidance: Guidance scale of the target, unless another is given; as published.
     """
 
     amount: float = 0.1

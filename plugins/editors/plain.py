@@ -10,7 +10,7 @@ class Plain:
     """DDIM (Song et al., 2021) towards the target prompt from where the inversion arrived, uncontrolled.
 
     Args:
-        guidance: Of the target; left out, the inversion's.
+        guidance: Guidance scale of the target; default: the inversion's.
         empty_source: Whether the source is inverted without its prompt.
     """
 

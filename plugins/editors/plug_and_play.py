@@ -21,12 +21,12 @@ class PlugAndPlay:
     steps and sample with 50.
 
     Args:
-        features: tau_f, as published.
-        self_attention: tau_A, as published.
-        layer: Of the decoder, in the order of the forward; left out, 4 of Stable Diffusion's 12, and the same
-            share of another U-Net's.
+        features: tau_f, the share of the steps with the source's features; as published.
+        self_attention: tau_A, the same for self-attention; as published.
+        layer: The decoder layer, in the order of the forward pass; default: 4 of Stable Diffusion's 12, and
+            the same share of another U-Net's.
         empty_source: Whether the source is inverted and sampled without a prompt, as published.
-        guidance: Of the target, unless another is asked for; as published.
+        guidance: Guidance scale of the target, unless another is given; as published.
     """
 
     features: float = 0.8

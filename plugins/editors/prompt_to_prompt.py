@@ -31,12 +31,12 @@ class PromptToPrompt:
     Args:
         kind: replace or refine; auto replaces where both prompts have as many words.
         cross: The share of the steps, from noise, with the source's cross-attention; .8, as published.
-        self_attention: The same of self-attention; .4 in the paper's code, .6 on PIE-Bench with cross .4.
+        self_attention: The same for self-attention; .4 in the paper's code, .6 on PIE-Bench with cross .4.
         words: The edited word of source and of target, for local blend and re-weighting; None: neither.
-        weight: c, of the target's word.
-        threshold: Of local blend, in maps whose maximum is 1.
+        weight: c, the weight of the target's word.
+        threshold: Threshold of local blend, in maps whose maximum is 1.
         blend_start: The share of the steps after which local blend begins.
-        guidance: Of the target, unless another is asked for; as published.
+        guidance: Guidance scale of the target, unless another is given; as published.
         empty_source: Whether the source is inverted and sampled without its prompt.
         negative: Whether an unconditional branch that reads the source prompt is controlled.
     """

@@ -42,8 +42,8 @@ class AlignedInversion:
     linear in the same way.
 
     Args:
-        inversion_guidance: Of the source, in the inversion too.
-        guidance: Of the target, where the edit has none of its own.
+        inversion_guidance: Guidance scale of the source, in the inversion too.
+        guidance: Guidance scale of the target, if the edit has none of its own.
     """
 
     inversion_guidance: float = 1.0

@@ -23,8 +23,8 @@ class CustomDiffusion(LearningAWord):
 
     Args:
         token: The rare word that V* begins as.
-        rate: Adam's: 1e-5 times the batch.
-        guidance: Of the target, where the edit has none of its own; published: 6.
+        rate: Adam's learning rate: 1e-5 times the batch size.
+        guidance: Guidance scale of the target, if the edit has none of its own; published: 6.
     """
 
     token: str = "ktn"

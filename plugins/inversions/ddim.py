@@ -14,7 +14,7 @@ class DDIM:
 
     Args:
         inversion_guidance: The guidance scale of the inversion; the paper's own has none, which is 1.
-        guidance: Of the target, where the edit has none of its own.
+        guidance: Guidance scale of the target, if the edit has none of its own.
     """
 
     inversion_guidance: float = 1.0

@@ -32,7 +32,7 @@ class Direct:
     the source alone, which is therefore exactly z*_{t-1} after every step, at any guidance.
 
     Args:
-        guidance: Of the target, where the edit has none of its own; as published.
+        guidance: Guidance scale of the target, if the edit has none of its own; as published.
     """
 
     guidance: float = 7.5

@@ -22,10 +22,10 @@ class DreamBooth(Learning):
     diffusers.
 
     Args:
-        rank: Of B A.
-        steps: Of Adam.
-        rate: Adam's.
-        seed: Of A, and of the noise in learning and in sampling.
+        rank: Rank of B A.
+        steps: Number of Adam steps.
+        rate: Adam's learning rate.
+        seed: Seed of A, and of the noise in learning and sampling.
     """
 
     rank: int = 4

@@ -35,9 +35,9 @@ class EditFriendly:
 
     Args:
         skip: The share of the steps, from noise, that are left out; published: 36 of 100.
-        source_guidance: Of the source, in the inversion too.
-        seed: Of eps~.
-        guidance: Of the target, where the edit has none of its own; as published.
+        source_guidance: Guidance scale of the source, in the inversion too.
+        seed: Seed of eps~.
+        guidance: Guidance scale of the target, if the edit has none of its own; as published.
     """
 
     skip: float = 0.36

@@ -28,10 +28,11 @@ class FixedPoint:
     correction of ReNoise, which are for models of few steps.
 
     Args:
-        rounds: Of the iteration, after DDIM's own estimate; 0 is DDIM inversion, 3 is ReNoise's of SDXL at 20
-            steps.
-        inversion_guidance: Of the source, in the inversion too; where it is large, f need not contract.
-        guidance: Of the target, where the edit has none of its own.
+        rounds: Number of iterations after DDIM's own estimate; 0 is DDIM inversion, 3 is ReNoise's for SDXL
+            at 20 steps.
+        inversion_guidance: Guidance scale of the source, in the inversion too; if it is large, f need not
+            contract.
+        guidance: Guidance scale of the target, if the edit has none of its own.
     """
 
     rounds: int = 3

@@ -21,10 +21,10 @@ class Imagic(Learning):
 
     Args:
         eta: How much of the target's own embedding; published: .6 to .8.
-        text_steps: Of Adam, for the embedding.
-        text_rate: Its rate.
-        network_steps: Of Adam, for the network.
-        network_rate: Its rate.
+        text_steps: Number of Adam steps for the embedding.
+        text_rate: Learning rate for the embedding.
+        network_steps: Number of Adam steps for the network.
+        network_rate: Learning rate for the network.
     """
 
     eta: float = 0.7

@@ -14,7 +14,7 @@ class NegativePrompt:
     any w, and the reconstruction is DDIM's at guidance 1, at which the inversion ran.
 
     Args:
-        guidance: Of the target, where the edit has none of its own; as published.
+        guidance: Guidance scale of the target, if the edit has none of its own; as published.
     """
 
     guidance: float = 7.5

@@ -24,12 +24,12 @@ class NoiseRegularized:
     of its mean and variance from those of white noise, since noise that is white can be edited better.
 
     Args:
-        rounds: Of both losses, at every step; as published, and 0 is DDIM inversion.
-        shifts: Drawn in one round, each with a move of its own; as published.
-        pairwise: How far along its gradient; as published.
-        divergence: The same of the divergence.
-        seed: Of the shifts.
-        guidance: Of the target, where the edit has none of its own; pix2pix-zero's.
+        rounds: Rounds of both losses at every step; as published; 0 is DDIM inversion.
+        shifts: Shifts drawn in one round, each with its own move; as published.
+        pairwise: Step size along the gradient of the pairwise loss; as published.
+        divergence: Step size along the gradient of the divergence; as published.
+        seed: Seed of the shifts.
+        guidance: Guidance scale of the target, if the edit has none of its own; as in pix2pix-zero.
     """
 
     rounds: int = 5

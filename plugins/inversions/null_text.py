@@ -38,10 +38,10 @@ class NullText:
     where the mean of the squares is below tolerance + growth i.
 
     Args:
-        inner_steps: Adam's moves at one timestep, at most.
+        inner_steps: Maximum number of Adam steps at one timestep.
         tolerance: The loss that is small enough, at the first step.
-        growth: What is added to that with every step; published for 50 steps.
-        guidance: Of source and target, where the edit has none of its own; as published.
+        growth: How much the tolerance grows with every step; published for 50 steps.
+        guidance: Guidance scale of source and target, if the edit has none of its own; as published.
     """
 
     inner_steps: int = 10

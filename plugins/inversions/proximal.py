@@ -25,12 +25,12 @@ class Proximal:
     `prompt_to_prompt` this is ProxNPI, with `masactrl` ProxMasaCtrl.
 
     Args:
-        quantile: Of the differences, which is lambda; as published.
+        quantile: The quantile of the differences that is lambda; as published.
         norm: l0 or l1.
         until: The timestep below which the unedited part is put back; 0: never.
-        rate: How far it is; at 1 entirely, as published.
+        rate: How far it is put back; at 1 entirely, as published.
         spread: By how many latent pixels the edited part is larger.
-        guidance: Of the target, where the edit has none of its own; as published.
+        guidance: Guidance scale of the target, if the edit has none of its own; as published.
     """
 
     quantile: float = 0.75

@@ -16,7 +16,7 @@ class TextualInversion(LearningAWord):
     are drawn among those of sampling. Steps, rate and batch are those of the example in diffusers.
 
     Args:
-        rate: Adam's: 5e-4 times the batch.
+        rate: Adam's learning rate: 5e-4 times the batch size.
     """
 
     steps: int = 3000

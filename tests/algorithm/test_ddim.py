@@ -206,5 +206,5 @@ def test_the_predicted_picture_is_what_both_ends_of_a_step_were_made_of(ends: tu
     z_from, z_to = (alpha**0.5 * z_0 + (1 - alpha) ** 0.5 * eps for alpha in ends)
     table = StepTable(torch.tensor([9, 5]), torch.tensor([*ends, ends[1]], dtype=torch.float64))
     torch.testing.assert_close(table.predicted_z_0(z_from, z_to, 0), z_0, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="says nothing of the picture"):
+    with pytest.raises(UserError, match="carries no information about the picture"):
         table.predicted_z_0(z_from, z_from, 1)

@@ -167,7 +167,7 @@ def test_a_tuned_picture_is_saved_and_opened_without_its_tuning(
     edited = pipe(TARGET).images[0]
     pipe.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob(".*"))
-    with pytest.raises(UserError, match="expected a new folder"):
+    with pytest.raises(UserError, match="expected an empty or new folder"):
         pipe.save_pretrained(tmp_path / "saved")
     replace = os.replace
 
@@ -190,7 +190,7 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         lambda: pipe.to("cuda:1"): "device: expected cpu, cuda, mps, got cuda:1: tuning takes gradients",
         lambda: cast(Any, pipe).to(
             torch.float16
-        ): "dtype: it is loaded in torch.float32: give from_pretrained dtype=torch.float16",
+        ): "dtype: already loaded in torch.float32: pass dtype=torch.float16 to from_pretrained",
         lambda: pipe(TARGET, generator=1): "edit has no setting generator: nothing in an edit is random",
         lambda: pipe(TARGET, output_type="latent"): "output_type: expected pil, np or pt, got 'latent'",  # pyright: ignore[reportArgumentType]
         lambda: pipe(
@@ -200,7 +200,7 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         ): "callback_on_step_end_tensor_inputs: expected latents, got 'prompt_embeds'",
         lambda: pipe.tune(prompt=SOURCE): "expected an image with its prompt",
         pipe.enable_sequential_cpu_offload: "one device: take enable_model_cpu_offload",
-        lambda: pipe.enable_model_cpu_offload(device="cpu"): "expected an accelerator, the first, got cpu",
+        lambda: pipe.enable_model_cpu_offload(device="cpu"): "expected the first accelerator, got cpu",
         lambda: quiet(
             fits.checkpoint(), device_map="balanced"
         ): "device_map: expected cpu, cuda, mps, got bal",
@@ -209,7 +209,7 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         ): "dtype: expected float32, bfloat16 or float16, got torch.float64",
         lambda: quiet(
             fits.checkpoint(), torch_dtype=torch.float32, dtype=torch.float32
-        ): "dtype: expected it once, got torch_dtype as well",
+        ): "dtype: got both dtype and torch_dtype",
         pipe.enable_attention_slicing: "enable_attention_slicing: the attentions are those that psi",
         pipe.enable_xformers_memory_efficient_attention: "attention: the attentions are those that psi",
         pipe.enable_group_offload: "one device: take enable_model_cpu_offload",
@@ -219,7 +219,9 @@ def test_what_is_not_to_be_had_is_told_in_one_line(pipe: KVInversionPipeline, tm
         lambda: pipe(TARGET, num_images_per_prompt=2): "edit has no setting num_images_per_prompt",
         lambda: quiet(fits.checkpoint(), use_safetensors=True): "load has no setting use_safetensors",
         lambda: quiet(fits.checkpoint())(TARGET): "no picture is tuned: call",
-        lambda: pipe.save_pretrained(tmp_path, variant="fp16"): "takes a folder alone, got variant as well",
+        lambda: pipe.save_pretrained(
+            tmp_path, variant="fp16"
+        ): "takes only a folder, got the argument variant as well",
     }.items():
         with pytest.raises(UserError) as caught:
             call()

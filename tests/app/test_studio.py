@@ -167,7 +167,7 @@ def test_what_is_no_picture_or_no_run_is_refused_and_leaves_nothing(bench: Workb
     with pytest.raises(UserError, match=r"broken\.png"):
         bench.tune(tmp_path / "broken.png", SOURCE)
     for name in ("nowhere", "../pictures", ".studio"):
-        with pytest.raises(UserError, match="choose one of the list"):
+        with pytest.raises(UserError, match="choose one from the list"):
             bench.store(name)
     assert bench.runs() == ["my-cat"]
     failed = done(bench.edit("my-cat", TARGET, [{"start": 2.0}]))

@@ -365,9 +365,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(unet: UNet2DConditionM
         ({}, "at least one site"),
         (
             {**psi, "mid_block.resnets.0": FullKV(replace(cp.site, path="mid_block.resnets.0"))},
-            "no attention layer",
+            "not an attention layer",
         ),
-        ({**psi, "nowhere": cp}, "'nowhere' is no attention layer"),
+        ({**psi, "nowhere": cp}, "'nowhere' is not an attention layer"),
         ({**psi, path: FullKV(replace(cp.site, dim=cp.site.dim * 2))}, f"does not fit {path}"),
         ({**psi, path: FullKV(replace(cp.site, slots=5))}, r"one number of slots at all sites, got \[1, 5\]"),
     ]
@@ -634,6 +634,6 @@ def test_cross_attention_is_no_place_for_cp_attn():
     layer, around = lone()
     with (
         attach(around, {"attn": FullKV(Site("attn", 1, (4, 6), 8, 2))}).blend(),
-        pytest.raises(UserError, match="attn is no self-attention"),
+        pytest.raises(UserError, match="attn is not a self-attention"),
     ):
         layer(torch.randn(1, 24, 32), encoder_hidden_states=torch.randn(1, 3, 8))

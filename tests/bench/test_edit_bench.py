@@ -101,7 +101,7 @@ def test_masks_have_the_names_of_their_pictures_or_are_named_and_several_are_one
     both = only(part, mask_images=["b.png", f"masks/{SIMPLE}/second.png"]).editable
     assert both is not None and both.any(0).nonzero()[0].tolist() == [5, 9]
     mask(part / "masks" / SIMPLE / "second.png", 2, 8)
-    with pytest.raises(UserError, match=r"second.png is 8x8, its picture is .* make both of one size"):
+    with pytest.raises(UserError, match=r"second.png is 8x8, its picture is .* make both the same size"):
         _ = only(part, mask="second.png").editable
 
 
@@ -114,11 +114,11 @@ def test_what_is_not_there_or_not_understood_is_told_in_one_line(folder: Path) -
     for broken, said in (
         ([{"image_id": "b"}], "KeyError 'original_prompt'"),
         ([entry()], "KeyError 'image_path or"),
-        ([3], "is no list of EditBench"),
+        ([3], "is not a list of EditBench"),
     ):
         meta(part, SIMPLE, broken)
         with pytest.raises(UserError, match=said):
             edit_bench(part, None, [])
     (part / "meta_json" / f"{SIMPLE}.json").write_text("{")
-    with pytest.raises(UserError, match="is no list of EditBench"):
+    with pytest.raises(UserError, match="is not a list of EditBench"):
         edit_bench(part, None, [])

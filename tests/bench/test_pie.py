@@ -85,7 +85,7 @@ def test_a_mask_is_runs_over_the_rows_within_a_frame() -> None:
     [
         ({"editing_type_id": "10"}, "is of the type '10', expected 0 to 9"),
         ({"image_path": "0_random_140/none.png"}, "names .*none.png, which is not there"),
-        ({"mask": ["x"]}, "is no mapping file of PIE-Bench"),
+        ({"mask": ["x"]}, "is not a mapping file of PIE-Bench"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused_in_one_line(

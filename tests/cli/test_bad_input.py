@@ -78,7 +78,7 @@ def huge(file: Path) -> None:
         (lambda file: None, "expected a picture file at"),
         (lambda file: file.mkdir(), "contains no pictures"),
         (text, "got no such format; save it as one of them, or a list of pictures as .csv"),
-        (cut, "cannot be read as a picture: image file is truncated; save it anew"),
+        (cut, "cannot be read as a picture: image file is truncated; save it again"),
         (dot, "is 1x1, expected 8 pixels a side or more: take a larger one"),
         (huge, "million pixels: make it smaller"),
         (lambda file: photograph(file, (300, 20)), "300x20, expected at most 8:1"),
@@ -234,8 +234,8 @@ def test_a_setting_that_cannot_be_meant_is_refused(
 @pytest.mark.parametrize(
     ("yaml", "says"),
     [
-        ("model: [unclosed\n x: :", "bad.yaml is no configuration: expected YAML"),
-        ("- a\n- b\n", "bad.yaml is no configuration: expected YAML"),
+        ("model: [unclosed\n x: :", "bad.yaml is not a configuration: expected YAML"),
+        ("- a\n- b\n", "bad.yaml is not a configuration: expected YAML"),
         ("model:\n  stepz: 5\n", "no option 'model.stepz': did you mean model.steps"),
         ("steps: 5\n", "no option 'steps': did you mean model.steps"),
         ("model:\n  steps: many\n", "model.steps: expected a whole number, got 'many'"),
@@ -313,7 +313,7 @@ def test_a_run_of_another_picture_prompt_or_model_is_refused_and_kept(
         ],
     }
     for field, change in changes.items():
-        anew = "make it anew by `kvinv run` or `kvinv fit` with --overwrite"
+        anew = "start again with `kvinv run` or `kvinv fit` and --overwrite"
         refused(kvinv("run", *good, "--out", run, *change), field, "was made with", anew)
         assert {name: (run / name).read_bytes() for name in before} == before
 
@@ -388,14 +388,14 @@ def test_a_damaged_run_json_is_refused(good: list[object], run: Path) -> None:
 def test_what_a_run_folder_knows_is_not_asked_for_again(good: list[object], run: Path) -> None:
     edit = ["edit", "--run", run, "--target", "a fox"]
     for flag, value in (("--source", "a rabbit"), ("--data.mask", "m.png"), ("--data.geometry", "crop")):
-        refused(kvinv(*edit, flag, value), f"{flag} does not go with --run")
+        refused(kvinv(*edit, flag, value), f"{flag} cannot be combined with --run")
     refused(kvinv(*edit, "--image", good[1]), "expected either image or run, got both")
     refused(kvinv(*edit, "--data.run", run), "expected one run folder, got --run and --data.run")
     refused(kvinv(*edit, "--steps", 3), "was made with --steps = 2, not 3")
 
 
 def test_an_edit_of_what_is_no_finished_run_is_refused(good: list[object], tmp_path: Path) -> None:
-    refused(kvinv("edit", "--run", tmp_path, "--target", "a dog"), "is no run folder")
+    refused(kvinv("edit", "--run", tmp_path, "--target", "a dog"), "is not a run folder")
     refused(kvinv("edit", *good), "is not")
     assert not (tmp_path / "out").exists()
     assert kvinv("invert", *good).code == 0

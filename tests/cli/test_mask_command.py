@@ -91,9 +91,9 @@ def test_a_word_needs_no_sam(models: Path, cat: Path, tmp_path: Path) -> None:
         (["--word", "cat"], "--word needs --source"),
         (
             ["--word", "cat", "--source", "a cat", "--point", "3,3"],
-            "--point is for SAM and does not go with --word",
+            "--point is for SAM and cannot be combined with --word",
         ),
-        (["--source", "a cat"], "--source, --checkpoint and --model go with --word"),
+        (["--source", "a cat"], "--source, --checkpoint and --model only work with --word: add --word"),
         (
             ["--word", "dog", "--source", "a cat", "--checkpoint", "MODELS/tiny"],
             "'dog' is not in the prompt 'a cat'",

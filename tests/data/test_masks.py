@@ -138,7 +138,7 @@ def test_of_several_labels_the_brightest_is_said(tmp_path: Path) -> None:
     values = np.zeros(SIZE[::-1], dtype=np.uint8)
     values[:4], values[4:8] = 1, 3
     Image.fromarray(values).save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="got values up to 3 of 255 alone"):
+    with pytest.raises(UserError, match="got only values up to 3 of 255"):
         fitted(open_mask(tmp_path / "mask.png").image, WHOLE, "it")
 
 
@@ -165,8 +165,8 @@ def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
             Image.new("L", SIZE, 0),
             "it is empty: expected white on the subject, got black everywhere: paint it again",
         ),
-        (Image.new("L", SIZE, 120), "it is empty: expected white .*, got values up to 120 of 255 alone"),
-        (Image.new("L", SIZE, 140), "it is full: expected black .*, got values from 140 of 255 up alone"),
+        (Image.new("L", SIZE, 120), "it is empty: expected white .*, got only values up to 120 of 255"),
+        (Image.new("L", SIZE, 140), "it is full: expected black .*, got only values from 140 of 255 up"),
         (
             Image.new("L", SIZE, 255),
             "it is full: expected black around the subject, got white everywhere: paint it again",

@@ -73,7 +73,9 @@ def test_the_first_field_that_differs_is_named_with_both_values(tmp_path: Path) 
     sites = [{"path": "a", "grid": (4, 6)}, {"path": "b", "grid": (8, 12)}]
     store.write_run({"model": {"id": "x", "hash": "1" * 500}, "sites": sites, "seed": 0})
     store.require({"sites": sites, "seed": 1}, ["sites"])
-    with pytest.raises(UserError, match=r"seed = 0, not 1: give .* or another folder, or .* --overwrite"):
+    with pytest.raises(
+        UserError, match=r"seed = 0, not 1: use the same settings or another folder, or .* --overwrite"
+    ):
         store.require({"seed": 1}, ["seed"])
     with pytest.raises(UserError, match=r"sites\.1\.grid\.0 = 8, not 4"):
         store.require({"sites": [sites[0], {"path": "b", "grid": (4, 12)}]}, ["sites"])

@@ -33,15 +33,12 @@ def test_the_words_that_are_lost_are_said_once_for_each_prompt_that_is_cut(backb
 
 def test_words_that_the_embedded_model_has_not_learned_are_said() -> None:
     backbone = Backbone.load("menagerie")
-    prompts = [
-        ("source prompt", "A photo of a Cat on the sand"),
-        ("target", "a cat flying on the moon, 2 of it"),
-    ]
-    assert list(unlearned(backbone, prompts)) == [
-        "the target has words that the embedded model has not learned: flying, moon; it knows standing, sitting, "
-        "running, jumping, lying, cat, dog, rabbit, fox, plain, striped, spotted, red, orange, yellow, green, blue, "
-        "purple, brown, grey, grass, sand, snow"
-    ]
+    source, target = "A photo of a Cat on the sand", "a cat flying on the moon, 2 of it"
+    (line,) = unlearned(backbone, [("source prompt", source), ("target", target)])
+    assert line.startswith(
+        "the target has words that the embedded model has not learned: flying, moon; it knows"
+    )
+    assert all(word in line for word in ("running", "rabbit", "purple", "snow"))
 
 
 def test_prompts_that_differ_only_where_the_model_does_not_read_are_refused(backbone: Backbone) -> None:

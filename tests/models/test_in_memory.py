@@ -120,7 +120,7 @@ def test_what_is_chosen_goes_with_a_pipeline(checkpoint: Path) -> None:
     chosen = Choices(vae=str(checkpoint), prediction_type="v_prediction")
     ours = Backbone.load(pipeline(checkpoint), torch.float32, chosen)
     assert ours.predicts_v and ours.identity["vae"] == str(checkpoint)
-    with pytest.raises(UserError, match=r"--model\.variant: pipeline in memory is of one variant alone"):
+    with pytest.raises(UserError, match=r"--model\.variant: pipeline in memory has only one variant"):
         Backbone.load(pipeline(checkpoint), torch.float32, Choices(variant="fp16"))
 
 
@@ -169,4 +169,4 @@ def test_a_picture_is_tuned_and_edited_with_a_pipeline_and_not_gone_on_with_by_a
     pipe.unet.disable_lora()
     assert again.tune(image, fits.SOURCE, out=out).edit(fits.TARGET).tobytes() == edited.tobytes()
     answer = kvinv("edit", "--run", out, "--target", "a dog")
-    assert answer.code == 2 and "go on from Python, with load(pipeline)" in answer.err, answer
+    assert answer.code == 2 and "continue from Python with load(pipeline)" in answer.err, answer

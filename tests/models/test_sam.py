@@ -189,7 +189,7 @@ def test_a_name_that_is_neither_a_folder_nor_an_id_of_the_hub_is_refused(tmp_pat
     for name, says in {"sam": "there is no folder sam", str(tmp_path / "sam.pt"): "is a file"}.items():
         with pytest.raises(UserError, match=says):
             Segmenter.load(name)
-    with pytest.raises(UserError, match=r"^nobody/sam is no folder, and not available from the hub: "):
+    with pytest.raises(UserError, match=r"^nobody/sam is not a folder, and not available from the hub: "):
         Segmenter.load("nobody/sam")
 
 

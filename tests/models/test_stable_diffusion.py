@@ -428,11 +428,11 @@ def test_a_hub_id_is_read_from_the_cache_when_offline(
 
 
 def test_another_kind_of_model_is_refused_by_its_name(copy: Path, tmp_path: Path) -> None:
-    refused(copy / "unet", "model_index.json", "UNet2DConditionModel alone")
+    refused(copy / "unet", "model_index.json", "only UNet2DConditionModel")
     bert = tmp_path / "bert"
     bert.mkdir()
     (bert / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
-    refused(bert, "model_index.json", "BertModel alone")
+    refused(bert, "model_index.json", "only BertModel")
     index = copy / "model_index.json"
     whole = json.loads(index.read_text())
 

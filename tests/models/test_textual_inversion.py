@@ -128,7 +128,7 @@ def test_the_identity_is_of_the_file_and_its_word(
         ({"cat": (16,)}, "the word 'cat' is known already: give it another, as WORD="),
         ({"clip_l": (2, 16), "clip_g": (2, 20)}, "for SDXL"),
         ({"lora_unet_mid.lora_up.weight": (2, 2)}, "contains a LoRA: give it to --model.loras"),
-        ({"encoder.weight": (2, 2, 3)}, "contains 'encoder.weight', which is no word with its vectors"),
+        ({"encoder.weight": (2, 2, 3)}, "contains 'encoder.weight', which is not a word with its vectors"),
         ({"two words": (16,)}, "contains 'two words'"),
         ({}, "has 0 words"),
     ],

@@ -541,9 +541,7 @@ def test_the_subject_is_the_last_word_before_the_prompts_differ(source: str, tar
     [("a red cat", "a blue cat"), ("standing cat", "running cat"), ("", "a cat"), ("a cat on grass",) * 2],
 )
 def test_where_it_cannot_be_told_it_is_asked_for(source: str, target: str) -> None:
-    with pytest.raises(
-        UserError, match=r"^subject: which word of .* cannot be told .*: give --model\.subject$"
-    ):
+    with pytest.raises(UserError, match=r"^subject: cannot tell which word of .*: give --model\.subject$"):
         subject_of(source, target)
 
 
@@ -583,9 +581,9 @@ def test_blend_is_refused(good: list[object], mask: Path, tmp_path: Path) -> Non
 def test_a_subject_is_refused_where_nobody_follows_it(good: list[object], mask: Path, tmp_path: Path) -> None:
     given = [*good, "--target", TARGET, "--model.subject", "cat"]
     answer = kvinv("run", *given)
-    refused_before_work(answer, tmp_path, "got 'cat', but FullKV does not follow it: leave it out")
+    refused_before_work(answer, tmp_path, "got 'cat', but FullKV does not use a subject: leave it out")
     answer = kvinv("run", *given, *MASKED, "--model.attention.queries", "source", "--mask", mask)
-    refused_before_work(answer, tmp_path, "got 'cat', but Masked does not follow it: leave it out")
+    refused_before_work(answer, tmp_path, "got 'cat', but Masked does not use a subject: leave it out")
 
 
 def test_a_subject_that_cannot_be_found_is_said_before_anything_is_tuned(
@@ -593,7 +591,7 @@ def test_a_subject_that_cannot_be_found_is_said_before_anything_is_tuned(
 ) -> None:
     given = [*good, *MASKED, "--mask", mask]
     answer = kvinv("run", *given, "--target", "the dog running")
-    refused_before_work(answer, tmp_path, "which word of 'the dog running' is the subject cannot be told")
+    refused_before_work(answer, tmp_path, "cannot tell which word of 'the dog running' is the subject")
     answer = kvinv("run", *given, "--target", TARGET, "--model.subject", "horse")
     refused_before_work(answer, tmp_path, "'horse' is not in the prompt 'a cat running'")
     # where the source has it, nobody needs to be told

@@ -49,7 +49,7 @@ def test_a_folder_gives_its_pictures_in_order_and_names_what_it_skips(tmp_path: 
     data = SourceImages(str(tmp_path), out="out")
     assert [work.name for work in data.works] == ["a.JPG", "b.png", "c.jfif", "d", "e.dat"]
     assert data.works[0].store.folder == Path("out/a")
-    assert data.notes == [f"skipped in {tmp_path}, being no pictures: list.csv, more/, notes.txt"]
+    assert data.notes == [f"skipped in {tmp_path}, as they are not pictures: list.csv, more/, notes.txt"]
 
 
 def test_masks_beside_their_pictures_in_a_folder_are_no_pictures(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_masks_beside_their_pictures_in_a_folder_are_no_pictures(tmp_path: Path)
     data = SourceImages(str(tmp_path), out="out")
     assert [work.name for work in data.works] == ["bear-mask.png", "cat.png", "dog.jpg"]
     assert data.notes == [
-        f"skipped in {tmp_path}, being masks by their names: cat-mask.png and 1 more; a list with the column "
+        f"skipped in {tmp_path}, as they are masks by their names: cat-mask.png and 1 more; a list with the column "
         "mask gives each picture its own"
     ]
 
@@ -68,7 +68,7 @@ def test_many_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for n in range(8):
         (tmp_path / f"{n}.txt").write_text("")
     (note,) = SourceImages(str(tmp_path)).notes
-    assert note.endswith("no pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more")
+    assert note.endswith("not pictures: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more")
 
 
 def test_a_damaged_picture_of_a_folder_is_not_skipped(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_pictures_of_one_name_get_a_folder_each(tmp_path: Path) -> None:
         (["image,target", "a.png,a dog"], "has a column 'target': rename it to targets"),
         (["image,source", ",a cat"], "line 2 of .* names no image: .* give it one or take it out"),
         (["image,source", "a.png,a cat, sitting"], "line 2 of .* has more fields than there are columns"),
-        (["image", '"a.png'], "line 2 of .* is not CSV: .*; save the list anew"),
+        (["image", '"a.png'], "line 2 of .* is not CSV: .*; save the list as CSV again"),
         (["image,targets", "a.png,one||two"], "an empty target for a.png"),
         (["image"], "is empty: .* add some"),
         ([""], r"has the columns \(none\)"),
@@ -169,10 +169,10 @@ def test_a_csv_that_cannot_be_meant_is_refused(tmp_path: Path, lines: list[str],
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{image: a.png}", "line 2 of .* is not JSON .* mend the line"),
-        ("[1, 2]", r"line 2 of .* expected an object .* got \[1, 2\]; mend it"),
+        ("{image: a.png}", "line 2 of .* is not JSON .* fix the line"),
+        ("[1, 2]", r"line 2 of .* expected an object .* got \[1, 2\]; fix it"),
         ({"source": "a cat"}, "has the columns source"),
-        ({"image": 3}, "line 2 of .* image: expected text, got 3; mend it"),
+        ({"image": 3}, "line 2 of .* image: expected text, got 3; fix it"),
         ({"image": "a.png", "targets": {"a": 1}}, "line 2 of .* targets: expected a list of texts"),
         ({"image": "a.png", "targets": [3]}, r"targets: expected a list of texts, got \[3\]"),
         ({"image": "a.png", "targets": [" "]}, "an empty target"),
@@ -227,9 +227,9 @@ def test_a_picture_or_a_run_has_to_be_named_and_not_both(tmp_path: Path) -> None
         SourceImages("cat.png", run="runs/cat")
     with pytest.raises(UserError, match="size: expected none with run, which has its own, got 64"):
         SourceImages(run="runs/cat", size=64)
-    with pytest.raises(UserError, match=r"is no run folder: there is no such folder"):
+    with pytest.raises(UserError, match=r"is not a run folder: there is no such folder"):
         SourceImages(run=str(tmp_path / "nope"))
-    with pytest.raises(UserError, match=r"is no run folder: it has no run\.json"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no run\.json"):
         SourceImages(run=str(tmp_path))
 
 

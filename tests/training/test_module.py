@@ -551,7 +551,7 @@ def test_a_processor_that_something_else_replaced_is_noticed_before_a_phase_and_
     module = fits.model()
     store = fits.fit(image, tmp_path / "run", module)
     module.load_backbone(torch.float32).unet.set_attn_processor(AttnProcessor())
-    with pytest.raises(UserError, match="CP-attn is gone from"):
+    with pytest.raises(UserError, match="CP-attn was replaced in"):
         fits.edit(store, module=module)
 
 

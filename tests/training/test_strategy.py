@@ -294,7 +294,7 @@ def test_more_ranks_than_devices_are_refused(environment: dict[str, str]) -> Non
 
 
 def test_many_machines_that_nobody_tells_apart_are_refused(environment: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="num_nodes: got 2, but nothing says which of them this is"):
+    with pytest.raises(UserError, match="num_nodes: got 2, but this machine's rank is unknown"):
         trainer(1, num_nodes=2)
     environment["NODE_RANK"] = "1"
     assert [*trainer(1, num_nodes=2).ranks.mine(4)] == [1, 3]

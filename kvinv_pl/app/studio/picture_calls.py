@@ -40,7 +40,7 @@ class PictureCalls:
         """The subject by its word in the source prompt."""
         image = _opened(file)
         if not word.strip() or not source.strip():
-            raise UserError("the subject: expected its word, and what the picture shows with that word in it")
+            raise UserError("the subject: expected a word, and a prompt that contains it")
         return _tinted(image, subject.of_word(image, word.strip(), source, self.checkpoint))
 
     def unmask(self) -> tuple[None, Any]:

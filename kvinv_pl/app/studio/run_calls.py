@@ -111,7 +111,7 @@ class RunCalls:
 
 def _required(name: str | None) -> str:
     if not name:
-        raise UserError("expected a run, got none: tune a picture first, or choose one of the list")
+        raise UserError("expected a run, got none: tune a picture first, or choose one from the list")
     return name
 
 

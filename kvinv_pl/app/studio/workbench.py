@@ -43,7 +43,7 @@ class Workbench:
     def store(self, name: str) -> RunStore:
         """The run of this name, which is one of the folder's."""
         if name not in self.runs():
-            raise UserError(f"no run {name!r} in {self.folder}: choose one of the list")
+            raise UserError(f"no run {name!r} in {self.folder}: choose one from the list")
         return RunStore(self.folder / name)
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -82,7 +82,7 @@ class Workbench:
         picture = next((folder / OWN / "picture").glob("*"), None)
         if picture is None:
             raise UserError(
-                f"{name} was not begun in a studio: `kvinv fit`, as it was given, goes on with it"
+                f"{name} was not started in the studio: resume it with its own `kvinv fit` command"
             )
         mask = folder / OWN / "mask.png"
 
