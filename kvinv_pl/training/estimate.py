@@ -58,7 +58,7 @@ class Machine:
 
 
 def first_existing(out: Path) -> Path:
-    """The path, or the nearest of its parents that exists; a UserError where none does, as on a lost drive."""
+    """The path, or the nearest of its parents that exists; a UserError if none does, as on a lost drive."""
     for path in (out, *out.parents):
         if path.exists():
             return path

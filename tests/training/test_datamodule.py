@@ -58,8 +58,8 @@ def test_masks_beside_their_pictures_in_a_folder_are_no_pictures(tmp_path: Path)
     data = SourceImages(str(tmp_path), out="out")
     assert [work.name for work in data.works] == ["bear-mask.png", "cat.png", "dog.jpg"]
     assert data.notes == [
-        f"skipped in {tmp_path}, as they are masks by their names: cat-mask.png and 1 more; a list with the column "
-        "mask gives each picture its own"
+        f"skipped in {tmp_path}, as they are masks by their names: cat-mask.png and 1 more; a list with the "
+        "column mask gives each picture its own"
     ]
 
 
