@@ -98,8 +98,7 @@ class TunePicture(Node):
         folder: str = "",
     ) -> tuple[Run, Tensor]:
         """Tune it, from where it was stopped if there is a folder."""
-        model.progress = Bar()
-        run = model.tune(as_picture(image), source, folder or None, as_mask(mask))
+        run = model.tune(as_picture(image), source, folder or None, as_mask(mask), progress=Bar())
         if folder:
             self._tuned.add(folder)
         return run, as_tensor(run.reconstruction)
@@ -124,9 +123,8 @@ class EditPicture(Node):
 
     def run(self, run: Run, target: str, **stands: Any) -> tuple[Tensor]:
         """An edit; what is left out is as the model was loaded."""
-        run.owner.progress = Bar()
         settings = read([stands.get(dial.name) for dial in dials()])
-        return (as_tensor(run.edit(target, **settings)),)
+        return (as_tensor(run.edit(target, progress=Bar(), **settings)),)
 
 
 class FindSubject(Node):
