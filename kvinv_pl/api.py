@@ -13,11 +13,13 @@ from PIL import Image
 
 from kvinv_pl.attention.config import build
 from kvinv_pl.attention.registry import resolve
+from kvinv_pl.data.geometry import Mode
 from kvinv_pl.data.in_memory import Picture, as_file
 from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
+from kvinv_pl.models.choices import Precision
 from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
 from kvinv_pl.stages.progress import AfterStep, Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
@@ -107,7 +109,7 @@ class KVInverter:
         source: str = "",
         out: str | Path | None = None,
         mask: Picture | None = None,
-        geometry: Literal["keep", "crop"] = "keep",
+        geometry: Mode = "keep",
         stage: Literal["fit", "invert"] = "fit",
         size: int | None = None,
         progress: Progress | None = None,
@@ -142,7 +144,7 @@ def load(
     checkpoint: str | Path | Pipeline = "menagerie",
     *,
     accelerator: str = "auto",
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+    precision: Precision = "auto",
     quiet: bool = True,
     **settings: Any,
 ) -> KVInverter:

@@ -73,7 +73,7 @@ def test_who_is_told_of_an_edit_and_sees_its_steps_is_of_that_call_alone(kv: KVI
     begun, seen = list[str](), list[int]()
 
     class Told(Progress):
-        def begin(self, stage: str, *more: Any) -> None:
+        def begin(self, stage: str, picture: str, total: int) -> None:
             begun.append(stage)
 
     run.edits([TARGET], progress=Told(), after_step=lambda i, t, z: seen.append(i))

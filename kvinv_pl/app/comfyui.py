@@ -1,7 +1,7 @@
 """Nodes for ComfyUI: load, tune, edit, mask; `comfyui/` in the repository is the folder that it loads."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,9 +12,9 @@ from kvinv_pl.app.comfyui_types import Bar, as_input, as_mask, as_picture, as_te
 from kvinv_pl.app.studio.dials import dials, read
 from kvinv_pl.attention.registry import variants
 from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.models.choices import Precision
 
 Inputs = dict[str, dict[str, Any]]
-PRECISIONS = ["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
 class Node:
@@ -47,7 +47,7 @@ class LoadModel(Node):
                 "checkpoint": ("STRING", {"default": "menagerie", "tooltip": checkpoint}),
                 "attention": (sorted(variants()), {"default": "full_kv", "tooltip": attention}),
                 "steps": ("INT", {"default": 50, "min": 1, "max": 1000, "tooltip": steps}),
-                "precision": (PRECISIONS, {"default": "auto", "tooltip": precision}),
+                "precision": ([*get_args(Precision)], {"default": "auto", "tooltip": precision}),
             }
         }
 

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from kvinv_pl.api import Picture
 from kvinv_pl.app.from_pretrained import FromPretrained
+from kvinv_pl.data.geometry import Mode
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import AfterStep
@@ -63,7 +64,7 @@ class KVInversionPipeline(FromPretrained):
         image: Picture,
         prompt: str = "",
         mask: Picture | None = None,
-        geometry: Literal["keep", "crop"] = "keep",
+        geometry: Mode = "keep",
         out: str | Path | None = None,
     ) -> None:
         """Stage 1: find the trajectory of a picture, which is the pipeline's picture from here on.

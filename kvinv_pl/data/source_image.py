@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.geometry import as_pixels, fit_geometry, to_size, working_size
+from kvinv_pl.data.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
 from kvinv_pl.data.masks import fitted, open_mask
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import of_picture
@@ -52,7 +52,7 @@ class SourceImage:
     source: str
     targets: list[str]
     mask: Path | None = None
-    geometry: Literal["keep", "crop"] = "keep"
+    geometry: Mode = "keep"
     invert_mask: bool = False
     size: int | None = None
     """The shorter side of the model's pixels; None: as the checkpoint was made for."""

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
+from kvinv_pl.data.geometry import Mode
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, works_in
@@ -59,7 +60,7 @@ class SourceImages(LightningDataModule):
         targets: list[str] = [],  # noqa: B006  (jsonargparse shows it)
         mask: str | None = None,
         out: str = "runs/kvinv",
-        geometry: Literal["keep", "crop"] = "keep",
+        geometry: Mode = "keep",
         overwrite: bool = False,
         run: str | None = None,
         invert_mask: bool = False,
