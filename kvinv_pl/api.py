@@ -4,23 +4,24 @@ import inspect
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from torch import Tensor
 
 from kvinv_pl.attention.config import build
 from kvinv_pl.attention.registry import resolve
+from kvinv_pl.data.geometry import Mode
 from kvinv_pl.data.in_memory import Picture, as_file
 from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
+from kvinv_pl.models.choices import Precision
 from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
-from kvinv_pl.stages.progress import Progress
+from kvinv_pl.stages.progress import AfterStep, Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
@@ -41,22 +42,32 @@ class Run:
         """The picture as the tuned model renders it, in the size that it came in."""
         return open_picture(self.folder / "reconstruction.png").image
 
-    def edit(self, target: str, **settings: Any) -> Image.Image:
+    def edit(self, target: str, *, progress: Progress | None = None, **settings: Any) -> Image.Image:
         """The picture edited to `target`; settings left out, or None, are as loaded. Nothing is tuned again.
 
         Args:
             target: What it should become.
+            progress: Is told how far it is; None: the terminal, unless it is quiet.
             **settings: Settings of this edit, named as in KVInversion: guidance, reading, start, background
                 and so on.
         """
         _require_text("target", target)
-        return open_picture(self.edits([target], **settings)[0]).image
+        return open_picture(self.edits([target], progress=progress, **settings)[0]).image
 
-    def edits(self, targets: list[str], **settings: Any) -> list[Path]:
+    def edits(
+        self,
+        targets: list[str],
+        *,
+        progress: Progress | None = None,
+        after_step: AfterStep | None = None,
+        **settings: Any,
+    ) -> list[Path]:
         """Edits to several targets, rendered together; the files of their pictures, in the run folder.
 
         Args:
             targets: What it should become, an edit for each.
+            progress: As for `edit`.
+            after_step: As in `Watch`.
             **settings: As for `edit`.
         """
         _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
@@ -69,12 +80,12 @@ class Run:
         # overwrite: a record does not tell all that may be other in memory, such as a hook
         data = SourceImages(run=str(self.folder), targets=targets, overwrite=True)
         model = self.owner.model
-        self.owner.trainer().edit(model, data, replace(model.editing, **changes))
+        self.owner.trainer(progress, after_step).edit(model, data, replace(model.editing, **changes))
         return model.last_edits
 
-    def tune(self) -> "Run":
-        """Tune what is inverted, or tuned in part."""
-        self.owner.trainer().fit(self.owner.model, datamodule=SourceImages(run=str(self.folder)))
+    def tune(self, progress: Progress | None = None) -> "Run":
+        """Tune what is inverted, or tuned in part; `progress` as of `edit`."""
+        self.owner.trainer(progress).fit(self.owner.model, datamodule=SourceImages(run=str(self.folder)))
         return self
 
 
@@ -84,17 +95,13 @@ class KVInverter:
     def __init__(self, model: KVInversion, **trainer: Any) -> None:
         """Take the module, and options for the trainer such as accelerator and precision."""
         self.model, self._options = model, {"quiet": True, "logger": False, **trainer}
-        self.progress: Progress | None = None
-        """Who is told how far a stage is; None: the terminal, unless it is quiet."""
-        self.after_step: Callable[[int, int, Tensor], Tensor | None] | None = None
-        """As `Watch` has it."""
         self.trainer()  # refuses bad options now
 
-    def trainer(self) -> KVTrainer:
-        """A fresh trainer with the options given."""
+    def trainer(self, progress: Progress | None = None, after_step: AfterStep | None = None) -> KVTrainer:
+        """A fresh trainer with the options given; who is told, and what sees the steps, as of `Run.edits`."""
         trainer = KVTrainer(**self._options)
-        trainer.watch.progress = self.progress or trainer.watch.progress
-        trainer.watch.after_step = self.after_step
+        trainer.watch.progress = progress or trainer.watch.progress
+        trainer.watch.after_step = after_step
         return trainer
 
     def tune(
@@ -103,9 +110,10 @@ class KVInverter:
         source: str = "",
         out: str | Path | None = None,
         mask: Picture | None = None,
-        geometry: Literal["keep", "crop"] = "keep",
+        geometry: Mode = "keep",
         stage: Literal["fit", "invert"] = "fit",
         size: int | None = None,
+        progress: Progress | None = None,
     ) -> Run:
         """Invert and tune one picture.
 
@@ -117,6 +125,7 @@ class KVInverter:
             geometry: keep, or crop.
             stage: fit, or invert, which leaves the tuning to `Run.tune`.
             size: The working size: shorter side of what the model sees, in pixels; None: the checkpoint's.
+            progress: As for `Run.edit`.
         """
         _require_text("source", source)
         if isinstance(image, (str, Path)) and (Path(image).is_dir() or Path(image).suffix.lower() in LISTS):
@@ -127,7 +136,7 @@ class KVInverter:
             path = as_file(image, Path(scratch), "picture")
             mask_path = None if mask is None else str(as_file(mask, Path(scratch), "mask"))
             data = SourceImages(str(path), source, [], mask_path, str(folder), geometry, size=size)
-            trainer = self.trainer()
+            trainer = self.trainer(progress)
             (trainer.fit if stage == "fit" else trainer.invert)(self.model, datamodule=data)
         return run
 
@@ -136,7 +145,7 @@ def load(
     checkpoint: str | Path | Pipeline = "menagerie",
     *,
     accelerator: str = "auto",
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+    precision: Precision = "auto",
     quiet: bool = True,
     **settings: Any,
 ) -> KVInverter:

@@ -16,6 +16,7 @@ from kvinv_pl.api import KVInverter, Run, open_run
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal
+from kvinv_pl.stages.progress import Progress
 
 SETTINGS: dict[str, Any] = {**fits.QUICK, "optimizer": fits.adam()}
 
@@ -66,6 +67,19 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
         run.edit(TARGET, guidence=5.0)
     assert kv.model.editing is loaded
     assert run.edit(TARGET).tobytes() == plain
+
+
+def test_who_is_told_of_an_edit_and_sees_its_steps_is_of_that_call_alone(kv: KVInverter, run: Run) -> None:
+    begun, seen = list[str](), list[int]()
+
+    class Told(Progress):
+        def begin(self, stage: str, picture: str, total: int) -> None:
+            begun.append(stage)
+
+    run.edits([TARGET], progress=Told(), after_step=lambda i, t, z: seen.append(i))
+    run.edit(TARGET)
+    assert begun == ["editing"]
+    assert seen == list(range(kv.model.steps))
 
 
 def test_a_run_folder_opens_with_what_it_was_tuned_with(run: Run) -> None:

@@ -112,9 +112,7 @@ class Bench:
             wanted = edit_settings.record()
             missing = [work for work in data.works if not _edits(work, wanted)]
             if missing:
-                data.works, everything = missing, data.works
-                KVTrainer(logger=False, quiet=True).edit(model, data, edit_settings)
-                data.works = everything
+                KVTrainer(logger=False, quiet=True).edit(model, data.only(missing), edit_settings)
             found = [_edits(work, wanted)[-1] for work in data.works]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
             pictures = [Image.open(file).convert("RGB") for _, file in found]
@@ -128,9 +126,8 @@ class Bench:
         """The edits that the search takes, without the truth, where these settings are auto."""
         model = self.module(**tuning, **searching)
         data, pictures = self.data(model, tuning), []
-        for work in list(data.works):
-            data.works = [work]
-            KVTrainer(logger=False, quiet=True).edit(model, data)
+        for work in data.works:
+            KVTrainer(logger=False, quiet=True).edit(model, data.only([work]))
             pictures.append(Image.open(model.last_edits[0]).convert("RGB"))
         return pictures
 
@@ -142,10 +139,9 @@ class Bench:
         if not copy.exists():
             shutil.copytree(tuned.out, copy, ignore=shutil.ignore_patterns("edits", "logs"))
         data, pictures = SourceImages(str(self.list), out=str(copy)), []
-        for case, work in zip(self.cases, list(data.works), strict=True):
-            data.works = [work]
+        for case, work in zip(self.cases, data.works, strict=True):
             with reading_what_corresponds(case.animal, [case.target]):
-                KVTrainer(logger=False, quiet=True).edit(model, data)
+                KVTrainer(logger=False, quiet=True).edit(model, data.only([work]))
             pictures.append(Image.open(work.store.edits()[-1][1]).convert("RGB"))
         return Row(label, pictures)
 

@@ -9,11 +9,10 @@ ratios are medians over the rounds. FLOPs are counted by torch.utils.flop_counte
 tensors without memory. Seeds from 1,000,000 up are for reporting; settings are chosen on 900,000 to 999,999.
 """
 
-import sys
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
+from calling import call
 
 from kvinv_pl.errors import UserError
 
@@ -124,25 +123,7 @@ def beside(
     print(f"  {'all else':20s} {middle.rest:9.2f} s {middle.share:7.1%}")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run one command; a user's mistake is one line and exit code 2."""
-    given = sys.argv[1:] if args is None else args
-    try:
-        auto_cli(
-            {"front": front, "curves": curves, "beside": beside},
-            args=[_as_declared(arg) for arg in given],
-            as_positional=False,
-        )
-    except UserError as error:
-        print(f"bench_tuning: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _as_declared(arg: str) -> str:
-    """--seed-base as --seed_base."""
-    name, equals, value = arg.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if arg.startswith("--") else arg
-
+COMMANDS = {"front": front, "curves": curves, "beside": beside}
 
 if __name__ == "__main__":
-    main()
+    call(COMMANDS)

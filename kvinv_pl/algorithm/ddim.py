@@ -90,6 +90,12 @@ class StepTable:
         """Epsilon from the network's output at the start of step i, whose alpha belongs to its timestep."""
         return from_v(z, out, self.alphas[i]) if self.predicts_v else out
 
+    def noised(
+        self, z_0: Float[Tensor, "rows c h w"], noise: Float[Tensor, "rows c h w"], i: Steps
+    ) -> Float[Tensor, "rows c h w"]:
+        """z_0 with this noise, as it is where step i begins."""
+        return noised(z_0, noise, self.alphas[i])
+
     def predicted_z_0(
         self, z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], i: int
     ) -> Float[Tensor, "rows c h w"]:
@@ -134,6 +140,21 @@ def from_v(
     dtype = torch.promote_types(torch.promote_types(z.dtype, v.dtype), torch.float32)
     a = torch.as_tensor(alpha, dtype=dtype)
     return _a_row(a.sqrt(), z, dtype) * v.to(dtype) + _a_row((1 - a).sqrt(), z, dtype) * z.to(dtype)
+
+
+def noised(
+    z_0: Float[Tensor, "#rows c h w"], noise: Float[Tensor, "#rows c h w"], alpha: Alpha
+) -> Float[Tensor, "_ c h w"]:
+    """sqrt(alpha) z_0 + sqrt(1 - alpha) noise (Ho et al., 2020, Eq. 4), in fp32 or float64."""
+    dtype, a = torch.promote_types(z_0.dtype, torch.float32), torch.as_tensor(alpha)
+    return _a_row(a.sqrt(), z_0, dtype) * z_0.to(dtype) + _a_row((1 - a).sqrt(), z_0, dtype) * noise.to(dtype)
+
+
+def true_v(
+    z_0: Float[Tensor, "#rows c h w"], noise: Float[Tensor, "#rows c h w"], alpha: Alpha
+) -> Float[Tensor, "_ c h w"]:
+    """The v of z_0 with this noise (Salimans and Ho, 2022): sqrt(alpha) noise - sqrt(1 - alpha) z_0."""
+    return noised(noise, -z_0, alpha)
 
 
 def _a_row(coefficient: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -78,8 +78,7 @@ def learn(
         for _ in range(batch):
             i = int(torch.randint(len(scene.table), (), generator=generator))
             noise = torch.randn(scene.z_0.shape, generator=generator).to(scene.z_0)
-            alpha = float(scene.table.alphas[i])
-            z = alpha**0.5 * scene.z_0 + (1 - alpha) ** 0.5 * noise
+            z = scene.table.noised(scene.z_0, noise, i)
             with torch.enable_grad():
                 context, weights = given()
                 with scene.model.weighed(weights):

@@ -35,6 +35,15 @@ class Schedule(Protocol):
         """Step i backwards, from z where it arrives to where it left, by the output at z and timesteps[i]."""
         ...
 
+    def noised(
+        self,
+        z_0: Float[Tensor, "rows c h w"],
+        noise: Float[Tensor, "rows c h w"],
+        i: int | Int[Tensor, " rows"],
+    ) -> Float[Tensor, "rows c h w"]:
+        """z_0 with this noise, as it is where step i begins."""
+        ...
+
     def predicted_z_0(
         self, z_from: Float[Tensor, "rows c h w"], z_to: Float[Tensor, "rows c h w"], i: int
     ) -> Float[Tensor, "rows c h w"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kvinv_pl.data.source_image import CHOSEN
+from kvinv_pl.data.source_image import tuned_with
 from kvinv_pl.stages.settings import EditSettings
 
 SHORT = {"guidance", "start", "reading", "negative"}
@@ -22,16 +22,13 @@ def settings_again(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None
 
     The target and settings of `edit`, the record of one of its edits, take the place of the run's own.
     """
-    tuning, model = run["tuning"], run["model"]
+    tuning = run["tuning"]
     editing = dict(run["editing"])
     precision = editing.pop("precision", None)
     if edit is not None:
         editing |= as_made(edit, editing)
-    chosen = {name: model[name] for name in (*CHOSEN, "clip_skip", "prompt_syntax") if name in model}
     settings = {
-        "checkpoint": model["checkpoint"], **chosen, "attention": tuning["attention"],
-        "target_modules": tuning["sites"], "max_grid": tuning["max_grid"],
-        "steps": run["scheduler"]["steps"], "inversion_guidance": run["inversion"]["guidance"],
+        **tuned_with(run), "inversion_guidance": run["inversion"]["guidance"],
         "tuning_guidance": tuning["guidance"],
         **({"optimizer": _optimizer(tuning["optimizer"])} if tuning["optimizer"] else {}),
         "curriculum": tuning["curriculum"],

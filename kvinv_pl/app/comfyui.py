@@ -1,7 +1,7 @@
 """Nodes for ComfyUI: load, tune, edit, mask; `comfyui/` in the repository is the folder that it loads."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,9 +12,9 @@ from kvinv_pl.app.comfyui_types import Bar, as_input, as_mask, as_picture, as_te
 from kvinv_pl.app.studio.dials import dials, read
 from kvinv_pl.attention.registry import variants
 from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.models.choices import Precision
 
 Inputs = dict[str, dict[str, Any]]
-PRECISIONS = ["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
 class Node:
@@ -47,7 +47,7 @@ class LoadModel(Node):
                 "checkpoint": ("STRING", {"default": "menagerie", "tooltip": checkpoint}),
                 "attention": (sorted(variants()), {"default": "full_kv", "tooltip": attention}),
                 "steps": ("INT", {"default": 50, "min": 1, "max": 1000, "tooltip": steps}),
-                "precision": (PRECISIONS, {"default": "auto", "tooltip": precision}),
+                "precision": ([*get_args(Precision)], {"default": "auto", "tooltip": precision}),
             }
         }
 
@@ -98,8 +98,7 @@ class TunePicture(Node):
         folder: str = "",
     ) -> tuple[Run, Tensor]:
         """Tune it, from where it was stopped if there is a folder."""
-        model.progress = Bar()
-        run = model.tune(as_picture(image), source, folder or None, as_mask(mask))
+        run = model.tune(as_picture(image), source, folder or None, as_mask(mask), progress=Bar())
         if folder:
             self._tuned.add(folder)
         return run, as_tensor(run.reconstruction)
@@ -124,9 +123,8 @@ class EditPicture(Node):
 
     def run(self, run: Run, target: str, **stands: Any) -> tuple[Tensor]:
         """An edit; what is left out is as the model was loaded."""
-        run.owner.progress = Bar()
         settings = read([stands.get(dial.name) for dial in dials()])
-        return (as_tensor(run.edit(target, **settings)),)
+        return (as_tensor(run.edit(target, progress=Bar(), **settings)),)
 
 
 class FindSubject(Node):

@@ -114,9 +114,10 @@ class FromPretrained(OnOneDevice):
                 "expected a pipeline of KVInversionPipeline.from_pretrained, got one without a model"
             )
         accelerator = ACCELERATORS[self._device.type]
-        found = KVInverter(self._module, accelerator=accelerator, precision=self._precision)
-        found.progress = ProgressBar(cast(Any, self).progress_bar)
-        return found
+        return KVInverter(self._module, accelerator=accelerator, precision=self._precision)
+
+    def _progress(self) -> ProgressBar:
+        return ProgressBar(cast(Any, self).progress_bar)
 
     def _picture(self) -> Run:
         if self._run is None:

@@ -12,8 +12,10 @@ from typing_extensions import Self
 
 from kvinv_pl.api import Picture
 from kvinv_pl.app.from_pretrained import FromPretrained
+from kvinv_pl.data.geometry import Mode
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.errors import UserError
+from kvinv_pl.stages.progress import AfterStep
 
 NO_SETTINGS = {
     "num_inference_steps": "its steps are those of the tuning; from_pretrained(..., steps=...), tune again",
@@ -62,7 +64,7 @@ class KVInversionPipeline(FromPretrained):
         image: Picture,
         prompt: str = "",
         mask: Picture | None = None,
-        geometry: Literal["keep", "crop"] = "keep",
+        geometry: Mode = "keep",
         out: str | Path | None = None,
     ) -> None:
         """Stage 1: find the trajectory of a picture, which is the pipeline's picture from here on.
@@ -75,7 +77,9 @@ class KVInversionPipeline(FromPretrained):
             out: The run folder, resumed if it exists; None: a temporary one.
         """
         with self._stage():
-            self._run = self._inverter().tune(image, prompt, out, mask, geometry, stage="invert")
+            self._run = self._inverter().tune(
+                image, prompt, out, mask, geometry, stage="invert", progress=self._progress()
+            )
 
     def tune(self, image: Picture | None = None, prompt: str = "", **options: Any) -> Image.Image:
         """Stage 2: learn psi of a picture, or of the one that `invert` was given; its reconstruction.
@@ -87,11 +91,11 @@ class KVInversionPipeline(FromPretrained):
         """
         with self._stage():
             if image is not None:
-                self._run = self._inverter().tune(image, prompt, **options)
+                self._run = self._inverter().tune(image, prompt, progress=self._progress(), **options)
             elif prompt or options:
                 raise UserError("tune: expected an image with its prompt and options, got no image")
             else:
-                self._picture().tune()
+                self._picture().tune(self._progress())
         return self._picture().reconstruction
 
     def __call__(
@@ -126,10 +130,11 @@ class KVInversionPipeline(FromPretrained):
         given = {"negative": negative_prompt, "guidance": guidance_scale}
         settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
         run = self._picture()
-        run.owner.after_step = _as_after_step(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        after_step = _as_after_step(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         each = list(dict.fromkeys(prompts))
         with self._stage():
-            files = dict(zip(each, run.edits(each, **settings), strict=True))
+            paths = run.edits(each, progress=self._progress(), after_step=after_step, **settings)
+        files = dict(zip(each, paths, strict=True))
         images: Any = [open_picture(files[text]).image for text in prompts]
         if output_type != "pil":
             images = VaeImageProcessor.pil_to_numpy(images)
@@ -139,7 +144,7 @@ class KVInversionPipeline(FromPretrained):
 
 def _as_after_step(
     pipe: Any, callback: Callable[..., dict[str, Any]] | None, inputs: Sequence[str]
-) -> Callable[[int, int, Tensor], Tensor | None] | None:
+) -> AfterStep | None:
     """What is called after each step with its index, its timestep and the latents, and may return others.
 
     A PipelineCallback names its inputs itself.

@@ -8,6 +8,11 @@ from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
 
 
+def class_path(cls: type) -> str:
+    """The name by which a class is found again: its module and its name in it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def of_variant(cp: CPAttention) -> dict[str, Any]:
     """The class_path and init_args of a variant."""
     # an option that makes a variant is a wrapped variant
@@ -15,7 +20,7 @@ def of_variant(cp: CPAttention) -> dict[str, Any]:
     for name, value in cp.options.items():
         made: Any = value(cp.site) if callable(value) else None
         options[name] = value if made is None else of_variant(made)
-    return {"class_path": f"{type(cp).__module__}.{type(cp).__qualname__}", "init_args": options}
+    return {"class_path": class_path(type(cp)), "init_args": options}
 
 
 def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:

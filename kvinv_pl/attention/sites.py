@@ -77,8 +77,6 @@ def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) ->
 @cache
 def _met(kind: type[UNet2DConditionModel], configuration: str, latent_grid: tuple[int, int]) -> list[Site]:
     config = json.loads(configuration)
-    context = config.get("encoder_hid_dim") or config["cross_attention_dim"]
-    width = context if isinstance(context, int) else context[0]
     found: dict[str, Site] = {}
     maps: dict[str, tuple[int, int]] = {}  # the last 4-D input that each module saw
 
@@ -95,8 +93,18 @@ def _met(kind: type[UNet2DConditionModel], configuration: str, latent_grid: tupl
         shadow: Any = kind.from_config(config)
         for path, module in shadow.named_modules():
             module.register_forward_pre_hook(partial(before, path), with_kwargs=True)
-        shadow(torch.empty(1, config["in_channels"], *latent_grid), torch.zeros(1), torch.empty(1, 1, width))
+        shadow(
+            torch.empty(1, config["in_channels"], *latent_grid),
+            torch.zeros(1),
+            torch.empty(1, 1, context_width(config)),
+        )
     return list(found.values())
+
+
+def context_width(config: Mapping[str, Any]) -> int:
+    """The width of what a U-Net of this configuration reads of a prompt."""
+    context = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+    return context if isinstance(context, int) else context[0]
 
 
 def grid_of(path: str, tokens: int, maps: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

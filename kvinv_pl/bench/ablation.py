@@ -125,17 +125,15 @@ class Ablation:
     def _edit(self, way: Way, model: KVInverter, data: SourceImages) -> None:
         """Render one cell, and note where its pictures are."""
         settings = replace(model.model.editing, **way.settings)
-        everything, missing = data.works, [work for work in data.works if _edited(work, settings) is None]
+        missing = [work for work in data.works if _edited(work, settings) is None]
         lost = self._lost.setdefault(str(way), {})
         for work in missing:
-            data.works = [work]
             try:
-                model.trainer().edit(model.model, data, settings)
+                model.trainer().edit(model.model, data.only([work]), settings)
             except StopError:
                 raise
             except UserError as error:
                 lost[self._case(work).name] = str(error)
-        data.works = everything
         for work in data.works:
             if (file := _edited(work, settings)) is not None:
                 self._files[str(way), self._case(work).name] = file
@@ -197,8 +195,9 @@ class Ablation:
                 continue
             for start in self.starts:
                 strip = Strip(lambda: model.model.denoiser, work.store, SHOWN_STEPS)
-                model.after_step = strip.see
-                Run(model, work.store.folder).edits(work.targets[:1], reading=self.readings[0], start=start)
+                Run(model, work.store.folder).edits(
+                    work.targets[:1], after_step=strip.see, reading=self.readings[0], start=start
+                )
                 pictures += [picture for _, picture in strip.pictures]
                 captions += [f"start {start:g}\nt = {t}" for t, _ in strip.pictures]
             name = f"{work.store.folder.name}.png"

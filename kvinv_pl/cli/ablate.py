@@ -2,7 +2,9 @@
 
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Any, Literal
+from typing import Any
+
+from kvinv_pl.models.choices import Precision
 
 PLACES = ["encoder", "middle", "decoder", "all", "masactrl"]
 STARTS = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -27,7 +29,7 @@ def ablate(
     lpips: str | None = None,
     shown: int = 8,
     accelerator: str = "auto",
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Tune pictures once for each place, and edit them from every start, by every reading and sharpness.
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import Any, Literal
+from typing import Any
 
 from kvinv_pl.errors import SomeFailedError
+from kvinv_pl.models.choices import Precision
 
 OURS = "kv_inversion"
 ALIKE = "negative_prompt+masactrl(layer=3, start=0.0, empty_source=False, guidance=3.0)"
@@ -30,7 +31,7 @@ def bench(
     shown: int = 24,
     workers: int = 1,
     accelerator: str = "auto",
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Compare methods on the same cases: tables, pictures, and one page to look at.
 

@@ -41,6 +41,7 @@ def stage(verb: str, argv: list[str]) -> None:
     kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": images})
     kinds["seed_everything"] = bool | int
 
+    # the classes are in here because their bases are imported late, for a quick `--help`
     class Parser(LightningArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:
             return _help(verb, super().format_help(*args, **kwargs), self._actions)

@@ -3,6 +3,7 @@
 import textwrap
 from dataclasses import MISSING
 
+from kvinv_pl.attention.config import class_path
 from kvinv_pl.attention.registry import arguments_of
 from kvinv_pl.bench import methods as registry
 
@@ -19,7 +20,7 @@ def methods(name: str | None = None) -> None:
     shown = list(found.values()) if name is None else [found[name]]
     order = [*registry.KINDS.values(), None]
     for method in sorted(shown, key=lambda method: order.index(method.kind)):
-        where = f"{method.cls.__module__}.{method.cls.__qualname__}" if method.cls else "broken"
+        where = class_path(method.cls) if method.cls else "broken"
         print(f"{method.name:<18}{method.kind or '-':<11}{where}  ({method.distribution})")
         print(f"{'':<18}{method.error or method.text.partition(chr(10))[0]}")
         if method.cls is not None and name is not None:

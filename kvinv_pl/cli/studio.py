@@ -1,7 +1,9 @@
 """`kvinv studio`. The docstring is the help."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from kvinv_pl.models.choices import Precision
 
 
 def studio(
@@ -10,7 +12,7 @@ def studio(
     config: str | None = None,
     sam: str = "menagerie",
     accelerator: str = "auto",
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
+    precision: Precision = "auto",
     host: str = "127.0.0.1",
     port: int | None = None,
 ) -> None:

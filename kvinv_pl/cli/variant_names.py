@@ -83,7 +83,7 @@ def _class_path(name: Any) -> Any:
     """The class path of a short name; anything else, and null, unchanged."""
     if not isinstance(name, str) or not name.isidentifier() or name == "null":
         return name
+    from kvinv_pl.attention.config import class_path
     from kvinv_pl.attention.registry import resolve
 
-    cls = resolve(name)
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return class_path(resolve(name))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvinv_pl.attention import registry
-from kvinv_pl.attention.config import build
+from kvinv_pl.attention.config import build, class_path
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
 from kvinv_pl.bench.methods import KINDS, is_method, make, methods
@@ -42,7 +42,7 @@ def variants(name: str | None = None, checkpoint: str | None = None, allow_pickl
         problem = f"how many values of psi they have is not known: {error}"
     shown = [_find(name)] if name is not None else list(registry.variants().values())
     for variant in shown:
-        where = f"{variant.cls.__module__}.{variant.cls.__qualname__}" if variant.cls else "broken"
+        where = class_path(variant.cls) if variant.cls else "broken"
         print(f"{variant.name:<12}{where}  ({variant.distribution})")
         print(f"{'':<12}{variant.error or variant.summary}")
         if variant.cls and decoder_sites:
@@ -185,7 +185,7 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
     if is_method(cls):
         found = method_trials(cls, **(options or {}))
     else:
-        record = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}
+        record = {"class_path": class_path(cls), "init_args": options}
         found = trials(_built(record) if options else cls)
     lines, failed = report(found)
     print("\n".join(lines))

@@ -75,7 +75,7 @@ class Failures:
             for work in works:
                 self.note(work.label, str(error))
 
-    def report(self) -> None:
+    def raise_failures(self) -> None:
         """Raise SomeFailedError where some have failed, and where all have, a UserError of one line."""
         if not self.reasons:
             return

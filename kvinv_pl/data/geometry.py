@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kvinv_pl.errors import UserError
 
+Mode = Literal["keep", "crop"]
+"""Of a picture: its aspect kept, or its middle in the model's shape."""
 LONGEST_RATIO = 8
 
 
@@ -42,9 +44,7 @@ def working_size(sample_size: tuple[int, int], side: int | None, multiple: int) 
     return height, width
 
 
-def fit_geometry(
-    size: tuple[int, int], sample_size: tuple[int, int], multiple: int, mode: Literal["keep", "crop"]
-) -> Geometry:
+def fit_geometry(size: tuple[int, int], sample_size: tuple[int, int], multiple: int, mode: Mode) -> Geometry:
     """How a picture of `size` (w, h) reaches a model made for `sample_size` (h, w) pixels.
 
     Args:

@@ -64,10 +64,11 @@ def geometry_of(record: dict[str, Any]) -> Geometry:
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimiser's class and its arguments."""
-    kind = type(optimizer)
+    from kvinv_pl.attention.config import class_path  # with diffusers, which reading a record does not need
+
     given = {key: value for key, value in sorted(optimizer.defaults.items()) if not isinstance(value, Tensor)}
     plain = json.loads(json.dumps(given, default=str))
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", **plain}
+    return {"class_path": class_path(type(optimizer)), **plain}
 
 
 @cache  # version reads the whole metadata of a package

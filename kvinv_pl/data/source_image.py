@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.geometry import as_pixels, fit_geometry, to_size, working_size
+from kvinv_pl.data.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
 from kvinv_pl.data.masks import fitted, open_mask
 from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.records import of_picture
@@ -52,7 +52,7 @@ class SourceImage:
     source: str
     targets: list[str]
     mask: Path | None = None
-    geometry: Literal["keep", "crop"] = "keep"
+    geometry: Mode = "keep"
     invert_mask: bool = False
     size: int | None = None
     """The shorter side of the model's pixels; None: as the checkpoint was made for."""
@@ -155,20 +155,28 @@ def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
     return targets
 
 
-def _settings_in(folder: Path, run: Mapping[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
-    if "tuning" not in run:
-        raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
-    tuning = run["tuning"]
+def tuned_with(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a tuned run was made with, without those of its edits and of the tuning alone."""
+    model, tuning = run["model"], run["tuning"]
     return {
-        "checkpoint": run["model"]["checkpoint"],
-        **{name: run["model"].get(name) for name in CHOSEN},
-        "clip_skip": run["model"].get("clip_skip", 1),
-        "prompt_syntax": run["model"].get("prompt_syntax", "plain"),
+        "checkpoint": model["checkpoint"],
+        **{name: model[name] for name in (*CHOSEN, "clip_skip", "prompt_syntax") if name in model},
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],
         "max_grid": tuning["max_grid"],
-        "kv": tuning["kv"],
         "steps": run["scheduler"]["steps"],
+    }
+
+
+def _settings_in(folder: Path, run: Mapping[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
+    if "tuning" not in run:
+        raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
+    return {
+        **dict.fromkeys(CHOSEN),
+        "clip_skip": 1,
+        "prompt_syntax": "plain",
+        **tuned_with(run),
+        "kv": run["tuning"]["kv"],
         **idle,
         **run["editing"],
     }

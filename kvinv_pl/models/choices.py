@@ -10,6 +10,8 @@ from kvinv_pl.models.prompt_syntax import PromptSyntax
 
 Prediction = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "linspace", "trailing"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+"""Of the U-Net and the text model, in Lightning's words; auto: by checkpoint and device."""
 LISTS = ("loras", "embeddings")
 
 

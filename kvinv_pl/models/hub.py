@@ -17,7 +17,7 @@ from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.folder import NEEDED, read_json, refuse_other_kinds, refuse_other_variants
 from kvinv_pl.models.in_memory import IN_MEMORY
-from kvinv_pl.models.loading import first_line, located, quiet
+from kvinv_pl.models.loading import HUB_ID, first_line, located, quiet
 from kvinv_pl.models.weight_files import weight_files
 
 USUAL = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
@@ -74,7 +74,7 @@ def file_of(name: str, what: str) -> Path:
         return place
     if place.is_dir():
         return place / _only(name, what, [file.name for file in place.iterdir() if file.is_file()])
-    if (found := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/(.+))?", name)) is None:
+    if (found := re.fullmatch(rf"({HUB_ID})(?:/(.+))?", name)) is None:
         raise UserError(
             f"there is no file {name}; expected {what}: a .safetensors file or a hub id (owner/name)"
         )

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvinv_pl.errors import UserError
 
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 AGAIN = "download or copy it again"
 
 
@@ -74,7 +75,7 @@ def located(checkpoint: str, embedded: Callable[[], Path], needed: str, files: b
         return place
     if place.is_file():
         raise UserError(f"{checkpoint} is a file, expected a folder; {needed}")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", checkpoint):
+    if not re.fullmatch(HUB_ID, checkpoint):
         raise UserError(f"there is no folder {checkpoint}; {needed}")
     return None
 

@@ -72,9 +72,8 @@ def attention_to_word(
     positions = word_positions(backbone, prompt, word)
     alphas = backbone.alphas_cumprod
     t = torch.tensor([int(share * len(alphas)) for share in SHARES], device=alphas.device)
-    alpha = alphas[t].view(-1, 1, 1, 1)
     noise = torch.randn(len(t), *z_0.shape[1:], generator=torch.Generator().manual_seed(0)).to(z_0.device)
-    z_t = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
+    z_t = backbone.noised(z_0, noise, t)
     paths = in_decoder(cross_attentions(backbone.unet))
     with watching(backbone.unet, [positions], START, paths) as maps:
         backbone.predict(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))

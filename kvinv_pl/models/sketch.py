@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from kvinv_pl.algorithm.guidance import guided
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
-from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
+from kvinv_pl.attention.sites import Selection, Site, context_width, select, self_attentions
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import Outline
 from kvinv_pl.models.counting import FusedAttention, LiveMemory, flops
@@ -146,8 +146,7 @@ class Sketch:
         return torch.zeros(rows, self._config["in_channels"], *self.grid, dtype=dtype, device=self.device)
 
     def _forward(self, branches: int) -> Tensor:
-        context = self._config["cross_attention_dim"]
-        width = context if isinstance(context, int) else context[0]
+        width = context_width(self._config)
         prompts = torch.zeros(branches, self.tokens, width, dtype=self.dtype, device=self.device)
         t = torch.zeros(branches, dtype=torch.long, device=self.device)
         out = self.unet(

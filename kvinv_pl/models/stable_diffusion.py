@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.algorithm.ddim import StepTable
+from kvinv_pl.algorithm.ddim import StepTable, noised, true_v
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import load, sizes
 from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
@@ -116,6 +116,18 @@ class Backbone(nn.Module):
         dtype = self.unet.conv_in.weight.dtype
         out = self.unet(z.to(dtype), t, encoder_hidden_states=prompt.to(dtype), return_dict=False)[0]
         return out.float()
+
+    def noised(
+        self, z_0: Float[Tensor, "_ c i j"], noise: Float[Tensor, "rows c i j"], t: int | Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows c i j"]:
+        """z_0, of one row or of each, with this noise at timestep t, in fp32."""
+        return noised(z_0, noise, self.alphas_cumprod[t])
+
+    def true_output(
+        self, z_0: Float[Tensor, "_ c i j"], noise: Float[Tensor, "rows c i j"], t: int | Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows c i j"]:
+        """What the U-Net should give for `noised`: the noise itself or v, as it predicts."""
+        return true_v(z_0, noise, self.alphas_cumprod[t]) if self.predicts_v else noise
 
     def step_table(self, steps: int) -> StepTable:
         """The DDIM steps of the checkpoint's own schedule, each going to the next entry of the table."""

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 from torch import Tensor
 
@@ -88,6 +88,9 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
+AfterStep: TypeAlias = Callable[[int, int, Tensor], Tensor | None]
+
+
 @dataclass
 class Watch:
     """The observers of a run: progress display, list of failures, loggers."""
@@ -97,5 +100,5 @@ class Watch:
     loggers: Sequence[Any] = ()
     x_0_every: int = 0
     """Every so many timesteps the predicted x_0 is logged; 0: never."""
-    after_step: Callable[[int, int, Tensor], Tensor | None] | None = None
+    after_step: AfterStep | None = None
     """After each step of edits: takes its index, its timestep and the latents, and may return others."""

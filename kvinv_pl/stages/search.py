@@ -142,10 +142,8 @@ def own_agreement(denoiser: Denoiser, z_0: Float[Tensor, "1 c h w"], source: str
     contexts = backbone.embed([source, target])[:, None].expand(-1, NOISES, -1, -1)
     for level in LEVELS:
         t = int(level * (len(backbone.alphas_cumprod) - 1))
-        alpha = backbone.alphas_cumprod[t].clamp(1e-6, 1 - 1e-6)
         noise = torch.randn((NOISES, *z_0.shape[1:]), generator=generator(0, "agreement", t)).to(z_0)
-        z = alpha.sqrt() * z_0 + (1 - alpha).sqrt() * noise
-        true = alpha.sqrt() * noise - (1 - alpha).sqrt() * z_0 if backbone.predicts_v else noise
+        z, true = backbone.noised(z_0, noise, t), backbone.true_output(z_0, noise, t)
         out = denoiser.branches(z, torch.full((NOISES,), t, device=z.device), contexts)
         errors += (out - true).square().flatten(1).mean(1).cpu()
     return float((errors[0] - errors[1]) / errors[0])

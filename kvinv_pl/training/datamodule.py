@@ -1,15 +1,18 @@
 """The pictures of a run: one, a folder, or a list, each with its prompts and its run folder."""
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
+from typing_extensions import Self
 
+from kvinv_pl.data.geometry import Mode
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, works_in
@@ -60,7 +63,7 @@ class SourceImages(LightningDataModule):
         targets: list[str] = [],  # noqa: B006  (jsonargparse shows it)
         mask: str | None = None,
         out: str = "runs/kvinv",
-        geometry: Literal["keep", "crop"] = "keep",
+        geometry: Mode = "keep",
         overwrite: bool = False,
         run: str | None = None,
         invert_mask: bool = False,
@@ -116,6 +119,12 @@ class SourceImages(LightningDataModule):
         if invert_mask and (run is not None or not any(work.mask for work in self.works)):
             raise UserError("invert_mask: expected a mask with it: give --mask, or leave it out")
         self.inner_steps = 1
+
+    def only(self, works: Iterable[SourceImage]) -> Self:
+        """These pictures alone; their run folders and everything else are the same."""
+        view = copy.copy(self)
+        view.works, view.failed = list(works), {}
+        return view
 
     def train_dataloader(self) -> DataLoader[int]:
         """The inner steps of one phase."""

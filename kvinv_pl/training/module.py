@@ -17,7 +17,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.changes import Changes, of_pipeline
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.choices import Choices, Prediction, Spacing
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.in_memory import Pipeline
 from kvinv_pl.models.prompt_syntax import PromptSyntax
@@ -139,8 +139,8 @@ class KVInversion(LightningModule):
         checkpoint: str = "menagerie",
         variant: str | None = None,
         vae: str | None = None,
-        prediction_type: Literal["epsilon", "v_prediction"] | None = None,
-        timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None,
+        prediction_type: Prediction | None = None,
+        timestep_spacing: Spacing | None = None,
         clip_skip: int = 1,
         loras: str | list[str] | None = None,
         embeddings: str | list[str] | None = None,

@@ -228,7 +228,7 @@ class KVTrainer(Trainer):
             for label in failures.reasons.keys() - known_failures.keys():
                 Progress(quiet=self._quiet).note(f"{label}: {failures.reasons[label]}")
             return  # an exit code would end the other ranks
-        failures.report()
+        failures.raise_failures()
 
     def _begin(self, workload: Workload) -> Shares:
         """Load the model; return the shares, which the main rank computes for the ranks it started."""

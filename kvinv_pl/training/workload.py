@@ -63,7 +63,7 @@ class Workload:
             if n >= HELD:
                 work.close()
         if len(self.failures.reasons) == self.failures.total:
-            self.failures.report()
+            self.failures.raise_failures()
         shares = []
         for (height, width, _), members in groups.items():
             slots, share_size = 1, 1

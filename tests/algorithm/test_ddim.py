@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
 
-from kvinv_pl.algorithm.ddim import StepTable, from_v, move
+from kvinv_pl.algorithm.ddim import StepTable, from_v, move, noised, true_v
 from kvinv_pl.errors import UserError
 
 SD: dict[str, Any] = {
@@ -150,6 +150,18 @@ def test_with_the_true_noise_one_move_reaches_every_level() -> None:
         torch.testing.assert_close(move(z_0, eps, 1.0, alpha), expected, atol=1e-12, rtol=1e-12)
         v = alpha.sqrt() * eps - (1 - alpha).sqrt() * z_0
         torch.testing.assert_close(from_v(expected, v, alpha), eps, atol=1e-12, rtol=1e-12)
+
+
+def test_noise_is_added_and_v_made_as_by_diffusers_and_at_a_step_by_its_own_alpha() -> None:
+    scheduler, table = scheduler_and_table(10)
+    z_0, eps, t = noise(0), noise(1), scheduler.timesteps[[3, 7]]
+    alphas = scheduler.alphas_cumprod[t]
+    theirs = scheduler.add_noise(z_0, eps, t)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(noised(z_0, eps, alphas), theirs)
+    assert torch.equal(true_v(z_0, eps, alphas), scheduler.get_velocity(z_0, eps, t))  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(table.noised(z_0, eps, torch.tensor([3, 7])), theirs)
+    torch.testing.assert_close(table.noised(z_0, eps, 3)[0], theirs[0])
+    torch.testing.assert_close(from_v(theirs, true_v(z_0, eps, alphas), alphas), eps)
 
 
 def test_a_row_may_have_its_own_alphas() -> None:

@@ -227,7 +227,7 @@ def test_out_of_memory_of_any_device_is_the_matter_of_the_picture_that_is_too_la
     assert failures.left([small, large]) == [small]
     assert re.match(rf"out of memory \({said}.*\): take a smaller working size", failures.reasons["large"])
     with pytest.raises(SomeFailedError):
-        failures.report()
+        failures.raise_failures()
     with pytest.raises(UserError, match=r"^out of memory"), Failures(1).of([large]):
         allocate()
 
@@ -243,4 +243,4 @@ def test_where_all_fail_the_line_names_three_and_counts_the_rest() -> None:
     for n in range(5):
         failures.note(f"{n}.png", f"reason {n}")
     with pytest.raises(UserError, match=r"all 5 .*0\.png: reason 0; .*2\.png: reason 2; and 2 more$"):
-        failures.report()
+        failures.raise_failures()

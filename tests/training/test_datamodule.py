@@ -237,3 +237,13 @@ def test_a_picture_or_a_run_has_to_be_named_and_not_both(tmp_path: Path) -> None
 def test_an_empty_path_is_not_taken_for_the_working_directory(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match="expected a path, got an empty text"):
         SourceImages(**given)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_view_of_some_pictures_leaves_the_others_where_they_were(tmp_path: Path) -> None:
+    for name in "abc":
+        photograph(tmp_path / "in" / f"{name}.png")
+    data = SourceImages(str(tmp_path / "in"), "a cat", out=str(tmp_path / "out"))
+    everything, one = list(data.works), data.only(data.works[1:2])
+    assert one.works == everything[1:2]
+    assert (one.out, one.overwrite) == (data.out, data.overwrite)
+    assert data.works == everything

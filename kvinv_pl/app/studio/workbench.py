@@ -88,8 +88,8 @@ class Workbench:
 
         def work(job: Job) -> None:
             inverter = self._model.to_tune(mask.is_file())
-            inverter.progress, inverter.after_step = Told(job), None
-            inverter.tune(picture, source, folder, mask if mask.is_file() else None)
+            given = mask if mask.is_file() else None
+            inverter.tune(picture, source, folder, given, progress=Told(job))
             self._model.has_tuned(folder)
             strip = Strip(lambda: inverter.model.denoiser, RunStore(folder), FRAMES)
             strip.read_tuning()
@@ -104,9 +104,9 @@ class Workbench:
         def work(job: Job) -> list[Path]:
             inverter, files = self._model.to_edit(store.folder), list[Path]()
             strip = Strip(lambda: inverter.model.denoiser, store, FRAMES)
-            inverter.progress, inverter.after_step = Told(job), strip.see
+            run, told = Run(inverter, store.folder), Told(job)
             for settings in each:
-                files += Run(inverter, store.folder).edits([target], **settings)
+                files += run.edits([target], progress=told, after_step=strip.see, **settings)
                 save_frames(strip, store.folder, files[-1])
             return files
 
