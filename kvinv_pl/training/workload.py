@@ -164,11 +164,13 @@ class Workload:
     def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:
         """Open the picture; check that its run folder is of the same run, or may be overwritten."""
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
+        # asked before: another rank may replace the run meanwhile, and all have to find the same
+        replaceable = overwrite and work.path is not None and work.store.has_run()
         with work.store.read_once():
             try:
                 return check(self.model, work, stage, self.editing)
             except UserError:
-                if not (overwrite and work.path is not None and work.store.has_run()):
+                if not replaceable:
                     raise
                 return check(self.model, work, stage, self.editing, anew=True)
 

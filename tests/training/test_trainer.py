@@ -24,6 +24,7 @@ from kvinv_pl.stages.progress import Progress
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
+from kvinv_pl.training.workload import Workload
 
 
 def data(image: Path, out: Path, **options: Any) -> SourceImages:
@@ -412,6 +413,24 @@ def test_another_picture_in_the_same_folder_is_refused_unless_it_is_to_be_overwr
     fits.trainer().fit(fits.model(), datamodule=data(other, tmp_path / "run", overwrite=True))
     assert first.read_run()["picture"]["name"] == "dog.png" and tensors(first).keys() == steps.keys()
     assert not set(tensors(first).values()) & set(steps.values())
+
+
+def test_ranks_find_the_same_shares_while_another_of_them_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, module = fits.finished(tmp_path / "run"), fits.model()
+    other = data(fits.picture(tmp_path / "dog.png", seed=9), tmp_path / "run", overwrite=True)
+    module.load_backbone(torch.float32)
+    read = RunStore.read_run
+
+    def cleared(self: RunStore) -> dict[str, Any]:
+        store.clear()  # by the rank that has this picture, between another's look for a run and its reading
+        return read(self)
+
+    monkeypatch.setattr(RunStore, "read_run", cleared)
+    workload = Workload(module, other, ["invert", "fit"], dry_run=False)
+    assert workload.shares(None, torch.device("cpu"), Progress(quiet=True)) == [(1, [0])]
+    assert not workload.failures.reasons
 
 
 def test_a_run_in_use_is_not_touched_even_to_overwrite_it(tmp_path: Path) -> None:
