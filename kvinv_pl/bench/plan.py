@@ -21,6 +21,7 @@ from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.worker import end_with_parent
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.limits import cores
 from kvinv_pl.stages.progress import Progress
 
 WORLD = "world"
@@ -103,5 +104,5 @@ def _part(plan: Plan, part: int, parts: int) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[part % devices]  # nothing is on a device yet
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
+        torch.set_num_threads(max(1, cores() // parts))
     plan.bench(quiet=part > 0).run(part, parts)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvinv_pl.algorithm.guidance import branches_at
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.limits import memory_left
 
 MEMINFO = Path("/proc/meminfo")
 MOST = 8
@@ -21,11 +22,16 @@ COPIES = 5
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on a device."""
+    """Memory that can still be allocated on a device; on a CPU, within the limits of a container or job."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused
+    left = memory_left()
+    return _free_in_machine() if left is None else min(left, _free_in_machine())
+
+
+def _free_in_machine() -> int:
     table = MEMINFO.read_text().splitlines() if MEMINFO.exists() else []
     if available := dict(line.split(":", 1) for line in table).get("MemAvailable"):  # not of every kernel
         return int(available.split()[0]) * 1024

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvinv_pl.models.limits import cores
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,8 +39,10 @@ def share_cores(world: World, device: torch.device) -> None:
 
 
 def threads_of(world: World, device: torch.device) -> int | None:
-    """Cores for each rank; None: set by the user, or a single rank or a GPU."""
-    if world.local_size == 1 or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    """Cores for each rank; None: set by the user, or a GPU, or a single rank that torch gives no more."""
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // world.local_size)
+    allowed = cores()
+    if world.local_size == 1:  # torch does not see how much of their time a container has
+        return allowed if allowed < torch.get_num_threads() else None
+    return max(1, allowed // world.local_size)
