@@ -98,8 +98,6 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
         else:
             line.argv.append(f"--{key}={value}")
     line.read_rest(passed)
-    if {"--run", "--data.run"} <= {underscored(arg).partition("=")[0] for arg in argv}:
-        raise UserError("expected one run folder, got --run and --data.run: leave --data.run out")
     if "data.run" in line.typed and (conflicting := {line.typed[key] for key in OF_RUN & line.typed.keys()}):
         raise UserError(
             f"{', '.join(sorted(conflicting))} cannot be combined with --run: the run folder has it; "

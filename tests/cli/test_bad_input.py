@@ -390,7 +390,6 @@ def test_what_a_run_folder_knows_is_not_asked_for_again(good: list[object], run:
     for flag, value in (("--source", "a rabbit"), ("--data.mask", "m.png"), ("--data.geometry", "crop")):
         refused(kvinv(*edit, flag, value), f"{flag} cannot be combined with --run")
     refused(kvinv(*edit, "--image", good[1]), "expected either image or run, got both")
-    refused(kvinv(*edit, "--data.run", run), "expected one run folder, got --run and --data.run")
     refused(kvinv(*edit, "--steps", 3), "was made with --steps = 2, not 3")
 
 
