@@ -52,7 +52,16 @@ class CommandLine:
     values: dict[str, str] = field(default_factory=dict)
 
     def note(self, key: str, flag: str, value: str) -> None:
-        """Record that this option was given, by this flag."""
+        """Record that this option was given, by this flag; raises UserError where two flags of it disagree.
+
+        Of one flag that is repeated the last counts, as usual; but each --run brings its settings.
+        """
+        before = self.values.get(key, value)
+        is_other = flag != self.typed.get(key, flag) or flag == "--run"
+        if key != "config" and flag != "--target" and is_other and not _same(before, value):
+            raise UserError(
+                f"{self.typed[key]} {before} and {flag} {value} disagree: they are one option; give it once"
+            )
         self.typed[key], self.values[key] = flag, value
 
     def read_rest(self, argv: Sequence[str]) -> None:
@@ -68,6 +77,12 @@ def underscored(arg: str) -> str:
     """`--seed-base=1` as `--seed_base=1`, the name that a parameter has; what is no flag stays as it is."""
     flag, equals, value = arg.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else arg
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two values say the same, as typed: 4 and 4, DIR and DIR/, true and True."""
+    truths = {"true", "false"}
+    return Path(one) == Path(other) or (one.lower() == other.lower() and one.lower() in truths)
 
 
 def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
@@ -91,7 +106,9 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
             from kvinv_pl.data.source_image import settings_of
             from kvinv_pl.stages.settings import IDLE as AT_REST
 
-            first[:0] = ["--config", json.dumps(settings_of(Path(value).expanduser(), AT_REST))]
+            folder = Path(value).expanduser()
+            first[:0] = ["--config", json.dumps(settings_of(folder, AT_REST))]
+            line.argv.append(f"--{key}={folder}")  # a file's data.run would else have this run's settings
         elif flag == "--config":
             first += ["--config", value]
             line.configs.append(value)

@@ -19,9 +19,11 @@ from commands import QUICK, kvinv, photograph, refused, signals_as_at_a_terminal
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from kvinv_pl.cli.arguments import underscored
+from kvinv_pl.cli.arguments import expand_short_flags, underscored
 from kvinv_pl.data.run_store import RunStore
 from kvinv_pl.training.launcher import STOPPING
+
+RUN = Path(__file__).parents[1] / "data" / "run_format_1" / "tuned"
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +53,35 @@ def good(model: Path, tmp_path: Path) -> list[object]:
         "--image", tmp_path / "cat.png", "--source", "a cat", "--target", "a dog", "--checkpoint", model,
         *QUICK, "--out", tmp_path / "out",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "told"),
+    [
+        ("edit", ("--data.run", "b", "--run", RUN), f"--run {RUN} and --data.run b disagree"),
+        ("edit", ("--run", RUN, "--run", RUN.parent / "killed"), f"--run {RUN} and --run"),
+        ("run", ("--image", "a.png", "--data.image=b.png"), "--image a.png and --data.image b.png disagree"),
+        ("run", ("--model.steps", 4, "--steps", 5), "--steps 5 and --model.steps 4 disagree"),
+        ("run", ("--target", "a", "--data.targets", '["b"]'), "--target a and --data.targets"),
+    ],
+)
+def test_two_flags_of_one_option_that_disagree_are_refused(
+    verb: str, options: tuple[object, ...], told: str
+) -> None:
+    refused(kvinv(verb, *options), told, "give it once")
+
+
+def test_two_flags_of_one_option_may_say_the_same(tmp_path: Path) -> None:
+    line = expand_short_flags(
+        "edit", ["--run", str(RUN), "--data.run", f"{RUN}/", "--steps=4", "--model.steps", "4"]
+    )
+    assert line.argv.count(f"--data.run={RUN}") == 1
+
+
+def test_a_run_that_is_named_wins_over_that_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("data:\n  run: elsewhere\n")
+    shown = kvinv("edit", "--run", RUN, "--config", tmp_path / "other.yaml", "--print_config")
+    assert f"run: {RUN}" in shown.out and "elsewhere" not in shown.out
 
 
 # ---------------------------------------------------------------------------------------------- the picture
@@ -178,7 +209,7 @@ def test_a_checkpoint_that_is_missing_broken_or_of_another_kind_is_refused(
         (["--steps", "-3"], "--steps: expected 1 or more, got -3"),
         (["--steps", "abc"], "--steps: expected a whole number, got 'abc'"),
         (["--steps=5.5"], "--steps: expected a whole number, got '5.5'"),
-        (["--model.steps", "abc"], "--model.steps: expected a whole number, got 'abc'"),
+        (["--model.inner_steps", "abc"], "--model.inner_steps: expected a whole number, got 'abc'"),
         (["--steps", "2000"], "steps must be 1 to 1000, got 2000"),
         (["--guidance", "nan"], "--guidance: expected a number or auto, got 'nan'"),
         (["--guidance", ".nan"], "--guidance: expected a finite number of 0 or more, got nan"),
