@@ -136,4 +136,6 @@ def _of_hub(error: Exception) -> str:
         return "no public model has that name; check it, or log in by `hf auth login`"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f"the model of that name lacks files; {NEEDED}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it cannot be reached, and its cache has no such files"
     return first_line(error)

@@ -384,7 +384,7 @@ def of_the_hub(error: type[Exception], status: int) -> Exception:
     [
         (
             LocalEntryNotFoundError("Please check your connection\nor not"),
-            "hub: Please check your connection",
+            "hub: it cannot be reached, and its cache has no such files",
         ),
         (of_the_hub(RepositoryNotFoundError, 401), "hub: no public model has that name; check it"),
         (of_the_hub(GatedRepoError, 403), "hub: it is gated; ask for access on its page"),
