@@ -217,12 +217,13 @@ def _lines(
 ) -> Iterator[str]:
     yield (
         f"{image.name}, {target!r}: tried {len(found)} settings; of those with at least half of the best "
-        "agreement the earliest start is chosen, and of several the most alike; not beaten in agreement and "
-        "likeness:"
+        "agreement the earliest start is chosen, and of several the most alike"
     )
+    figures = "agreement {0.agreement:.3g}, likeness {0.likeness:.3g}"
+    yield f"  chosen: {best.named(names)}, {figures.format(best)}: {best.file}"
+    yield "  with no other better in both agreement and likeness:"
     for each in front(found):
-        yield f"  {each.named(names)}: agreement {each.agreement:.3g}, likeness {each.likeness:.3g}"
-    yield f"  chosen: {best.named(names)}, {best.file}"
+        yield f"    {each.named(names)}: {figures.format(each)}"
 
 
 def _shown(

@@ -109,9 +109,10 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
         *("--model.candidates", 2, "--trainer.accelerator", "cpu"),
     )
     assert answer.code == 0, answer.err
-    assert answer.err.count("not beaten in agreement and likeness") == 2
+    assert answer.err.count("with no other better in both agreement and likeness:") == 2
     chosen = [line for line in answer.err.splitlines() if line.startswith("  chosen: start ")]
-    files = [Path(line.rpartition(", ")[2]) for line in chosen]
+    assert all(", agreement " in line and ", likeness " in line for line in chosen)
+    files = [Path(line.rpartition(": ")[2]) for line in chosen]
     assert len(files) == 2 and all(file.exists() for file in files)
     starts = {round(record["start"], 2) for record, _ in RunStore(run).edits()}
     assert starts == set(GRIDS["start"]) and len(RunStore(run).edits()) == 2 * len(starts)
