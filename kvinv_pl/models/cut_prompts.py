@@ -20,9 +20,13 @@ def cuts(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str
 
 def unlearned(backbone: Backbone, prompts: Iterable[tuple[str, str]]) -> Iterator[str]:
     """A line for each prompt (what it is, and its text) with words unknown to the embedded model."""
-    known = set(backbone.prompts.tokenizer.get_vocab())  # in which a word that was learned is one token
+    tokenizer = backbone.prompts.tokenizer
+    known = set(tokenizer.get_vocab())  # in which a word that was learned is one token
     for what, prompt in dict.fromkeys(prompts):
-        words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", backbone.prompts.text(prompt).lower()))
+        text = backbone.prompts.text(prompt)
+        for word in tokenizer.get_added_vocab():  # of textual inversions
+            text = text.replace(word, " ")
+        words = dict.fromkeys(re.findall(r"[^\W\d_]{2,}", text.lower()))
         if lost := [word for word in words if f"{word}</w>" not in known]:
             yield (
                 f"the {what} has words that the embedded model has not learned: {', '.join(lost)}; it knows "

@@ -71,6 +71,7 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
     The network is timed where there is memory for it, with other weights. Without pictures, one of the
     working size is planned.
     """
+    place = first_existing(data.out.absolute())
     sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
     works = dict[tuple[int, int], list[SourceImage]]()
     for work in data.works:
@@ -84,7 +85,6 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
         each = Estimate(model, size, pictures, max(1, targets), machine, prompts)
         yield from each.lines()
         disk += pictures * sum(each.on_disk())
-    place = first_existing(data.out.absolute())
     free = shutil.disk_usage(place).free
     yield f"disk, in all: {in_units(disk)}; {in_units(free)} are free in {place}"
     if disk > free:

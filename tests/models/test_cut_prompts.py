@@ -39,6 +39,8 @@ def test_words_that_the_embedded_model_has_not_learned_are_said() -> None:
         "the target has words that the embedded model has not learned: flying, moon; it knows"
     )
     assert all(word in line for word in ("running", "rabbit", "purple", "snow"))
+    backbone.prompts.tokenizer.add_tokens(["<odd-toy>"])  # as a textual inversion does
+    assert not list(unlearned(backbone, [("target", "a <odd-toy> running on sand")]))
 
 
 def test_prompts_that_differ_only_where_the_model_does_not_read_are_refused(backbone: Backbone) -> None:
