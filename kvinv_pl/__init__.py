@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from kvinv_pl.api import load
     from kvinv_pl.app.pipeline import KVInversionPipeline
     from kvinv_pl.attention import CPAttention, Site
-    from kvinv_pl.data.run_store import RunStore
+    from kvinv_pl.data.runs.run_store import RunStore
     from kvinv_pl.training.datamodule import SourceImages
     from kvinv_pl.training.module import KVInversion
 

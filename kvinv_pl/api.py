@@ -13,14 +13,14 @@ from PIL import Image
 
 from kvinv_pl.attention.config import build
 from kvinv_pl.attention.registry import resolve
-from kvinv_pl.data.geometry import Mode
+from kvinv_pl.data.images.geometry import Mode
+from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.in_memory import Picture, as_file
 from kvinv_pl.data.manifest import LISTS
-from kvinv_pl.data.pictures import open_picture
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
+from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
 from kvinv_pl.models.choices import Precision
-from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
 from kvinv_pl.stages.progress import AfterStep, Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
 from kvinv_pl.training.datamodule import SourceImages

@@ -16,8 +16,8 @@ from torch import Tensor
 from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.attention.attachment import attach
-from kvinv_pl.data.geometry import fit_geometry, to_image, to_pixels
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.data.images.geometry import fit_geometry, to_image, to_pixels
+from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.models.stable_diffusion import Backbone
 
 W, LR = 2.0, 0.1

@@ -26,7 +26,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.checkpoints.loading import quiet
 
 Kind = Literal["sd15", "sd21", "anything_v3", "tiny"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

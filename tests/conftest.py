@@ -76,7 +76,8 @@ def read_once() -> Iterator[None]:
 
     What a test makes or changes for itself is read from the disk, as it is for a user.
     """
-    from kvinv_pl.models import checkpoint, folder
+    from kvinv_pl.models import checkpoint
+    from kvinv_pl.models.checkpoints import folder
 
     read, before, kept = checkpoint.of_folder, set[Any](), dict[Any, bytes]()
 

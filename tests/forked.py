@@ -111,7 +111,7 @@ def _become(args: list[str], env: Mapping[str, str], start_new_session: bool, sa
         _hear()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         warnings.simplefilter("ignore")  # a process of its own does not fail by them
-        from kvinv_pl.training import ranks
+        from kvinv_pl.training.devices import ranks
 
         ranks.subprocess = SimpleNamespace(Popen=Forked)  # pyright: ignore[reportAttributeAccessIssue]
         ranks.Ranks.calls = 0

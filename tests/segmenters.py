@@ -9,7 +9,7 @@ import torch
 from transformers import SamConfig, SamModel, SamProcessor
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.checkpoints.loading import quiet
 
 SIZE = 32  # pixels a side
 

@@ -14,8 +14,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from kvinv_pl.models.families import CONFIGS, tokenizer
-from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.checkpoints.families import CONFIGS, tokenizer
+from kvinv_pl.models.checkpoints.loading import quiet
 
 Family = Literal["sd1", "sd2"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2")

@@ -13,7 +13,7 @@ from PIL import Image
 
 import kvinv_pl
 from kvinv_pl.api import KVInverter, Run, open_run
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal
 from kvinv_pl.stages.progress import Progress
@@ -204,7 +204,7 @@ def test_a_picture_in_memory_is_the_same_as_one_on_disk(kv: KVInverter, run: Run
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_a_picture_in_memory_may_be_of_any_mode_that_a_file_may_have(mode: str, tmp_path: Path) -> None:
     from kvinv_pl.api import as_file
-    from kvinv_pl.data.pictures import open_picture
+    from kvinv_pl.data.images.pictures import open_picture
 
     rgb = fits.opened(fits.picture(tmp_path / "cat.png", (24, 16)))
     if mode == "I;16":

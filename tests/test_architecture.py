@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
@@ -89,6 +90,11 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT / "kvinv_pl").parts[0].removesuffix(".py")
 
 
+def inner_room(path: Path) -> Path:
+    """The folder that a file lies in, at whatever depth; the files beside the folders are each their own."""
+    return path if path.parent == ROOT / "kvinv_pl" else path.parent
+
+
 def file_of(module: str, name: str | None) -> Path:
     """The file that an import of ours means: `from kvinv_pl.attention import registry` means registry.py."""
     place = ROOT.joinpath(*module.split("."))
@@ -169,6 +175,20 @@ def test_no_two_of_our_files_need_each_other():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
+def test_no_two_of_our_folders_need_each_other():
+    """A folder's own files and each folder in it are rooms of their own: arrows between them go one way."""
+    graph: dict[Path, set[Path]] = {}
+    for path in PACKAGE:
+        used = {inner_room(file_of(*found)) for found in imports_of(path) if is_ours(found[0])}
+        graph.setdefault(inner_room(path), set()).update(used - {inner_room(path)})
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_folder_has_more_than_ten_files():
+    files = Counter(path.parent for path in PACKAGE if path.name != "__init__.py")
+    assert not {str(folder): count for folder, count in files.items() if count > 10}
+
+
 def test_one_function_of_peft_is_all_that_is_used():
     used = {found for path in PACKAGE for found in imports_of(path) if found[0].partition(".")[0] == "peft"}
     assert used <= {("peft.tuners.tuners_utils", "check_target_module_exists")}
@@ -217,7 +237,7 @@ def test_an_import_against_the_arrows_is_noticed(name: str, source: str):
     "source",
     [
         "import diffusers",
-        "from kvinv_pl.data.run_store import RunStore",
+        "from kvinv_pl.data.runs.run_store import RunStore",
         "from kvinv_pl import stages",
         "from kvinv_pl.attention.registry import resolve",
         "from kvinv_pl.attention.attachment import Attachment",

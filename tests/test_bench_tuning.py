@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvinv_pl.models.counting import LiveMemory
+from kvinv_pl.models.costs.counting import LiveMemory
 
 ROOT = Path(__file__).parents[1]
 

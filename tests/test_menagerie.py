@@ -23,9 +23,9 @@ from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 from kvinv_pl.menagerie.judge import FILE, WORDS, Judge, accuracy, nearest_action
-from kvinv_pl.models.clip import Clip
-from kvinv_pl.models.sam import Segmenter
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.models.vision.clip import Clip
+from kvinv_pl.models.vision.sam import Segmenter
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = 900_000

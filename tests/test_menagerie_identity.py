@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal, Twice
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval
-from kvinv_pl.menagerie.drawing import PARTS
+from kvinv_pl.menagerie.drawn.drawing import PARTS
 from kvinv_pl.menagerie.identity import Identity, identity
 
 CHOOSING = 900_000

@@ -40,7 +40,7 @@ from scoring import Row, table
 from true_correspondence import reading_what_corresponds
 
 from kvinv_pl.bench.worker import end_with_parent
-from kvinv_pl.data.sheet import sheet
+from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.menagerie.case import Case
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.datamodule import SourceImages
@@ -154,7 +154,7 @@ class Bench:
 
     def through_vae(self, draw: Callable[[Case], Image.Image], name: str) -> Row:
         """Pictures that are only encoded and decoded."""
-        from kvinv_pl.data.geometry import Geometry, to_image, to_pixels
+        from kvinv_pl.data.images.geometry import Geometry, to_image, to_pixels
 
         backbone = self.module().load_backbone(torch.float32)
         pictures = []

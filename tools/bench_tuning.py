@@ -31,7 +31,7 @@ def front(
     from tuning_costs import measuring
     from tuning_costs.models import GEOMETRIES, Tuning
 
-    from kvinv_pl.models import counting
+    from kvinv_pl.models.costs import counting
 
     if geometry not in GEOMETRIES:
         raise UserError(f"geometry: expected {', '.join(GEOMETRIES)}, got {geometry}")

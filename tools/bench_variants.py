@@ -27,10 +27,10 @@ from calling import call
 from PIL import Image, ImageFilter
 from scoring import COLUMNS, Row
 
-from kvinv_pl.bench.table import Mean
-from kvinv_pl.data.sheet import sheet
+from kvinv_pl.bench.tables.table import Mean
+from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.menagerie.case import Case
-from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.models.vision.sam import Segmenter
 from kvinv_pl.training.module import KVInversion
 
 PLUGINS = "kvinv_plugins"

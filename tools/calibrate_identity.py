@@ -20,13 +20,13 @@ from menagerie_training.pictures import CHOOSING_SEED, REPORTING_SEED
 from PIL import Image
 from report_menagerie import pages
 
-from kvinv_pl.data.geometry import Geometry, to_image, to_pixels
+from kvinv_pl.data.images.geometry import Geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import checkpoint
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval
 from kvinv_pl.menagerie.case import Case
 from kvinv_pl.menagerie.identity import AT_LEAST, AT_MOST, Identity, compare
-from kvinv_pl.menagerie.known import Known
+from kvinv_pl.menagerie.seen.known import Known
 from kvinv_pl.stages.progress import Progress
 
 TRUE, OTHER = "truth", "another, same scene"

@@ -25,11 +25,11 @@ from playwright.sync_api import (  # pyright: ignore[reportMissingImports]  # no
     sync_playwright,
 )
 
-from kvinv_pl.app.report import write_report
+from kvinv_pl.app.reports.report import write_report
 from kvinv_pl.app.studio.serve import serve
-from kvinv_pl.bench.cases import DrawnCase
-from kvinv_pl.bench.page import page as page_of_bench
-from kvinv_pl.bench.table import Report
+from kvinv_pl.bench.benchmarks.cases import DrawnCase
+from kvinv_pl.bench.reports.page import page as page_of_bench
+from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.menagerie.case import Case as Drawn
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

@@ -20,13 +20,13 @@ from menagerie_training.segmenting import BOX_BAR, POINT_BAR, own_iou
 from PIL import Image
 
 from kvinv_pl import menagerie
-from kvinv_pl.data.geometry import as_pixels
-from kvinv_pl.data.sheet import sheet
+from kvinv_pl.data.images.geometry import as_pixels
+from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.menagerie.identity import identity
 from kvinv_pl.menagerie.judge import WORDS, Judge, accuracy, nearest_action
-from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.models.vision.sam import Segmenter
 from kvinv_pl.stages.progress import Progress
 
 FRAME_BAR, ANIMAL_BAR = 30.0, 28.0  # dB of the autoencoder

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kvinv_pl.bench.cases import IDENTITY
-from kvinv_pl.bench.table import Mean, markdown
+from kvinv_pl.bench.benchmarks.cases import IDENTITY
+from kvinv_pl.bench.tables.table import Mean, markdown
 from kvinv_pl.menagerie.case import Case
 
 COLUMNS = (*IDENTITY.columns, "reconstruction dB", "tune s", "edit s")

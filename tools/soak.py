@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvinv_pl.data.files import read_header
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.files import read_header
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.menagerie import Animal
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvinv_pl.attention.attachment import Attachment
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.menagerie.drawing import Canvas, Capsule, Colour
-from kvinv_pl.menagerie.poses import BUILDS, pose
+from kvinv_pl.menagerie.drawn.drawing import Canvas, Capsule, Colour
+from kvinv_pl.menagerie.drawn.poses import BUILDS, pose
 
 
 class PartsCanvas(Canvas):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
 from kvinv_pl.algorithm.tuning import squared_errors
-from kvinv_pl.data.geometry import Geometry, to_image, to_pixels
+from kvinv_pl.data.images.geometry import Geometry, to_image, to_pixels
 from kvinv_pl.menagerie.case import Case
 from kvinv_pl.training.module import KVInversion
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable
-from kvinv_pl.algorithm.guidance import branches_at, guided
+from kvinv_pl.algorithm.editing import branches_at, guided
 from kvinv_pl.algorithm.inversion import Eps, invert
 from kvinv_pl.algorithm.network import Attending as Attending  # for authors of methods, who import from here
 from kvinv_pl.algorithm.network import Control, Model

@@ -9,9 +9,9 @@ from torch import Tensor
 from kvinv_pl.api import KVInverter, Run, load
 from kvinv_pl.app import subject
 from kvinv_pl.app.comfyui_types import Bar, as_input, as_mask, as_picture, as_tensor
-from kvinv_pl.app.studio.dials import dials, read
+from kvinv_pl.app.dials import dials, read
 from kvinv_pl.attention.registry import variants
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.models.choices import Precision
 
 Inputs = dict[str, dict[str, Any]]

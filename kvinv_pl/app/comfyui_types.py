@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.app.studio.dials import Dial
+from kvinv_pl.app.dials import Dial
 from kvinv_pl.stages.progress import Progress
 
 

@@ -12,8 +12,8 @@ from typing_extensions import Self
 from kvinv_pl.api import KVInverter, Run, load_module, settings_to_open
 from kvinv_pl.app.on_one_device import ACCELERATORS, OnOneDevice, one_device, precision_in
 from kvinv_pl.app.progress_bar import ProgressBar
-from kvinv_pl.data.files import TEMPORARY, explaining_os_errors
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.files import TEMPORARY, explaining_os_errors
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.precision import COMPUTE_DTYPES

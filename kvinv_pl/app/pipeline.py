@@ -12,8 +12,8 @@ from typing_extensions import Self
 
 from kvinv_pl.api import Picture
 from kvinv_pl.app.from_pretrained import FromPretrained
-from kvinv_pl.data.geometry import Mode
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.data.images.geometry import Mode
+from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import AfterStep
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from kvinv_pl.data.geometry import fit_geometry, to_image, to_pixels
+from kvinv_pl.data.images.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import NO_CHOICES, Choices
 from kvinv_pl.models.prompts import mask_from_word
-from kvinv_pl.models.sam import Box, Point, Segmenter
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.models.vision.sam import Box, Point, Segmenter
 
 
 def at_points(

@@ -12,19 +12,19 @@ from PIL import Image
 from kvinv_pl.api import KVInverter, Run
 from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.bench.bench import Setup
-from kvinv_pl.bench.cases import Case, Cases, figures_of
+from kvinv_pl.bench.benchmarks.cases import Case, Cases, figures_of
 from kvinv_pl.bench.records import slug
-from kvinv_pl.bench.table import Report
-from kvinv_pl.data.files import write_atomically, write_png
-from kvinv_pl.data.geometry import as_pixels, psnr
-from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.sheet import sheet
+from kvinv_pl.bench.tables.table import Report
+from kvinv_pl.data.images.geometry import as_pixels, psnr
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.images.sheet import sheet
+from kvinv_pl.data.runs.files import write_atomically, write_png
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.stages.editing.strip import Strip
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
-from kvinv_pl.stages.strip import Strip
 from kvinv_pl.training.datamodule import SourceImages
 
 PLACES = ("encoder", "middle", "decoder", "all", "masactrl")

@@ -7,13 +7,13 @@ from typing import Any
 from PIL import Image
 
 from kvinv_pl import api
-from kvinv_pl.bench.cases import THROUGH_VAE, Case, Cases, figures_of, said
+from kvinv_pl.bench.benchmarks.cases import THROUGH_VAE, Case, Cases, figures_of, said
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.costs import Cost, measured, plain_sampling
 from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.running import Canvas, outcome
-from kvinv_pl.bench.table import Report
-from kvinv_pl.data.geometry import as_pixels, psnr
+from kvinv_pl.bench.tables.table import Report
+from kvinv_pl.data.images.geometry import as_pixels, psnr
 from kvinv_pl.errors import StopError
 from kvinv_pl.stages.progress import Progress
 

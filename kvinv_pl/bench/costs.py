@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kvinv_pl.algorithm.guidance import branches_at, guided
+from kvinv_pl.algorithm.editing import branches_at, guided
 from kvinv_pl.bench.running import Canvas
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvinv_pl.models.controllable import Controllable
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import word_positions
-from kvinv_pl.models.spoken import read_with, vectors_of_word
+from kvinv_pl.models.text.spoken import read_with, vectors_of_word
 
 
 class Network(Controllable):

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 from kvinv_pl.bench.bench import Bench, Setup
-from kvinv_pl.bench.cases import Cases, drawn_world
+from kvinv_pl.bench.benchmarks.cases import Cases, drawn_world
+from kvinv_pl.bench.benchmarks.edit_bench import edit_bench, is_edit_bench
+from kvinv_pl.bench.benchmarks.listed import listed
+from kvinv_pl.bench.benchmarks.metrics import UNEDITED, clip_score, lpips, structure_distance
+from kvinv_pl.bench.benchmarks.pie import is_pie_bench, pie_bench
 from kvinv_pl.bench.contestants import Contestant
-from kvinv_pl.bench.edit_bench import edit_bench, is_edit_bench
-from kvinv_pl.bench.listed import listed
-from kvinv_pl.bench.metrics import UNEDITED, clip_score, lpips, structure_distance
-from kvinv_pl.bench.pie import is_pie_bench, pie_bench
 from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.worker import end_with_parent
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import outline
-from kvinv_pl.models.limits import cores
+from kvinv_pl.models.costs.limits import cores
 from kvinv_pl.stages.progress import Progress
 
 WORLD = "world"

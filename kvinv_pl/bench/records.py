@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from kvinv_pl.data.files import read_json, write_atomically, write_json, write_png
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.runs.files import read_json, write_atomically, write_json, write_png
 from kvinv_pl.errors import UserError
 
 

@@ -15,8 +15,8 @@ from kvinv_pl.algorithm.method import Editor, Inversion, Renderer, Scene, sample
 from kvinv_pl.api import KVInverter, as_file
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.network import Network
-from kvinv_pl.data.geometry import Geometry, fit_geometry, to_image, to_pixels
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.data.images.geometry import Geometry, fit_geometry, to_image, to_pixels
+from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 

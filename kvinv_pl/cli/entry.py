@@ -109,7 +109,7 @@ def _dispatch(argv: list[str]) -> None:
 
         stage(verb, argv[1:])
     elif verb in OTHERS:
-        from kvinv_pl.cli.commands import command
+        from kvinv_pl.cli.auto_cli import command
 
         command(verb, argv[1:])
     else:

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.data.files import explaining_os_errors
-from kvinv_pl.data.pictures import is_picture
+from kvinv_pl.data.images.pictures import is_picture
+from kvinv_pl.data.runs.files import explaining_os_errors
 from kvinv_pl.errors import UserError
 
 SUFFIXES = {

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.data.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
-from kvinv_pl.data.masks import fitted, open_mask
-from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.records import of_picture
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.images.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
+from kvinv_pl.data.images.masks import fitted, open_mask
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.runs.records import of_picture
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 Stage = Literal["invert", "fit", "edit"]

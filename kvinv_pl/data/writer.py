@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.files import Into, at_once
+from kvinv_pl.data.runs.files import Into, at_once
 from kvinv_pl.data.source_image import SourceImage
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.twice import Twice, acting_otherwise
-from kvinv_pl.menagerie.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
+from kvinv_pl.menagerie.drawn.twice import Twice, acting_otherwise
+from kvinv_pl.menagerie.drawn.world import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
 
 __all__ = [
     "ACTIONS",

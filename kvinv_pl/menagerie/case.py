@@ -8,10 +8,10 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from kvinv_pl.menagerie.drawn.world import ACTIONS, Animal
 from kvinv_pl.menagerie.identity import SCENERY, Identity, compare
 from kvinv_pl.menagerie.judge import Judge, nearest_action
-from kvinv_pl.menagerie.known import Known
-from kvinv_pl.menagerie.world import ACTIONS, Animal
+from kvinv_pl.menagerie.seen.known import Known
 
 
 @dataclass

@@ -8,9 +8,10 @@ from types import MappingProxyType
 from PIL import Image
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.counting import count_marks
-from kvinv_pl.menagerie.known import BACKGROUND, NEAR, REACH, SECOND, Known, rgb_of
-from kvinv_pl.menagerie.measures import (
+from kvinv_pl.menagerie.drawn.world import Animal
+from kvinv_pl.menagerie.seen.counting import count_marks
+from kvinv_pl.menagerie.seen.known import BACKGROUND, NEAR, REACH, SECOND, Known, rgb_of
+from kvinv_pl.menagerie.seen.measures import (
     accent_elsewhere,
     colour_error,
     scene_error,
@@ -18,8 +19,7 @@ from kvinv_pl.menagerie.measures import (
     size_and_place,
     thin_colour_error,
 )
-from kvinv_pl.menagerie.regions import best_shift, grown, overlap, shifted
-from kvinv_pl.menagerie.world import Animal
+from kvinv_pl.menagerie.seen.regions import best_shift, grown, overlap, shifted
 
 SCENERY = ("sun", "hill", "sky", "ground")
 AT_LEAST: Mapping[str, float] = MappingProxyType(

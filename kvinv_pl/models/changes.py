@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvinv_pl.models.in_memory import Pipeline
-from kvinv_pl.models.loading import combined
+from kvinv_pl.models.checkpoints.in_memory import Pipeline
+from kvinv_pl.models.checkpoints.loading import combined
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PARTS = ("unet", "vae", "text_encoder")

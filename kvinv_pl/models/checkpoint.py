@@ -13,16 +13,16 @@ from transformers import CLIPTextModel
 from kvinv_pl import menagerie
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.adapters.lora import with_loras
+from kvinv_pl.models.adapters.textual_inversion import with_embeddings
+from kvinv_pl.models.checkpoints.conversion import converted, of_file
+from kvinv_pl.models.checkpoints.families import configurations, vae_configuration
+from kvinv_pl.models.checkpoints.folder import PARTS, Parts, model, of_folder, read_json, refuse_other_kinds
+from kvinv_pl.models.checkpoints.hub import file_of, place_of, vae_of
+from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY, Pipeline, of_pipeline
+from kvinv_pl.models.checkpoints.loading import attempt, combined, digest, located, quiet, sha256
+from kvinv_pl.models.checkpoints.single_file import VAE, read_contents, weights
 from kvinv_pl.models.choices import NO_CHOICES, Choices, listed
-from kvinv_pl.models.conversion import converted, of_file
-from kvinv_pl.models.families import configurations, vae_configuration
-from kvinv_pl.models.folder import PARTS, Parts, model, of_folder, read_json, refuse_other_kinds
-from kvinv_pl.models.hub import file_of, place_of, vae_of
-from kvinv_pl.models.in_memory import IN_MEMORY, Pipeline, of_pipeline
-from kvinv_pl.models.loading import attempt, combined, digest, located, quiet, sha256
-from kvinv_pl.models.lora import with_loras
-from kvinv_pl.models.single_file import VAE, read_contents, weights
-from kvinv_pl.models.textual_inversion import with_embeddings
 
 
 def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:

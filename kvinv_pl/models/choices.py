@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from kvinv_pl.models.prompt_syntax import PromptSyntax
+from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 
 Prediction = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "linspace", "trailing"]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvinv_pl.algorithm.guidance import branches_at, guided
+from kvinv_pl.algorithm.editing import branches_at, guided
 from kvinv_pl.algorithm.schedule import Schedule
 from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention

@@ -10,7 +10,7 @@ from kvinv_pl.algorithm.words import common_subject
 from kvinv_pl.attention.cross_attention import cross_attentions, watching
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.finite import require_finite
+from kvinv_pl.models.checkpoints.finite import require_finite
 from kvinv_pl.models.stable_diffusion import Backbone
 
 SHARES = (0.2, 0.4, 0.6)  # of the noise schedule, at which attention maps are taken

@@ -19,13 +19,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from kvinv_pl.algorithm.ddim import StepTable, noised, true_v
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import load, sizes
+from kvinv_pl.models.checkpoints.finite import require_finite
+from kvinv_pl.models.checkpoints.folder import NEEDED
+from kvinv_pl.models.checkpoints.in_memory import Pipeline
+from kvinv_pl.models.checkpoints.loading import attempt
 from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
-from kvinv_pl.models.finite import require_finite
-from kvinv_pl.models.folder import NEEDED
-from kvinv_pl.models.in_memory import Pipeline
-from kvinv_pl.models.loading import attempt
-from kvinv_pl.models.prompt_reader import PromptReader
-from kvinv_pl.models.prompt_syntax import PromptSyntax
+from kvinv_pl.models.text.prompt_reader import PromptReader
+from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.models.vae_tiles import tile
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvinv_pl.algorithm.guidance import branches_at
+from kvinv_pl.algorithm.editing import branches_at
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.stages.settings import EditSettings, InversionSettings, TuningSettings
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.inversion import invert
-from kvinv_pl.data.geometry import Geometry, to_image, to_mask
-from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.records import INVERTED, geometry_of, versions
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.images.geometry import Geometry, to_image, to_mask
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.runs.records import INVERTED, geometry_of, versions
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import Opened, SourceImage
+from kvinv_pl.models.checkpoints.finite import require_finite
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.models.finite import require_finite
 from kvinv_pl.stages.curriculum import first_missing
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import InversionSettings

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from kvinv_pl.algorithm.guidance import Guidance, negative_at
+from kvinv_pl.algorithm.editing import Guidance, negative_at
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing
-from kvinv_pl.data.records import of_optimizer
-from kvinv_pl.data.tensors import StoreDtype
+from kvinv_pl.data.runs.records import of_optimizer
+from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.kinds import plain, require_kind

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvinv_pl.attention.config import build, of_variant
 from kvinv_pl.attention.registry import options
 from kvinv_pl.attention.sites import Site
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.testing.check import CHECKS, NonconformingError, check, same
 from kvinv_pl.testing.harness import (
     PATH,

@@ -7,9 +7,9 @@ from torch.optim import Optimizer
 
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.memory import side_by_side
+from kvinv_pl.models.costs.memory import side_by_side
 from kvinv_pl.optimizers import needs_closure, reads_residuals
-from kvinv_pl.stages.edit import refuse_unreadable
+from kvinv_pl.stages.editing.edit import refuse_unreadable
 from kvinv_pl.stages.invert import is_inverted, is_tuned, opened
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings

@@ -12,9 +12,9 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from kvinv_pl.data.geometry import Mode
+from kvinv_pl.data.images.geometry import Mode
 from kvinv_pl.data.manifest import LISTS, rows_of
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, works_in
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Watch

@@ -14,14 +14,14 @@ from torch import nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.data.failures import MEMORY
-from kvinv_pl.data.geometry import fit_geometry, working_size
+from kvinv_pl.data.images.geometry import fit_geometry, working_size
+from kvinv_pl.data.runs.tensors import stored_bytes
 from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.data.tensors import stored_bytes
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import Sizes, outline
-from kvinv_pl.models.memory import fitting, free_bytes, in_units
-from kvinv_pl.models.sampling import Sample, sample
-from kvinv_pl.models.sketch import META, Costs, Sketch, tokens_of
+from kvinv_pl.models.costs.memory import fitting, free_bytes, in_units
+from kvinv_pl.models.costs.sampling import Sample, sample
+from kvinv_pl.models.costs.sketch import META, Costs, Sketch, tokens_of
 from kvinv_pl.optimizers import needs_closure
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock

@@ -13,24 +13,22 @@ from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.attention.sites import Selection, Site
+from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.data.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.changes import Changes, of_pipeline
+from kvinv_pl.models.checkpoints.in_memory import Pipeline
 from kvinv_pl.models.choices import Choices, Prediction, Spacing
 from kvinv_pl.models.denoiser import Denoiser
-from kvinv_pl.models.in_memory import Pipeline
-from kvinv_pl.models.prompt_syntax import PromptSyntax
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
-from kvinv_pl.stages.certificate import Attempt
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.edit import edit_picture
+from kvinv_pl.stages.editing.edit import edit_picture
+from kvinv_pl.stages.editing.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.invert import invert_picture, is_inverted
 from kvinv_pl.stages.kinds import plain, require_kind
-from kvinv_pl.stages.plan import Planner
 from kvinv_pl.stages.progress import Watch
-from kvinv_pl.stages.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.settings import (
     IDLE,
     Background,
@@ -42,7 +40,9 @@ from kvinv_pl.stages.settings import (
     at_least_1,
     defaults_for,
 )
-from kvinv_pl.stages.tune import Tuning
+from kvinv_pl.stages.tuning.certificate import Attempt
+from kvinv_pl.stages.tuning.plan import Planner
+from kvinv_pl.stages.tuning.tune import Tuning
 from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import overflows, precision_of
 

@@ -11,13 +11,16 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.certificate import next_attempt
 from kvinv_pl.stages.progress import Progress, Watch
 from kvinv_pl.stages.settings import EditSettings, InversionSettings
-from kvinv_pl.stages.tune import Tuning
+from kvinv_pl.stages.tuning.certificate import next_attempt
+from kvinv_pl.stages.tuning.tune import Tuning
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.devices.launcher import slurm_in_one_line
+from kvinv_pl.training.devices.ranks import Ranks
+from kvinv_pl.training.devices.strategy import ImageParallelStrategy
+from kvinv_pl.training.devices.work_queue import Shares
 from kvinv_pl.training.estimate import Machine, estimate
-from kvinv_pl.training.launcher import slurm_in_one_line
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.precision import (
@@ -28,9 +31,6 @@ from kvinv_pl.training.precision import (
     precision_for,
     refuse_loss_scaling,
 )
-from kvinv_pl.training.ranks import Ranks
-from kvinv_pl.training.strategy import ImageParallelStrategy
-from kvinv_pl.training.work_queue import Shares
 from kvinv_pl.training.workload import Workload
 
 log = logging.getLogger(__name__)

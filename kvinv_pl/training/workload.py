@@ -9,14 +9,13 @@ import torch
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.cut_prompts import cuts, unlearned
-from kvinv_pl.models.noisy_end import left_out
+from kvinv_pl.models.unread import cuts, left_out, unlearned
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.admission import check, choose_slots
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.devices.work_queue import Shares
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.work_queue import Shares
 
 HELD = 8
 """Pictures that stay in memory from the check to their turn; more of them are read a second time."""

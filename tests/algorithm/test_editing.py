@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable, move
-from kvinv_pl.algorithm.editing import edit, first_step
-from kvinv_pl.algorithm.guidance import Guidance
+from kvinv_pl.algorithm.editing import Guidance, edit, first_step
 
 T = 10
 TABLE = StepTable(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvinv_pl.algorithm.guidance import Guidance, guided
+from kvinv_pl.algorithm.editing import Guidance, guided
 
 
 def test_with_one_scale_it_is_classifier_free_guidance_between_the_negative_prompt_and_the_target() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import fits
 import pytest
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from fits import SOURCE, TARGET
 import kvinv_pl
 from kvinv_pl.app import pipeline
 from kvinv_pl.app.pipeline import KVInversionPipeline
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from commands import kvinv, refused
 
-from kvinv_pl.app.again import as_yaml, edit_command, run_command, settings_again
-from kvinv_pl.app.curves import loss_curves
-from kvinv_pl.app.report import write_report
-from kvinv_pl.app.words import certificate
-from kvinv_pl.bench.page import filled
-from kvinv_pl.data import slider
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.app.reports.again import as_yaml, edit_command, run_command, settings_again
+from kvinv_pl.app.reports.curves import loss_curves
+from kvinv_pl.app.reports.report import write_report
+from kvinv_pl.app.reports.words import certificate
+from kvinv_pl.bench.reports.page import filled
+from kvinv_pl.data.images import slider
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.training.datamodule import SourceImages
 
 TUNED = Path(__file__).parents[1] / "data" / "run_format_1" / "tuned"

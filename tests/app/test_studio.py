@@ -19,11 +19,11 @@ import yaml
 from commands import kvinv, refused
 from fits import SOURCE, TARGET
 
-from kvinv_pl.app.studio.dials import dials, kind_of, numbers, read
-from kvinv_pl.app.studio.jobs import Job, Jobs, Told
-from kvinv_pl.app.studio.workbench import Workbench
-from kvinv_pl.cli.studio import read_model_settings
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.app.dials import dials, kind_of, numbers, read
+from kvinv_pl.app.studio.workbench.jobs import Job, Jobs, Told
+from kvinv_pl.app.studio.workbench.workbench import Workbench
+from kvinv_pl.cli.commands.studio import read_model_settings
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings
 

@@ -17,14 +17,14 @@ import pytest
 from commands import Answer, kvinv, refused
 
 from kvinv_pl.bench.bench import BROKEN_OFF, Bench, Setup
-from kvinv_pl.bench.cases import Case, Metric
+from kvinv_pl.bench.benchmarks.cases import Case, Metric
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.costs import Cost
-from kvinv_pl.bench.page import filled, page
 from kvinv_pl.bench.plan import Plan
 from kvinv_pl.bench.records import Records, slug
-from kvinv_pl.bench.results import write_results
-from kvinv_pl.bench.table import Report
+from kvinv_pl.bench.reports.page import filled, page
+from kvinv_pl.bench.reports.results import write_results
+from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Progress
 

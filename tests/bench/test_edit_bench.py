@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvinv_pl.bench.edit_bench import edit_bench, is_edit_bench
-from kvinv_pl.bench.listed import ListedCase
-from kvinv_pl.bench.pie import is_pie_bench
+from kvinv_pl.bench.benchmarks.edit_bench import edit_bench, is_edit_bench
+from kvinv_pl.bench.benchmarks.listed import ListedCase
+from kvinv_pl.bench.benchmarks.pie import is_pie_bench
 from kvinv_pl.errors import UserError
 
 SIMPLE, COMPLEX, OBJECT = "10_change_simple_action", "9_change_complex_action", "1_change_object"

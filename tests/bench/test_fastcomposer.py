@@ -20,9 +20,9 @@ import kvinv_pl
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.running import Canvas, run_method
-from kvinv_pl.data.geometry import as_pixels
+from kvinv_pl.data.images.geometry import as_pixels
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.fastcomposer import FastComposer
+from kvinv_pl.models.published.fastcomposer import FastComposer
 
 WIDTH = 16  # of a word's embedding, and of a picture's
 JOINED = {

@@ -17,8 +17,8 @@ from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.running import run_method
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.instructed import Instructed
-from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.checkpoints.loading import quiet
+from kvinv_pl.models.published.instruct_pix2pix import Instructed
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kvinv_pl.bench.listed import listed
-from kvinv_pl.bench.metrics import UNEDITED, black_but, clip_score, lpips, unedited
-from kvinv_pl.bench.pie import KINDS, SIDE, is_pie_bench, mask_of, pie_bench
+from kvinv_pl.bench.benchmarks.listed import listed
+from kvinv_pl.bench.benchmarks.metrics import UNEDITED, black_but, clip_score, lpips, unedited
+from kvinv_pl.bench.benchmarks.pie import KINDS, SIDE, is_pie_bench, mask_of, pie_bench
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.clip import MEAN, STD, Clip
-from kvinv_pl.models.lpips import Lpips, spread, squeezenet
+from kvinv_pl.models.vision.clip import MEAN, STD, Clip
+from kvinv_pl.models.vision.lpips import Lpips, spread, squeezenet
 
 
 def entry(path: str, kind: int, **others: Any) -> dict[str, Any]:

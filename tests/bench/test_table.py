@@ -17,14 +17,14 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from kvinv_pl.bench.ablation import LIKENESS
 from kvinv_pl.bench.bench import COSTS
-from kvinv_pl.bench.cases import IDENTITY
-from kvinv_pl.bench.columns import MEANINGS
+from kvinv_pl.bench.benchmarks.cases import IDENTITY
+from kvinv_pl.bench.benchmarks.metrics import UNEDITED, clip_score, lpips, structure_distance
 from kvinv_pl.bench.contestants import Contestant
-from kvinv_pl.bench.metrics import UNEDITED, clip_score, lpips, structure_distance
-from kvinv_pl.bench.page import page
-from kvinv_pl.bench.ranks import METRICS, as_csv, as_markdown, ranks, spearman
-from kvinv_pl.bench.summary import summary
-from kvinv_pl.bench.table import Mean, Report, markdown
+from kvinv_pl.bench.reports.page import page
+from kvinv_pl.bench.reports.ranks import METRICS, as_csv, as_markdown, ranks, spearman
+from kvinv_pl.bench.tables.columns import MEANINGS
+from kvinv_pl.bench.tables.summary import summary
+from kvinv_pl.bench.tables.table import Mean, Report, markdown
 from kvinv_pl.errors import UserError
 
 NAN = math.nan
@@ -97,7 +97,7 @@ def test_every_column_has_its_line_in_the_page_the_tables_and_the_docs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for model in ("Clip", "Dino", "Lpips"):
-        monkeypatch.setattr(f"kvinv_pl.bench.metrics.{model}.load", lambda *_: None)
+        monkeypatch.setattr(f"kvinv_pl.bench.benchmarks.metrics.{model}.load", lambda *_: None)
     metrics = [IDENTITY, UNEDITED, clip_score("x"), structure_distance("x"), lpips("x")]
     columns = [*(name for metric in metrics for name in metric.columns), *COSTS, LIKENESS]
     assert set(columns) == MEANINGS.keys() and METRICS.keys() <= MEANINGS.keys()

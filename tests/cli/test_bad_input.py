@@ -20,8 +20,8 @@ from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kvinv_pl.cli.arguments import expand_short_flags, underscored
-from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.training.launcher import STOPPING
+from kvinv_pl.data.runs.run_store import RunStore
+from kvinv_pl.training.devices.launcher import STOPPING
 
 RUN = Path(__file__).parents[1] / "data" / "run_format_1" / "tuned"
 
@@ -459,7 +459,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_half_written(
     good: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as injected:
-        injected.setattr("kvinv_pl.data.run_store.os.fsync", no_room)
+        injected.setattr("kvinv_pl.data.runs.run_store.os.fsync", no_room)
         refused(
             kvinv("run", *good, "--trainer.logger", "false"), "cannot write", "No space left", "make room"
         )

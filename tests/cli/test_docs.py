@@ -17,9 +17,9 @@ from commands import QUICK, kvinv
 
 from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.plan import WORLD_CASES
-from kvinv_pl.cli.ablate import ablate
-from kvinv_pl.cli.bench import METHODS, OURS, bench
-from kvinv_pl.cli.new_variant import write
+from kvinv_pl.cli.commands.ablate import ablate
+from kvinv_pl.cli.commands.bench import METHODS, OURS, bench
+from kvinv_pl.cli.commands.new_variant import write
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image
 
 from kvinv_pl.cli.arguments import SHORT
 from kvinv_pl.cli.entry import main
-from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.menagerie import ACTIONS
 from kvinv_pl.training.datamodule import SourceImages
 

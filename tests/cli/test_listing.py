@@ -16,8 +16,8 @@ from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImpor
 
 from kvinv_pl.attention import CPAttention, Site, registry
 from kvinv_pl.attention.registry import Variant
-from kvinv_pl.cli.variants import sites
-from kvinv_pl.data.tensors import DTYPES, StoreDtype
+from kvinv_pl.cli.commands.variants import sites
+from kvinv_pl.data.runs.tensors import DTYPES, StoreDtype
 from kvinv_pl.training.module import KVInversion
 
 
@@ -117,7 +117,7 @@ def test_of_a_hub_id_only_configurations_are_fetched(tmp_path: Path, monkeypatch
         target.parent.mkdir(parents=True, exist_ok=True)
         return str(shutil.copy(whole / name, target))
 
-    monkeypatch.setattr("kvinv_pl.models.hub.hf_hub_download", download)
+    monkeypatch.setattr("kvinv_pl.models.checkpoints.hub.hf_hub_download", download)
     assert kvinv("sites", "--checkpoint", "somebody/tiny", "--size", "16x16").code == 0
     assert fetched == ["model_index.json", "unet/config.json", "vae/config.json"]
 

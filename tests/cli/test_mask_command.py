@@ -13,8 +13,8 @@ import segmenters
 from commands import kvinv, photograph, refused, size, tree
 from PIL import Image
 
-from kvinv_pl.data.masks import open_mask
-from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.data.images.masks import open_mask
+from kvinv_pl.models.vision.sam import Segmenter
 
 SIZE = (48, 32)
 

@@ -13,18 +13,18 @@ import pytest
 import torch
 from commands import QUICK, kvinv
 from fits import SOURCE, TARGET
-
-from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.files import TEMPORARY
 from kvinv_pl.data.lock import locked
 from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.source_image import SourceImage
-from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
 from kvinv_pl.stages.slots import Member, Slots
-from kvinv_pl.training.datamodule import SourceImages
-from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.ranks import RankFailedError
 from kvinv_pl.training.strategy import ImageParallelStrategy
+
+from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.source_image import SourceImage
+from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
+from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.module import KVInversion
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
-
 from kvinv_pl.data.edits import Edits
 from kvinv_pl.data.files import FORMAT, DamagedError, read_packed, write_tensors
 from kvinv_pl.data.layout import DTYPES, laid_out
 from kvinv_pl.data.lock import InUseError
 from kvinv_pl.data.run_store import RunStore
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
 from kvinv_pl.errors import UserError
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"

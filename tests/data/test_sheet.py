@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from PIL import Image
-
 from kvinv_pl.data.sheet import ACROSS, GAP, SIDES, sheet
+from PIL import Image
 
 
 def plain(size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:

@@ -15,9 +15,9 @@ from transformers import ViTConfig, ViTModel
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal
-from kvinv_pl.models.clip import MEAN, STD, Clip
-from kvinv_pl.models.dino import Dino
-from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.checkpoints.loading import quiet
+from kvinv_pl.models.vision.clip import MEAN, STD, Clip
+from kvinv_pl.models.vision.dino import Dino
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import fits
 import pytest
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.cut_prompts import cuts, refuse_alike, unlearned
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.models.unread import cuts, refuse_alike, unlearned
 from kvinv_pl.training.datamodule import SourceImages
 
 LONG = "a cat on the grass " * 4  # 20 of the 22 tokens that the tiny model reads

@@ -17,10 +17,10 @@ from single_files import folder, vae_tensors
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoints.loading import quiet
+from kvinv_pl.models.checkpoints.weight_files import variants_in, weight_files
 from kvinv_pl.models.choices import Choices
-from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.stable_diffusion import Backbone
-from kvinv_pl.models.weight_files import variants_in, weight_files
 
 UNET = "diffusion_pytorch_model"
 
@@ -106,9 +106,11 @@ def test_of_a_repository_with_half_precision_alone_that_is_fetched(
 
     pipelines = "diffusers.pipelines.pipeline_utils.DiffusionPipeline.download"
     monkeypatch.setattr(pipelines, download)  # of the hub: there is no network here
-    monkeypatch.setattr("kvinv_pl.models.hub.hf_hub_download", lambda *_: checkpoint / "model_index.json")
+    monkeypatch.setattr(
+        "kvinv_pl.models.checkpoints.hub.hf_hub_download", lambda *_: checkpoint / "model_index.json"
+    )
     for names in ([f"unet/{UNET}.fp16.safetensors"], [f"unet/{UNET}.fp16.bin", f"unet/{UNET}.bin"]):
-        monkeypatch.setattr("kvinv_pl.models.hub.list_repo_files", lambda _, names=names: names)
+        monkeypatch.setattr("kvinv_pl.models.checkpoints.hub.list_repo_files", lambda _, names=names: names)
         Backbone.load("somebody/half")
     with pytest.raises(UserError, match=r"--model.variant: somebody/half has no weights of 'non_ema'"):
         Backbone.load("somebody/half", torch.float32, Choices(variant="non_ema"))

@@ -19,8 +19,8 @@ from peft import LoraConfig
 import kvinv_pl
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.changes import of_pipeline
+from kvinv_pl.models.checkpoints.loading import quiet
 from kvinv_pl.models.choices import Choices
-from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "a dog"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvinv_pl.models import limits, memory
-from kvinv_pl.training.world import World, threads_of
+from kvinv_pl.models.costs import limits, memory
+from kvinv_pl.training.devices.world import World, threads_of
 
 CPU = torch.device("cpu")
 

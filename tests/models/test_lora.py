@@ -20,11 +20,11 @@ from single_files import FAMILIES, Family, unet_name
 from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.adapters.lora import name_and_weight
+from kvinv_pl.models.adapters.lora_names import role_of, spelled
+from kvinv_pl.models.checkpoints.families import CONFIGS
+from kvinv_pl.models.checkpoints.loading import quiet
 from kvinv_pl.models.choices import Choices
-from kvinv_pl.models.families import CONFIGS
-from kvinv_pl.models.loading import quiet
-from kvinv_pl.models.lora import name_and_weight
-from kvinv_pl.models.lora_names import role_of, spelled
 from kvinv_pl.models.stable_diffusion import Backbone
 
 RANK, ALPHA = 2, 3.0
@@ -293,7 +293,7 @@ Q = f"lora_unet_{UP.replace('.', '_')}_attn1_to_q"
 def test_what_is_not_understood_to_the_last_tensor_is_refused(
     tensors: dict[str, tuple[int, ...]], words: str, plain: Backbone, lora: Matrices, tmp_path: Path
 ) -> None:
-    from kvinv_pl.models.lora import with_loras
+    from kvinv_pl.models.adapters.lora import with_loras
 
     whole = {name: torch.ones(shape) for name, shape in tensors.items()}
     if words not in ("incomplete or damaged", "for another model", "no tensors"):

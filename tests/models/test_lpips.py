@@ -11,7 +11,7 @@ import torch
 from torchmetrics.functional.image import lpips as theirs
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.lpips import Lpips, spread, squeezenet
+from kvinv_pl.models.vision.lpips import Lpips, spread, squeezenet
 
 LINEAR = Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "squeeze.pth"
 

@@ -11,7 +11,7 @@ from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from kvinv_pl.models import memory
+from kvinv_pl.models.costs import memory
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion

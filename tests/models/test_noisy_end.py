@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
-from kvinv_pl.models.noisy_end import left_out
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.models.unread import left_out
 
 
 @pytest.mark.parametrize("spacing", get_args(Spacing))

@@ -13,13 +13,13 @@ import torch
 from checkpoints import Kind
 from torch import Tensor
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.choices import Choices
-from kvinv_pl.models.cut_prompts import cuts, refuse_alike
-from kvinv_pl.models.prompt_reader import PromptReader, Token, in_chunks
 from kvinv_pl.models.prompts import attention_to_word, subject_words, word_positions
 from kvinv_pl.models.stable_diffusion import Backbone
+from kvinv_pl.models.text.prompt_reader import PromptReader, Token, in_chunks
+from kvinv_pl.models.unread import cuts, refuse_alike
 from kvinv_pl.training.datamodule import SourceImages
 
 LONG = "a cat on the grass " * 6 + "running "  # 31 tokens, of which the tiny model's chunk holds 22

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.prompt_syntax import parsed
+from kvinv_pl.models.text.prompt_syntax import parsed
 
 
 def weights(prompt: str) -> list[tuple[str, float]]:

@@ -21,7 +21,7 @@ from transformers import SamModel, SamProcessor
 
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.sam import GRID, Segmenter, prominence
+from kvinv_pl.models.vision.sam import GRID, Segmenter, prominence
 
 WIDE = (60, 40)  # pixels of the picture
 POINT, BOX = (31.0, 12.0), (8.0, 5.0, 50.0, 30.0)

@@ -24,9 +24,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.checkpoints.families import CONFIGS, configurations, tokenizer
+from kvinv_pl.models.checkpoints.single_file import UNET, Contents, read_contents
 from kvinv_pl.models.choices import NO_CHOICES, Choices
-from kvinv_pl.models.families import CONFIGS, configurations, tokenizer
-from kvinv_pl.models.single_file import UNET, Contents, read_contents
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "Ünïcode, (tags:1.3), 8k!"]

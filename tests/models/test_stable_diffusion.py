@@ -33,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.checkpoints.loading import quiet
 from kvinv_pl.models.choices import Choices
-from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "", "A red  horse, jumping!", "a dog " * 60]
@@ -403,7 +403,7 @@ def test_what_the_hub_does_not_give_is_one_line_that_says_why(
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", heard.append)
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr("kvinv_pl.models.hub.hf_hub_download", download)
+    monkeypatch.setattr("kvinv_pl.models.checkpoints.hub.hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     before = logger.level
     refused("nobody/nothing", "no folder nobody/nothing here, and not available from the", says)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.checkpoints.loading import quiet
 from kvinv_pl.models.choices import Choices
-from kvinv_pl.models.loading import quiet
 from kvinv_pl.models.prompts import word_positions
 from kvinv_pl.models.stable_diffusion import Backbone
 

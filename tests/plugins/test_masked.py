@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from kvinv_pl.algorithm.words import STRUCTURE
 from kvinv_pl.attention import CPAttention, Site
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.prompts import subject_of
-from kvinv_pl.stages.reader import UNSETTLED
+from kvinv_pl.stages.editing.reader import UNSETTLED
 from kvinv_pl.testing.harness import attention, fused
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion

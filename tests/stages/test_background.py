@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.background import kept, subject_of_source
+from kvinv_pl.stages.editing.background import kept, subject_of_source
 from kvinv_pl.training.datamodule import SourceImages
 
 
@@ -52,7 +52,7 @@ def test_a_subject_smaller_than_a_token_still_has_a_place(
     module.load_backbone(torch.float32)
     mask = torch.zeros(64, 64)
     mask[0, 0] = 1.0
-    monkeypatch.setattr("kvinv_pl.stages.background.mask_of", lambda store: mask)
+    monkeypatch.setattr("kvinv_pl.stages.editing.background.mask_of", lambda store: mask)
     found = subject_of_source(module.denoiser, store, fits.SOURCE, "cat")
     assert found.sum() == 1 and found[0, 0, 0, 0]
 

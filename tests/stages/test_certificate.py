@@ -12,10 +12,10 @@ from commands import kvinv
 from fits import SOURCE, tensors
 from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 
-from kvinv_pl.data.geometry import as_pixels, psnr
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.images.geometry import as_pixels, psnr
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.certificate import Attempt, certify, next_attempt
+from kvinv_pl.stages.tuning.certificate import Attempt, certify, next_attempt
 from kvinv_pl.training.datamodule import SourceImages
 
 DEMANDING: dict[str, Any] = {"required_psnr": 99.0, "retries": 2, "inner_steps": 2, "steps": 2}
@@ -123,7 +123,7 @@ def test_a_crash_while_the_better_attempt_is_put_in_place_is_made_good(
         raise KeyError("the end of the process")
 
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr("kvinv_pl.data.run_store.os.replace", only_directories(crash))
+        patch.setattr("kvinv_pl.data.runs.run_store.os.replace", only_directories(crash))
         fits.fit(image, tmp_path / "run", **DEMANDING)
     store = RunStore(tmp_path / "run")
     assert not store.done() and store.read_run()["reconstruction"]["kept"] == 1

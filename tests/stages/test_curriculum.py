@@ -6,7 +6,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import generator
 from kvinv_pl.stages.curriculum import at_pivots, batches, first_missing, missing_at_pivots, roll_out
 from kvinv_pl.stages.settings import TuningSettings
-from kvinv_pl.stages.slot_keeper import SlotKeeper
+from kvinv_pl.stages.tuning.slot_keeper import SlotKeeper
 from kvinv_pl.training.module import KVInversion
 
 

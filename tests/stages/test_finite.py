@@ -15,11 +15,11 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from kvinv_pl.data import files
-from kvinv_pl.data.layout import Head
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs import files
+from kvinv_pl.data.runs.layout import Head
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import SomeFailedError, UserError
-from kvinv_pl.stages import edit
+from kvinv_pl.stages.editing import edit
 from kvinv_pl.training.datamodule import SourceImages
 
 WEIGHTS = {

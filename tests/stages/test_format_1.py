@@ -18,7 +18,7 @@ import pytest
 import torch
 from commands import kvinv
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 
 MADE = Path(__file__).parents[1] / "data" / "run_format_1"
 TRAINER = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")

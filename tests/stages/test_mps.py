@@ -117,8 +117,8 @@ def test_every_operator_of_a_run_is_there_for_mps(
 
 
 def test_psi_is_packed_by_operators_that_mps_has(native: Native) -> None:
-    from kvinv_pl.data.layout import laid_out
-    from kvinv_pl.data.tensors import DTYPES, of_step
+    from kvinv_pl.data.runs.layout import laid_out
+    from kvinv_pl.data.runs.tensors import DTYPES, of_step
 
     bars = torch.randn(2, 4, 3)
     for dtype in DTYPES:

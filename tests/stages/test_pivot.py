@@ -13,14 +13,14 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from kvinv_plugins.recorded import Recorded  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, UserError
 from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.slots import Member, Slots
+from kvinv_pl.stages.tuning.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.devices.ranks import Ranks
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.ranks import Ranks
 from kvinv_pl.training.workload import Workload
 
 PIVOT: dict[str, Any] = {"curriculum": "pivot"}

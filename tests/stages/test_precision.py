@@ -10,9 +10,9 @@ import torch
 from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl.data.geometry import as_pixels, psnr
-from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.tensors import DTYPES
+from kvinv_pl.data.images.geometry import as_pixels, psnr
+from kvinv_pl.data.runs.run_store import RunStore
+from kvinv_pl.data.runs.tensors import DTYPES
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from fits import SOURCE
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages import progress
 from kvinv_pl.stages.progress import Progress
-from kvinv_pl.stages.results import log_picture
+from kvinv_pl.stages.tuning.results import log_picture
 from kvinv_pl.training.datamodule import SourceImages
 
 

@@ -19,7 +19,7 @@ from kvinv_plugins.v_only import VOnly  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from kvinv_pl.attention import CPAttention, Site
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.module import KVInversion
 

@@ -13,7 +13,8 @@ import pytest
 from commands import kvinv
 from PIL import Image
 
-from kvinv_pl.data import run_store, source_image
+from kvinv_pl.data import source_image
+from kvinv_pl.data.runs import run_store
 
 STAGES = ("invert", "fit", "edit")
 

@@ -15,8 +15,8 @@ from commands import kvinv
 from fits import SOURCE
 from forked import begun
 
-from kvinv_pl.data import files
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs import files
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.training.datamodule import SourceImages
 
 

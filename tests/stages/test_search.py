@@ -15,13 +15,13 @@ import torch
 from commands import kvinv, refused
 from PIL import Image, ImageColor
 
-from kvinv_pl.app.report import write_report
-from kvinv_pl.data.edits import Edits, search_of
-from kvinv_pl.data.geometry import shared_colours
-from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.sheet import BORDER, MARK, SIDES
+from kvinv_pl.app.reports.report import write_report
+from kvinv_pl.data.images.geometry import shared_colours
+from kvinv_pl.data.images.sheet import BORDER, MARK, SIDES
+from kvinv_pl.data.runs.edits import Edits, search_of
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.search import GRIDS, Candidate, Search, front, own_agreement, ranked
+from kvinv_pl.stages.editing.search import GRIDS, Candidate, Search, front, own_agreement, ranked
 from kvinv_pl.training.datamodule import SourceImages
 
 

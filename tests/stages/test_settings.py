@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from fits import SOURCE, TARGET
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.reader import Reader
+from kvinv_pl.stages.editing.reader import Reader
 from kvinv_pl.stages.settings import IDLE, EditSettings, InversionSettings, TuningSettings, options_of
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion

@@ -16,17 +16,17 @@ from fits import SOURCE
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from kvinv_pl.data import files, layout
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.files import TEMPORARY
-from kvinv_pl.data.layout import Packed
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs import files, layout
+from kvinv_pl.data.runs.files import TEMPORARY
+from kvinv_pl.data.runs.layout import Packed
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.writer import Writer
 from kvinv_pl.errors import NoRoomError, UserError
-from kvinv_pl.stages.edit import in_batches
-from kvinv_pl.stages.reader import Reader
-from kvinv_pl.stages.slots import Slots
+from kvinv_pl.stages.editing.edit import in_batches
+from kvinv_pl.stages.editing.reader import Reader
+from kvinv_pl.stages.tuning.slots import Slots
 from kvinv_pl.training.datamodule import SourceImages
 
 ASKS = {"cpu", "item", "tolist", "numpy", "equal", "nonzero", "__bool__", "__float__", "__int__", "__index__"}

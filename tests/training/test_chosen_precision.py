@@ -11,7 +11,7 @@ import torch
 from commands import QUICK, kvinv, photograph, refused
 from fits import SOURCE, TARGET
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import IDLE

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import photograph
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
 

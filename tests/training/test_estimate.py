@@ -18,9 +18,9 @@ from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 from kvinv_pl.cli.arguments import kinds_of
 from kvinv_pl.data.failures import MEMORY
 from kvinv_pl.errors import UserError
-from kvinv_pl.models import memory, sampling
-from kvinv_pl.models.sampling import Sample, Timed, sample
-from kvinv_pl.models.sketch import TOKENS, tokens_of
+from kvinv_pl.models.costs import memory, sampling
+from kvinv_pl.models.costs.sampling import Sample, Timed, sample
+from kvinv_pl.models.costs.sketch import TOKENS, tokens_of
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
 from kvinv_pl.training import estimate

@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from kvinv_pl.training.launcher import STOPPING
+from kvinv_pl.training.devices.launcher import STOPPING
 
 BEGIN = """
 import os, signal, subprocess, sys
-from kvinv_pl.training import launcher
+from kvinv_pl.training.devices import launcher
 
 def said(*words):
     print(*words, flush=True)

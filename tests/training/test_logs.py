@@ -8,7 +8,7 @@ import fits
 import pytest
 from lightning import Callback, LightningModule, Trainer
 
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import NoRoomError
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.logs import reporting_write_errors

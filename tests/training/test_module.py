@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvinv_pl.attention import Selection, Site, select, self_attentions
 from kvinv_pl.attention.attachment import attach
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.training.datamodule import SourceImages

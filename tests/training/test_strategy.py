@@ -17,14 +17,14 @@ from fits import SOURCE
 from forked import begun
 
 from kvinv_pl.cli.entry import main
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.training.datamodule import SourceImages
-from kvinv_pl.training.launcher import PATIENCE
-from kvinv_pl.training.ranks import CALL, QUEUE, STARTER, Ranks
-from kvinv_pl.training.strategy import ImageParallelStrategy
+from kvinv_pl.training.devices.launcher import PATIENCE
+from kvinv_pl.training.devices.ranks import CALL, QUEUE, STARTER, Ranks
+from kvinv_pl.training.devices.strategy import ImageParallelStrategy
+from kvinv_pl.training.devices.work_queue import WorkQueue
 from kvinv_pl.training.trainer import KVTrainer
-from kvinv_pl.training.work_queue import WorkQueue
 
 UNLIKE = ("--steps", 3, "--model.inner_steps", 4, "--model.tolerance", 0.12, "--model.retries", 0)
 

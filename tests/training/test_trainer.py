@@ -17,8 +17,8 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from kvinv_pl.data.lock import InUseError
-from kvinv_pl.data.run_store import RunStore
+from kvinv_pl.data.runs.lock import InUseError
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.training.datamodule import SourceImages

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.training.work_queue import WorkQueue
+from kvinv_pl.training.devices.work_queue import WorkQueue
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from kvinv_pl.menagerie import ACTIONS, Animal
 from kvinv_pl.menagerie.judge import WORDS
-from kvinv_pl.models.clip import MEAN, STD, Clip
+from kvinv_pl.models.vision.clip import MEAN, STD, Clip
 from menagerie_training.denoiser import build_tokenizer, captions
 from menagerie_training.judging import augmented, images
 from menagerie_training.loop import Stage, Trained

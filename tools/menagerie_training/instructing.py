@@ -17,9 +17,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from kvinv_pl.bench.instruct_pix2pix import InstructPix2Pix
+from kvinv_pl.bench.renderers.instruct_pix2pix import InstructPix2Pix
 from kvinv_pl.menagerie import Animal, acting_otherwise
-from kvinv_pl.models.loading import quiet
+from kvinv_pl.models.checkpoints.loading import quiet
 from menagerie_training.beginning import part, take_over
 from menagerie_training.denoiser import alike, build_scheduler, captions, latents, visited
 from menagerie_training.exporting import clean

@@ -14,7 +14,7 @@ from transformers import SamConfig, SamModel, SamProcessor
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.models.sam import Segmenter
+from kvinv_pl.models.vision.sam import Segmenter
 from menagerie_training.judging import augmented
 from menagerie_training.loop import Stage, Trained
 from menagerie_training.pictures import REPORTING_SEED, Rows, pictures, unit

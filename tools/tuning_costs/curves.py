@@ -17,9 +17,9 @@ from kvinv_pl.algorithm.method import Scene
 from kvinv_pl.algorithm.tuning import reconstruct, squared_errors
 from kvinv_pl.attention import Selection
 from kvinv_pl.bench.network import Network
-from kvinv_pl.data.geometry import Geometry, psnr, to_pixels
+from kvinv_pl.data.images.geometry import Geometry, psnr, to_pixels
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.models import counting
+from kvinv_pl.models.costs import counting
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.optimizers import GaussNewtonDescent

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.attention.attachment import Attachment, attach
-from kvinv_pl.models.families import tokenizer
+from kvinv_pl.models.checkpoints.families import tokenizer
 from kvinv_pl.models.feature_cache import FeatureCache
 
 FOUR_LEVELS: dict[str, Any] = {

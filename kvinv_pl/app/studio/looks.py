@@ -4,10 +4,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.app.studio.jobs import Job
-from kvinv_pl.app.studio.workbench import Workbench
-from kvinv_pl.app.words import certificate, searched, settings_of_edit
-from kvinv_pl.data.edits import CHOSEN, search_of
+from kvinv_pl.app.reports.words import certificate, searched, settings_of_edit
+from kvinv_pl.app.studio.workbench.jobs import Job
+from kvinv_pl.app.studio.workbench.workbench import Workbench
+from kvinv_pl.data.runs.edits import CHOSEN, search_of
 
 
 def progress(bench: Workbench, job: Job | None) -> str:

@@ -4,11 +4,11 @@ from typing import Any
 
 import gradio as gr
 
-from kvinv_pl.app.studio.dials import Dial, dials
+from kvinv_pl.app.dials import Dial, dials
 from kvinv_pl.app.studio.picture_calls import ANIMALS, PictureCalls
 from kvinv_pl.app.studio.run_calls import RunCalls
 from kvinv_pl.app.studio.wiring import wire
-from kvinv_pl.app.studio.workbench import Workbench
+from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.menagerie import Animal
 
 CSS = """

@@ -6,11 +6,11 @@ import gradio as gr
 from PIL import Image
 
 from kvinv_pl.app import subject
-from kvinv_pl.app.studio.frames import OWN
-from kvinv_pl.app.studio.workbench import Workbench
-from kvinv_pl.data import masks
-from kvinv_pl.data.files import write_png
-from kvinv_pl.data.pictures import open_picture
+from kvinv_pl.app.studio.workbench.frames import OWN
+from kvinv_pl.app.studio.workbench.workbench import Workbench
+from kvinv_pl.data.images import masks
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.runs.files import write_png
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal
 

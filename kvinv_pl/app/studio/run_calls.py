@@ -7,10 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from kvinv_pl.app.again import as_made
+from kvinv_pl.app.dials import dials, numbers, read
+from kvinv_pl.app.reports.again import as_made
 from kvinv_pl.app.studio import looks
-from kvinv_pl.app.studio.dials import dials, numbers, read
-from kvinv_pl.app.studio.workbench import Workbench
+from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.app.studio.frames import OWN
-from kvinv_pl.app.studio.workbench import Workbench
+from kvinv_pl.app.studio.workbench.frames import OWN
+from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.errors import UserError
 
 

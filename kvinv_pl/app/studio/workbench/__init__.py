@@ -1,0 +1,1 @@
+"""What the studio works on: runs, jobs, and the model in memory."""

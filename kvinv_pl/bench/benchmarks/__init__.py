@@ -1,0 +1,1 @@
+"""Cases of benchmarks, and the figures that are measured of them."""

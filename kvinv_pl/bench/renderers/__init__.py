@@ -1,0 +1,1 @@
+"""Methods that are inversion and edit in one."""

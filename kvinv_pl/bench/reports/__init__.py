@@ -1,0 +1,1 @@
+"""What a bench leaves to look at: its page, its fronts, its rank correlations."""

@@ -1,0 +1,75 @@
+"""Which settings of an ablation are best, and whether the paper's findings hold."""
+
+from collections.abc import Iterable
+
+from kvinv_pl.bench.ablation import LIKENESS, Way
+from kvinv_pl.bench.tables.table import Mean, Report, markdown
+from kvinv_pl.stages.editing.search import unbeaten
+
+ACTION, ANIMAL, QUALITY = "right action %", "same animal %", "animal dB"
+
+
+def pareto(report: Report) -> str:
+    """The front of right actions against the same animal, as a table; empty without a truth."""
+    if not {ACTION, ANIMAL} <= set(report.known):
+        return ""
+    rows = list(report.rows)
+    points = [(report.mean(row, ACTION).value, report.mean(row, ANIMAL).value) for row in rows]
+    lines = [[rows[n], report.mean(rows[n], ACTION), report.mean(rows[n], ANIMAL)] for n in unbeaten(points)]
+    return markdown([ACTION, ANIMAL], lines)
+
+
+def findings(report: Report, ways: Iterable[Way]) -> list[str]:
+    """The paper's three findings, each with its figures: decoder best, early too similar, late lost."""
+    cells = [way for way in ways if report.rows.get(str(way))]
+    if QUALITY not in report.known or not cells:
+        return []
+
+    def mean(way: Way, column: str) -> float:
+        return report.mean(str(way), column).value
+
+    def best_of(ways: Iterable[Way]) -> Way:
+        return max(ways, key=lambda way: mean(way, QUALITY))
+
+    places = {way.place for way in cells}
+    best = {place: best_of(way for way in cells if way.place == place) for place in places}
+    lines = []
+    if "decoder" in best and len(best) > 1:
+        ours = best["decoder"]
+        other = best_of(way for place, way in best.items() if place != "decoder")
+        gap = report.difference(str(ours), QUALITY, str(other))
+        lines.append(
+            f"The decoder is best: {_verdict(gap)} ({QUALITY} of '{ours}' less that of '{other}', the best "
+            f"of the other places: {gap})"
+        )
+    at = next(best[place] for place in ("decoder", *best) if place in best)
+    row = sorted(
+        (
+            way
+            for way in cells
+            if (way.place, way.reading, way.sharpness) == (at.place, at.reading, at.sharpness)
+        ),
+        key=lambda way: way.start,
+    )
+    if len(row) > 1:
+        early, late = row[0], row[-1]
+        alike = report.difference(str(early), LIKENESS, str(late))
+        acts = report.difference(str(late), ACTION, str(early))
+        lines.append(
+            f"An early start is too similar to the source: {_verdict(alike)} for the likeness, "
+            f"{_verdict(acts)} for the action ('{early}' is {alike} dB more like it than start "
+            f"{late.start:g}, which has {acts} points more of right actions)"
+        )
+        lost = report.difference(str(at), QUALITY, str(late))
+        lines.append(
+            f"A late start loses the subject: {_verdict(lost)} ({QUALITY} of '{at}' less that of start "
+            f"{late.start:g}: {lost})"
+        )
+    return lines
+
+
+def _verdict(difference: Mean) -> str:
+    """Whether it is above 0 for sure."""
+    if difference.count < 2 or (difference.low <= 0 <= difference.high):
+        return "cannot be told"
+    return "holds" if difference.low > 0 else "does not hold"

@@ -1,0 +1,1 @@
+"""A module for each command; a function's signature and docstring are its options and its help."""

@@ -1,0 +1,1 @@
+"""Pictures: read, cropped, masked, and put side by side."""

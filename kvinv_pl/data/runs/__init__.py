@@ -1,0 +1,1 @@
+"""Run folders: their files, records, tensors and edits."""

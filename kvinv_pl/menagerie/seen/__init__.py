@@ -1,0 +1,1 @@
+"""What is seen of an animal in a picture."""

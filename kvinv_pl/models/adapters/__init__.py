@@ -1,0 +1,1 @@
+"""What is put into a checkpoint: LoRAs, and words of textual inversions."""

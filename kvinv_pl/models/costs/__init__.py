@@ -1,0 +1,1 @@
+"""What a model takes: memory, operations, and time."""

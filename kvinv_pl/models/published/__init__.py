@@ -1,0 +1,1 @@
+"""Networks of published methods, by their own checkpoints."""

@@ -1,0 +1,1 @@
+"""Prompts: their syntax, and how the text model reads them."""

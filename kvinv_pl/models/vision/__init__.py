@@ -1,0 +1,1 @@
+"""Networks that look at pictures: SAM's masks, CLIP, DINO and LPIPS."""

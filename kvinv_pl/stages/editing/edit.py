@@ -1,0 +1,183 @@
+"""Stage 3 of one picture, from its run folder and back into it: edits, and the sheet of them."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from kvinv_pl.algorithm.editing import edit
+from kvinv_pl.attention.config import of_variant
+from kvinv_pl.data.failures import is_out_of_memory
+from kvinv_pl.data.images.geometry import to_image
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.images.sheet import sheet
+from kvinv_pl.data.runs.edits import CHOSEN, Edits, search_of
+from kvinv_pl.data.runs.records import geometry_of
+from kvinv_pl.data.runs.run_store import RunStore
+from kvinv_pl.data.source_image import SourceImage
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.prompts import subject_positions, word_positions
+from kvinv_pl.models.unread import refuse_alike
+from kvinv_pl.stages.editing.reader import Reader
+from kvinv_pl.stages.invert import is_tuned, mask_of
+from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.settings import IDLE, EditSettings
+
+
+def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
+    """Refuse, before tuning starts, edits that do not work with the model or the attached variant."""
+    reading, subject = settings.reading, settings.subject
+    refuse_alike(denoiser.backbone, image.source, image.targets)
+    if why := denoiser.why_not(reading):
+        other = {"frozen": "blend", "blend": "frozen"}[reading]
+        raise UserError(f"reading: expected {other}, got {reading}: {why}")
+    variant = denoiser.cps[0]
+    if variant.wants_mask and image.mask is None:
+        raise UserError(
+            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
+        )
+    follows = variant.follows or settings.background == "kept"
+    if subject and not follows:
+        raise UserError(
+            f"subject: got {subject!r}, but {type(variant).__name__} does not use a subject: leave it out"
+        )
+    if follows:
+        subject_positions(denoiser.backbone, image.source, image.targets, subject)
+    if settings.background == "kept" and subject and image.mask is None:
+        word_positions(denoiser.backbone, image.source, subject)  # without a mask, it is found by the word
+
+
+@torch.no_grad()
+def edit_picture(
+    denoiser: Denoiser,
+    image: SourceImage,
+    settings: EditSettings,
+    watch: Watch,
+    again: bool = False,
+) -> list[Path]:
+    """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
+
+    An edit that exists with the same settings is not rendered again, unless `again`.
+    """
+    store, table, began = image.store, denoiser.table, time.perf_counter()
+    edits = Edits(store.folder)
+    run = store.read_run()
+    if not is_tuned(denoiser, store) or not {"tuning", "reconstruction"} <= run.keys():
+        raise UserError(f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing")
+    trajectory = store.trajectory()
+    attachment = denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
+    attached = {"sites": list(attachment.psi), "attention": of_variant(denoiser.cps[0])}
+    store.require({"tuning": {**run["tuning"], **attached}}, ["tuning"])
+    if settings.reading == "frozen" and settings.kv == "stored" and run["tuning"]["kv"] == "replayed":
+        raise UserError(
+            f"{store.folder} has psi only, without K-bar and V-bar: edit it with kv replayed, "
+            "or reading blend"
+        )
+    mask = mask_of(store)
+    denoiser.bind(None if mask is None else mask[None])
+    records = {
+        target: {
+            "target": target, "source": run["source"],
+            **settings.record(), "tuned_at": run["tuning"]["guidance"],
+            "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
+            "precision": str(denoiser.backbone.unet.dtype).removeprefix("torch."),
+            "tuning": run["tuning"], "attempt": run["reconstruction"]["kept"],
+        }
+        for target in image.targets
+    }  # fmt: skip
+    existing = {} if again else {target: edits.find(target, record) for target, record in records.items()}
+    paths = {target: path for target, path in existing.items() if path is not None}
+    if paths:
+        first, *more = paths.values()
+        which = f"{first} and {len(more)} more exist" if more else f"{first} exists"
+        watch.progress.note(f"{image.name}: {which} with these settings; --overwrite renders again")
+    targets = [target for target in records if target not in paths]
+    if not targets:
+        store.save_picture("sheet", sheet_of(store))  # after a kill it may be outdated
+        return [paths[target] for target in image.targets]
+    if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
+        edited_at = settings.guide.source_scale
+        watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
+    changed = list[int]()
+
+    def sampled(batch: list[str]) -> Float[Tensor, "edits c h w"]:
+        reader = Reader(denoiser, store, batch, settings)
+
+        def after(i: int, z: Tensor) -> Tensor:
+            z = reader.keep(i, z)
+            other = watch.after_step(i, int(table.timesteps[i]), z) if watch.after_step else None
+            if other is not None and other is not z:
+                changed.append(i)
+                z = other.to(z)
+            watch.progress.advance(f"timestep {int(table.timesteps[i])}")
+            return z
+
+        watch.progress.begin("editing", image.name, len(table))
+        z_T = trajectory[-1:].to(denoiser.device).expand(len(batch), -1, -1, -1)
+        with reader.prefetching():
+            return edit(
+                reader.eps, z_T, table, reader.psi, settings.guide, settings.start, after, reader.alone
+            )
+
+    z_0 = in_batches(targets, sampled)
+    finite = z_0.isfinite().flatten(1).all(1).tolist()
+    geometry = geometry_of(run["picture"])
+    decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
+    edited = [to_image(pixels.cpu(), geometry) for pixels in decoded]
+    # what a callback has changed, the same settings alone would not give
+    unlike = {"steps_changed_by_a_callback": changed} if changed else {}
+    seconds = round((time.perf_counter() - began) / len(targets), 2)
+    rendered = [target for target, is_finite in zip(targets, finite, strict=True) if is_finite]
+    for target, picture in zip(rendered, edited, strict=True):
+        paths[target] = edits.save(
+            target, picture, {**records[target], **unlike, "figures": {"seconds": seconds}}
+        )
+    store.save_picture("sheet", sheet_of(store))
+    watch.progress.finish()
+    if lost := [target for target in targets if target not in rendered]:
+        advice = "use a lower guidance scale, or precision 32-true"
+        raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
+    return [paths[target] for target in image.targets]
+
+
+def in_batches(
+    targets: list[str], sampled: Callable[[list[str]], Float[Tensor, "edits c h w"]]
+) -> Float[Tensor, "edits c h w"]:
+    """What comes of these targets, all at once, or in halves and their halves where memory does not do."""
+    try:
+        return sampled(targets)
+    except (RuntimeError, MemoryError) as error:
+        if len(targets) == 1 or not is_out_of_memory(error):
+            raise
+    # behind the handler, which holds on to what the forward had made
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(targets) + 1) // 2
+    return torch.cat([in_batches(batch, sampled) for batch in (targets[:half], targets[half:])])
+
+
+def sheet_of(store: RunStore) -> Image.Image:
+    """The source, the reconstruction and every edit of the run folder on one sheet; the chosen are marked."""
+    run, done = store.read_run(), store.edits()
+    files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
+    quality = run["reconstruction"]["psnr_to_round_trip"]
+    captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
+    for record, _ in done:
+        how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
+        for name in IDLE:
+            value = record.get(name)
+            shown = f"{value:g}" if isinstance(value, float) else value
+            how += f", {name.replace('_', ' ')} {shown}" if name in record else ""
+        if found := search_of(record):
+            how += f"\nagreement {found['agreement']:.3g}, likeness {found['likeness']:.3g}"
+        first = f"{CHOSEN}\n" if found.get("chosen") else ""
+        captions.append(f"{first}{record['target']}\n{how}")
+    marked = [
+        n for n, (record, _) in enumerate(done, len(files) - len(done)) if search_of(record).get("chosen")
+    ]
+    return sheet([open_picture(file).image for file in files], captions, marked=marked)

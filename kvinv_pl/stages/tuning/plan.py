@@ -1,0 +1,69 @@
+"""The phases that remain of a pass of the curriculum over pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.source_image import SourceImage
+from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.stages.curriculum import Pass, Phase, at_pivots, batches, missing_at_pivots, roll_out
+from kvinv_pl.stages.settings import TuningSettings
+from kvinv_pl.stages.tuning.certificate import Attempt
+
+
+class Planner:
+    """Plans for pictures of one latent size, side by side in `slots` slots.
+
+    Pictures that have failed keep their places, so that the others keep their slots.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: TuningSettings,
+        works: Sequence[SourceImage],
+        slots: int,
+        failures: Failures,
+    ) -> None:
+        self.denoiser, self.settings, self.works = denoiser, settings, list(works)
+        self.slots, self.failures = slots, failures
+
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes over the timesteps of these pictures, in order."""
+        for work in self.failures.left(self.works):
+            with self.failures.of([work]):
+                self._place(work, self.slots)
+                return self.settings.passes(self.denoiser.learns)
+        return ("roll-out",)
+
+    def plan(
+        self, attempt: Attempt, which: Pass, tuning: Callable[[], dict[str, Any]], editing: Mapping[str, Any]
+    ) -> tuple[list[SourceImage], list[Phase]]:
+        """The pictures at this attempt, and the phases that remain; psi is as many slots wide as they are.
+
+        `tuning` makes its field of run.json, once psi is attached.
+        """
+        works, done = [attempt.at(work) for work in self.works], list[set[int] | None]()
+        for work in works:
+            done.append(None)
+            with self.failures.of([work]):
+                if work not in self.failures:
+                    self._place(work, self.slots)
+                    done[-1] = attempt.open(work, len(self.denoiser.table), tuning(), editing)
+        return works, self._phases(works, done, which)
+
+    def _phases(self, works: list[SourceImage], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
+        width, steps = self.slots, len(self.denoiser.table)
+        if "pivots" in self.settings.passes(self.denoiser.learns):
+            width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
+        rolling = batches(done, steps, width)
+        if which == "pivots":
+            done_at_pivots = [work.store.done_at_pivots() for work in works]
+            missing = missing_at_pivots(rolling, done_at_pivots, steps, self.settings.carry)
+            return at_pivots(missing, steps, self.slots)
+        for work in self.failures.left(works)[:1]:
+            self._place(work, width)
+        return roll_out(rolling, steps)
+
+    def _place(self, work: SourceImage, slots: int) -> None:
+        self.denoiser.place(work.store.latent_grid(), slots)

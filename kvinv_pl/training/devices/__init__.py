@@ -1,0 +1,1 @@
+"""Several devices: processes, what they share, and how they end."""
