@@ -13,17 +13,17 @@ import pytest
 import torch
 from commands import QUICK, kvinv
 from fits import SOURCE, TARGET
-from kvinv_pl.data.files import TEMPORARY
-from kvinv_pl.data.lock import locked
-from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.stages.slots import Member, Slots
-from kvinv_pl.training.ranks import RankFailedError
-from kvinv_pl.training.strategy import ImageParallelStrategy
 
 from kvinv_pl.data.failures import Failures
+from kvinv_pl.data.runs.files import TEMPORARY
+from kvinv_pl.data.runs.lock import locked
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import NoRoomError, SomeFailedError, UserError
+from kvinv_pl.stages.tuning.slots import Member, Slots
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.devices.ranks import RankFailedError
+from kvinv_pl.training.devices.strategy import ImageParallelStrategy
 from kvinv_pl.training.module import KVInversion
 
 
@@ -134,7 +134,7 @@ def test_of_a_picture_that_fails_no_folder_is_left_where_a_lock_goes_by_itself(
             yield
         (place / ".lock").unlink()
 
-    monkeypatch.setattr("kvinv_pl.data.run_store.locked", passing)
+    monkeypatch.setattr("kvinv_pl.data.runs.run_store.locked", passing)
     monkeypatch.setattr("kvinv_pl.training.module.invert_picture", refuse)
     (folder / "b.png").unlink()
     with pytest.raises(UserError, match="not today"):
@@ -150,7 +150,7 @@ def test_a_full_disk_stops_everything_at_once(folder: Path, monkeypatch: pytest.
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("kvinv_pl.data.run_store.os.fsync", full)
+    monkeypatch.setattr("kvinv_pl.data.runs.run_store.os.fsync", full)
     with pytest.raises(NoRoomError, match=r"No space left.*make room"):
         tune(folder, fits.model(), "invert")
     assert TEMPORARY not in "".join(os.listdir(folder.parent))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import fits
 import pytest
-from kvinv_pl.data.pictures import is_picture, open_picture
 from PIL import ExifTags, Image
 
 from kvinv_pl.api import as_file
+from kvinv_pl.data.images.pictures import is_picture, open_picture
 from kvinv_pl.errors import UserError
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="in the extra heic, which the extra dev has")

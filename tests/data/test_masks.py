@@ -9,10 +9,10 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from kvinv_pl.data.geometry import Geometry, as_pixels, fit_geometry
-from kvinv_pl.data.masks import fitted, open_mask, shown
 from PIL import Image
 
+from kvinv_pl.data.images.geometry import Geometry, as_pixels, fit_geometry
+from kvinv_pl.data.images.masks import fitted, open_mask, shown
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal
 from kvinv_pl.models.prompts import mask_from_word, word_positions

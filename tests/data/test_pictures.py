@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kvinv_pl.data.geometry import Geometry, fit_geometry, to_image, to_mask, to_pixels, working_size
-from kvinv_pl.data.pictures import is_picture, open_picture
 from PIL import Image, ImageCms
 
+from kvinv_pl.data.images.geometry import Geometry, fit_geometry, to_image, to_mask, to_pixels, working_size
+from kvinv_pl.data.images.pictures import is_picture, open_picture
 from kvinv_pl.errors import UserError
 
 WIDTH, HEIGHT = 24, 16

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import fits
 import pytest
 import torch
-from kvinv_pl.data.geometry import fit_geometry, psnr
-from kvinv_pl.data.pictures import open_picture
-from kvinv_pl.data.records import INVERTED, geometry_of, of_optimizer, of_picture, told_apart
 from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports]
 
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention import Site
 from kvinv_pl.attention.config import of_variant
+from kvinv_pl.data.images.geometry import fit_geometry, psnr
+from kvinv_pl.data.images.pictures import open_picture
+from kvinv_pl.data.runs.records import INVERTED, geometry_of, of_optimizer, of_picture, told_apart
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 

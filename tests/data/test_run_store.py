@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvinv_pl.data.edits import Edits
-from kvinv_pl.data.files import FORMAT, DamagedError, read_packed, write_tensors
-from kvinv_pl.data.layout import DTYPES, laid_out
-from kvinv_pl.data.lock import InUseError
-from kvinv_pl.data.run_store import RunStore
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from kvinv_pl.data.runs.edits import Edits
+from kvinv_pl.data.runs.files import FORMAT, DamagedError, read_packed, write_tensors
+from kvinv_pl.data.runs.layout import DTYPES, laid_out
+from kvinv_pl.data.runs.lock import InUseError
+from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 SITE = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -353,7 +353,7 @@ def test_a_step_is_serialised_once_into_what_safetensors_itself_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, kept, calls = psi(), {SITE: (torch.randn(2, 6, 8), torch.randn(2, 6, 8))}, list[int]()
-    monkeypatch.setattr("kvinv_pl.data.files.laid_out", lambda *args: calls.append(1) or laid_out(*args))
+    monkeypatch.setattr("kvinv_pl.data.runs.files.laid_out", lambda *args: calls.append(1) or laid_out(*args))
     store = RunStore(tmp_path)
     store.save_step(0, given, Z, kept, {"told": 'ünï "quoted" \\ \n'}, "int8")
     assert len(calls) == 1

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from kvinv_pl.data.sheet import ACROSS, GAP, SIDES, sheet
 from PIL import Image
+
+from kvinv_pl.data.images.sheet import ACROSS, GAP, SIDES, sheet
 
 
 def plain(size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:

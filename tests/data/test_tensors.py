@@ -7,11 +7,11 @@ from pathlib import Path
 import fits
 import pytest
 import torch
-from kvinv_pl.data.run_store import RunStore
-from kvinv_pl.data.tensors import DTYPES, quantized, rounded
 from torch import nn
 
 from kvinv_pl import CPAttention, Site
+from kvinv_pl.data.runs.run_store import RunStore
+from kvinv_pl.data.runs.tensors import DTYPES, quantized, rounded
 
 
 def values(seed: int, size: float = 1.0) -> torch.Tensor:
