@@ -116,6 +116,7 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
     assert len(files) == 2 and all(file.exists() for file in files)
     starts = {round(record["start"], 2) for record, _ in RunStore(run).edits()}
     assert starts == set(GRIDS["start"]) and len(RunStore(run).edits()) == 2 * len(starts)
+    assert "exist" not in answer.err
     width, height = fits.opened(run / "candidates.png").size
     assert width > 3 * 192 and height > 2 * 192
 
@@ -164,6 +165,18 @@ def test_a_target_that_is_asked_for_twice_is_edited_once_and_found_for_both(run:
     fits.edit(RunStore(run), fits.TARGET, fits.TARGET, module=module)
     first, second = module.last_edits
     assert first == second and len(RunStore(run).edits()) == len(GRIDS["start"])
+
+
+def test_edits_that_a_search_finds_are_counted_in_one_line(run: Path) -> None:
+    for target, start, wanted in ((fits.TARGET, 0.1, 0), (fits.TARGET, "auto", 1), (fits.TARGET, "auto", 6)):
+        lines = list[str]()
+        data = SourceImages(run=str(run), targets=[target])
+        trainer = fits.trainer(quiet=False)
+        trainer.watch.progress.note = lines.append
+        trainer.edit(fits.model(start=start), data)
+        found = [line for line in lines if "exist" in line]
+        assert len(found) == min(wanted, 1)
+        assert not found or (f"and {wanted - 1} more exist" in found[0]) == (wanted > 1)
 
 
 def test_the_edits_of_a_picture_that_was_cropped_are_judged_as_well(tmp_path: Path) -> None:

@@ -59,10 +59,12 @@ def edit_picture(
     settings: EditSettings,
     watch: Watch,
     again: bool = False,
+    there: list[Path] | None = None,
 ) -> list[Path]:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
 
-    An edit that exists with the same settings is not rendered again, unless `again`.
+    An edit that exists with the same settings is not rendered again, unless `again`; the user is told, unless
+    its path can go to `there`.
     """
     store, table, began = image.store, denoiser.table, time.perf_counter()
     edits = Edits(store.folder)
@@ -92,10 +94,10 @@ def edit_picture(
     }  # fmt: skip
     existing = {} if again else {target: edits.find(target, record) for target, record in records.items()}
     paths = {target: path for target, path in existing.items() if path is not None}
-    if paths:
-        first, *more = paths.values()
-        which = f"{first} and {len(more)} more exist" if more else f"{first} exists"
-        watch.progress.note(f"{image.name}: {which} with these settings; --overwrite renders again")
+    if there is None:
+        note_existing(image, list(paths.values()), watch)
+    else:
+        there += paths.values()
     targets = [target for target in records if target not in paths]
     if not targets:
         store.save_picture("sheet", sheet_of(store))  # after a kill it may be outdated
@@ -143,6 +145,14 @@ def edit_picture(
         advice = "use a lower guidance scale, or precision 32-true"
         raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
     return [paths[target] for target in image.targets]
+
+
+def note_existing(image: SourceImage, paths: list[Path], watch: Watch) -> None:
+    """Tell the user, in one line, which edits are not rendered again."""
+    if paths:
+        first, *more = paths
+        which = f"{first} and {len(more)} more exist" if more else f"{first} exists"
+        watch.progress.note(f"{image.name}: {which} with these settings; --overwrite renders again")
 
 
 def in_batches(

@@ -24,7 +24,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser, generator
 from kvinv_pl.models.vision.clip import Clip
-from kvinv_pl.stages.editing.edit import edit_picture, sheet_of
+from kvinv_pl.stages.editing.edit import edit_picture, note_existing, sheet_of
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import EditSettings, at_least_1
 
@@ -190,7 +190,11 @@ def search_edits(
     """
     clip = None if search.clip is None else Clip.load(search.clip, denoiser.device)
     judging, names = Judging(denoiser, image, clip), search.auto or ("start",)
-    tried = [(each, edit_picture(denoiser, image, each, watch, again)) for each in search.grid(settings)]
+    there = list[Path]()
+    tried = [
+        (each, edit_picture(denoiser, image, each, watch, again, there)) for each in search.grid(settings)
+    ]
+    note_existing(image, there, watch)
     chosen = list[Path]()
     shown: list[tuple[Image.Image, str]] = []
     marked, edits = list[int](), Edits(image.store.folder)
