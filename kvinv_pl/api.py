@@ -19,6 +19,7 @@ from kvinv_pl.data.in_memory import Picture, as_file
 from kvinv_pl.data.manifest import LISTS
 from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
+from kvinv_pl.models.checkpoints.hub import require
 from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
 from kvinv_pl.models.choices import Precision
 from kvinv_pl.stages.progress import AfterStep, Progress
@@ -165,12 +166,14 @@ def load(
 
 
 def load_module(checkpoint: str | Path | Pipeline, **settings: Any) -> KVInversion:
-    """The module alone; its checkpoint is loaded when a stage begins."""
+    """The module alone; its checkpoint is loaded when a stage begins, and refused now if there is none."""
     _require_known("load", settings, list(inspect.signature(KVInversion).parameters))
     if isinstance(settings.get("attention"), str):
         settings["attention"] = resolve(settings["attention"])
     if isinstance(checkpoint, (str, Path)):
-        return KVInversion(str(checkpoint), **settings)
+        model = KVInversion(str(checkpoint), **settings)
+        require(model.checkpoint)
+        return model
     refuse_other_pipelines(checkpoint)
     model = KVInversion(IN_MEMORY, **settings)
     model.pipeline = checkpoint

@@ -70,8 +70,6 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
     pixels, mask = picture.pixels, picture.mask
     z_0 = denoiser.backbone.encode(pixels[None].to(denoiser.device))
     contexts = denoiser.backbone.embed([record["inversion"]["negative"], image.source])[:, None]
-    if not image.source:
-        watch.progress.note(f"{image.name}: the source prompt is empty; --source says what the picture shows")
     predict = denoiser.guided_prediction(contexts, settings.guidance)
     also = "" if settings.guidance == 1 else "use a lower inversion_guidance, or "
 

@@ -40,7 +40,8 @@ class SourceImages(LightningDataModule):
             source, targets (separated by |, or a JSON list) and mask, with paths relative to the list; what a
             row leaves out is taken from the other options, and rows with the same picture, source and mask
             share one run.
-        source: The source prompt: what the picture shows, in a few words; may be empty.
+        source: The source prompt: what the picture shows, in a few words; may be empty, but edits are then
+            guided by the whole target, not by what it changes.
         targets: The target prompts: what the picture should become, one edit for each; default with run:
             those of the run.
         mask: A picture of the same size, white on the subject; for attention variants that use one.

@@ -84,11 +84,19 @@ class Workload:
         prompts = [
             ("negative prompt", text) for text in (self.model.inverting.negative, self.editing.negative)
         ]
-        same = list[str]()
+        same, without = list[str](), list[str]()
         for work in self.failures.left(self.data.works):
+            if not work.source.strip():
+                without.append(work.label)
             if work.source in work.targets:
                 same.append(f"{work.label}: a target is the source prompt, so that its edit changes nothing")
             prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
+        if without:
+            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+            same.append(
+                f"{without[0]}{more}: the source prompt is empty, and edits are guided by the whole target, "
+                "not by what it changes; --source says what the picture shows"
+            )
         backbone = self.model.denoiser.backbone
         lost = unlearned(backbone, prompts) if self.model.checkpoint == "menagerie" else ()
         return [*self.data.notes, *same, *cuts(backbone, prompts), *lost]

@@ -120,7 +120,7 @@ def test_the_help_of_a_stage_shows_the_usual_options_first_and_says_what_each_is
     )
     told = " ".join(out.split())
     assert "trailing and at least 20: with 10, most edits miss the action (default: 50)" in told
-    assert "The source prompt: what the picture shows, in a few words; may be empty." in told
+    assert "The source prompt: what the picture shows, in a few words; may be empty" in told
     assert "known subclasses" not in out and re.search(r"\bnull\b", out) is None
     assert ("--run DIR" in out) == (verb == "edit")
     assert max(map(len, out.splitlines())) < 130

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from single_files import folder, vae_tensors
 from torch import Tensor
 
+import kvinv_pl
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.loading import quiet
 from kvinv_pl.models.checkpoints.weight_files import variants_in, weight_files
@@ -155,3 +156,17 @@ def test_a_vae_in_the_original_layout_is_had_from_the_hub(
     for name in ("somebody/original", "somebody/original/vae-840000.safetensors"):
         backbone = Backbone.load(str(checkpoint), torch.float32, Choices(vae=name))
         assert same(backbone.vae, vae.state_dict())
+
+
+def test_from_python_a_checkpoint_that_does_not_exist_is_refused_when_it_is_loaded(
+    checkpoint: Path, hub: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, cached("somebody/tiny", hub), dirs_exist_ok=True)
+    assert kvinv_pl.load("somebody/tiny").model.checkpoint == "somebody/tiny"
+    for name, says in {
+        "somebody/nothing": "no folder somebody/nothing here, and not available from the hub: it cannot be",
+        str(tmp_path / "nowhere"): "there is no folder",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(says)) as caught:
+            kvinv_pl.load(name)
+        assert "\n" not in str(caught.value)

@@ -20,24 +20,20 @@ from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY
 from kvinv_pl.models.checkpoints.loading import HUB_ID, first_line, located, quiet
 from kvinv_pl.models.checkpoints.weight_files import weight_files
 
+OFFLINE = "; --checkpoint also takes a folder or file of this machine"
+"""What to do where the hub cannot be reached."""
 USUAL = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
 """How diffusers and peft name a LoRA and a textual inversion."""
 
 
 def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = False) -> Path:
     """The folder or file of a checkpoint, fetched from the hub if need be, in one variant."""
-    needed = f"{NEEDED} or in one file, or a hub id (owner/name), or menagerie"
-    if checkpoint == IN_MEMORY:
-        raise UserError(
-            "this run was tuned with a pipeline in memory: continue from Python with load(pipeline)"
-        )
-    if (folder := located(checkpoint, menagerie.checkpoint, needed, files=True)) is not None:
-        return folder
-    with _from_hub(f"folder {checkpoint}", "; --checkpoint also takes a folder or file of this machine"):
+    if (here := _here(checkpoint)) is not None:
+        return here
+    with _from_hub(f"folder {checkpoint}", OFFLINE):
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-        path = Path(hf_hub_download(checkpoint, "model_index.json"))
-        refuse_other_kinds(checkpoint, read_json(path.parent, path.name))
+        path = _index_of(checkpoint)
         if configs_alone:
             for part in ("unet", "vae"):
                 hf_hub_download(checkpoint, f"{part}/config.json")
@@ -48,6 +44,30 @@ def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = 
         unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
         options = {**unused, "variant": found.variant or None if found else None}
         return Path(DiffusionPipeline.download(checkpoint, **options))
+
+
+def require(checkpoint: str) -> None:
+    """Refuse a checkpoint that is neither here nor on the hub, from which only its index is fetched."""
+    if _here(checkpoint) is None:
+        with _from_hub(f"folder {checkpoint}", OFFLINE):
+            _index_of(checkpoint)
+
+
+def _here(checkpoint: str) -> Path | None:
+    """The folder or file of a checkpoint on this machine; None for a hub id."""
+    needed = f"{NEEDED} or in one file, or a hub id (owner/name), or menagerie"
+    if checkpoint == IN_MEMORY:
+        raise UserError(
+            "this run was tuned with a pipeline in memory: continue from Python with load(pipeline)"
+        )
+    return located(checkpoint, menagerie.checkpoint, needed, files=True)
+
+
+def _index_of(checkpoint: str) -> Path:
+    """The model_index.json of a repository; refuses kinds of models that are not supported."""
+    path = Path(hf_hub_download(checkpoint, "model_index.json"))
+    refuse_other_kinds(checkpoint, read_json(path.parent, path.name))
+    return path
 
 
 def vae_of(repository: str) -> Path:
