@@ -273,6 +273,17 @@ def test_a_target_that_asks_for_nothing_is_told(cat: list[object], caplog: pytes
     assert kvinv("run", *cat, "--target", "a fox").code == 0 and "source prompt" not in caplog.text
 
 
+def test_empty_source_prompts_are_told_in_one_line(
+    cat: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        photograph(tmp_path / name)
+    answer = kvinv("invert", *cat, "--image", tmp_path / "in", "--source", "")
+    assert answer.code == 0, answer.err
+    assert caplog.text.count("source prompt") == 1
+    assert f"{tmp_path / 'in' / 'a.png'} and 2 more: the source prompt is empty" in caplog.text
+
+
 def test_a_second_run_neither_inverts_nor_tunes(cat: list[object], done: Path) -> None:
     before = times(done)
     second = kvinv("run", *cat, "--target", "a fox", "--guidance", "7.5", "--start", 0.5)
