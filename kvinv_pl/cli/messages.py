@@ -52,6 +52,10 @@ def explain_parser_error(
     message = " ".join(message.split())
     if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
         key, rest = found.groups()
+        has_parts = not PLAIN.keys() & {kinds.get(key), *get_args(kinds.get(key))}
+        if not has_parts and (nested := re.search(r"NestedArg\(key='([\w.]+)'", rest)):
+            other = f": did you mean --{nested[1]}" if nested[1] in kinds else ""
+            return f"no option --{key}.{nested[1]}{other}"
         return f"{typed.get(key, key)}: {_value_error(rest, kinds.get(key), values.get(key))}"
     if found := re.match(r"[Uu]nrecognized arguments: (.*)", message):
         return _unknown_argument(found.group(1), [*flags, *(f"--{key}" for key in kinds)])
