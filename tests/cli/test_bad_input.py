@@ -289,7 +289,7 @@ def test_a_configuration_that_cannot_be_meant_is_refused(
 def test_an_unknown_command_or_option_is_answered_with_what_was_meant() -> None:
     refused(kvinv("edti"), "no command 'edti': did you mean edit")
     refused(kvinv("world", "--sede", 7), "no option --sede: did you mean --seed")
-    refused(kvinv("bench", "--data.seed_base", 7), "no option --data.seed_base: did you mean --seed_base; see")
+    refused(kvinv("bench", "--data.seed_base", 7), "no option --data.seed_base: did you mean --seed_base")
     refused(kvinv("mask", "--image.width", 7), "no option --image.width; see")
     refused(kvinv("world", "--seed", "x"), "--seed: expected a whole number, got 'x'")
     refused(kvinv("world", "--seed", -1), "seed: expected 0 or more, got -1")
