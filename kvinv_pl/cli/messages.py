@@ -52,7 +52,7 @@ def explain_parser_error(
     message = " ".join(message.split())
     if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
         key, rest = found.groups()
-        has_parts = not any(kind in PLAIN for kind in (kinds.get(key), *get_args(kinds.get(key))))
+        has_parts = not any(kind in tuple(PLAIN) for kind in (kinds.get(key), *get_args(kinds.get(key))))
         if not has_parts and (nested := re.search(r"NestedArg\(key='([\w.]+)'", rest)):
             other = f": did you mean --{nested[1]}" if nested[1] in kinds else ""
             return f"no option --{key}.{nested[1]}{other}"
