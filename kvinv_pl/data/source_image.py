@@ -125,7 +125,7 @@ def _reading(store: RunStore) -> Iterator[None]:
         raise UserError(f"{file} is damaged (it lacks {error}): remove the run and make it again") from error
 
 
-def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[SourceImage]:
+def images_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[SourceImage]:
     """The runs in a folder, or the one that it is; damaged ones go to `failed`.
 
     The default of the targets are those in the run's run.json.
@@ -138,13 +138,13 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
                 picture, source = record["picture"], record["source"]
                 mask = store.folder / "mask.png" if picture["mask"] else None
                 own_targets = targets or _remembered(store, record)
-                work = SourceImage(picture["name"], store, None, source, own_targets, mask, picture["mode"])
+                image = SourceImage(picture["name"], store, None, source, own_targets, mask, picture["mode"])
         except UserError as error:
             if len(stores) == 1:
                 raise
             failed[str(store.folder)] = str(error)
             continue
-        yield work
+        yield image
 
 
 def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:

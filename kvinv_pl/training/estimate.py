@@ -73,15 +73,15 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
     """
     place = first_existing(data.out.absolute())
     sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
-    works = dict[tuple[int, int], list[SourceImage]]()
-    for work in data.works:
-        works.setdefault(_size(work, sizes), []).append(work)
-    if not works:
+    by_size = dict[tuple[int, int], list[SourceImage]]()
+    for image in data.images:
+        by_size.setdefault(_size(image, sizes), []).append(image)
+    if not by_size:
         height, width = working_size(sizes.sample, data.size, sizes.multiple)
-        works[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = []
-    targets, disk = max((len(work.targets) for work in data.works), default=0), 0
-    for size, found in works.items():
-        pictures, prompts = max(1, len(found)), [work.source for work in found]
+        by_size[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = []
+    targets, disk = max((len(image.targets) for image in data.images), default=0), 0
+    for size, images in by_size.items():
+        pictures, prompts = max(1, len(images)), [image.source for image in images]
         each = Estimate(model, size, pictures, max(1, targets), machine, prompts)
         yield from each.lines()
         disk += pictures * sum(each.on_disk())
@@ -91,12 +91,12 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
         yield "  that is more than is free: --data.size, --model.max_grid and --model.kv replayed take less"
 
 
-def _size(work: SourceImage, sizes: Sizes) -> tuple[int, int]:
-    if work.path is None:
-        picture = work.store.read_run()["picture"]
+def _size(image: SourceImage, sizes: Sizes) -> tuple[int, int]:
+    if image.path is None:
+        picture = image.store.read_run()["picture"]
     else:
-        picture = work.opened(sizes.sample, sizes.multiple).record
-        work.close()
+        picture = image.opened(sizes.sample, sizes.multiple).record
+        image.close()
     width, height = picture["model_size"]
     return width, height
 

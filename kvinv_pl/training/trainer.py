@@ -213,9 +213,9 @@ class KVTrainer(Trainer):
             with reporting_write_errors(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     slots, members = shares[n]
-                    works = [data.works[member] for member in members]
-                    with workload.locked(works):
-                        self._run_share(workload, slots, works)
+                    images = [data.images[member] for member in members]
+                    with workload.locked(images):
+                        self._run_share(workload, slots, images)
             self.ranks.report(failures.reasons)
         if lost:
             Progress().note(f"some logs were lost: {lost[0].strerror or lost[0]}")
@@ -254,46 +254,46 @@ class KVTrainer(Trainer):
 
     # ---- the stages of pictures side by side
 
-    def _run_share(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
+    def _run_share(self, workload: Workload, slots: int, images: list[SourceImage]) -> None:
         """Take the pictures of a share through the stages, skipping what is done."""
         failures = workload.failures
         if "invert" in workload.stages:
-            self._predict(workload, works, workload.model.inverting)
-            for work in failures.left(works):
-                with failures.of([work]):
-                    work.remember_targets()
+            self._predict(workload, images, workload.model.inverting)
+            for image in failures.left(images):
+                with failures.of([image]):
+                    image.remember_targets()
         if "fit" in workload.stages:
-            with failures.of(works):
-                self._fit(workload, slots, works)
+            with failures.of(images):
+                self._fit(workload, slots, images)
         if "edit" in workload.stages and not self.fast_dev_run:
-            self._predict(workload, works, workload.editing)
+            self._predict(workload, images, workload.editing)
 
     def _predict(
-        self, workload: Workload, works: list[SourceImage], settings: InversionSettings | EditSettings
+        self, workload: Workload, images: list[SourceImage], settings: InversionSettings | EditSettings
     ) -> None:
         """Stage 1 or 3 of the pictures that are left, one after the other."""
-        if left := workload.failures.left(works):
+        if left := workload.failures.left(images):
             jobs = workload.data.jobs(left, settings, self.watch)
             self.predict(workload.model, jobs, return_predictions=False)
 
-    def _fit(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
+    def _fit(self, workload: Workload, slots: int, images: list[SourceImage]) -> None:
         """Tune pictures side by side; retry those that do not pass."""
         model, failures, attempt = workload.model, workload.failures, 0
         self._open_log(workload.data)
         fit: Tuning | None = None
         while attempt is not None:
-            for which in model.passes(works, slots, self.watch):
-                fit = model.prepare(works, slots, self.watch, attempt, which)
+            for which in model.passes(images, slots, self.watch):
+                fit = model.prepare(images, slots, self.watch, attempt, which)
                 self._tune(fit, workload)
                 if which == "pivots" and fit.plan:
                     self.watch.progress.finish()
                 if self.fast_dev_run:
                     return
             assert fit is not None
-            fit.results.certify_rest(fit.works)
+            fit.results.certify_rest(fit.images)
             if not model.denoiser.learns:
                 return  # a retry would give the same
-            due = [next_attempt(work.store, model.tuning) for work in failures.left(works)]
+            due = [next_attempt(image.store, model.tuning) for image in failures.left(images)]
             attempt = min((number for number in due if number is not None), default=None)
 
     def _open_log(self, data: SourceImages) -> None:
