@@ -13,7 +13,7 @@ from torch import Tensor
 from kvinv_pl.data.images.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
 from kvinv_pl.data.images.masks import fitted, open_mask
 from kvinv_pl.data.images.pictures import open_picture
-from kvinv_pl.data.runs.records import of_picture
+from kvinv_pl.data.runs.records import picture_record
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 
@@ -86,7 +86,7 @@ class SourceImage:
         geometry = fit_geometry(picture.image.size, wanted, multiple, self.geometry)
         mask = open_mask(self.mask, self.invert_mask) if self.mask else None
         return Opened(
-            of_picture(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
+            picture_record(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
             to_size(picture.image, geometry),
             fitted(mask.image, geometry, f"the mask {self.mask}") if mask else None,
         )

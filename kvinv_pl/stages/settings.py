@@ -17,7 +17,7 @@ from kvinv_pl.algorithm.editing import Guidance, negative_at
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing
-from kvinv_pl.data.runs.records import of_optimizer
+from kvinv_pl.data.runs.records import optimizer_record
 from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
@@ -143,7 +143,7 @@ class TuningSettings(Settings):
             "sites": [cp.site.path for cp in cps],
             "max_grid": max_grid,
             "kv": self.kv,
-            "optimizer": of_optimizer(optimizer) if optimizer else None,
+            "optimizer": optimizer_record(optimizer) if optimizer else None,
             "curriculum": self.curriculum,
             "inner_steps": self.inner_steps if optimizer else 0,
             "settle_steps": self.settle_steps if optimizer and self.curriculum == "pivot" else 0,

@@ -19,7 +19,6 @@ from kvinv_pl.data.images.geometry import Geometry, shared_colours, to_pixels
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.data.runs.edits import CHOSEN, Edits
-from kvinv_pl.data.runs.records import geometry_of
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser, generator
@@ -169,7 +168,7 @@ class Judging:
             towards = self.clip.of_text(target) - self.clip.of_text(source)
             likeness = 100 * float(seen @ self.clip.of_picture(self._source))
             return Candidate(settings, file, 100 * float(seen @ towards), likeness)
-        geometry = Geometry(edited.size, geometry_of(self.image.store.read_run()["picture"]).resized)
+        geometry = Geometry(edited.size, self.image.store.geometry().resized)
         z_0 = self.denoiser.backbone.encode(to_pixels(edited, geometry)[None].to(self.denoiser.device))
         agreement = own_agreement(self.denoiser, z_0, source, target)
         return Candidate(settings, file, agreement, shared_colours(self._source, edited))

@@ -11,7 +11,6 @@ from PIL import Image
 
 from kvinv_pl.data.images.geometry import as_pixels, psnr, to_image
 from kvinv_pl.data.images.pictures import open_picture
-from kvinv_pl.data.runs.records import geometry_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.models.denoiser import Denoiser
@@ -55,10 +54,9 @@ def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
 
 
 def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
-    run, steps = store.read_run(), len(denoiser.table)
+    geometry, steps = store.geometry(), len(denoiser.table)
     z = torch.stack([store.trajectory()[0], store.step(steps - 1).z]).to(denoiser.device)
     round_trip, tuned = denoiser.backbone.decode(z).cpu()
-    geometry = geometry_of(run["picture"])
     picture, ceiling = (to_image(pixels, geometry) for pixels in (tuned, round_trip))
     source = as_pixels(open_picture(store.folder / "source.png").image)
     infos = [store.step_info(i) for i in range(steps)]
