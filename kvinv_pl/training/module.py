@@ -27,7 +27,7 @@ from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.editing.edit import edit_picture
 from kvinv_pl.stages.editing.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.invert import invert_picture, is_inverted
-from kvinv_pl.stages.kinds import plain, require_kind
+from kvinv_pl.stages.kinds import at_least_1, plain, require_kind
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import (
     IDLE,
@@ -37,7 +37,6 @@ from kvinv_pl.stages.settings import (
     KeyValues,
     Reading,
     TuningSettings,
-    at_least_1,
     defaults_for,
 )
 from kvinv_pl.stages.tuning.certificate import Attempt

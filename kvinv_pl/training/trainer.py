@@ -20,9 +20,11 @@ from kvinv_pl.training.devices.launcher import slurm_in_one_line
 from kvinv_pl.training.devices.ranks import Ranks
 from kvinv_pl.training.devices.strategy import ImageParallelStrategy
 from kvinv_pl.training.devices.work_queue import Shares
-from kvinv_pl.training.estimate import Machine, estimate
+from kvinv_pl.training.estimate import estimate
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
+from kvinv_pl.training.machine import Machine
 from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.options import check_options
 from kvinv_pl.training.precision import (
     AUTO,
     COMPUTE_DTYPES,
@@ -83,25 +85,9 @@ class KVTrainer(Trainer):
             x_0_every: Decode and log the predicted x_0 every so many timesteps, which costs one VAE decoding
                 per picture; 0: never.
         """
-        if max_epochs != -1:
-            raise UserError(
-                f"max_epochs: got {max_epochs}, but an epoch is one timestep, and model.steps says how many "
-                "there are; leave it at -1"
-            )
-        if gradient_clip_val is not None or accumulate_grad_batches != 1:
-            raise UserError(
-                "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: "
-                "leave them out"
-            )
-        if strategy not in ("auto", ImageParallelStrategy.strategy_name):
-            raise UserError(
-                f"strategy: expected auto or image_parallel, got {strategy}: data parallelism would average "
-                "the psi of different pictures, and psi is of one picture alone"
-            )
-        if (devices < 1 and devices != -1) or num_nodes < 1:
-            raise UserError(f"devices and num_nodes: expected 1 or more, got {devices} and {num_nodes}")
-        if x_0_every < 0:
-            raise UserError(f"x_0_every: expected 0 or more, got {x_0_every}")
+        check_options(
+            strategy, devices, num_nodes, max_epochs, gradient_clip_val, accumulate_grad_batches, x_0_every
+        )
         check_precision(precision, accelerator)
         self._chooses_precision = precision == AUTO  # once the checkpoint is known
         settled: Any = "32-true" if self._chooses_precision else precision
