@@ -100,8 +100,8 @@ class Bench:
         began = time.perf_counter()
         KVTrainer(logger=False, quiet=True).fit(model, datamodule=data)
         self._note_seconds(data, time.perf_counter() - began)
-        seconds = sum(json.loads((work.store.folder / "seconds.json").read_text()) for work in data.works)
-        quality = [work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.works]
+        seconds = sum(json.loads((work.store.folder / "seconds.json").read_text()) for work in data.images)
+        quality = [work.store.read_run()["reconstruction"]["psnr_to_round_trip"] for work in data.images]
         rows = []
         for ways in edits:
             name = ", ".join([label, *(f"{name} {value}" for name, value in ways.items())])
@@ -110,15 +110,15 @@ class Bench:
                 continue
             edit_settings = replace(model.editing, **ways)
             wanted = edit_settings.record()
-            missing = [work for work in data.works if not _edits(work, wanted)]
+            missing = [work for work in data.images if not _edits(work, wanted)]
             if missing:
                 KVTrainer(logger=False, quiet=True).edit(model, data.only(missing), edit_settings)
-            found = [_edits(work, wanted)[-1] for work in data.works]
+            found = [_edits(work, wanted)[-1] for work in data.images]
             took = float(np.mean([record["figures"]["seconds"] for record, _ in found]))
             pictures = [Image.open(file).convert("RGB") for _, file in found]
             extra = {"reconstruction dB": quality, "tune s": seconds / len(self.cases), "edit s": took}
             rows.append(Row(name, pictures, extra))
-        first = data.works[0].store.step(0)
+        first = data.images[0].store.step(0)
         self.values_of_psi = sum(value.numel() for value in first.psi.values())
         return rows
 
@@ -126,7 +126,7 @@ class Bench:
         """The edits that the search takes, without the truth, where these settings are auto."""
         model = self.module(**tuning, **searching)
         data, pictures = self.data(model, tuning), []
-        for work in data.works:
+        for work in data.images:
             KVTrainer(logger=False, quiet=True).edit(model, data.only([work]))
             pictures.append(Image.open(model.last_edits[0]).convert("RGB"))
         return pictures
@@ -139,7 +139,7 @@ class Bench:
         if not copy.exists():
             shutil.copytree(tuned.out, copy, ignore=shutil.ignore_patterns("edits", "logs"))
         data, pictures = SourceImages(str(self.list), out=str(copy)), []
-        for case, work in zip(self.cases, data.works, strict=True):
+        for case, work in zip(self.cases, data.images, strict=True):
             with reading_what_corresponds(case.animal, [case.target]):
                 KVTrainer(logger=False, quiet=True).edit(model, data.only([work]))
             pictures.append(Image.open(work.store.edits()[-1][1]).convert("RGB"))
@@ -148,7 +148,7 @@ class Bench:
     @staticmethod
     def _note_seconds(data: SourceImages, seconds: float) -> None:
         """Save the time of tuning for each case; earlier figures are kept."""
-        new = [file for work in data.works if not (file := work.store.folder / "seconds.json").exists()]
+        new = [file for work in data.images if not (file := work.store.folder / "seconds.json").exists()]
         for file in new:
             file.write_text(json.dumps(seconds / len(new)))
 

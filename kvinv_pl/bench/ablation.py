@@ -103,7 +103,7 @@ class Ablation:
     def _tuned(self, place: str, model: KVInverter) -> SourceImages:
         """The run folders of a place, tuned as far as they are not."""
         data = SourceImages(str(self._list()), out=str(self.folder / "runs" / place))
-        self.progress.note(f"{place}: {len(data.works)} cases")
+        self.progress.note(f"{place}: {len(data.images)} cases")
         try:
             model.trainer().fit(model.model, datamodule=data)
         except SomeFailedError as error:
@@ -125,7 +125,7 @@ class Ablation:
     def _edit(self, way: Way, model: KVInverter, data: SourceImages) -> None:
         """Render one cell, and note where its pictures are."""
         settings = replace(model.model.editing, **way.settings)
-        missing = [work for work in data.works if _edited(work, settings) is None]
+        missing = [work for work in data.images if _edited(work, settings) is None]
         lost = self._lost.setdefault(str(way), {})
         for work in missing:
             try:
@@ -134,7 +134,7 @@ class Ablation:
                 raise
             except UserError as error:
                 lost[self._case(work).name] = str(error)
-        for work in data.works:
+        for work in data.images:
             if (file := _edited(work, settings)) is not None:
                 self._files[str(way), self._case(work).name] = file
 
@@ -189,7 +189,7 @@ class Ablation:
         place = "decoder" if "decoder" in self.places else self.places[0]
         model = self.setup.load({"retries": 0, "target_modules": self._modules(place)})
         data = SourceImages(str(self._list()), out=str(self.folder / "runs" / place))
-        for work in data.works[:shown]:
+        for work in data.images[:shown]:
             pictures, captions = list[Image.Image](), list[str]()
             if not work.store.has_run() or "reconstruction" not in work.store.read_run():
                 continue

@@ -44,13 +44,13 @@ class Failures:
         self.total = total
         self.reasons: dict[str, str] = {}
 
-    def __contains__(self, work: SourceImage) -> bool:
+    def __contains__(self, image: SourceImage) -> bool:
         """Whether this picture has failed."""
-        return work.label in self.reasons
+        return image.label in self.reasons
 
-    def left(self, works: Iterable[SourceImage]) -> list[SourceImage]:
+    def left(self, images: Iterable[SourceImage]) -> list[SourceImage]:
         """Those that have not failed, in their order."""
-        return [work for work in works if work not in self]
+        return [image for image in images if image not in self]
 
     def note(self, label: str, reason: str) -> None:
         """Mark a picture as failed; raises UserError if it is the only one."""
@@ -59,21 +59,21 @@ class Failures:
         self.reasons.setdefault(label, " ".join(reason.split()))
 
     @contextmanager
-    def of(self, works: Iterable[SourceImage]) -> Iterator[None]:
+    def of(self, images: Iterable[SourceImage]) -> Iterator[None]:
         """Mark these pictures as failed on an error inside; re-raise StopError."""
-        works = list(works)
+        images = list(images)
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            for work in works:
-                self.note(work.label, reason(error))
+            for image in images:
+                self.note(image.label, reason(error))
         except UserError as error:
             if self.total == 1 or isinstance(error, StopError):
                 raise
-            for work in works:
-                self.note(work.label, str(error))
+            for image in images:
+                self.note(image.label, str(error))
 
     def raise_failures(self) -> None:
         """Raise SomeFailedError where some have failed, and where all have, a UserError of one line."""

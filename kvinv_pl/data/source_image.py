@@ -13,7 +13,7 @@ from torch import Tensor
 from kvinv_pl.data.images.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
 from kvinv_pl.data.images.masks import fitted, open_mask
 from kvinv_pl.data.images.pictures import open_picture
-from kvinv_pl.data.runs.records import of_picture
+from kvinv_pl.data.runs.records import picture_record
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 
@@ -86,7 +86,7 @@ class SourceImage:
         geometry = fit_geometry(picture.image.size, wanted, multiple, self.geometry)
         mask = open_mask(self.mask, self.invert_mask) if self.mask else None
         return Opened(
-            of_picture(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
+            picture_record(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
             to_size(picture.image, geometry),
             fitted(mask.image, geometry, f"the mask {self.mask}") if mask else None,
         )
@@ -125,7 +125,7 @@ def _reading(store: RunStore) -> Iterator[None]:
         raise UserError(f"{file} is damaged (it lacks {error}): remove the run and make it again") from error
 
 
-def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[SourceImage]:
+def images_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterator[SourceImage]:
     """The runs in a folder, or the one that it is; damaged ones go to `failed`.
 
     The default of the targets are those in the run's run.json.
@@ -138,13 +138,13 @@ def works_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Iterat
                 picture, source = record["picture"], record["source"]
                 mask = store.folder / "mask.png" if picture["mask"] else None
                 own_targets = targets or _remembered(store, record)
-                work = SourceImage(picture["name"], store, None, source, own_targets, mask, picture["mode"])
+                image = SourceImage(picture["name"], store, None, source, own_targets, mask, picture["mode"])
         except UserError as error:
             if len(stores) == 1:
                 raise
             failed[str(store.folder)] = str(error)
             continue
-        yield work
+        yield image
 
 
 def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:

@@ -35,20 +35,20 @@ class Writer:
                 self._pool = None
             self.settle()
 
-    def of(self, work: SourceImage) -> Into:
+    def of(self, image: SourceImage) -> Into:
         """What takes the writing of a picture's files."""
 
         def take(write: Callable[[], None]) -> None:
             if self._pool is None:
                 at_once(write)
             else:
-                self._pending.append((work, self._pool.submit(write)))
+                self._pending.append((image, self._pool.submit(write)))
 
         return take
 
     def settle(self) -> None:
         """Wait until everything is written; mark pictures as failed, or raise, as `Failures.of` does."""
         pending, self._pending = self._pending, []
-        for work, written in pending:
-            with self.failures.of([work]):
+        for image, written in pending:
+            with self.failures.of([image]):
                 written.result()

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvinv_pl.algorithm.inversion import invert
 from kvinv_pl.data.images.geometry import Geometry, to_image, to_mask
 from kvinv_pl.data.images.pictures import open_picture
-from kvinv_pl.data.runs.records import INVERTED, geometry_of, versions
+from kvinv_pl.data.runs.records import TRAJECTORY_FIELDS, geometry_of, versions
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import Opened, SourceImage
 from kvinv_pl.models.checkpoints.finite import require_finite
@@ -45,7 +45,7 @@ def is_inverted(denoiser: Denoiser, image: SourceImage, settings: InversionSetti
     if not store.has_run():
         return False
     if image.path is not None:
-        expected, fields = inversion_record(denoiser, image, settings), INVERTED
+        expected, fields = inversion_record(denoiser, image, settings), TRAJECTORY_FIELDS
     else:
         expected = {"model": denoiser.backbone.identity, "scheduler": denoiser.table.record()}
         fields = ("model", "scheduler")
@@ -95,8 +95,7 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
 
 def mask_of(store: RunStore) -> Tensor | None:
     """The mask of a picture in the model's size, (h, w) in 0..1, or None if it has none."""
-    picture = store.read_run()["picture"]
-    if not picture["mask"]:
+    if not store.read_run()["picture"]["mask"]:
         return None
     mask = open_picture(store.folder / "mask.png").image
-    return to_mask(mask, Geometry(mask.size, geometry_of(picture).resized))
+    return to_mask(mask, Geometry(mask.size, store.geometry().resized))

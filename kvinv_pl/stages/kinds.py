@@ -1,5 +1,6 @@
-"""Whether a setting is of the kind that its annotation says: from Python anything may come."""
+"""Whether a setting has the type and the range that it must have: from Python anything may come."""
 
+import math
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,3 +34,24 @@ def require_kind(name: str, value: object, hint: Any) -> None:
     fits = (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for _, kind in known)
     if not any(fits):
         raise UserError(f"{name}: expected {' or '.join(text for text, _ in known)}, got {value!r}")
+
+
+def at_least_0(name: str, value: float) -> None:
+    """Refuse a setting that is no finite number of 0 or more."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name}: expected a finite number of 0 or more, got {value}")
+
+
+def at_least_1(name: str, count: int) -> None:
+    """Refuse a count below 1."""
+    if count < 1:
+        raise UserError(f"{name}: expected 1 or more, got {count}")
+
+
+def one_of(name: str, value: str, choices: Any) -> None:
+    """Refuse a value that is not among the choices of a Literal."""
+    known = get_args(choices)
+    if value not in known:
+        *but_last, last = known
+        listed = ", ".join(known) if len(known) > 2 else f"{but_last[0]} or {last}"
+        raise UserError(f"{name}: expected {listed}, got {value!r}")

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_origin
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,11 +17,11 @@ from kvinv_pl.algorithm.editing import Guidance, negative_at
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing
-from kvinv_pl.data.runs.records import of_optimizer
+from kvinv_pl.data.runs.records import optimizer_record
 from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.kinds import plain, require_kind
+from kvinv_pl.stages.kinds import at_least_0, at_least_1, one_of, plain, require_kind
 
 Reading = Literal["frozen", "blend"]
 KeyValues = Literal["stored", "replayed"]
@@ -38,15 +38,15 @@ class Settings:
     """The settings of one stage."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
+    def of(cls, options: Mapping[str, Any]) -> Self:
         """From the parameters of KVInversion, by their names."""
-        chosen = dict[str, Any]()
+        values = dict[str, Any]()
         for setting in fields(cls):
-            values = (given[name] for name in options_of(setting) if given[name] is not None)
-            value = plain(next(values, None))
-            whole = isinstance(value, int) and setting.type in (float, float | None)
-            chosen[setting.name] = float(value) if whole else value
-        return cls(**chosen)
+            candidates = (options[name] for name in options_of(setting) if options[name] is not None)
+            value = plain(next(candidates, None))
+            is_whole = isinstance(value, int) and setting.type in (float, float | None)
+            values[setting.name] = float(value) if is_whole else value
+        return cls(**values)
 
     def __post_init__(self) -> None:
         """Refuse values of another kind than the fields', and texts that are no choice."""
@@ -143,7 +143,7 @@ class TuningSettings(Settings):
             "sites": [cp.site.path for cp in cps],
             "max_grid": max_grid,
             "kv": self.kv,
-            "optimizer": of_optimizer(optimizer) if optimizer else None,
+            "optimizer": optimizer_record(optimizer) if optimizer else None,
             "curriculum": self.curriculum,
             "inner_steps": self.inner_steps if optimizer else 0,
             "settle_steps": self.settle_steps if optimizer and self.curriculum == "pivot" else 0,
@@ -182,16 +182,14 @@ class EditSettings(Settings):
         at_least_0("guidance", self.guidance)
         if self.source_guidance is not None:
             at_least_0("source_guidance", self.source_guidance)
-        if not 0 <= self.start <= 1:
-            raise UserError(f"start: expected a share of the steps, 0 to 1, got {self.start}")
+        for name, share in (("start", self.start), ("ahead", self.ahead)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name}: expected a share of the steps, 0 to 1, got {share}")
         if not (math.isfinite(self.sharpness) and self.sharpness > 0):
             raise UserError(f"sharpness: expected a finite number above 0, got {self.sharpness}")
-        if self.sharpness != 1 and self.reading != "frozen":
-            raise UserError(f"sharpness: expected 1 with reading {self.reading}, got {self.sharpness}")
-        if self.mixing != "replace" and self.reading != "frozen":
-            raise UserError(f"mixing: expected replace with reading {self.reading}, got {self.mixing}")
-        if not 0 <= self.ahead <= 1:
-            raise UserError(f"ahead: expected a share of the steps, 0 to 1, got {self.ahead}")
+        for name, value, idle in (("sharpness", self.sharpness, 1), ("mixing", self.mixing, "replace")):
+            if value != idle and self.reading != "frozen":
+                raise UserError(f"{name}: expected {idle} with reading {self.reading}, got {value}")
         at_least_0("reading_guidance", self.reading_guidance)
 
     @property
@@ -205,16 +203,15 @@ class EditSettings(Settings):
 
     def for_run(self) -> dict[str, Any]:
         """The field "editing" of run.json, for the next edit of the run; kv is in "tuning"."""
-        return {name: value for name, value in self._active().items() if name != "kv"}
+        return {name: value for name, value in self._without_idle().items() if name != "kv"}
 
     def record(self) -> dict[str, Any]:
         """The settings that an edit depends on, for its record."""
-        unread = {"kv", "ahead", "reading_guidance"} if self.reading == "blend" else set[str]()
-        return {
-            name: value for name, value in self._active().items() if value is not None and name not in unread
-        }
+        unused = ("kv", "ahead", "reading_guidance") if self.reading == "blend" else ()
+        used = {name: value for name, value in self._without_idle().items() if name not in unused}
+        return {name: value for name, value in used.items() if value is not None}
 
-    def _active(self) -> dict[str, Any]:
+    def _without_idle(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value != IDLE.get(name, MISSING)}
 
 
@@ -232,24 +229,3 @@ def defaults_for(checkpoint: str) -> dict[str, float]:
     if checkpoint == "menagerie":
         return {"guidance": 3.0, "source_guidance": 1.0, "ahead": 0.7, "reading_guidance": 2.0}
     return {"guidance": 7.5}
-
-
-def at_least_0(name: str, value: float) -> None:
-    """Refuse a setting that is no finite number of 0 or more."""
-    if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"{name}: expected a finite number of 0 or more, got {value}")
-
-
-def at_least_1(name: str, count: int) -> None:
-    """Refuse a count below 1."""
-    if count < 1:
-        raise UserError(f"{name}: expected 1 or more, got {count}")
-
-
-def one_of(name: str, value: str, choices: Any) -> None:
-    """Refuse a value that is not among the choices of a Literal."""
-    known = get_args(choices)
-    if value not in known:
-        *but_last, last = known
-        listed = ", ".join(known) if len(known) > 2 else f"{but_last[0]} or {last}"
-        raise UserError(f"{name}: expected {listed}, got {value!r}")

@@ -17,27 +17,27 @@ from kvinv_pl.training.module import KVInversion
 
 
 def check(
-    model: KVInversion, work: SourceImage, stage: Stage, editing: EditSettings, anew: bool = False
+    model: KVInversion, image: SourceImage, stage: Stage, editing: EditSettings, anew: bool = False
 ) -> tuple[int, int, bool]:
     """Refuse invalid pictures, and run folders of other runs, before anything is written.
 
     `anew` says that the content of its folder will be replaced. Returns what pictures side by side have in
     common: the latents' height and width, and a mask or none.
     """
-    denoiser, store, fresh = model.denoiser, work.store, anew or not work.store.has_run()
-    for prompt in (work.source, *work.targets, model.inverting.negative, editing.negative):
+    denoiser, store, fresh = model.denoiser, image.store, anew or not image.store.has_run()
+    for prompt in (image.source, *image.targets, model.inverting.negative, editing.negative):
         denoiser.backbone.prompts.text(prompt)  # which refuses what is not in its syntax
-    ready = not fresh and is_inverted(denoiser, work, model.inverting) and is_tuned(denoiser, store)
+    ready = not fresh and is_inverted(denoiser, image, model.inverting) and is_tuned(denoiser, store)
     if stage == "edit" and not ready:
         raise UserError(f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing")
-    picture = opened(denoiser, work).record if fresh else store.read_run()["picture"]
+    picture = opened(denoiser, image).record if fresh else store.read_run()["picture"]
     (width, height), masked = picture["model_size"], picture["mask"] is not None
     factor = denoiser.backbone.vae_factor
     grid = (height // factor, width // factor)
     slots = 1 if stage == "edit" or model.slots == "auto" else int(model.slots)
     if stage != "invert":
         denoiser.place(grid, slots)
-        refuse_unreadable(denoiser, work, editing)
+        refuse_unreadable(denoiser, image, editing)
     if stage == "fit":
         denoiser.bind(torch.ones(slots, height, width) if masked else None)
         record = model.tuning_record()

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from kvinv_pl.data.images.geometry import Mode
 from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.runs.run_store import RunStore
-from kvinv_pl.data.source_image import SourceImage, works_in
+from kvinv_pl.data.source_image import SourceImage, images_in
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import EditSettings, InversionSettings
@@ -85,46 +85,36 @@ class SourceImages(LightningDataModule):
                 raise UserError(f"{name}: expected a path, got an empty text")
         self.overwrite = overwrite
         self.size, self.out = size, Path(out).expanduser()
-        self.works: list[SourceImage] = []
+        self.images: list[SourceImage] = []
         self.failed: dict[str, str] = {}
         self.notes: list[str] = []
         """Lines for the user about what was found."""
         if run is not None:
             self.out = Path(run).expanduser()
-            self.works = list(works_in(self.out, targets, self.failed))
+            self.images = list(images_in(self.out, targets, self.failed))
         elif image is not None:
             path = Path(image).expanduser()
-            given = Path(mask).expanduser() if mask else None
-            rows = rows_of(path, source, targets, given, self.notes)
-            alone = path.suffix.lower() not in LISTS and not path.is_dir()
-            folders = [self.out] if alone else _folders(self.out, [row.image for row in rows])
-            self.works = [
+            default_mask = Path(mask).expanduser() if mask else None
+            rows = rows_of(path, source, targets, default_mask, self.notes)
+            is_single = path.suffix.lower() not in LISTS and not path.is_dir()
+            folders = [self.out] if is_single else _folders(self.out, [row.image for row in rows])
+            counts = Counter(row.image for row in rows)
+            self.images = [
                 SourceImage(
-                    row.image.name,
-                    RunStore(folder),
-                    row.image,
-                    row.source,
-                    row.targets,
-                    row.mask,
-                    geometry,
-                    invert_mask,
-                    size,
+                    row.image.name, RunStore(folder), row.image, row.source, row.targets, row.mask,
+                    geometry, invert_mask, size, shared=counts[row.image] > 1,
                 )
                 for row, folder in zip(rows, folders, strict=True)
-            ]
-            times = Counter(work.path for work in self.works)
-            for work in self.works:
-                work.shared = times[work.path] > 1
-        for work in self.works:
-            _check_targets(work)
-        if invert_mask and (run is not None or not any(work.mask for work in self.works)):
+            ]  # fmt: skip
+        _check_targets(self.images)
+        if invert_mask and (run is not None or not any(each.mask for each in self.images)):
             raise UserError("invert_mask: expected a mask with it: give --mask, or leave it out")
         self.inner_steps = 1
 
-    def only(self, works: Iterable[SourceImage]) -> Self:
+    def only(self, images: Iterable[SourceImage]) -> Self:
         """These pictures alone; their run folders and everything else are the same."""
         view = copy.copy(self)
-        view.works, view.failed = list(works), {}
+        view.images, view.failed = list(images), {}
         return view
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -132,11 +122,11 @@ class SourceImages(LightningDataModule):
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def jobs(
-        self, works: Iterable[SourceImage], settings: InversionSettings | EditSettings, watch: Watch
+        self, images: Iterable[SourceImage], settings: InversionSettings | EditSettings, watch: Watch
     ) -> DataLoader[Job]:
         """The stage of these settings, of these pictures, for the trainer's predict loop."""
-        found: Any = [Job(work, settings, watch, self.overwrite) for work in works]
-        return DataLoader(found, batch_size=None, collate_fn=lambda job: job)
+        jobs: Any = [Job(image, settings, watch, self.overwrite) for image in images]
+        return DataLoader(jobs, batch_size=None, collate_fn=lambda job: job)
 
 
 class PlannedImages(SourceImages):
@@ -158,9 +148,9 @@ def _folders(out: Path, images: list[Path]) -> list[Path]:
     return folders
 
 
-def _check_targets(work: SourceImage) -> None:
-    for target in work.targets:
-        if not target.strip():
+def _check_targets(images: Iterable[SourceImage]) -> None:
+    for image in images:
+        if not all(target.strip() for target in image.targets):
             raise UserError(
-                f"an empty target for {work.name}: say in a few words what the picture should become"
+                f"an empty target for {image.name}: say in a few words what the picture should become"
             )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -27,34 +25,8 @@ from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
 from kvinv_pl.training.admission import candidates
 from kvinv_pl.training.datamodule import SourceImages
+from kvinv_pl.training.machine import Machine
 from kvinv_pl.training.module import KVInversion
-
-REACHED = 0.5
-"""The share of a matrix product's speed that a whole network reaches, about."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the pictures will be tuned."""
-
-    device: torch.device
-    dtype: torch.dtype
-    """In which the U-Net will be held."""
-    devices: int
-    speed: float
-    """Floating point operations a second."""
-
-    @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype, devices: int) -> Machine:
-        """Guess the speed from products of matrices, for a fifth of a second."""
-        side, done = 4096 if device.type == "cuda" else 1024, 0
-        a = torch.ones(side, side, device=device, dtype=dtype)
-        float((a @ a)[0, 0])  # waits for the device; the first product is slower
-        began = time.perf_counter()
-        while (took := time.perf_counter() - began) < 0.2:
-            float((a @ a)[0, 0])
-            done += 1
-        return cls(device, dtype, devices, REACHED * done * 2 * side**3 / took)
 
 
 def first_existing(out: Path) -> Path:
@@ -73,15 +45,15 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
     """
     place = first_existing(data.out.absolute())
     sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
-    works = dict[tuple[int, int], list[SourceImage]]()
-    for work in data.works:
-        works.setdefault(_size(work, sizes), []).append(work)
-    if not works:
+    by_size = dict[tuple[int, int], list[SourceImage]]()
+    for image in data.images:
+        by_size.setdefault(_size(image, sizes), []).append(image)
+    if not by_size:
         height, width = working_size(sizes.sample, data.size, sizes.multiple)
-        works[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = []
-    targets, disk = max((len(work.targets) for work in data.works), default=0), 0
-    for size, found in works.items():
-        pictures, prompts = max(1, len(found)), [work.source for work in found]
+        by_size[fit_geometry((width, height), (height, width), sizes.multiple, "keep").resized] = []
+    targets, disk = max((len(image.targets) for image in data.images), default=0), 0
+    for size, images in by_size.items():
+        pictures, prompts = max(1, len(images)), [image.source for image in images]
         each = Estimate(model, size, pictures, max(1, targets), machine, prompts)
         yield from each.lines()
         disk += pictures * sum(each.on_disk())
@@ -91,12 +63,12 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
         yield "  that is more than is free: --data.size, --model.max_grid and --model.kv replayed take less"
 
 
-def _size(work: SourceImage, sizes: Sizes) -> tuple[int, int]:
-    if work.path is None:
-        picture = work.store.read_run()["picture"]
+def _size(image: SourceImage, sizes: Sizes) -> tuple[int, int]:
+    if image.path is None:
+        picture = image.store.read_run()["picture"]
     else:
-        picture = work.opened(sizes.sample, sizes.multiple).record
-        work.close()
+        picture = image.opened(sizes.sample, sizes.multiple).record
+        image.close()
     width, height = picture["model_size"]
     return width, height
 

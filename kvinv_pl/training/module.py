@@ -27,7 +27,7 @@ from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.editing.edit import edit_picture
 from kvinv_pl.stages.editing.search import Auto, Search, search_edits, settled
 from kvinv_pl.stages.invert import invert_picture, is_inverted
-from kvinv_pl.stages.kinds import plain, require_kind
+from kvinv_pl.stages.kinds import at_least_1, plain, require_kind
 from kvinv_pl.stages.progress import Watch
 from kvinv_pl.stages.settings import (
     IDLE,
@@ -37,7 +37,6 @@ from kvinv_pl.stages.settings import (
     KeyValues,
     Reading,
     TuningSettings,
-    at_least_1,
     defaults_for,
 )
 from kvinv_pl.stages.tuning.certificate import Attempt
@@ -272,13 +271,13 @@ class KVInversion(LightningModule):
         """What psi depends on, besides the trajectory."""
         return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
-    def passes(self, works: list[SourceImage], slots: int, watch: Watch) -> tuple[Pass, ...]:
+    def passes(self, images: list[SourceImage], slots: int, watch: Watch) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, of one latent size, in order."""
-        return self._planner(works, slots, watch).passes()
+        return self._planner(images, slots, watch).passes()
 
     def prepare(
         self,
-        works: list[SourceImage],
+        images: list[SourceImage],
         slots: int,
         watch: Watch,
         attempt: int = 0,
@@ -286,15 +285,15 @@ class KVInversion(LightningModule):
     ) -> Tuning:
         """Prepare a pass over pictures of one latent size; its plan has the phases that remain."""
         current = Attempt(attempt, self.tuning)
-        planner = self._planner(works, slots, watch)
+        planner = self._planner(images, slots, watch)
         precision = precision_of(self.denoiser.backbone.unet.dtype)
         editing = {**self.editing.for_run(), "precision": precision}
         taken, plan = planner.plan(current, which, self.tuning_record, editing)
         self._fit = Tuning(self.denoiser, current, which, taken, plan, watch)
         return self._fit
 
-    def _planner(self, works: list[SourceImage], slots: int, watch: Watch) -> Planner:
-        return Planner(self.denoiser, self.tuning, works, slots, watch.failures)
+    def _planner(self, images: list[SourceImage], slots: int, watch: Watch) -> Planner:
+        return Planner(self.denoiser, self.tuning, images, slots, watch.failures)
 
     def configure_optimizers(self) -> Optimizer | None:
         """One optimiser for the live psi; none for a variant that learns nothing."""

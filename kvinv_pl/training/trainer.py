@@ -20,9 +20,11 @@ from kvinv_pl.training.devices.launcher import slurm_in_one_line
 from kvinv_pl.training.devices.ranks import Ranks
 from kvinv_pl.training.devices.strategy import ImageParallelStrategy
 from kvinv_pl.training.devices.work_queue import Shares
-from kvinv_pl.training.estimate import Machine, estimate
+from kvinv_pl.training.estimate import estimate
 from kvinv_pl.training.logs import reporting_write_errors, without_advice
+from kvinv_pl.training.machine import Machine
 from kvinv_pl.training.module import KVInversion
+from kvinv_pl.training.options import check_options
 from kvinv_pl.training.precision import (
     AUTO,
     COMPUTE_DTYPES,
@@ -83,25 +85,9 @@ class KVTrainer(Trainer):
             x_0_every: Decode and log the predicted x_0 every so many timesteps, which costs one VAE decoding
                 per picture; 0: never.
         """
-        if max_epochs != -1:
-            raise UserError(
-                f"max_epochs: got {max_epochs}, but an epoch is one timestep, and model.steps says how many "
-                "there are; leave it at -1"
-            )
-        if gradient_clip_val is not None or accumulate_grad_batches != 1:
-            raise UserError(
-                "gradient_clip_val and accumulate_grad_batches would couple the pictures of a batch: "
-                "leave them out"
-            )
-        if strategy not in ("auto", ImageParallelStrategy.strategy_name):
-            raise UserError(
-                f"strategy: expected auto or image_parallel, got {strategy}: data parallelism would average "
-                "the psi of different pictures, and psi is of one picture alone"
-            )
-        if (devices < 1 and devices != -1) or num_nodes < 1:
-            raise UserError(f"devices and num_nodes: expected 1 or more, got {devices} and {num_nodes}")
-        if x_0_every < 0:
-            raise UserError(f"x_0_every: expected 0 or more, got {x_0_every}")
+        check_options(
+            strategy, devices, num_nodes, max_epochs, gradient_clip_val, accumulate_grad_batches, x_0_every
+        )
         check_precision(precision, accelerator)
         self._chooses_precision = precision == AUTO  # once the checkpoint is known
         settled: Any = "32-true" if self._chooses_precision else precision
@@ -213,9 +199,9 @@ class KVTrainer(Trainer):
             with reporting_write_errors(data.out) as lost:
                 for n in self.ranks.mine(len(shares)):
                     slots, members = shares[n]
-                    works = [data.works[member] for member in members]
-                    with workload.locked(works):
-                        self._run_share(workload, slots, works)
+                    images = [data.images[member] for member in members]
+                    with workload.locked(images):
+                        self._run_share(workload, slots, images)
             self.ranks.report(failures.reasons)
         if lost:
             Progress().note(f"some logs were lost: {lost[0].strerror or lost[0]}")
@@ -254,46 +240,46 @@ class KVTrainer(Trainer):
 
     # ---- the stages of pictures side by side
 
-    def _run_share(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
+    def _run_share(self, workload: Workload, slots: int, images: list[SourceImage]) -> None:
         """Take the pictures of a share through the stages, skipping what is done."""
         failures = workload.failures
         if "invert" in workload.stages:
-            self._predict(workload, works, workload.model.inverting)
-            for work in failures.left(works):
-                with failures.of([work]):
-                    work.remember_targets()
+            self._predict(workload, images, workload.model.inverting)
+            for image in failures.left(images):
+                with failures.of([image]):
+                    image.remember_targets()
         if "fit" in workload.stages:
-            with failures.of(works):
-                self._fit(workload, slots, works)
+            with failures.of(images):
+                self._fit(workload, slots, images)
         if "edit" in workload.stages and not self.fast_dev_run:
-            self._predict(workload, works, workload.editing)
+            self._predict(workload, images, workload.editing)
 
     def _predict(
-        self, workload: Workload, works: list[SourceImage], settings: InversionSettings | EditSettings
+        self, workload: Workload, images: list[SourceImage], settings: InversionSettings | EditSettings
     ) -> None:
         """Stage 1 or 3 of the pictures that are left, one after the other."""
-        if left := workload.failures.left(works):
+        if left := workload.failures.left(images):
             jobs = workload.data.jobs(left, settings, self.watch)
             self.predict(workload.model, jobs, return_predictions=False)
 
-    def _fit(self, workload: Workload, slots: int, works: list[SourceImage]) -> None:
+    def _fit(self, workload: Workload, slots: int, images: list[SourceImage]) -> None:
         """Tune pictures side by side; retry those that do not pass."""
         model, failures, attempt = workload.model, workload.failures, 0
         self._open_log(workload.data)
         fit: Tuning | None = None
         while attempt is not None:
-            for which in model.passes(works, slots, self.watch):
-                fit = model.prepare(works, slots, self.watch, attempt, which)
+            for which in model.passes(images, slots, self.watch):
+                fit = model.prepare(images, slots, self.watch, attempt, which)
                 self._tune(fit, workload)
                 if which == "pivots" and fit.plan:
                     self.watch.progress.finish()
                 if self.fast_dev_run:
                     return
             assert fit is not None
-            fit.results.certify_rest(fit.works)
+            fit.results.certify_rest(fit.images)
             if not model.denoiser.learns:
                 return  # a retry would give the same
-            due = [next_attempt(work.store, model.tuning) for work in failures.left(works)]
+            due = [next_attempt(image.store, model.tuning) for image in failures.left(images)]
             attempt = min((number for number in due if number is not None), default=None)
 
     def _open_log(self, data: SourceImages) -> None:

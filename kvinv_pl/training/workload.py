@@ -38,15 +38,15 @@ class Workload:
         """
         self.editing = editing or model.editing
         self.model, self.data, self.stages, self.dry_run = model, data, stages, dry_run
-        self.failures = Failures(len(data.works) + len(data.failed))
+        self.failures = Failures(len(data.images) + len(data.failed))
         self.failures.reasons |= data.failed
         self._quality: dict[SourceImage, tuple[float, int] | None] = {}
         """As `_quality_of` has it, of the pictures whose runs were held here."""
-        for work in data.works if "edit" in stages else ():
-            if not work.targets:
+        for image in data.images if "edit" in stages else ():
+            if not image.targets:
                 self.failures.note(
-                    work.label,
-                    f"no target for {work.name}: say with --target what it should become (repeatable)",
+                    image.label,
+                    f"no target for {image.name}: say with --target what it should become (repeatable)",
                 )
 
     def shares(self, devices: int | None, device: torch.device, progress: Progress) -> Shares:
@@ -55,12 +55,12 @@ class Workload:
         Without a number of `devices` every rank computes the shares on its own.
         """
         groups: dict[tuple[int, int, bool], list[int]] = {}
-        for n, work in enumerate(self.data.works[:1] if self.dry_run else self.data.works):
-            if work not in self.failures:
-                with self.failures.of([work]):
-                    groups.setdefault(self._check(work, self.data.overwrite), []).append(n)
+        for n, image in enumerate(self.data.images[:1] if self.dry_run else self.data.images):
+            if image not in self.failures:
+                with self.failures.of([image]):
+                    groups.setdefault(self._check(image, self.data.overwrite), []).append(n)
             if n >= HELD:
-                work.close()
+                image.close()
         if len(self.failures.reasons) == self.failures.total:
             self.failures.raise_failures()
         shares = []
@@ -70,7 +70,7 @@ class Workload:
                 self.model.to(device)
                 # spread the pictures over the devices
                 per_device = -(-len(members) // devices) if devices else 1
-                sources = [self.data.works[member].source for member in members]
+                sources = [self.data.images[member].source for member in members]
                 slots = choose_slots(self.model, (height, width), per_device, progress, sources)
                 # slots chosen automatically may be more than pictures: they hold timesteps, too
                 share_size = min(slots, per_device) if self.model.slots == "auto" else slots
@@ -85,12 +85,12 @@ class Workload:
             ("negative prompt", text) for text in (self.model.inverting.negative, self.editing.negative)
         ]
         same, without = list[str](), list[str]()
-        for work in self.failures.left(self.data.works):
-            if not work.source.strip():
-                without.append(work.label)
-            if work.source in work.targets:
-                same.append(f"{work.label}: a target is the source prompt, so that its edit changes nothing")
-            prompts += [("source prompt", work.source), *(("target", target) for target in work.targets)]
+        for image in self.failures.left(self.data.images):
+            if not image.source.strip():
+                without.append(image.label)
+            if image.source in image.targets:
+                same.append(f"{image.label}: a target is the source prompt, so that its edit changes nothing")
+            prompts += [("source prompt", image.source), *(("target", target) for target in image.targets)]
         if without:
             more = f" and {len(without) - 1} more" if len(without) > 1 else ""
             same.append(
@@ -119,15 +119,15 @@ class Workload:
     def results(self, with_quality: bool) -> Iterator[str]:
         """Lines for the user: where to look, with what quality where that was not shown, and what helps."""
         tries, required = 0, self.model.tuning.required_psnr
-        for work in self.failures.left(self.data.works):
-            folder = work.store.folder
+        for image in self.failures.left(self.data.images):
+            folder = image.store.folder
             names = ("sheet.png", "reconstruction.png", "run.json")
             found = next((file for name in names if (file := folder / name).exists()), folder)
             if folder.exists():  # others may be on another machine
                 yield f"look at {found}"
             if "fit" not in self.stages:
                 continue
-            quality = self._quality[work] if work in self._quality else _quality_of(work)
+            quality = self._quality[image] if image in self._quality else _quality_of(image)
             if quality is not None and quality[0] < required:
                 tries = max(tries, quality[1])
                 if with_quality:
@@ -145,52 +145,52 @@ class Workload:
             )
 
     @contextmanager
-    def locked(self, works: Sequence[SourceImage]) -> Iterator[None]:
+    def locked(self, images: Sequence[SourceImage]) -> Iterator[None]:
         """Lock the run folders; remove new ones where nothing was written."""
-        fresh = [work.store.folder for work in works if not work.store.folder.exists()]
+        fresh = [image.store.folder for image in images if not image.store.folder.exists()]
         try:
             with ExitStack() as locks:
-                for work in works:
-                    with self.failures.of([work]):
-                        locks.enter_context(work.store.lock())
-                        if self.data.overwrite and self._is_stale(work):
-                            work.store.clear()
-                        elif work.store.has_run():
-                            work.store.settle()
+                for image in images:
+                    with self.failures.of([image]):
+                        locks.enter_context(image.store.lock())
+                        if self.data.overwrite and self._is_stale(image):
+                            image.store.clear()
+                        elif image.store.has_run():
+                            image.store.settle()
                 yield
-                for work in self.failures.left(works) if "fit" in self.stages else ():
-                    self._quality[work] = _quality_of(work)  # read already, while it is held
+                for image in self.failures.left(images) if "fit" in self.stages else ():
+                    self._quality[image] = _quality_of(image)  # read already, while it is held
         finally:
-            for work in works:
-                work.close()
+            for image in images:
+                image.close()
             for folder in fresh:
                 if folder.is_dir() and set(os.listdir(folder)) <= {".lock"}:  # on Windows it is gone already
                     (folder / ".lock").unlink(missing_ok=True)
                     folder.rmdir()
 
-    def _check(self, work: SourceImage, overwrite: bool) -> tuple[int, int, bool]:
+    def _check(self, image: SourceImage, overwrite: bool) -> tuple[int, int, bool]:
         """Open the picture; check that its run folder is of the same run, or may be overwritten."""
         stage: Stage = "fit" if "fit" in self.stages else self.stages[-1]
         # asked before: another rank may replace the run meanwhile, and all have to find the same
-        replaceable = overwrite and work.path is not None and work.store.has_run()
-        with work.store.read_once():
+        replaceable = overwrite and image.path is not None and image.store.has_run()
+        with image.store.read_once():
             try:
-                return check(self.model, work, stage, self.editing)
+                return check(self.model, image, stage, self.editing)
             except UserError:
                 if not replaceable:
                     raise
-                return check(self.model, work, stage, self.editing, anew=True)
+                return check(self.model, image, stage, self.editing, anew=True)
 
-    def _is_stale(self, work: SourceImage) -> bool:
+    def _is_stale(self, image: SourceImage) -> bool:
         """Whether the run folder holds another run."""
         try:
-            self._check(work, overwrite=False)
+            self._check(image, overwrite=False)
         except UserError:
-            return work.path is not None and work.store.has_run()
+            return image.path is not None and image.store.has_run()
         return False
 
 
-def _quality_of(work: SourceImage) -> tuple[float, int] | None:
+def _quality_of(image: SourceImage) -> tuple[float, int] | None:
     """The PSNR to the VAE round trip in dB, and the number of attempts; None where nothing is certified."""
-    figures = work.store.read_run().get("reconstruction") if work.store.has_run() else None
+    figures = image.store.read_run().get("reconstruction") if image.store.has_run() else None
     return None if figures is None else (figures["psnr_to_round_trip"], len(figures["attempts"]))

@@ -15,7 +15,7 @@ from kvinv_pl.bench.bench import Setup
 from kvinv_pl.bench.benchmarks.cases import drawn_world
 from kvinv_pl.bench.reports.fronts import findings, pareto
 from kvinv_pl.bench.tables.table import Report
-from kvinv_pl.stages.editing.search import unbeaten
+from kvinv_pl.stages.editing.judging import unbeaten
 
 QUICK = {"inner_steps": 1, "required_psnr": 0.0}
 

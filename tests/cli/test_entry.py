@@ -214,7 +214,7 @@ def test_world_writes_every_action_with_its_mask_and_prompt(tmp_path: Path) -> N
         assert size(Path(file)) == (32, 32)
         with Image.open(file.replace(".png", "-mask.png")) as mask:
             assert mask.mode == "1"
-    works = SourceImages(str(tmp_path / "world" / "prompts.tsv")).works
+    works = SourceImages(str(tmp_path / "world" / "prompts.tsv")).images
     for work, line, action in zip(works, answer.out.splitlines(), ACTIONS, strict=True):
         assert [str(work.path), work.source] == line.split("\t")
         assert work.mask == tmp_path / "world" / f"{action}-mask.png"

@@ -70,23 +70,23 @@ def test_a_damaged_run_among_many_does_not_stop_the_edits_of_the_others(folder: 
     module = fits.model(steps=2, inner_steps=1)
     data = SourceImages(str(folder), SOURCE, out=str(folder.parent / "out"))
     fits.trainer().fit(module, datamodule=data)
-    (data.works[0].store.folder / "run.json").write_text("{")
-    step = data.works[1].store.folder / "steps" / "1.safetensors"
+    (data.images[0].store.folder / "run.json").write_text("{")
+    step = data.images[1].store.folder / "steps" / "1.safetensors"
     step.write_bytes(step.read_bytes()[:-1] + b"x")
     with pytest.raises(SomeFailedError) as raised:
         fits.trainer().edit(module, SourceImages(run=str(data.out), targets=[TARGET]))
     said = {Path(label).name: reason for label, reason in raised.value.reasons.items()}
     assert said.keys() == {"a", "c"} and all("is damaged" in reason for reason in said.values())
-    assert len(data.works[2].store.edits()) == 1
+    assert len(data.images[2].store.edits()) == 1
 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, name: str, at_step: int) -> None:
     """From this phase on, one picture's pivot is not finite."""
     load = Slots._load
 
-    def patched(self: Slots, work: SourceImage) -> Member:
-        member = load(self, work)
-        if work.name == name:
+    def patched(self: Slots, image: SourceImage) -> Member:
+        member = load(self, image)
+        if image.name == name:
             member.pivots[len(self.denoiser.table) - at_step - 1] = float("nan")
         return member
 
@@ -107,9 +107,9 @@ def test_a_picture_that_runs_away_is_given_up_and_those_beside_it_come_out_the_s
         fits.trainer().fit(module, datamodule=data)
     ((label, reason),) = raised.value.reasons.items()
     assert Path(label).name == "c.png" and "no longer finite at step 1" in reason
-    assert data.works[1].store.done() == {0}
+    assert data.images[1].store.done() == {0}
     for n in (0, 2):
-        assert fits.tensors(data.works[n].store) == fits.tensors(whole.works[n].store)
+        assert fits.tensors(data.images[n].store) == fits.tensors(whole.images[n].store)
 
 
 def test_rows_of_one_picture_fail_apart(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_rows_of_one_picture_fail_apart(tmp_path: Path) -> None:
         fits.trainer().invert(fits.model(steps=1), data)
     ((label, reason),) = raised.value.reasons.items()
     assert label == f"{tmp_path / 'a.png'} ({tmp_path / 'out' / 'a-2'})" and "no.png" in reason
-    assert [work.store.has_trajectory() for work in data.works] == [True, False]
+    assert [image.store.has_trajectory() for image in data.images] == [True, False]
 
 
 def test_of_a_picture_that_fails_no_folder_is_left_where_a_lock_goes_by_itself(
@@ -233,8 +233,8 @@ def test_out_of_memory_of_any_device_is_the_matter_of_the_picture_that_is_too_la
 
 
 def test_another_error_of_a_library_is_no_matter_of_memory() -> None:
-    work = SourceImage("a", RunStore("a"), Path("a"), "", [])
-    with pytest.raises(RuntimeError, match="size of tensor"), Failures(2).of([work]):
+    image = SourceImage("a", RunStore("a"), Path("a"), "", [])
+    with pytest.raises(RuntimeError, match="size of tensor"), Failures(2).of([image]):
         _ = torch.ones(2) + torch.ones(3)
 
 

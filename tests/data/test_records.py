@@ -17,7 +17,13 @@ from kvinv_pl.attention import Site
 from kvinv_pl.attention.config import of_variant
 from kvinv_pl.data.images.geometry import fit_geometry, psnr
 from kvinv_pl.data.images.pictures import open_picture
-from kvinv_pl.data.runs.records import INVERTED, geometry_of, of_optimizer, of_picture, told_apart
+from kvinv_pl.data.runs.records import (
+    TRAJECTORY_FIELDS,
+    first_difference,
+    geometry_of,
+    optimizer_record,
+    picture_record,
+)
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
 
@@ -34,7 +40,7 @@ def test_psnr_counts_pixels_from_minus_one_to_one() -> None:
 def test_a_geometry_comes_back_from_json_as_it_was(mode: Literal["keep", "crop"], tmp_path: Path) -> None:
     opened = open_picture(fits.picture(tmp_path / "cat.png", (37, 23)))
     geometry = fit_geometry(opened.image.size, (16, 16), 4, mode)
-    record = json.loads(json.dumps(of_picture("cat.png", opened, geometry, mode, None)))
+    record = json.loads(json.dumps(picture_record("cat.png", opened, geometry, mode, None)))
     assert geometry_of(record) == geometry
 
 
@@ -52,18 +58,18 @@ def leaves(value: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
 def test_whatever_a_run_was_made_with_is_told_by_an_option_that_a_user_gives() -> None:
     options = {*signature(KVInversion).parameters, *signature(SourceImages).parameters}
     record, count = json.loads(TUNED.read_text()), 0
-    for section in (*INVERTED, "tuning"):
+    for section in (*TRAJECTORY_FIELDS, "tuning"):
         for path in leaves(record[section]):
             other = json.loads(TUNED.read_text())
             place: Any = other
             for key in (section, *path)[:-1]:
                 place = place[key]
             place[(section, *path)[-1]] = "other"
-            said = told_apart(section, record[section], other[section])
+            said = first_difference(section, record[section], other[section])
             found = re.match(r"(?:another )?(\w+)", str(said))
             assert found and found[1] in options, said
             count += 1
-    assert count > 40 and told_apart("tuning", record["tuning"], record["tuning"]) is None
+    assert count > 40 and first_difference("tuning", record["tuning"], record["tuning"]) is None
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_whatever_a_run_was_made_with_is_told_by_an_option_that_a_user_gives() -
 def test_a_difference_is_told_by_the_first_that_says_something(
     field: str, found: Any, expected: Any, said: str
 ) -> None:
-    assert told_apart(field, found, expected) == said
+    assert first_difference(field, found, expected) == said
 
 
 def test_a_table_is_written_down_step_by_step_without_loss() -> None:
@@ -106,7 +112,7 @@ def test_optimisers_that_differ_in_a_setting_differ_in_their_record(
 ) -> None:
     def record(lr: float) -> dict[str, object]:
         made = kind([torch.nn.Parameter(torch.zeros(1))], lr=lr)  # pyright: ignore[reportCallIssue]
-        return json.loads(json.dumps(of_optimizer(made)))
+        return json.loads(json.dumps(optimizer_record(made)))
 
     assert str(record(0.1)["class_path"]).endswith(f".{kind.__name__}")
     assert record(0.1) == record(0.1) != record(0.2)

@@ -124,8 +124,8 @@ def test_what_is_alive_grows_neither_with_timesteps_nor_with_pictures(
         module = fits.model(steps=steps, inner_steps=1, curriculum=curriculum, slots=1)
         fits.trainer(callbacks=[watch]).fit(module, datamodule=data)
         peaks.append(watch.peak)
-        level = data.works[0].store.trajectory()[0].numel() * 4
-        psi = sum(value.numel() for value in data.works[0].store.step(0).psi.values()) * 4
+        level = data.images[0].store.trajectory()[0].numel() * 4
+        psi = sum(value.numel() for value in data.images[0].store.step(0).psi.values()) * 4
     assert peaks[0] > psi  # the pass at work is seen
     assert psi > 3 * level  # so that one psi kept for each timestep would be seen
     assert peaks[1] - peaks[0] <= 3 * 3 * level
@@ -139,7 +139,7 @@ def test_of_many_pictures_few_are_held_until_their_turn(module: KVInversion, tmp
     shares = Workload(module, data, ["invert"], dry_run=False).shares(
         1, torch.device("cpu"), Progress(quiet=True)
     )
-    assert len(shares) == 12 and sum(work._opened is not None for work in data.works) == HELD < 12
+    assert len(shares) == 12 and sum(work._opened is not None for work in data.images) == HELD < 12
 
 
 def test_every_device_has_pictures(tmp_path: Path) -> None:
@@ -160,5 +160,5 @@ def test_an_optimiser_that_takes_its_own_steps_gets_its_pictures_one_by_one(
     data = SourceImages(str(tmp_path / "in"), out=str(tmp_path / "out"))
     settings: dict[str, Any] = {"slots": "auto", "steps": 1, "inner_steps": 1}
     fits.trainer(quiet=False).fit(fits.model(optimizer=torch.optim.LBFGS, **settings), datamodule=data)
-    assert all(work.store.done() == {0} for work in data.works)
+    assert all(work.store.done() == {0} for work in data.images)
     assert "tuning b.png" in capsys.readouterr().err

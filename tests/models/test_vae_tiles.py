@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvinv_pl.models import vae_tiles
 from kvinv_pl.models.stable_diffusion import Backbone
-from kvinv_pl.training.estimate import Estimate, Machine
+from kvinv_pl.training.estimate import Estimate
+from kvinv_pl.training.machine import Machine
 
 SIDES = (24, 40)
 HERE = Machine(torch.device("cpu"), torch.float32, 1, 1e9)

@@ -147,7 +147,7 @@ def test_of_pictures_side_by_side_only_those_that_do_not_pass_are_tuned_again(tm
     def fit(out: str, **more: Any) -> list[dict[str, Any]]:
         data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / out))
         fits.trainer().fit(fits.model(**settings, **more), datamodule=data)
-        return [work.store.read_run()["reconstruction"] for work in data.works]
+        return [image.store.read_run()["reconstruction"] for image in data.images]
 
     worth = [record["psnr_to_round_trip"] for record in fit("first")]
     between = sum(worth) / 2

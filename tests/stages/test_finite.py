@@ -134,7 +134,7 @@ def test_psi_that_the_store_cannot_hold_fails_its_own_picture_alone(tmp_path: Pa
         fits.trainer().fit(model, datamodule=data)
     (reason,) = raised.value.reasons.values()
     assert "attn1.size: expected values within 65504, the most that store_dtype float16 can hold" in reason
-    assert sorted(len(work.store.done()) for work in data.works) == [0, 3]
+    assert sorted(len(image.store.done()) for image in data.images) == [0, 3]
 
 
 def test_an_edit_that_is_not_finite_is_named_and_those_beside_it_are_written(

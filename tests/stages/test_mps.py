@@ -111,7 +111,7 @@ def test_every_operator_of_a_run_is_there_for_mps(
     # on MPS, attention is never a kernel of the CPU's
     with Seen() as seen, sdpa_kernel(SDPBackend.MATH):
         fits.trainer().fit(module, datamodule=data)
-        fits.edit(data.works[0].store, TARGET, module=module, **editing)
+        fits.edit(data.images[0].store, TARGET, module=module, **editing)
     assert {"native_group_norm", "convolution_backward", "bmm"} <= seen.names
     assert not [name for name in sorted(seen.names) if not native.has_mps(name)]
 

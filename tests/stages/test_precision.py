@@ -114,7 +114,7 @@ def tuned_alone_and_beside(names: str, folder: Path) -> list[tuple[RunStore, Run
     for slots in (1, 2):
         data = SourceImages(str(folder / "in"), SOURCE, out=str(folder / str(slots)))
         fits.trainer().fit(fits.model(slots=slots), datamodule=data)
-        stores.append([work.store for work in data.works])
+        stores.append([image.store for image in data.images])
     return list(zip(*stores, strict=True))
 
 

@@ -130,12 +130,12 @@ def test_pictures_side_by_side_of_which_one_is_a_step_ahead_go_on_together(tmp_p
     data = SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     fits.trainer().fit(module, datamodule=data)
     whole = contents(tmp_path / "out")
-    for work, kept in zip(data.works, (2, 1), strict=True):
-        record = work.store.read_run()
+    for image, kept in zip(data.images, (2, 1), strict=True):
+        record = image.store.read_run()
         record.pop("reconstruction")
-        work.store.write_run(record)
+        image.store.write_run(record)
         for i in range(kept, 3):
-            os.remove(work.store.folder / "steps" / f"{i}.safetensors")
+            os.remove(image.store.folder / "steps" / f"{i}.safetensors")
     fits.trainer().fit(
         module, datamodule=SourceImages(str(tmp_path / "in"), SOURCE, out=str(tmp_path / "out"))
     )

@@ -21,7 +21,8 @@ from kvinv_pl.data.images.sheet import BORDER, MARK, SIDES
 from kvinv_pl.data.runs.edits import Edits, search_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.editing.search import GRIDS, Candidate, Search, front, own_agreement, ranked
+from kvinv_pl.stages.editing.judging import Candidate, front, own_agreement, ranked
+from kvinv_pl.stages.editing.search import GRIDS, Search
 from kvinv_pl.training.datamodule import SourceImages
 
 

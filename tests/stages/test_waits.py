@@ -126,7 +126,7 @@ def test_a_phase_is_written_while_the_next_one_is_tuned_and_never_two(
     fits.trainer(callbacks=[phases]).fit(fits.model(), datamodule=data)
     assert in_time == [True]
     assert phases.seen.index(("written", 0)) < phases.seen.index(("tunes", 2))
-    assert phases.seen[-1] == ("written", 2) and data.works[0].store.read_run()["reconstruction"]
+    assert phases.seen[-1] == ("written", 2) and data.images[0].store.read_run()["reconstruction"]
 
 
 def test_a_disk_that_is_full_for_the_thread_that_writes_ends_the_fit_which_goes_on_later(
@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_for_the_thread_that_writes_ends_the_fit_which_goes_
 ) -> None:
     module, whole = fits.model(), fits.tensors(fits.finished(tmp_path / "whole"))
     data, fsync = SourceImages(str(image), SOURCE, out=str(tmp_path / "run")), os.fsync
-    store = data.works[0].store
+    store = data.images[0].store
     fits.trainer().invert(module, data)
 
     def full(number: int) -> None:
@@ -168,10 +168,10 @@ def test_a_file_that_cannot_be_written_fails_its_picture_alone() -> None:
 
 
 def test_what_was_handed_on_is_written_before_an_error_goes_on() -> None:
-    work, begun, written = SourceImage("a", RunStore("a"), Path("a"), "", []), threading.Event(), list[int]()
+    image, begun, written = SourceImage("a", RunStore("a"), Path("a"), "", []), threading.Event(), list[int]()
     writer = Writer(Failures())
     with pytest.raises(KeyboardInterrupt), writer.running():
-        writer.of(work)(lambda: written.append(int(begun.wait(20))))
+        writer.of(image)(lambda: written.append(int(begun.wait(20))))
         begun.set()
         raise KeyboardInterrupt
     assert written == [1]

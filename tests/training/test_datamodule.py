@@ -14,7 +14,7 @@ from kvinv_pl.training.datamodule import SourceImages
 
 
 def told(data: SourceImages) -> list[tuple[str, str, list[str], str]]:
-    return [(work.name, work.source, work.targets, work.store.folder.name) for work in data.works]
+    return [(image.name, image.source, image.targets, image.store.folder.name) for image in data.images]
 
 
 def csv(tmp_path: Path, *lines: str) -> str:
@@ -31,8 +31,8 @@ def jsonl(tmp_path: Path, *rows: object) -> str:
 
 def test_one_picture_has_the_out_folder_to_itself(tmp_path: Path) -> None:
     data = SourceImages("cat.png", "a cat", ["a dog"], out=str(tmp_path))
-    (work,) = data.works
-    assert (work.store.folder, work.path, work.source, work.targets) == (
+    (image,) = data.images
+    assert (image.store.folder, image.path, image.source, image.targets) == (
         tmp_path,
         Path("cat.png"),
         "a cat",
@@ -47,8 +47,8 @@ def test_a_folder_gives_its_pictures_in_order_and_names_what_it_skips(tmp_path: 
         (tmp_path / name).write_text("")
     (tmp_path / "more").mkdir()
     data = SourceImages(str(tmp_path), out="out")
-    assert [work.name for work in data.works] == ["a.JPG", "b.png", "c.jfif", "d", "e.dat"]
-    assert data.works[0].store.folder == Path("out/a")
+    assert [image.name for image in data.images] == ["a.JPG", "b.png", "c.jfif", "d", "e.dat"]
+    assert data.images[0].store.folder == Path("out/a")
     assert data.notes == [f"skipped in {tmp_path}, as they are not pictures: list.csv, more/, notes.txt"]
 
 
@@ -56,7 +56,7 @@ def test_masks_beside_their_pictures_in_a_folder_are_no_pictures(tmp_path: Path)
     for name in ("cat.png", "cat-mask.png", "dog.jpg", "dog-mask.png", "bear-mask.png"):
         photograph(tmp_path / name, format="PNG")
     data = SourceImages(str(tmp_path), out="out")
-    assert [work.name for work in data.works] == ["bear-mask.png", "cat.png", "dog.jpg"]
+    assert [image.name for image in data.images] == ["bear-mask.png", "cat.png", "dog.jpg"]
     assert data.notes == [
         f"skipped in {tmp_path}, as they are masks by their names: cat-mask.png and 1 more; a list with the "
         "column mask gives each picture its own"
@@ -75,15 +75,15 @@ def test_a_damaged_picture_of_a_folder_is_not_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("I am a picture")
     (tmp_path / "b.jpg").symlink_to("nowhere")
     data = SourceImages(str(tmp_path))
-    assert [work.name for work in data.works] == ["a.png", "b.jpg"] and data.notes == []
+    assert [image.name for image in data.images] == ["a.png", "b.jpg"] and data.notes == []
 
 
 def test_what_a_row_leaves_out_is_taken_from_the_options(tmp_path: Path) -> None:
     file = csv(tmp_path, "image,source,targets,mask", "a.png,a cat,one | two,m.png", "sub/b.png,,,")
     data = SourceImages(file, "an animal", ["three"], mask="other.png", out="out")
     assert told(data) == [("a.png", "a cat", ["one", "two"], "a"), ("b.png", "an animal", ["three"], "b")]
-    assert [work.path for work in data.works] == [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
-    assert [work.mask for work in data.works] == [tmp_path / "m.png", Path("other.png")]
+    assert [image.path for image in data.images] == [tmp_path / "a.png", tmp_path / "sub" / "b.png"]
+    assert [image.mask for image in data.images] == [tmp_path / "m.png", Path("other.png")]
 
 
 def test_a_csv_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_list_may_have_other_separators(tmp_path: Path, suffix: str, separator
 
 
 def test_a_mask_the_other_way_round_needs_a_mask(tmp_path: Path) -> None:
-    assert SourceImages("cat.png", mask="mask.png", invert_mask=True).works[0].invert_mask
+    assert SourceImages("cat.png", mask="mask.png", invert_mask=True).images[0].invert_mask
     with pytest.raises(UserError, match="invert_mask: expected a mask with it"):
         SourceImages("cat.png", invert_mask=True)
 
@@ -140,7 +140,7 @@ def test_rows_of_one_picture_and_source_share_its_run(tmp_path: Path) -> None:
 def test_pictures_of_one_name_get_a_folder_each(tmp_path: Path) -> None:
     names = ("x/cat.png", "y/Cat.png", "cat-2.png", "z/cat.jpg")
     data = SourceImages(csv(tmp_path, "image", *names))
-    folders = [work.store.folder.name for work in data.works]
+    folders = [image.store.folder.name for image in data.images]
     assert folders == ["cat", "Cat-2", "cat-2-2", "cat-3"]
     assert len({folder.lower() for folder in folders}) == len(names)
 
@@ -206,14 +206,14 @@ def test_a_run_has_the_targets_that_it_came_with_unless_others_are_given(tmp_pat
     record = {"picture": {"name": "a.png", "mask": None, "mode": "keep"}, "source": "a cat"}
     RunStore(tmp_path).write_run(record)
     assert told(SourceImages(run=str(tmp_path)))[0][2] == []
-    (work,) = SourceImages(run=str(tmp_path), targets=["one", "two"]).works
-    work.remember_targets()
+    (image,) = SourceImages(run=str(tmp_path), targets=["one", "two"]).images
+    image.remember_targets()
     assert told(SourceImages(run=str(tmp_path)))[0][2] == ["one", "two"]
-    (work,) = SourceImages(run=str(tmp_path), targets=["three"]).works
-    assert work.targets == ["three"]
-    (work,) = SourceImages(run=str(tmp_path)).works
-    work.targets = []
-    work.remember_targets()  # of nothing, nothing is forgotten
+    (image,) = SourceImages(run=str(tmp_path), targets=["three"]).images
+    assert image.targets == ["three"]
+    (image,) = SourceImages(run=str(tmp_path)).images
+    image.targets = []
+    image.remember_targets()  # of nothing, nothing is forgotten
     assert told(SourceImages(run=str(tmp_path)))[0][2] == ["one", "two"]
     RunStore(tmp_path).write_run(record | {"targets": "one"})
     with pytest.raises(UserError, match=r"run.json is damaged \(targets: expected a list of texts\)"):
@@ -243,7 +243,7 @@ def test_a_view_of_some_pictures_leaves_the_others_where_they_were(tmp_path: Pat
     for name in "abc":
         photograph(tmp_path / "in" / f"{name}.png")
     data = SourceImages(str(tmp_path / "in"), "a cat", out=str(tmp_path / "out"))
-    everything, one = list(data.works), data.only(data.works[1:2])
-    assert one.works == everything[1:2]
+    everything, one = list(data.images), data.only(data.images[1:2])
+    assert one.images == everything[1:2]
     assert (one.out, one.overwrite) == (data.out, data.overwrite)
-    assert data.works == everything
+    assert data.images == everything

@@ -25,7 +25,8 @@ from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
 from kvinv_pl.training import estimate
 from kvinv_pl.training.datamodule import SourceImages
-from kvinv_pl.training.estimate import Estimate, Machine
+from kvinv_pl.training.estimate import Estimate
+from kvinv_pl.training.machine import Machine
 from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.trainer import KVTrainer
 

@@ -139,10 +139,10 @@ def test_of_pictures_side_by_side_each_goes_on_where_it_was(tmp_path: Path) -> N
     fits.trainer().fit(fits.model(slots=2), datamodule=whole)
     again = data(tmp_path / "pictures", tmp_path / "again")
     fits.trainer().fit(fits.model(slots=2), datamodule=again)
-    for work, step in zip(again.works, (1, 2, 0), strict=True):
-        (work.store.folder / "steps" / f"{step}.safetensors").unlink()
+    for image, step in zip(again.images, (1, 2, 0), strict=True):
+        (image.store.folder / "steps" / f"{step}.safetensors").unlink()
     fits.trainer().fit(fits.model(slots=2), datamodule=data(tmp_path / "pictures", tmp_path / "again"))
-    for one, two in zip(whole.works, again.works, strict=True):
+    for one, two in zip(whole.images, again.images, strict=True):
         assert two.store.done() == {0, 1, 2}
         torch.testing.assert_close(one.store.step(2).z, two.store.step(2).z, rtol=0, atol=2e-3)
 

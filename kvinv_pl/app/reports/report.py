@@ -16,7 +16,7 @@ from kvinv_pl.data.images import slider
 from kvinv_pl.data.runs.edits import CHOSEN, search_of
 from kvinv_pl.data.runs.files import explaining_os_errors, write_atomically
 from kvinv_pl.data.runs.run_store import RunStore
-from kvinv_pl.data.source_image import SourceImage, works_in
+from kvinv_pl.data.source_image import SourceImage, images_in
 from kvinv_pl.errors import UserError
 
 LARGE = 1 << 20
@@ -27,7 +27,7 @@ def write_report(folder: Path, file: Path) -> Path:
     """Write the report of a run folder, or of all runs in a folder, as an HTML file; its path."""
     failed = dict[str, str]()
     runs = list[dict[str, Any]]()
-    for work in works_in(folder, [], failed):
+    for work in images_in(folder, [], failed):
         try:
             runs.append(_of_run(work, f"run{len(runs) + 1}"))
         except (UserError, KeyError) as error:

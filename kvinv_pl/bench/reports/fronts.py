@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from kvinv_pl.bench.ablation import LIKENESS, Way
 from kvinv_pl.bench.tables.table import Mean, Report, markdown
-from kvinv_pl.stages.editing.search import unbeaten
+from kvinv_pl.stages.editing.judging import unbeaten
 
 ACTION, ANIMAL, QUALITY = "right action %", "same animal %", "animal dB"
 

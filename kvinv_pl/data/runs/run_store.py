@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from kvinv_pl.data.images.geometry import Geometry
 from kvinv_pl.data.runs.edits import Edits
 from kvinv_pl.data.runs.files import (
     TEMPORARY,
@@ -34,7 +35,7 @@ from kvinv_pl.data.runs.files import (
     write_tensors,
 )
 from kvinv_pl.data.runs.lock import locked
-from kvinv_pl.data.runs.records import told_apart
+from kvinv_pl.data.runs.records import first_difference, geometry_of
 from kvinv_pl.data.runs.tensors import Bars, Step, of_step, pack, unpack
 from kvinv_pl.errors import UserError
 
@@ -136,6 +137,10 @@ class RunStore:
             self._memory.run = run
         return deepcopy(run)
 
+    def geometry(self) -> Geometry:
+        """How the picture reaches the model's pixels, from run.json."""
+        return geometry_of(self.read_run()["picture"])
+
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Write run.json, with the format number."""
         self._memory.run = None
@@ -147,10 +152,10 @@ class RunStore:
         """Raise UserError at the first field of `keys` whose value in run.json is not the expected one."""
         run = self.read_run()
         for key in keys:
-            if other := told_apart(key, run.get(key), json.loads(json.dumps(expected[key]))):
+            if difference := first_difference(key, run.get(key), json.loads(json.dumps(expected[key]))):
                 raise UserError(
-                    f"{self.folder} was made with {other}: use the same settings or another folder, or start "
-                    "again with `kvinv run` or `kvinv fit` and --overwrite"
+                    f"{self.folder} was made with {difference}: use the same settings or another folder, "
+                    "or start again with `kvinv run` or `kvinv fit` and --overwrite"
                 )
 
     def has_trajectory(self) -> bool:

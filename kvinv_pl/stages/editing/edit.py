@@ -16,7 +16,6 @@ from kvinv_pl.data.images.geometry import to_image
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.data.runs.edits import CHOSEN, Edits, search_of
-from kvinv_pl.data.runs.records import geometry_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
@@ -128,7 +127,7 @@ def edit_picture(
 
     z_0 = in_batches(targets, sampled)
     finite = z_0.isfinite().flatten(1).all(1).tolist()
-    geometry = geometry_of(run["picture"])
+    geometry = store.geometry()
     decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
     edited = [to_image(pixels.cpu(), geometry) for pixels in decoded]
     # what a callback has changed, the same settings alone would not give

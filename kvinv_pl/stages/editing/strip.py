@@ -7,7 +7,6 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.data.images.geometry import to_image
-from kvinv_pl.data.runs.records import geometry_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.models.denoiser import Denoiser
 
@@ -44,6 +43,5 @@ class Strip:
     def _note(self, i: int, before: Tensor, after: Tensor) -> None:
         denoiser = self._denoiser()
         z_0 = denoiser.table.predicted_z_0(before.to(denoiser.device), after.to(denoiser.device), i)
-        geometry = geometry_of(self._store.read_run()["picture"])
-        shown = to_image(denoiser.backbone.decode(z_0)[0].cpu(), geometry)
+        shown = to_image(denoiser.backbone.decode(z_0)[0].cpu(), self._store.geometry())
         self.pictures.append((int(denoiser.table.timesteps[i]), shown))

@@ -11,7 +11,6 @@ from PIL import Image
 
 from kvinv_pl.data.images.geometry import as_pixels, psnr, to_image
 from kvinv_pl.data.images.pictures import open_picture
-from kvinv_pl.data.runs.records import geometry_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.models.denoiser import Denoiser
@@ -55,10 +54,9 @@ def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
 
 
 def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
-    run, steps = store.read_run(), len(denoiser.table)
+    geometry, steps = store.geometry(), len(denoiser.table)
     z = torch.stack([store.trajectory()[0], store.step(steps - 1).z]).to(denoiser.device)
     round_trip, tuned = denoiser.backbone.decode(z).cpu()
-    geometry = geometry_of(run["picture"])
     picture, ceiling = (to_image(pixels, geometry) for pixels in (tuned, round_trip))
     source = as_pixels(open_picture(store.folder / "source.png").image)
     infos = [store.step_info(i) for i in range(steps)]
@@ -87,19 +85,19 @@ class Attempt:
         """Of random starts, which are others in every attempt."""
         return self.settings.seed + self.number
 
-    def at(self, work: SourceImage) -> SourceImage:
+    def at(self, image: SourceImage) -> SourceImage:
         """The picture, with the phases of this attempt."""
-        return replace(work, store=work.store.at_attempt(self.number))
+        return replace(image, store=image.store.at_attempt(self.number))
 
     def open(
-        self, work: SourceImage, steps: int, tuning: Mapping[str, Any], editing: Mapping[str, Any]
+        self, image: SourceImage, steps: int, tuning: Mapping[str, Any], editing: Mapping[str, Any]
     ) -> set[int] | None:
         """Which phases of a picture at this attempt are done; None: nothing is left to do.
 
         Raises UserError if they were made with other settings; if phases are missing, writes the settings to
         run.json.
         """
-        store, finished = work.store, work.store.done()
+        store, finished = image.store, image.store.done()
         if not self.number:
             run = store.read_run()
             if "tuning" in run and store.has_begun():
@@ -108,19 +106,19 @@ class Attempt:
                 store.drop_attempts()
                 run.pop("reconstruction", None)
                 store.write_run({**run, "tuning": tuning, "editing": editing})
-        return finished if self.is_due(work) else None
+        return finished if self.is_due(image) else None
 
-    def is_due(self, work: SourceImage) -> bool:
+    def is_due(self, image: SourceImage) -> bool:
         """Whether the attempt is still to be made or certified."""
         if self.number:
-            return next_attempt(work.store, self.settings) == self.number
-        return "reconstruction" not in work.store.read_run()
+            return next_attempt(image.store, self.settings) == self.number
+        return "reconstruction" not in image.store.read_run()
 
     @property
     def inner_steps_at_most(self) -> int:
         """Optimiser steps for one timestep at most, before z-tilde rolls out for good."""
         return self.settings.inner_steps * 2**self.number
 
-    def logged_as(self, work: SourceImage) -> str:
+    def logged_as(self, image: SourceImage) -> str:
         """The name of a picture in the logs; later attempts have curves of their own."""
-        return work.store.folder.name + (f"-attempt-{self.number + 1}" if self.number else "")
+        return image.store.folder.name + (f"-attempt-{self.number + 1}" if self.number else "")

@@ -21,18 +21,18 @@ class Planner:
         self,
         denoiser: Denoiser,
         settings: TuningSettings,
-        works: Sequence[SourceImage],
+        images: Sequence[SourceImage],
         slots: int,
         failures: Failures,
     ) -> None:
-        self.denoiser, self.settings, self.works = denoiser, settings, list(works)
+        self.denoiser, self.settings, self.images = denoiser, settings, list(images)
         self.slots, self.failures = slots, failures
 
     def passes(self) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, in order."""
-        for work in self.failures.left(self.works):
-            with self.failures.of([work]):
-                self._place(work, self.slots)
+        for image in self.failures.left(self.images):
+            with self.failures.of([image]):
+                self._place(image, self.slots)
                 return self.settings.passes(self.denoiser.learns)
         return ("roll-out",)
 
@@ -43,27 +43,27 @@ class Planner:
 
         `tuning` makes its field of run.json, once psi is attached.
         """
-        works, done = [attempt.at(work) for work in self.works], list[set[int] | None]()
-        for work in works:
+        images, done = [attempt.at(image) for image in self.images], list[set[int] | None]()
+        for image in images:
             done.append(None)
-            with self.failures.of([work]):
-                if work not in self.failures:
-                    self._place(work, self.slots)
-                    done[-1] = attempt.open(work, len(self.denoiser.table), tuning(), editing)
-        return works, self._phases(works, done, which)
+            with self.failures.of([image]):
+                if image not in self.failures:
+                    self._place(image, self.slots)
+                    done[-1] = attempt.open(image, len(self.denoiser.table), tuning(), editing)
+        return images, self._phases(images, done, which)
 
-    def _phases(self, works: list[SourceImage], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
+    def _phases(self, images: list[SourceImage], done: Sequence[set[int] | None], which: Pass) -> list[Phase]:
         width, steps = self.slots, len(self.denoiser.table)
         if "pivots" in self.settings.passes(self.denoiser.learns):
-            width = min(width, len(works))  # slots that timesteps fill are not all filled by pictures
+            width = min(width, len(images))  # slots that timesteps fill are not all filled by pictures
         rolling = batches(done, steps, width)
         if which == "pivots":
-            done_at_pivots = [work.store.done_at_pivots() for work in works]
+            done_at_pivots = [image.store.done_at_pivots() for image in images]
             missing = missing_at_pivots(rolling, done_at_pivots, steps, self.settings.carry)
             return at_pivots(missing, steps, self.slots)
-        for work in self.failures.left(works)[:1]:
-            self._place(work, width)
+        for image in self.failures.left(images)[:1]:
+            self._place(image, width)
         return roll_out(rolling, steps)
 
-    def _place(self, work: SourceImage, slots: int) -> None:
-        self.denoiser.place(work.store.latent_grid(), slots)
+    def _place(self, image: SourceImage, slots: int) -> None:
+        self.denoiser.place(image.store.latent_grid(), slots)

@@ -28,7 +28,7 @@ class Results:
 
     def write(
         self,
-        work: SourceImage,
+        image: SourceImage,
         i: int,
         psi: Mapping[str, Tensor],
         kv: Mapping[str, Bars] | None,
@@ -37,8 +37,8 @@ class Results:
         z_to: Float[Tensor, "1 c h w"],
     ) -> None:
         """Write psi_t, z-tilde after the step, and K-bar and V-bar if they are stored."""
-        dtype, name = self.attempt.settings.store_dtype, self.attempt.logged_as(work)
-        work.store.save_step(i, psi, z_to[0], kv, figures, dtype, self.writer.of(work))
+        dtype, name = self.attempt.settings.store_dtype, self.attempt.logged_as(image)
+        image.store.save_step(i, psi, z_to[0], kv, figures, dtype, self.writer.of(image))
         self._log(name, i, figures)
         table, every = self.denoiser.table, self.watch.x_0_every
         if self.watch.loggers and every and i % every == 0 and table.has_effect(i):  # the paper's Fig. 3
@@ -48,35 +48,35 @@ class Results:
             )
 
     def write_at_pivot(
-        self, work: SourceImage, i: int, psi: Mapping[str, Tensor], figures: Mapping[str, float]
+        self, image: SourceImage, i: int, psi: Mapping[str, Tensor], figures: Mapping[str, float]
     ) -> None:
         """Write psi_t as tuned at its pivot, for the roll-out to start from."""
-        work.store.save_pivot(i, psi, figures, self.attempt.settings.store_dtype, self.writer.of(work))
-        self._log(f"{self.attempt.logged_as(work)}/at_pivot", i, figures)
+        image.store.save_pivot(i, psi, figures, self.attempt.settings.store_dtype, self.writer.of(image))
+        self._log(f"{self.attempt.logged_as(image)}/at_pivot", i, figures)
 
-    def certify(self, works: Sequence[SourceImage]) -> None:
+    def certify(self, images: Sequence[SourceImage]) -> None:
         """Write the certificates of tuned pictures, and show their PSNR."""
         quality = list[float]()
-        for work in works:
-            with self.watch.failures.of([work]):
-                quality.append(self._certify(work))
+        for image in images:
+            with self.watch.failures.of([image]):
+                quality.append(self._certify(image))
         demanded = self.attempt.settings.required_psnr
         below = sum(value < demanded for value in quality)
         missed = f"; {below} of {len(quality)} below the {demanded:g} dB required" if below else ""
         shown = ", ".join(f"{value:.1f}" for value in quality)
         self.watch.progress.finish(f"reconstruction {shown} dB to the VAE round trip{missed}")
 
-    def certify_rest(self, works: Sequence[SourceImage]) -> None:
+    def certify_rest(self, images: Sequence[SourceImage]) -> None:
         """Certify those that are tuned but not certified, after an interrupted fit; and say nothing."""
-        for work in works:
-            with self.watch.failures.of([work]):
-                if work not in self.watch.failures and self.attempt.is_due(work):
-                    self._certify(work)
+        for image in images:
+            with self.watch.failures.of([image]):
+                if image not in self.watch.failures and self.attempt.is_due(image):
+                    self._certify(image)
 
-    def _certify(self, work: SourceImage) -> float:
+    def _certify(self, image: SourceImage) -> float:
         """Write the certificate of a tuned picture; its PSNR to the VAE round trip in dB."""
-        record = certify(self.denoiser, work.store, self.attempt)
-        name = work.store.folder.name
+        record = certify(self.denoiser, image.store, self.attempt)
+        name = image.store.folder.name
         metrics = {f"{name}/{key}": value for key, value in record.items() if key.startswith("psnr_")}
         for logger in self.watch.loggers:
             logger.log_metrics(metrics, step=len(record["attempts"]) - 1)
@@ -84,8 +84,8 @@ class Results:
         embedded = self.denoiser.backbone.identity["checkpoint"] == "menagerie"
         if embedded and kept < WELL_KEPT and self.attempt.number == 0:
             self.watch.progress.note(
-                f"{work.name}: the embedded model knows its drawn animals alone, and gives this picture back "
-                f"at {kept:.1f} dB: for a photograph, give --config configs/sd15.yaml or --checkpoint"
+                f"{image.name}: the embedded model knows its drawn animals alone, and gives this picture "
+                f"back at {kept:.1f} dB: for a photograph, give --config configs/sd15.yaml or --checkpoint"
             )
         return record["psnr_to_round_trip"]
 

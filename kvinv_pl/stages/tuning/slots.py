@@ -20,7 +20,6 @@ from kvinv_pl.stages.invert import mask_of
 class Member:
     """A picture loaded for tuning."""
 
-    work: SourceImage
     digest: str
     """Of its pixels: random starts follow from it."""
     pivots: Float[Tensor, "levels c h w"]
@@ -41,10 +40,10 @@ class Slots:
     """(slots,): empty, or failed."""
 
     def __init__(
-        self, denoiser: Denoiser, works: Sequence[SourceImage], negative: str, failures: Failures
+        self, denoiser: Denoiser, images: Sequence[SourceImage], negative: str, failures: Failures
     ) -> None:
         """Take the pictures that phases number; those that cannot be loaded go to `failures`."""
-        self.denoiser, self.works, self.negative, self.failures = denoiser, works, negative, failures
+        self.denoiser, self.images, self.negative, self.failures = denoiser, images, negative, failures
         self._loaded: dict[int, Member] = {}
 
     def enter(self, phase: Phase) -> None:
@@ -55,12 +54,12 @@ class Slots:
 
     def _fill(self, phase: Phase) -> None:
         self.lost = ~torch.tensor(phase.active)
-        wanted = {phase.members[slot]: work for slot, work in self.active()}
+        wanted = {phase.members[slot]: image for slot, image in self.active()}
         self._loaded = {number: member for number, member in self._loaded.items() if number in wanted}
-        for number, work in wanted.items():
-            with self.failures.of([work]):
+        for number, image in wanted.items():
+            with self.failures.of([image]):
                 if number not in self._loaded:
-                    self._loaded[number] = self._load(work)
+                    self._loaded[number] = self._load(image)
         filled = [slot for slot, _ in self.active()]
         self.lost |= torch.tensor([slot not in filled for slot in range(len(phase.members))])
         if filled:
@@ -70,17 +69,17 @@ class Slots:
             masks = [member.mask for member in self.members if member.mask is not None]
             self.denoiser.bind(torch.stack(masks) if masks else None)
 
-    def _load(self, work: SourceImage) -> Member:
-        store = work.store
-        contexts = self.denoiser.backbone.embed([self.negative, work.source])
+    def _load(self, image: SourceImage) -> Member:
+        store = image.store
+        contexts = self.denoiser.backbone.embed([self.negative, image.source])
         digest = store.read_run()["picture"]["sha256"]
-        return Member(work, digest, store.trajectory(), contexts, mask_of(store))
+        return Member(digest, store.trajectory(), contexts, mask_of(store))
 
     def active(self) -> list[tuple[int, SourceImage]]:
         """The slots that count, and the pictures in them: neither padding nor failed."""
         pairs = enumerate(zip(self.phase.members, self.phase.active, strict=True))
-        found = [(slot, self.works[member]) for slot, (member, active) in pairs if active]
-        return [(slot, work) for slot, work in found if work not in self.failures]
+        found = [(slot, self.images[member]) for slot, (member, active) in pairs if active]
+        return [(slot, image) for slot, image in found if image not in self.failures]
 
     def levels(self, steps: Sequence[int]) -> Float[Tensor, "slots c h w"]:
         """z-hat of every slot after so many steps from noise: the pivot it starts from, or is to reach."""
@@ -98,9 +97,9 @@ class Slots:
     def resume(self, first: int) -> None:
         """Load z-tilde at the step at which the roll-out resumes, and psi of the step before."""
         self.z = self.levels([0] * len(self.members))
-        for slot, work in self.active() if first else []:
-            with self.failures.of([work]):
-                before: Step = work.store.step(first - 1)
+        for slot, image in self.active() if first else []:
+            with self.failures.of([image]):
+                before: Step = image.store.step(first - 1)
                 self.z[slot] = before.z.to(self.denoiser.device)
                 self.denoiser.read(before.psi, slot)
         self.drop_failed()
@@ -113,12 +112,12 @@ class Slots:
         """
         used = [0] * len(self.members)
         learned = {f"{cp.site.path}.{name}" for cp in self.denoiser.cps for name, _ in cp.named_parameters()}
-        for slot, work in self.active():
+        for slot, image in self.active():
             i = self.phase.steps[slot]
-            with self.failures.of([work]):
-                psi, info = work.store.pivot(i)
+            with self.failures.of([image]):
+                psi, info = image.store.pivot(i)
                 if carry and i:
-                    previous, current = work.store.pivot(i - 1)[0], self.denoiser.values()
+                    previous, current = image.store.pivot(i - 1)[0], self.denoiser.values()
                     moved = {name: psi[name].float() - previous[name].float() for name in learned}
                     psi = {**psi, **{name: current[name][slot].cpu() + moved[name] for name in learned}}
                 self.denoiser.read(psi, slot)
@@ -130,9 +129,9 @@ class Slots:
         """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
         values = self.denoiser.values()
         said = too_large(values, dtype)
-        for slot, work in self.active():
+        for slot, image in self.active():
             if slot in said:
-                self.failures.note(work.label, said[slot])
+                self.failures.note(image.label, said[slot])
         self.drop_failed()
         for value in values.values():
             rows = value.view(len(value), 1, -1) if value.ndim < 3 else value  # each slot by itself

@@ -30,20 +30,20 @@ class Tuning:
         denoiser: Denoiser,
         attempt: Attempt,
         which: Pass,
-        works: Sequence[SourceImage],
+        images: Sequence[SourceImage],
         plan: Sequence[Phase],
         watch: Watch,
     ) -> None:
         """Take the network with psi attached, as many slots wide as the phases of `plan` are.
 
-        `works` are the pictures with the phases of this attempt, which know them by their number.
+        `images` are the pictures with the phases of this attempt, which know them by their number.
         """
         self.denoiser, self.attempt, self.settings = denoiser, attempt, attempt.settings
-        self.works, self.plan, self.rolls_out = list(works), list(plan), which == "roll-out"
+        self.images, self.plan, self.rolls_out = list(images), list(plan), which == "roll-out"
         self.watch, self.progress, self.failures = watch, watch.progress, watch.failures
         self.inner_steps = attempt.inner_steps(which)
         self.results = Results(denoiser, attempt, watch)
-        self._slots = Slots(denoiser, self.works, self.settings.negative, self.failures)
+        self._slots = Slots(denoiser, self.images, self.settings.negative, self.failures)
 
     @property
     def converged(self) -> bool:
@@ -87,8 +87,8 @@ class Tuning:
             slots.start(self.attempt.seed)
 
     def _announce(self) -> None:
-        works = [work for _, work in self._slots.active()] if self.rolls_out else self.works
-        name = works[0].name if len(works) == 1 else f"{len(works)} pictures"
+        images = [image for _, image in self._slots.active()] if self.rolls_out else self.images
+        name = images[0].name if len(images) == 1 else f"{len(images)} pictures"
         if self.attempt.number:
             name += f" again, with {self.attempt.inner_steps_at_most} inner steps"
         if self.rolls_out:
@@ -177,10 +177,10 @@ class Tuning:
         lost = ~errors.isfinite() & ~self._slots.lost
         if not bool(lost.any()):
             return
-        for slot, work in self._slots.active():
+        for slot, image in self._slots.active():
             if lost[slot]:
                 self.failures.note(
-                    work.label,
+                    image.label,
                     f"the reconstruction is no longer finite at step {self._phase.steps[slot]}: use a lower "
                     "learning rate or guidance scale, or precision 32-true",
                 )
@@ -214,7 +214,7 @@ class Tuning:
         loss = float(ends[~slots.lost].mean())
         if not dry_run:
             self._settle()
-        for slot, work in slots.active() if not dry_run else ():
+        for slot, image in slots.active() if not dry_run else ():
             i = self._phase.steps[slot]
             figures = {
                 "loss_start": float(begins[slot]),
@@ -224,18 +224,18 @@ class Tuning:
             if self.rolls_out and self.settings.curriculum == "pivot":
                 figures["inner_steps_at_pivot"] = int(self._used_at_pivots[slot])
             psi = {name: value[slot] for name, value in self.denoiser.values().items()}
-            with self.failures.of([work]):
+            with self.failures.of([image]):
                 if self.rolls_out:
                     bars = {path: (k[:, slot], v[:, slot]) for path, (k, v) in kv.items()}
                     stored = bars if self.settings.kv == "stored" else None
                     z_from, z_to = before[slot : slot + 1], slots.z[slot : slot + 1]
-                    self.results.write(work, i, psi, stored, figures, z_from, z_to)
+                    self.results.write(image, i, psi, stored, figures, z_from, z_to)
                 else:
-                    self.results.write_at_pivot(work, i, psi, figures)
+                    self.results.write_at_pivot(image, i, psi, figures)
         self.progress.advance(f"loss {loss:.2e}", made)  # now it is done: who is told may stop here
         if not dry_run and self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
             self._settle()
-            self.results.certify([work for _, work in slots.active()])
+            self.results.certify([image for _, image in slots.active()])
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads, if stored."""
