@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing, with_own
-from kvinv_pl.attention.processor import KV, PLAIN, CPProcessor, Mode, Project, Sdpa, for_edits, layer_at
+from kvinv_pl.attention.processor import (
+    KV,
+    PLAIN,
+    CPProcessor,
+    Mode,
+    Project,
+    Sdpa,
+    attention_layer,
+    expand_to_edits,
+)
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
 
@@ -26,7 +35,7 @@ class Attachment:
 
     def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
         self.unet, self.psi = unet, dict(psi)
-        self._layers = layers = {path: layer_at(unet, path, "CP-attn") for path in psi}
+        self._layers = layers = {path: attention_layer(unet, path, "CP-attn") for path in psi}
         for path, layer in layers.items():
             site = psi[path].site
             if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
@@ -189,7 +198,7 @@ class Attachment:
 
     def _attend_edit(self, site: Site, q: Tensor, bars: KV, own: Callable[[], KV], sdpa: Sdpa) -> Tensor:
         """Eq. 2 of the edits' rows with the source's K-bar and V-bar; `own` projects the edits' own."""
-        cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
+        cp, (k_bar, v_bar) = self.psi[site.path], (expand_to_edits(site, q, bar) for bar in bars)
         if self._mixing == "concat":
             sdpa = with_own(own(), sdpa)
         subject = self._subject_map(site.grid) if self._subject_map is not None and cp.follows else None

@@ -16,7 +16,7 @@ import yaml
 from commands import QUICK, command, kvinv, photograph, process, refused, size, times, tree
 from PIL import ExifTags, Image
 
-from kvinv_pl.cli.arguments import SHORT
+from kvinv_pl.cli.arguments import SHORT_FLAGS
 from kvinv_pl.cli.entry import main
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.run_store import RunStore
@@ -141,7 +141,7 @@ def test_the_usual_options_of_a_stage_are_those_that_it_makes_something_of(
 ) -> None:
     usual = kvinv(verb, "--help").out.partition("the usual options:\n")[2].partition("\n\n")[0]
     shown = {line.split()[0] for line in usual.splitlines() if line.startswith("  -")}
-    assert shown == {*SHORT, *(["--run"] if verb == "edit" else []), "-c,"} - idle
+    assert shown == {*SHORT_FLAGS, *(["--run"] if verb == "edit" else []), "-c,"} - idle
     assert usual.splitlines()[-1].startswith("  -c, --config FILE ")
     given = [arg for flag in idle for arg in (flag, "blend" if flag == "--reading" else 1)]
     answer = kvinv(verb, *cat, *given, "--print_config")  # taken all the same

@@ -11,7 +11,7 @@ from torch import Tensor, cat
 
 from kvinv_pl.algorithm.editing import branches_at, first_step
 from kvinv_pl.attention.attachment import Attachment
-from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
+from kvinv_pl.attention.cross_attention import AttentionMaps, cross_attentions, recording_maps
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.runs.tensors import Step
@@ -90,7 +90,7 @@ class Reader:
             return _subject_map(maps, extra, len(self.branches), grid) if settled else None
 
         # the decoder's maps are the best, see prompts.mask_from_word
-        watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
+        watched = recording_maps(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
         self._maps = maps = self._open.enter_context(watched)
         self._map = subject_map
         self._open.enter_context(attachment.following(subject_map))
@@ -121,7 +121,7 @@ class Reader:
     def alone(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "edits c h w"]:
         """The output of the target branch of every edit, which attends to itself outside `psi`."""
         contexts = self.contexts[len(self.branches) - 1 :: len(self.branches)]
-        unseen = self._maps.looking_away() if self._maps else nullcontext()
+        unseen = self._maps.paused() if self._maps else nullcontext()
         with self.denoiser.autocast(), unseen:
             return self.denoiser.backbone.predict(z, t, contexts)
 
@@ -191,10 +191,10 @@ class Reader:
 
 
 def _subject_map(
-    maps: Maps, extra: int, branches: int, grid: tuple[int, int]
+    maps: AttentionMaps, extra: int, branches: int, grid: tuple[int, int]
 ) -> Float[Tensor, "branches 1 h w"] | None:
     """Attention maps of each edit to its word: the mean of this forward so far and those before."""
-    known = [found for found in (maps.now(grid), maps.average(grid)) if found is not None]
+    known = [found for found in (maps.current(grid), maps.average(grid)) if found is not None]
     if not known:  # the very first
         return None
     # only the rows of the targets have the word; their maps serve the other branches, too
