@@ -1,4 +1,4 @@
-"""From Python: load a model, tune a picture, edit it; inside are the command line's module and trainer."""
+"""The Python API: load a model, tune a picture, edit it; inside are the command line's module and trainer."""
 
 import inspect
 import shutil

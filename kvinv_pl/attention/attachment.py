@@ -84,26 +84,19 @@ class Attachment:
             if self._layers[path].processor is processor:
                 self._layers[path].set_processor(processor.original)
 
-    def blend(self) -> AbstractContextManager[None]:
-        """Eq. 1 with the live psi."""
-
-        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
-            return self._attend(site, q, self._bars(site, q, *project()), sdpa)
-
-        return self._in(mode)
-
     @contextmanager
-    def recording(self) -> Iterator[dict[str, KV]]:
-        """As `blend`; the dictionary gets the K-bar and V-bar used, detached."""
-        kept: dict[str, KV] = {}
+    def blend(self, record: bool = False) -> Iterator[dict[str, KV]]:
+        """Eq. 1 with the live psi; with `record` the dictionary gets the K-bar and V-bar used, detached."""
+        recorded: dict[str, KV] = {}
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = self._bars(site, q, *project())
-            kept[site.path] = k_bar.detach(), v_bar.detach()
+            if record:
+                recorded[site.path] = k_bar.detach(), v_bar.detach()
             return self._attend(site, q, (k_bar, v_bar), sdpa)
 
         with self._in(mode):
-            yield kept
+            yield recorded
 
     @contextmanager
     def frozen(self, kv: Mapping[str, KV]) -> Iterator[None]:
@@ -140,35 +133,34 @@ class Attachment:
         return self._in(mode)
 
     @contextmanager
-    def following(self, subject_map: SubjectMap) -> Iterator[None]:
-        """Give the variants that follow the subject the edits' attention maps to its word."""
-        self._subject_map = subject_map
-        try:
-            yield
-        finally:
-            self._subject_map = None
+    def editing(
+        self, sharpness: float = 1.0, mixing: Mixing = "replace", subject_map: SubjectMap | None = None
+    ) -> Iterator[None]:
+        """How the rows of edits attend, in `frozen` and `replaying`.
 
-    @contextmanager
-    def editing(self, sharpness: float = 1.0, mixing: Mixing = "replace") -> Iterator[None]:
-        """A factor of the scores of Eq. 2 in the rows of edits, and what those read; see `mixing`."""
-        self._sharpness, self._mixing = sharpness, mixing
+        Args:
+            sharpness: A factor of the scores of Eq. 2.
+            mixing: What they read, see `kvinv_pl.attention.mixing`.
+            subject_map: For variants that follow the subject.
+        """
+        self._sharpness, self._mixing, self._subject_map = sharpness, mixing, subject_map
         try:
             yield
         finally:
-            self._sharpness, self._mixing = 1.0, "replace"
+            self._sharpness, self._mixing, self._subject_map = 1.0, "replace", None
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
         """Plain attention, psi unused; the dictionary gets each layer's own K and V, detached."""
-        kept: dict[str, KV] = {}
+        recorded: dict[str, KV] = {}
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k, v = project()
-            kept[site.path] = k.detach(), v.detach()
+            recorded[site.path] = k.detach(), v.detach()
             return sdpa(q, k, v)
 
         with self._in(mode):
-            yield kept
+            yield recorded
 
     @contextmanager
     def _in(self, mode: Mode) -> Iterator[None]:

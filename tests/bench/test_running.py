@@ -339,7 +339,7 @@ def test_the_page_on_methods_shows_what_runs(tmp_path: Path, monkeypatch: pytest
         exec(code.replace('"menagerie"', f'{str(fits.checkpoint())!r}, accelerator="cpu", steps=3'), {})
     assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "masactrl.png", "words.png"}
     assert all(f"`{name}`" in page for name in FOUND)
-    missed = page.partition("## Not here, and why")[2].partition("\n## ")[0]
+    missed = page.partition("## Methods that are not included")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", missed, re.M) == sorted(UNSUPPORTED)
 
 

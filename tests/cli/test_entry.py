@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -218,6 +219,22 @@ def test_world_writes_every_action_with_its_mask_and_prompt(tmp_path: Path) -> N
     for work, line, action in zip(works, answer.out.splitlines(), ACTIONS, strict=True):
         assert [str(work.path), work.source] == line.split("\t")
         assert work.mask == tmp_path / "world" / f"{action}-mask.png"
+
+
+@pytest.mark.parametrize("options", [[], ["--sheet", 2]], ids=["pictures", "sheet"])
+def test_world_writes_a_file_whole_or_not_at_all(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("world", "--size", 16, "-o", tmp_path, *options)
+    assert kvinv(*command).code == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*places: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kvinv_pl.data.runs.files.os.replace", full)
+    refused(kvinv(*command, "--seed", 8), "cannot write", "No space left on device")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_world_shows_several_animals_on_a_sheet(tmp_path: Path) -> None:

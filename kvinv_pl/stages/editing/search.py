@@ -1,4 +1,4 @@
-"""Settings that choose themselves: edits in several ways, judged without a truth."""
+"""Automatic settings: edits in several ways, judged without a truth."""
 
 from __future__ import annotations
 

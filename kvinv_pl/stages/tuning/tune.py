@@ -245,10 +245,10 @@ class Tuning:
                 slots.z = self._reconstruct()
             return {}
         if not self.denoiser.at_pivot:
-            with attachment.recording() as kv, self._front():
+            with attachment.blend(record=True) as kv, self._front():
                 slots.z = self._reconstruct()
             return kv
-        with attachment.recording() as kv:
+        with attachment.blend(record=True) as kv:
             self._reconstruct(slots.levels(self._phase.steps))
         with attachment.frozen(kv):  # as an edit to the source prompt would
             slots.z = self._reconstruct()
