@@ -1,4 +1,4 @@
-"""From Python: load a model, tune a picture, edit it; inside are the command line's module and trainer."""
+"""The Python API: load a model, tune a picture, edit it; inside are the command line's module and trainer."""
 
 import inspect
 import shutil
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from kvinv_pl.attention.config import build
+from kvinv_pl.attention.config import variant_from_config
 from kvinv_pl.attention.registry import resolve
 from kvinv_pl.data.images.geometry import Mode
 from kvinv_pl.data.images.pictures import open_picture
@@ -21,7 +21,7 @@ from kvinv_pl.data.source_image import settings_of
 from kvinv_pl.errors import UserError, near
 from kvinv_pl.models.checkpoints.hub import require
 from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY, Pipeline, refuse_other_pipelines
-from kvinv_pl.models.choices import Precision
+from kvinv_pl.models.load_options import Precision
 from kvinv_pl.stages.progress import AfterStep, Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
 from kvinv_pl.training.datamodule import SourceImages
@@ -193,7 +193,11 @@ def open_run(folder: str | Path, **given: Any) -> Run:
 def settings_to_open(folder: str | Path) -> dict[str, Any]:
     """What `load` is given for a tuned run folder."""
     found = settings_of(Path(folder).expanduser(), IDLE)
-    return {**found["model"], "attention": build(found["model"]["attention"]), **found.get("trainer", {})}
+    return {
+        **found["model"],
+        "attention": variant_from_config(found["model"]["attention"]),
+        **found.get("trainer", {}),
+    }
 
 
 def _require_text(name: str, text: object) -> None:

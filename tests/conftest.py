@@ -79,9 +79,9 @@ def read_once() -> Iterator[None]:
     from kvinv_pl.models import checkpoint
     from kvinv_pl.models.checkpoints import folder
 
-    read, before, kept = checkpoint.of_folder, set[Any](), dict[Any, bytes]()
+    read, before, kept = checkpoint.load_folder, set[Any](), dict[Any, bytes]()
 
-    def of_folder(place: Path, name: str, dtype: torch.dtype, vae: Any, variant: str | None) -> Any:
+    def load_folder(place: Path, name: str, dtype: torch.dtype, vae: Any, variant: str | None) -> Any:
         files = [(file, file.stat()) for file in sorted(place.rglob("*.*")) if vae is None and file.is_file()]
         state = ((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in files)
         key = (name, dtype, variant, *state)
@@ -97,7 +97,7 @@ def read_once() -> Iterator[None]:
         return parts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "of_folder", of_folder)
+        patch.setattr(checkpoint, "load_folder", load_folder)
         yield
 
 

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from kvinv_pl.models.checkpoints.families import CONFIGS, tokenizer
+from kvinv_pl.models.checkpoints.families import CONFIGS, clip_tokenizer
 from kvinv_pl.models.checkpoints.loading import quiet
 
 Family = Literal["sd1", "sd2"]
@@ -44,7 +44,7 @@ def folder(family: Family, place: Path) -> Path:
         StableDiffusionPipeline(
             vae=AutoencoderKL(**vae),
             text_encoder=CLIPTextModel(CLIPTextConfig(**config["text_encoder"] | text)),
-            tokenizer=tokenizer(config["pad_token"]),
+            tokenizer=clip_tokenizer(config["pad_token"]),
             unet=UNet2DConditionModel(**unet),
             scheduler=scheduler,
             safety_checker=nothing,

@@ -72,11 +72,11 @@ def test_an_edit_may_ask_for_other_settings_which_are_forgotten_after_it(kv: KVI
 def test_who_is_told_of_an_edit_and_sees_its_steps_is_of_that_call_alone(kv: KVInverter, run: Run) -> None:
     begun, seen = list[str](), list[int]()
 
-    class Told(Progress):
+    class JobProgress(Progress):
         def begin(self, stage: str, picture: str, total: int) -> None:
             begun.append(stage)
 
-    run.edits([TARGET], progress=Told(), after_step=lambda i, t, z: seen.append(i))
+    run.edits([TARGET], progress=JobProgress(), after_step=lambda i, t, z: seen.append(i))
     run.edit(TARGET)
     assert begun == ["editing"]
     assert seen == list(range(kv.model.steps))

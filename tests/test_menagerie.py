@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, COATS, COLOURS, GROUNDS, SIZE, SPECIES, Animal
-from kvinv_pl.menagerie.judge import FILE, WORDS, Judge, accuracy, nearest_action
+from kvinv_pl.menagerie.classifier import FILE, WORDS, Classifier, accuracy, nearest_action
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.models.vision.clip import Clip
 from kvinv_pl.models.vision.sam import Segmenter
@@ -191,29 +191,29 @@ def test_the_nearest_true_picture_is_sought_at_the_size_of_the_picture() -> None
 
 
 def test_a_judge_is_small_and_has_a_word_for_everything_that_a_prompt_names() -> None:
-    judge = Judge()
-    assert sum(parameter.numel() for parameter in judge.parameters()) < 500_000
-    scores = judge(torch.rand(3, 3, 64, 64) * 2 - 1)
+    classifier = Classifier()
+    assert sum(parameter.numel() for parameter in classifier.parameters()) < 500_000
+    scores = classifier(torch.rand(3, 3, 64, 64) * 2 - 1)
     assert {name: row.shape for name, row in scores.items()} == {
         name: (3, len(WORDS[name])) for name in WORDS
     }
 
 
 def test_a_judge_names_pictures_of_any_size_and_mode() -> None:
-    judge = Judge()
+    classifier = Classifier()
     pictures = [ANIMALS[0].render(size=size) for size in (32, 64, 100)]
-    named = judge.names([*pictures, pictures[0].convert("L"), pictures[1].convert("RGBA")])
+    named = classifier.names([*pictures, pictures[0].convert("L"), pictures[1].convert("RGBA")])
     assert all(words[name] in WORDS[name] for words in named for name in WORDS)
     assert named[4] == named[1]
-    assert set(accuracy(judge, pictures, [ANIMALS[0]] * 3)) == set(WORDS)
+    assert set(accuracy(classifier, pictures, [ANIMALS[0]] * 3)) == set(WORDS)
 
 
 def test_a_judge_that_is_missing_or_damaged_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no judge"):
-        Judge.load(tmp_path)
+        Classifier.load(tmp_path)
     (tmp_path / FILE).write_bytes(b"not a judge")
     with pytest.raises(UserError, match="cannot be read as a judge") as caught:
-        Judge.load(tmp_path)
+        Classifier.load(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -313,7 +313,7 @@ def test_an_export_is_an_ordinary_checkpoint_in_half_precision(
     for file in folder.rglob("*.json"):
         assert str(trained) not in file.read_text(encoding="utf-8"), file
     assert json.loads((folder / "model_index.json").read_text())["safety_checker"] == [None, None]
-    Judge.load(folder)
+    Classifier.load(folder)
     mask = Segmenter.load(str(folder / "sam")).segment(ANIMALS[0].render(), points=[(31, 40)])
     assert mask.size == (SIZE, SIZE)
     seen = Clip.load(folder / "clip")

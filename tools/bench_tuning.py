@@ -42,10 +42,10 @@ def front(
         plain = counting.flops(counted.inner_step)
         with counting.FusedAttention(), counting.LiveMemory(*held) as plain_memory:
             counted.inner_step()
-        with counted.cache.kept():
+        with counted.cache.reuse():
             counted.inner_step()
             kept = counting.flops(counted.inner_step)
-            counted.cache.forget()
+            counted.cache.clear()
             with counting.FusedAttention(), counting.LiveMemory(*held) as kept_memory:
                 counted.inner_step()
                 counted.inner_step()
@@ -56,7 +56,7 @@ def front(
     timed = Tuning.of(geometry, where, branches, device, torch.float32)
 
     def with_front() -> None:
-        with timed.cache.kept():
+        with timed.cache.reuse():
             timed.inner_step()
 
     with timed.attachment.blend():

@@ -23,10 +23,10 @@ from report_menagerie import pages
 from kvinv_pl.data.images.geometry import Geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import checkpoint
+from kvinv_pl.menagerie.analysis.truth import Truth
 from kvinv_pl.menagerie.bootstrap import bootstrap_interval
 from kvinv_pl.menagerie.case import Case
 from kvinv_pl.menagerie.identity import AT_LEAST, AT_MOST, Identity, compare
-from kvinv_pl.menagerie.seen.known import Known
 from kvinv_pl.stages.progress import Progress
 
 TRUE, OTHER = "truth", "another, same scene"
@@ -69,7 +69,7 @@ def table(found: dict[str, list[Identity]]) -> str:
     for name in (field.name for field in fields(Identity) if field.name in TOLERANCES):
         sign, share = ("≥", 0.02) if name in AT_LEAST else ("≤", 0.98)
         most = np.nanquantile([getattr(one, name) for one in found[TRUE]], share)
-        cells = [percent([one.kept(name) for one in found[kind]]) for kind in KINDS]
+        cells = [percent([one.passes(name) for one in found[kind]]) for kind in KINDS]
         lines.append(f"| {name} | {sign} {TOLERANCES[name]} | {most:.3f} | " + " | ".join(cells) + " |")
     cells = [percent([one.same_animal for one in found[kind]]) for kind in KINDS]
     lines.append("| **same animal** | | | " + " | ".join(cells) + " |")
@@ -123,9 +123,9 @@ def calibrate(
     progress = Progress()
     progress.begin("measuring", f"{cases} cases of {size} pixels", cases)
     for case in sampled:
-        known = Known(case.animal, case.target, size)
+        truth = Truth(case.animal, case.target, size)
         for kind, picture in zip(KINDS, through(trained, drawn(case, size)), strict=True):
-            found[kind].append(compare(picture, known))
+            found[kind].append(compare(picture, truth))
             shown[kind].append(picture)
         progress.advance("cases")
     progress.finish()

@@ -24,8 +24,8 @@ from kvinv_pl.data.images.geometry import as_pixels
 from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import ACTIONS, Animal
+from kvinv_pl.menagerie.classifier import WORDS, Classifier, accuracy, nearest_action
 from kvinv_pl.menagerie.identity import identity
-from kvinv_pl.menagerie.judge import WORDS, Judge, accuracy, nearest_action
 from kvinv_pl.models.vision.sam import Segmenter
 from kvinv_pl.stages.progress import Progress
 
@@ -72,7 +72,7 @@ def groups(count: int, size: int) -> Iterator[range]:
     return (range(first, min(first + size, count)) for first in range(0, count, size))
 
 
-def round_trips(report: Report, backbone: Any, judge: Judge, seeds: range, out: Path) -> None:
+def round_trips(report: Report, backbone: Any, judge: Classifier, seeds: range, out: Path) -> None:
     """The autoencoder, the nearest true picture and the judge, on true pictures and round trips."""
     animals, (rgb, mask) = [Animal.sample(seed) for seed in seeds], drawn(seeds, backbone.sample_size[0])
     x = unit(rgb)
@@ -170,7 +170,7 @@ def sampled(
 
 
 def prompted_and_seen(
-    report: Report, pictures: list[Image.Image], animals: list[Animal], judge: Judge, out: Path
+    report: Report, pictures: list[Image.Image], animals: list[Animal], judge: Classifier, out: Path
 ) -> None:
     """How many samples show what their prompts ask for, by the judge; a sheet with a row for each action."""
     for name, share in accuracy(judge, pictures, animals).items():
@@ -217,7 +217,7 @@ def report(
             raise UserError(f"--{name} must be at least {least}, got {value}")
     backbone = Backbone.load(checkpoint)
     folder = menagerie.checkpoint() if checkpoint == "menagerie" else Path(checkpoint)
-    judge, result = Judge.load(folder), Report()
+    judge, result = Classifier.load(folder), Report()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{folder}: seeds from {seed_base}, {cases} cases, {samples} samples at guidance {guidance}")
     with torch.inference_mode():

@@ -112,7 +112,7 @@ class Trial:
                 errors = squared_errors(aims, self.table.forward(rows, eps, i)).view(-1, n)
                 (errors[0].sum() + (errors[1:].mean(0).sum() if readers else 0)).backward()
                 optimizer.step()
-            with torch.no_grad(), attachment.recording() as kv:
+            with torch.no_grad(), attachment.blend(record=True) as kv:
                 z = self.table.forward(z, self.backbone.predict(z, t.expand(n), self.source), i)
             bars.append(kv)
         return self._edited(bars)

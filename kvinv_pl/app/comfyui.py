@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.api import KVInverter, Run, load
-from kvinv_pl.app import subject
+from kvinv_pl.app import subject_mask
 from kvinv_pl.app.comfyui_types import Bar, as_input, as_mask, as_picture, as_tensor
-from kvinv_pl.app.dials import dials, read
+from kvinv_pl.app.edit_options import edit_options, read
 from kvinv_pl.attention.registry import variants
 from kvinv_pl.data.runs.run_store import RunStore
-from kvinv_pl.models.choices import Precision
+from kvinv_pl.models.load_options import Precision
 
 Inputs = dict[str, dict[str, Any]]
 
@@ -113,17 +113,17 @@ class EditPicture(Node):
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        """A run, a target, and the dials."""
+        """A run, a target, and the settings of an edit."""
         target = ("STRING", {"multiline": True, "default": "", "tooltip": "what it should become"})
         run = ("KV_RUN", {"tooltip": "from Tune a picture"})
         return {
             "required": {"run": run, "target": target},
-            "optional": {dial.name: as_input(dial) for dial in dials()},
+            "optional": {option.name: as_input(option) for option in edit_options()},
         }
 
-    def run(self, run: Run, target: str, **stands: Any) -> tuple[Tensor]:
+    def run(self, run: Run, target: str, **options: Any) -> tuple[Tensor]:
         """An edit; what is left out is as the model was loaded."""
-        settings = read([stands.get(dial.name) for dial in dials()])
+        settings = read([options.get(option.name) for option in edit_options()])
         return (as_tensor(run.edit(target, progress=Bar(), **settings)),)
 
 
@@ -148,7 +148,7 @@ class FindSubject(Node):
 
     def run(self, image: Float[Tensor, "n h w c"], x: int, y: int, sam: str) -> tuple[Tensor]:
         """1 on the subject, 0 elsewhere."""
-        found = subject.at_points(as_picture(image), [(x, y)] if min(x, y) >= 0 else [], sam=sam)
+        found = subject_mask.at_points(as_picture(image), [(x, y)] if min(x, y) >= 0 else [], sam=sam)
         return (as_tensor(found),)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from kvinv_pl.app.dials import Dial
+from kvinv_pl.app.edit_options import EditOption
 from kvinv_pl.stages.progress import Progress
 
 
@@ -38,18 +38,18 @@ def _of_bytes(values: Tensor) -> Image.Image:
     return Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
-def as_input(dial: Dial) -> tuple[Any, ...]:
-    """A dial as ComfyUI has one; what the model decides if it is left empty is a text, a number too."""
-    said: dict[str, Any] = {"tooltip": dial.help, "default": dial.default}
-    if dial.kind == "choice":
-        return list(dial.choices), said
-    if dial.default is None or dial.kind == "text":
-        return "STRING", {**said, "default": dial.default or ""}
-    if dial.kind == "switch":
-        return "BOOLEAN", said
-    low, high = dial.range or (0.0, 1e6)
-    kind = "INT" if dial.kind == "whole number" else "FLOAT"
-    return kind, {**said, "min": low, "max": high, "step": dial.step}
+def as_input(option: EditOption) -> tuple[Any, ...]:
+    """An option as an input of ComfyUI; what the model decides if it is left empty is a text."""
+    attributes: dict[str, Any] = {"tooltip": option.help, "default": option.default}
+    if option.kind == "choice":
+        return list(option.choices), attributes
+    if option.default is None or option.kind == "text":
+        return "STRING", {**attributes, "default": option.default or ""}
+    if option.kind == "switch":
+        return "BOOLEAN", attributes
+    low, high = option.range or (0.0, 1e6)
+    kind = "INT" if option.kind == "whole number" else "FLOAT"
+    return kind, {**attributes, "min": low, "max": high, "step": option.step}
 
 
 class Bar(Progress):

@@ -10,8 +10,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from typing_extensions import Self
 
 from kvinv_pl.api import KVInverter, Run, load_module, settings_to_open
-from kvinv_pl.app.on_one_device import ACCELERATORS, OnOneDevice, one_device, precision_in
 from kvinv_pl.app.progress_bar import ProgressBar
+from kvinv_pl.app.single_device import ACCELERATORS, SingleDevicePipeline, one_device, precision_in
 from kvinv_pl.data.runs.files import TEMPORARY, explaining_os_errors
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
@@ -19,7 +19,7 @@ from kvinv_pl.training.module import KVInversion
 from kvinv_pl.training.precision import COMPUTE_DTYPES
 
 
-class FromPretrained(OnOneDevice):
+class FromPretrained(SingleDevicePipeline):
     """A pipeline around the module of a checkpoint, with a tuned picture or without one."""
 
     def __init__(self) -> None:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing, with_own
-from kvinv_pl.attention.processor import KV, PLAIN, CPProcessor, Mode, Project, Sdpa, for_edits, layer_at
+from kvinv_pl.attention.processor import (
+    KV,
+    PLAIN,
+    CPProcessor,
+    Mode,
+    Project,
+    Sdpa,
+    attention_layer,
+    expand_to_edits,
+)
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.errors import UserError
 
@@ -26,7 +35,7 @@ class Attachment:
 
     def __init__(self, unet: nn.Module, psi: Mapping[str, CPAttention]):
         self.unet, self.psi = unet, dict(psi)
-        self._layers = layers = {path: layer_at(unet, path, "CP-attn") for path in psi}
+        self._layers = layers = {path: attention_layer(unet, path, "CP-attn") for path in psi}
         for path, layer in layers.items():
             site = psi[path].site
             if (site.path, site.dim, site.heads) != (path, layer.inner_kv_dim, layer.heads):
@@ -75,26 +84,19 @@ class Attachment:
             if self._layers[path].processor is processor:
                 self._layers[path].set_processor(processor.original)
 
-    def blend(self) -> AbstractContextManager[None]:
-        """Eq. 1 with the live psi."""
-
-        def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
-            return self._attend(site, q, self._bars(site, q, *project()), sdpa)
-
-        return self._in(mode)
-
     @contextmanager
-    def recording(self) -> Iterator[dict[str, KV]]:
-        """As `blend`; the dictionary gets the K-bar and V-bar used, detached."""
-        kept: dict[str, KV] = {}
+    def blend(self, record: bool = False) -> Iterator[dict[str, KV]]:
+        """Eq. 1 with the live psi; with `record` the dictionary gets the K-bar and V-bar used, detached."""
+        recorded: dict[str, KV] = {}
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k_bar, v_bar = self._bars(site, q, *project())
-            kept[site.path] = k_bar.detach(), v_bar.detach()
+            if record:
+                recorded[site.path] = k_bar.detach(), v_bar.detach()
             return self._attend(site, q, (k_bar, v_bar), sdpa)
 
         with self._in(mode):
-            yield kept
+            yield recorded
 
     @contextmanager
     def frozen(self, kv: Mapping[str, KV]) -> Iterator[None]:
@@ -131,35 +133,34 @@ class Attachment:
         return self._in(mode)
 
     @contextmanager
-    def following(self, subject_map: SubjectMap) -> Iterator[None]:
-        """Give the variants that follow the subject the edits' attention maps to its word."""
-        self._subject_map = subject_map
-        try:
-            yield
-        finally:
-            self._subject_map = None
+    def editing(
+        self, sharpness: float = 1.0, mixing: Mixing = "replace", subject_map: SubjectMap | None = None
+    ) -> Iterator[None]:
+        """How the rows of edits attend, in `frozen` and `replaying`.
 
-    @contextmanager
-    def editing(self, sharpness: float = 1.0, mixing: Mixing = "replace") -> Iterator[None]:
-        """A factor of the scores of Eq. 2 in the rows of edits, and what those read; see `mixing`."""
-        self._sharpness, self._mixing = sharpness, mixing
+        Args:
+            sharpness: A factor of the scores of Eq. 2.
+            mixing: What they read, see `kvinv_pl.attention.mixing`.
+            subject_map: For variants that follow the subject.
+        """
+        self._sharpness, self._mixing, self._subject_map = sharpness, mixing, subject_map
         try:
             yield
         finally:
-            self._sharpness, self._mixing = 1.0, "replace"
+            self._sharpness, self._mixing, self._subject_map = 1.0, "replace", None
 
     @contextmanager
     def observing(self) -> Iterator[dict[str, KV]]:
         """Plain attention, psi unused; the dictionary gets each layer's own K and V, detached."""
-        kept: dict[str, KV] = {}
+        recorded: dict[str, KV] = {}
 
         def mode(site: Site, q: Tensor, project: Project, sdpa: Sdpa) -> Tensor:
             k, v = project()
-            kept[site.path] = k.detach(), v.detach()
+            recorded[site.path] = k.detach(), v.detach()
             return sdpa(q, k, v)
 
         with self._in(mode):
-            yield kept
+            yield recorded
 
     @contextmanager
     def _in(self, mode: Mode) -> Iterator[None]:
@@ -189,7 +190,7 @@ class Attachment:
 
     def _attend_edit(self, site: Site, q: Tensor, bars: KV, own: Callable[[], KV], sdpa: Sdpa) -> Tensor:
         """Eq. 2 of the edits' rows with the source's K-bar and V-bar; `own` projects the edits' own."""
-        cp, (k_bar, v_bar) = self.psi[site.path], (for_edits(site, q, bar) for bar in bars)
+        cp, (k_bar, v_bar) = self.psi[site.path], (expand_to_edits(site, q, bar) for bar in bars)
         if self._mixing == "concat":
             sdpa = with_own(own(), sdpa)
         subject = self._subject_map(site.grid) if self._subject_map is not None and cp.follows else None

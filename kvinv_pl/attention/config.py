@@ -13,17 +13,17 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def of_variant(cp: CPAttention) -> dict[str, Any]:
+def variant_config(cp: CPAttention) -> dict[str, Any]:
     """The class_path and init_args of a variant."""
     # an option that makes a variant is a wrapped variant
     options: dict[str, Any] = {}
     for name, value in cp.options.items():
         made: Any = value(cp.site) if callable(value) else None
-        options[name] = value if made is None else of_variant(made)
+        options[name] = value if made is None else variant_config(made)
     return {"class_path": class_path(type(cp)), "init_args": options}
 
 
-def build(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
+def variant_from_config(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
     """The factory of a variant, from its class_path and init_args.
 
     Raises UserError with the message of jsonargparse.

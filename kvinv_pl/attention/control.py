@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from kvinv_pl.algorithm.network import Attending, Control
-from kvinv_pl.attention.processor import around, layer_at, projected, sdpa_of
+from kvinv_pl.attention.processor import apply_attention, attention_layer, make_sdpa, project_tokens
 from kvinv_pl.errors import UserError
 
 
@@ -26,7 +26,7 @@ def controlled(
     def changed(path: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         return control.convolve(i, path, out.unflatten(0, (-1, 2))).to(out.dtype).flatten(0, 1)
 
-    attentions = {path: layer_at(unet, path, "a method") for path in control.attentions}
+    attentions = {path: attention_layer(unet, path, "a method") for path in control.attentions}
     processors = {path: layer.processor for path, layer in attentions.items()}
     layers = dict(unet.named_modules())
     if wrong := [path for path in control.convolutions if not isinstance(layers.get(path), nn.Conv2d)]:
@@ -61,17 +61,17 @@ def _controlled(
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         layers: Any = attn  # diffusers types to_k and to_v as None, too, which no plain processor has
-        q = projected(attn, x, layers.to_q, layers.norm_q).unflatten(0, (-1, 2))
-        k = projected(attn, context, layers.to_k, layers.norm_k).unflatten(0, (-1, 2))
-        v = projected(attn, context, layers.to_v, None).unflatten(0, (-1, 2))
+        q = project_tokens(attn, x, layers.to_q, layers.norm_q).unflatten(0, (-1, 2))
+        k = project_tokens(attn, context, layers.to_k, layers.norm_k).unflatten(0, (-1, 2))
+        v = project_tokens(attn, context, layers.to_v, None).unflatten(0, (-1, 2))
         bias = attention_mask
         if bias is not None:
             bias = attn.prepare_attention_mask(bias, context.shape[1], len(x))
         at = Attending(
-            path, encoder_hidden_states is not None, grids[x.shape[1]], q, k, v, sdpa_of(attn, q, bias),
+            path, encoder_hidden_states is not None, grids[x.shape[1]], q, k, v, make_sdpa(attn, q, bias),
             attn.heads, attn.scale if attn.scale_qk else 1.0,
         )  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):  # a map in fp32 stays so
             return middle(at).to(q.dtype).flatten(0, 1)
 
-    return around(attn, hidden_states, temb, attention)
+    return apply_attention(attn, hidden_states, temb, attention)

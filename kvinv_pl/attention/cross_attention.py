@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvinv_pl.attention.sites import grid_of
 
 
-class Maps:
+class AttentionMaps:
     """Attention maps of the watched tokens; rows are those of the U-Net's forward.
 
     A map is the mean over the heads, in 0..1, fp32 and without gradients.
@@ -25,19 +25,19 @@ class Maps:
         """One map a layer, by module path: of the forward under way or, between two, of the last one."""
         self.forwards = 0
         """How many have ended, of which `average` is the mean."""
-        self.looking = True
+        self.enabled = True
         self._sum: Tensor | None = None
 
     @contextmanager
-    def looking_away(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Record nothing of forwards in here."""
-        self.looking = False
+        self.enabled = False
         try:
             yield
         finally:
-            self.looking = True
+            self.enabled = True
 
-    def now(self, grid: tuple[int, int]) -> Float[Tensor, "rows h w"] | None:
+    def current(self, grid: tuple[int, int]) -> Float[Tensor, "rows h w"] | None:
         """The mean of the layers that this forward has come through, on a grid; None before the first."""
         layers = [resized(layer, grid) for layer in self.layers.values()]
         return torch.stack(layers).mean(0) if layers else None
@@ -49,7 +49,7 @@ class Maps:
     def end(self) -> None:
         """Count the layers of a forward into the average, which has the finest of their grids."""
         grids = [(layer.shape[1], layer.shape[2]) for layer in self.layers.values()]
-        mean = self.now(max(grids, key=lambda grid: grid[0] * grid[1])) if grids else None
+        mean = self.current(max(grids, key=lambda grid: grid[0] * grid[1])) if grids else None
         if mean is not None:
             self._sum = mean if self._sum is None else self._sum + mean
             self.forwards += 1
@@ -69,16 +69,16 @@ def cross_attentions(unet: nn.Module) -> list[str]:
 
 
 @contextmanager
-def watching(
+def recording_maps(
     unet: nn.Module,
     positions: Sequence[Sequence[int]],
     against: Sequence[int] = (),
     paths: Sequence[str] | None = None,
-) -> Iterator[Maps]:
+) -> Iterator[AttentionMaps]:
     """Record attention maps of some tokens in every forward of the U-Net, without changing its processors.
 
-    The maps may be read during a forward, too: in a decoder's self-attention, `now` is the mean of the layers
-    before it, and `average` that of the forwards before.
+    The maps may be read during a forward, too: in a decoder's self-attention, `current` is the mean of the
+    layers before it, and `average` that of the forwards before.
 
     Args:
         unet: the U-Net.
@@ -92,14 +92,14 @@ def watching(
         paths: module paths of the cross-attentions to watch, all of them by default; others cost nothing.
     """
     chosen = cross_attentions(unet) if paths is None else paths
-    maps, inputs = Maps(), dict[str, tuple[int, int]]()
+    maps, inputs = AttentionMaps(), dict[str, tuple[int, int]]()
 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if maps.looking:
+        if maps.enabled:
             maps.layers = {}
 
     def end(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if maps.looking:
+        if maps.enabled:
             maps.end()
 
     def record_grid(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def watching(
             inputs[path] = (x.shape[2], x.shape[3])
 
     def record_map(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not maps.looking:
+        if not maps.enabled:
             return
         names = ("hidden_states", "encoder_hidden_states", "attention_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -137,7 +137,7 @@ def _attention(
     positions: Sequence[Sequence[int]],
     against: Sequence[int],
 ) -> Float[Tensor, "rows tokens"]:
-    """The attention of each pixel's query to the tokens of its row, mean over the heads; see `watching`."""
+    """The attention of each pixel to the tokens of its row, mean over the heads; see `recording_maps`."""
     wanted = torch.zeros(len(x), 1, 1, context.shape[1], device=x.device)
     for row in range(len(x)):
         wanted[row, ..., list(positions[row % len(positions)])] = 1

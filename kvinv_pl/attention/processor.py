@@ -67,7 +67,7 @@ class CPProcessor:
                     raise UserError(
                         f"{self.site.path} does not compute its own K and V: leave it out of the selection"
                     )
-                return projected(attn, x, layer, norm).unflatten(0, (-1, self.site.slots))
+                return project_tokens(attn, x, layer, norm).unflatten(0, (-1, self.site.slots))
 
             def keys_values(branches: int | None = None) -> KV:
                 own = x if branches is None else x[: branches * self.site.slots]
@@ -77,9 +77,9 @@ class CPProcessor:
             bias = attention_mask
             if bias is not None:
                 bias = attn.prepare_attention_mask(bias, tokens, rows)
-            return mode(self.site, q, keys_values, sdpa_of(attn, q, bias)).flatten(0, 1)
+            return mode(self.site, q, keys_values, make_sdpa(attn, q, bias)).flatten(0, 1)
 
-        return around(attn, hidden_states, temb, middle)
+        return apply_attention(attn, hidden_states, temb, middle)
 
     def _check(self, rows: int, tokens: int) -> None:
         site = self.site
@@ -95,7 +95,7 @@ class CPProcessor:
             )
 
 
-def around(
+def apply_attention(
     attn: Attention, hidden_states: Tensor, temb: Tensor | None, middle: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The attention of diffusers around its middle: (rows, tokens, channels) to (rows, tokens, dim)."""
@@ -115,7 +115,7 @@ def around(
     return y / attn.rescale_output_factor
 
 
-def projected(attn: Attention, x: Tensor, layer: nn.Module, norm: nn.Module | None) -> Tensor:
+def project_tokens(attn: Attention, x: Tensor, layer: nn.Module, norm: nn.Module | None) -> Tensor:
     """Q, K or V of a sequence, normalised one head at a time where the layer does that."""
     y = layer(x)
     if norm is not None:
@@ -123,7 +123,7 @@ def projected(attn: Attention, x: Tensor, layer: nn.Module, norm: nn.Module | No
     return y
 
 
-def sdpa_of(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
+def make_sdpa(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
     """Eq. 2 for one layer: split the heads, softmax(Q K^T / sqrt(d)) V, merge the heads."""
     every, slots, dtype = q.shape[0], q.shape[1], q.dtype
 
@@ -156,7 +156,7 @@ def sdpa_of(attn: Attention, q: Tensor, bias: Tensor | None) -> Sdpa:
     return sdpa
 
 
-def layer_at(unet: nn.Module, path: str, who: str) -> Attention:
+def attention_layer(unet: nn.Module, path: str, who: str) -> Attention:
     """The attention layer at `path`, if its processor may be stood in for; `who` would, for the error."""
     try:
         layer = unet.get_submodule(path)
@@ -175,7 +175,7 @@ def layer_at(unet: nn.Module, path: str, who: str) -> Attention:
     return layer
 
 
-def for_edits(site: Site, q: Tensor, stored: Tensor) -> Tensor:
+def expand_to_edits(site: Site, q: Tensor, stored: Tensor) -> Tensor:
     """A stored K-bar or V-bar for all rows of q: edit after edit, each with all stored branches."""
     if stored.ndim != 4 or stored.shape[1:] != q.shape[1:] or q.shape[0] % stored.shape[0]:
         raise UserError(

@@ -37,18 +37,18 @@ class Variant:
 
 def variants() -> dict[str, Variant]:
     """Every variant in the entry-point group `kvinv_pl.attention`, by name; two of one name are an error."""
-    return {point.name: _load(point) for point in installed(GROUP, "attention variants")}
+    return {point.name: _load(point) for point in entry_points_of(GROUP, "attention variants")}
 
 
-def installed(group: str, what: str) -> list[EntryPoint]:
+def entry_points_of(group: str, what: str) -> list[EntryPoint]:
     """The entry points of a group in the order of their names; two of one name are an error."""
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         other = points.setdefault(point.name, point)
         if other is not point:
             raise UserError(
-                f"two {what} are named {point.name!r}: {other.value} of {owner(other)} and "
-                f"{point.value} of {owner(point)}; uninstall one of them, or have it renamed"
+                f"two {what} are named {point.name!r}: {other.value} of {distribution_of(other)} and "
+                f"{point.value} of {distribution_of(point)}; uninstall one of them, or have it renamed"
             )
     return [points[name] for name in sorted(points)]
 
@@ -64,13 +64,13 @@ def load_all() -> dict[str, Variant]:
 
 def resolve(name: str) -> type[CPAttention]:
     """The class of a variant by its registered name or its class's name; a broken one is an error now."""
-    variant = named(name)
+    variant = find_variant(name)
     if variant.cls is None:
         raise UserError(f"the variant {name!r} of {variant.distribution} is broken: {variant.error}")
     return variant.cls
 
 
-def named(name: str) -> Variant:
+def find_variant(name: str) -> Variant:
     """A variant, broken or not, by its registered name or its class's name."""
     found = variants()
     by_class = {variant.cls.__name__: variant for variant in found.values() if variant.cls}
@@ -128,7 +128,7 @@ def is_variant(cls: type) -> bool:
     return issubclass(cls, CPAttention)
 
 
-def locate(target: str, wanted: Callable[[type], bool] = is_variant) -> type[Any]:
+def find_class(target: str, wanted: Callable[[type], bool] = is_variant) -> type[Any]:
     """The class for a registered name, a class path, or FILE.py:CLASS; `wanted` says which classes may be."""
     place, colon, name = target.rpartition(":")
     if not (colon and place.endswith(".py")):
@@ -165,13 +165,13 @@ def _import(name: str, folder: Path) -> ModuleType:
 
 
 def _load(point: EntryPoint) -> Variant:
-    cls, error = imported(point)
+    cls, error = load_entry_point(point)
     if error is None and not (isinstance(cls, type) and is_variant(cls)):
         cls, error = None, f"{point.value} is not a subclass of CPAttention"
-    return Variant(point.name, cls, owner(point), error)
+    return Variant(point.name, cls, distribution_of(point), error)
 
 
-def imported(point: EntryPoint) -> tuple[Any, str | None]:
+def load_entry_point(point: EntryPoint) -> tuple[Any, str | None]:
     """What an entry point names, or why it cannot be imported."""
     try:
         return point.load(), None
@@ -180,6 +180,6 @@ def imported(point: EntryPoint) -> tuple[Any, str | None]:
         return None, f"{point.value} cannot be imported ({reason})"
 
 
-def owner(point: EntryPoint) -> str:
+def distribution_of(point: EntryPoint) -> str:
     """The distribution that an entry point comes from."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

@@ -71,11 +71,13 @@ def self_attentions(unet: UNet2DConditionModel, latent_grid: tuple[int, int]) ->
     """
     refuse_other_conditions(unet.config)
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    return list(_met(type(unet), json.dumps(config), latent_grid))
+    return list(_find_sites(type(unet), json.dumps(config), latent_grid))
 
 
 @cache
-def _met(kind: type[UNet2DConditionModel], configuration: str, latent_grid: tuple[int, int]) -> list[Site]:
+def _find_sites(
+    kind: type[UNet2DConditionModel], configuration: str, latent_grid: tuple[int, int]
+) -> list[Site]:
     config = json.loads(configuration)
     found: dict[str, Site] = {}
     maps: dict[str, tuple[int, int]] = {}  # the last 4-D input that each module saw

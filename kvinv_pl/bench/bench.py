@@ -7,11 +7,11 @@ from typing import Any
 from PIL import Image
 
 from kvinv_pl import api
-from kvinv_pl.bench.benchmarks.cases import THROUGH_VAE, Case, Cases, figures_of, said
-from kvinv_pl.bench.contestants import Contestant
-from kvinv_pl.bench.costs import Cost, measured, plain_sampling
+from kvinv_pl.bench.benchmarks.cases import THROUGH_VAE, Case, Cases, error_text, measure
+from kvinv_pl.bench.costs import Cost, measure_cost, plain_sampling
 from kvinv_pl.bench.records import Records
-from kvinv_pl.bench.running import Canvas, outcome
+from kvinv_pl.bench.rows import Row
+from kvinv_pl.bench.running import Encoded, apply_method
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.data.images.geometry import as_pixels, psnr
 from kvinv_pl.errors import StopError
@@ -22,7 +22,7 @@ COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB")
 round trip; its seconds; these over plain sampling's; and memory at its peak, less plain sampling's."""
 FEW_STEPS, FEW_TRAILING_STEPS = 35, 20  # docs/evaluation.md, "Number of steps"
 """Below so many, many edits of the drawn world miss the action; the second with trailing spacing."""
-BROKEN_OFF = "its process ended while it was computed"
+PROCESS_ENDED = "its process ended while it was computed"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Bench:
 
     setup: Setup
     data: Cases
-    rows: Sequence[Contestant]
+    rows: Sequence[Row]
     records: Records
     progress: Progress = field(default_factory=lambda: Progress(counted="case"))
     _model: tuple[Mapping[str, Any], api.KVInverter] | None = field(default=None, init=False)
@@ -78,80 +78,80 @@ class Bench:
     def __post_init__(self) -> None:
         """Refuse a folder of another bench, before anything is computed."""
         models = {metric.name: metric.model for metric in self.data.metrics if metric.model}
-        self.records.settle({"data": self.data.title, **self.setup.record(), **models})
-        self.records.settle_rows({row.text: row.cases for row in self.rows})
+        self.records.check_settings({"data": self.data.title, **self.setup.record(), **models})
+        self.records.add_rows({row.text: row.cases for row in self.rows})
 
     # ---- computing
 
     def run(self, part: int = 0, parts: int = 1) -> None:
         """Compute what is missing, and note what fails; every `parts`-th case from the `part`-th on."""
-        for name, count, draw in self._all():
+        for name, count, draw in self._every_row():
             cases = self.data.first(count)[part::parts]
             missing = [case for case in cases if not self.records.done(name, case.name)]
             self.progress.begin("bench", name, len(cases))
             self.progress.advance("", len(cases) - len(missing))
             for case in missing:
-                self._one(name, case, draw)
+                self._compute(name, case, draw)
                 self.progress.advance(case.name)
             for case in cases:
                 self._measure(name, case)
             if missing:
                 self.progress.finish()
-        for name, count in self._kept().items():  # a new figure is of every row in the table
+        for name, count in self._earlier_rows().items():  # a new figure is of every row in the table
             for case in self.data.first(count)[part::parts]:
                 self._measure(name, case)
 
-    def _all(self) -> Iterator[tuple[str, int | None, Callable[[Case], None]]]:
+    def _every_row(self) -> Iterator[tuple[str, int | None, Callable[[Case], None]]]:
         """Every row's name, how many cases it has at most, and what computes one."""
         for name, draw in self.data.references.items():
             yield name, None, lambda case, name=name, draw=draw: self._reference(name, case, draw(case))
         for row in self.rows:
             yield row.text, row.cases, lambda case, row=row: self._edit(row, case)
 
-    def _kept(self) -> dict[str, int | None]:
-        """The rows that are in the folder and were not asked for now, as `_all` has them."""
+    def _earlier_rows(self) -> dict[str, int | None]:
+        """The rows that are in the folder and were not asked for now, as `_every_row` has them."""
         asked = {row.text for row in self.rows}
         return {name: count for name, count in self.records.rows().items() if name not in asked}
 
-    def _one(self, name: str, case: Case, draw: Callable[[Case], None]) -> None:
+    def _compute(self, name: str, case: Case, draw: Callable[[Case], None]) -> None:
         """Compute one case; whatever a method raises, and the end of its process, is this case's alone."""
-        self.records.fail(name, case.name, BROKEN_OFF)  # what is true if this is the last that is done
+        self.records.fail(name, case.name, PROCESS_ENDED)  # what is true if this is the last that is done
         try:
             draw(case)
         except StopError:
             raise
         except Exception as error:
-            self.records.fail(name, case.name, said(error))
+            self.records.fail(name, case.name, error_text(error))
 
     def _reference(self, name: str, case: Case, picture: Image.Image) -> None:
         if name.endswith(THROUGH_VAE):
-            canvas = Canvas.of(self._loaded({}), picture)
-            picture = canvas.show(canvas.z_0)
+            encoded = Encoded.encode(self._load({}), picture)
+            picture = encoded.decode(encoded.z_0)
         self.records.save(name, case.name, picture, {})
 
-    def _edit(self, row: Contestant, case: Case) -> None:
-        model, picture = self._loaded(row.settings), case.picture()
-        canvas = Canvas.of(model, picture)
-        trip, plain = canvas.show(canvas.z_0), self._sampling(row.text, canvas, case.target)
-        inversion, editor = row.made()
+    def _edit(self, row: Row, case: Case) -> None:
+        model, picture = self._load(row.settings), case.picture()
+        encoded = Encoded.encode(model, picture)
+        trip, plain = encoded.decode(encoded.z_0), self._sampling(row.text, encoded, case.target)
+        inversion, editor = row.make_methods()
         own = any("guidance" in given for given in (row.settings, *row.options.values()))
         guidance = None if own else self.setup.guidance
-        with measured(canvas.denoiser.device) as cost:
-            made = outcome(model, picture, case.source, case.target, inversion, editor, None, guidance)
-        figures = {"seconds": cost.seconds, **cost.over(plain)}
+        with measure_cost(encoded.denoiser.device) as cost:
+            made = apply_method(model, picture, case.source, case.target, inversion, editor, None, guidance)
+        metrics = {"seconds": cost.seconds, **cost.relative_to(plain)}
         if made.reconstruction is not None:
-            figures["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
-        self.records.save(row.text, case.name, made.edited, figures)
+            metrics["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
+        self.records.save(row.text, case.name, made.edited, metrics)
 
-    def _sampling(self, row: str, canvas: Canvas, target: str) -> Cost:
+    def _sampling(self, row: str, encoded: Encoded, target: str) -> Cost:
         """What plain sampling costs, once a row and size, as the load changes."""
-        key = (row, canvas.geometry.resized)
+        key = (row, encoded.geometry.resized)
         if key not in self._plain:
             w = 7.5 if self.setup.guidance is None else self.setup.guidance
-            self._plain[key] = plain_sampling(canvas, target, w)
+            self._plain[key] = plain_sampling(encoded, target, w)
         return self._plain[key]
 
-    def _loaded(self, settings: Mapping[str, Any]) -> api.KVInverter:
+    def _load(self, settings: Mapping[str, Any]) -> api.KVInverter:
         """The model with these settings; only the last one is kept."""
         if self._model is None or self._model[0] != settings:
             self._model = None
@@ -164,11 +164,11 @@ class Bench:
         """Add the figures that are missing of a finished case; whatever a metric raises is noted."""
         if not self.records.done(name, case.name):
             return
-        known = self.records.figures(name, case.name)
+        known = self.records.metrics(name, case.name)
         missing = [metric for metric in self.data.metrics if not set(metric.columns) <= known.keys()]
         if missing:
-            found, lost = figures_of(missing, case, lambda: self.records.open(name, case.name))
-            self.records.add(name, case.name, found, lost)
+            found, unmeasured = measure(missing, case, lambda: self.records.open(name, case.name))
+            self.records.add(name, case.name, found, unmeasured)
 
     def report(self, ours: str | None = None) -> Report:
         """What is known now; `ours` is the row that the others are compared with.
@@ -176,11 +176,11 @@ class Bench:
         Behind the rows that were asked for stand the others of the folder, with what there is of them.
         """
         columns = [*(column for metric in self.data.metrics for column in metric.columns), *COSTS]
-        rows, failed, lost = {}, {}, {}
-        asked, kept = {name: count for name, count, _ in self._all()}, self._kept()
-        for name, count in {**asked, **kept}.items():
+        rows, failed, unmeasured = {}, {}, {}
+        asked, earlier = {name: count for name, count, _ in self._every_row()}, self._earlier_rows()
+        for name, count in {**asked, **earlier}.items():
             records = {case.name: self.records.read(name, case.name) for case in self.data.first(count)}
-            if name in kept:
+            if name in earlier:
                 records = {case: record for case, record in records.items() if record is not None}
                 if not records:
                     continue
@@ -190,9 +190,11 @@ class Bench:
                 if record is None or "failed" in record
             }
             done = [case for case in records if case not in reasons]
-            rows[name] = {case: self.records.figures(name, case) for case in done}
-            lost[name] = {case: self.records.lost(name, case) for case in done}
+            rows[name] = {case: self.records.metrics(name, case) for case in done}
+            unmeasured[name] = {case: self.records.unmeasured(name, case) for case in done}
             failed[name] = reasons
         kinds = {case.name: case.kind for case in self.data.cases}
         ours = ours if ours in rows else None
-        return Report(rows, columns, kinds, ours, failed, lost, [name for name in kept if name in rows])
+        return Report(
+            rows, columns, kinds, ours, failed, unmeasured, [name for name in earlier if name in rows]
+        )

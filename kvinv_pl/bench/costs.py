@@ -12,30 +12,30 @@ from pathlib import Path
 import torch
 
 from kvinv_pl.algorithm.editing import branches_at, guided
-from kvinv_pl.bench.running import Canvas
+from kvinv_pl.bench.running import Encoded
 
 
 @dataclass
 class Cost:
-    """Of what ran inside `measured`."""
+    """Of what ran inside `measure_cost`."""
 
     seconds: float = 0.0
     peak: float | None = None
     """Bytes: of the GPU, or elsewhere of the process; None where the system does not tell."""
 
-    def over(self, plain: Cost) -> dict[str, float]:
+    def relative_to(self, plain: Cost) -> dict[str, float]:
         """The figures of a bench: how many times the seconds, and how many MiB more."""
-        figures = {"time x": self.seconds / max(plain.seconds, 1e-9)}
+        metrics = {"time x": self.seconds / max(plain.seconds, 1e-9)}
         if self.peak is not None and plain.peak is not None:
-            figures["memory +MiB"] = (self.peak - plain.peak) / 2**20
-        return figures
+            metrics["memory +MiB"] = (self.peak - plain.peak) / 2**20
+        return metrics
 
 
 @contextmanager
-def measured(device: torch.device) -> Iterator[Cost]:
+def measure_cost(device: torch.device) -> Iterator[Cost]:
     """Seconds and peak memory of what runs inside; they are there when it is over."""
     cost = Cost()
-    resets = _forget_peak(device)
+    resets = _reset_peak(device)
     began = time.perf_counter()
     try:
         yield cost
@@ -46,7 +46,7 @@ def measured(device: torch.device) -> Iterator[Cost]:
         cost.peak = _peak(device) if resets else None
 
 
-def _forget_peak(device: torch.device) -> bool:
+def _reset_peak(device: torch.device) -> bool:
     """Let the peak begin anew, if it can be."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -69,15 +69,15 @@ def _peak(device: torch.device) -> float | None:
 
 
 @torch.no_grad()
-def plain_sampling(canvas: Canvas, target: str, guidance: float) -> Cost:
+def plain_sampling(encoded: Encoded, target: str, guidance: float) -> Cost:
     """The cost of a picture of this size, sampled from noise by its prompt alone."""
-    scene = canvas.scene("", target, guidance)
+    scene = encoded.scene("", target, guidance)
     contexts = scene.contexts[[0, 2], None][-branches_at(guidance) :]
     z = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(0)).to(scene.z_0)
     scene.model.predict(z, scene.table.timesteps[:1].to(z.device), contexts)  # the first one is slow
-    with measured(z.device) as cost:
+    with measure_cost(z.device) as cost:
         for i in range(len(scene.table)):
             out = scene.model.predict(z, scene.table.timesteps[i : i + 1].to(z.device), contexts)
             z = scene.table.forward(z, guided(out, (guidance,)), i)
-        canvas.show(z)
+        encoded.decode(z)
     return cost

@@ -6,14 +6,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, Literal
 
-from kvinv_pl.attention.registry import imported, installed, owner
+from kvinv_pl.attention.registry import distribution_of, entry_points_of, load_entry_point
 from kvinv_pl.errors import UserError, near
 
 GROUP = "kvinv_pl.methods"
 Kind = Literal["inversion", "edit", "whole"]
 KINDS: dict[str, Kind] = {"invert": "inversion", "control": "edit", "render": "whole"}
 """What a method is, by the name of the protocol's own function."""
-NOT_HERE = {
+UNSUPPORTED = {
     "elite": "beside weights of its own it needs CLIP ViT-L/14 and, of every picture, a mask of the object, "
     "which no bench hands to a method",
     "neaf": "of what its mixer is made and by which loss it learns is not known to us",
@@ -54,14 +54,14 @@ def is_method(cls: type) -> bool:
 
 def methods() -> dict[str, Method]:
     """Every method in the entry-point group `kvinv_pl.methods`, by name; two of one name are an error."""
-    return {point.name: _load(point) for point in installed(GROUP, "methods")}
+    return {point.name: _load(point) for point in entry_points_of(GROUP, "methods")}
 
 
-def absent(name: str, what: str, listed: Mapping[str, Method]) -> UserError:
+def unknown_method(name: str, what: str, listed: Mapping[str, Method]) -> UserError:
     """No method has this name; of one that is missed, why it is not here."""
-    if name in NOT_HERE:
+    if (why := UNSUPPORTED.get(name)) is not None:
         return UserError(
-            f"{name} is not among the methods, since {NOT_HERE[name]} (docs/methods.md has a table of such): "
+            f"{name} is not among the methods, since {why} (docs/methods.md has a table of such): "
             "leave it out, or give a method that `kvinv methods` lists"
         )
     shown = ", ".join(key for key, method in listed.items() if method.kind)
@@ -72,7 +72,7 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
     """The method of this name, if it is one of these kinds, with its published defaults but for `options`."""
     known = {key: method for key, method in methods().items() if method.kind in (*kinds, None)}
     if name not in known:
-        raise absent(name, " or ".join(kinds), known)
+        raise unknown_method(name, " or ".join(kinds), known)
     method = known[name]
     if method.cls is None or method.kind is None:
         raise UserError(f"the method {name!r} of {method.distribution} is broken: {method.error}")
@@ -83,7 +83,7 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
 
 
 def _load(point: EntryPoint) -> Method:
-    cls, error = imported(point)
+    cls, error = load_entry_point(point)
     if error is None and not (isinstance(cls, type) and is_method(cls)):
         cls, error = None, f"{point.value} has neither of {', '.join(KINDS)}"
-    return Method(point.name, cls, owner(point), error)
+    return Method(point.name, cls, distribution_of(point), error)

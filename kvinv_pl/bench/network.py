@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.models.controllable import Controllable
+from kvinv_pl.models.controllable import ControllableUNet
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import word_positions
-from kvinv_pl.models.text.spoken import read_with, vectors_of_word
+from kvinv_pl.models.text.word_vectors import embed_with_vectors, vectors_of_word
 
 
-class Network(Controllable):
+class Network(ControllableUNet):
     """The `Model` of `kvinv_pl.algorithm.method`, for latents of one size."""
 
     def __init__(self, denoiser: Denoiser, grid: tuple[int, int]) -> None:
@@ -30,7 +30,7 @@ class Network(Controllable):
         self, prompts: list[str], words: Mapping[str, Float[Tensor, "_ e"]]
     ) -> Float[Tensor, "n L d"]:
         """The prompts with these vectors for these words."""
-        return read_with(self.backbone.prompts, prompts, words)
+        return embed_with_vectors(self.backbone.prompts, prompts, words)
 
     def tokens(self, prompt: str) -> list[str]:
         """The prompt's tokens, without those of its start and its end, as far as they are read."""

@@ -13,14 +13,14 @@ import torch
 from kvinv_pl.bench.bench import Bench, Setup
 from kvinv_pl.bench.benchmarks.cases import Cases, drawn_world
 from kvinv_pl.bench.benchmarks.edit_bench import edit_bench, is_edit_bench
-from kvinv_pl.bench.benchmarks.listed import listed
+from kvinv_pl.bench.benchmarks.image_list import image_list
 from kvinv_pl.bench.benchmarks.metrics import UNEDITED, clip_score, lpips, structure_distance
 from kvinv_pl.bench.benchmarks.pie import is_pie_bench, pie_bench
-from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.records import Records
+from kvinv_pl.bench.rows import Row
 from kvinv_pl.bench.worker import end_with_parent
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.checkpoint import load_on_meta
 from kvinv_pl.models.costs.limits import cores
 from kvinv_pl.stages.progress import Progress
 
@@ -45,7 +45,7 @@ class Plan:
     def bench(self, quiet: bool = False) -> Bench:
         """Everything that can be refused is refused here, before anything is computed."""
         rows = list(dict.fromkeys(self.methods))
-        names = [Contestant.parse(text) for text in rows]
+        names = [Row.parse(text) for text in rows]
         if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
             raise UserError(f"{min(twice)} is given twice with different numbers of cases: give it once")
         return Bench(
@@ -61,14 +61,14 @@ class Plan:
         if self.cases is not None and self.cases < 1:
             raise UserError(f"cases: expected 1 or more, got {self.cases}")
         if self.data == WORLD:
-            size = outline(self.setup.checkpoint)[1].sample
+            size = load_on_meta(self.setup.checkpoint)[1].sample
             return drawn_world(size, self.cases or WORLD_CASES, self.seed_base, metrics)
         place = Path(self.data).expanduser()
         if is_pie_bench(place):
             return pie_bench(place, self.cases, metrics)
         if is_edit_bench(place):
             return edit_bench(place, self.cases, metrics)
-        return listed(place, self.cases, metrics)
+        return image_list(place, self.cases, metrics)
 
     @property
     def _device(self) -> str:
@@ -88,7 +88,7 @@ class Plan:
             tasks = []
             for part in range(workers):
                 pool = pools.enter_context(ProcessPoolExecutor(1, get_context("spawn"), end_with_parent))
-                tasks.append(pool.submit(_part, self, part, workers))
+                tasks.append(pool.submit(_run_share, self, part, workers))
             for part, task in enumerate(tasks, 1):
                 try:
                     task.result()
@@ -97,7 +97,7 @@ class Plan:
         return bench
 
 
-def _part(plan: Plan, part: int, parts: int) -> None:
+def _run_share(plan: Plan, part: int, parts: int) -> None:
     """One process's cases: on a GPU of its own as far as there are any, or on its share of the cores."""
     devices = torch.cuda.device_count() if plan.setup.accelerator != "cpu" else 0
     if devices:

@@ -22,7 +22,7 @@ class Records:
 
     folder: Path
 
-    def settle(self, settings: Mapping[str, Any]) -> None:
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Note what all rows are computed with; raises UserError if the folder's were with something else.
 
         What is there and was not before is added: rows may come, and models of metrics.
@@ -40,7 +40,7 @@ class Records:
         if known != {**known, **plain}:
             write_json(file, {**known, **plain})
 
-    def settle_rows(self, asked: Mapping[str, int | None]) -> None:
+    def add_rows(self, asked: Mapping[str, int | None]) -> None:
         """Note the rows that are asked for, each with its number of cases at most, behind those noted."""
         known = self.rows()
         if known != (rows := {**known, **asked}):
@@ -69,31 +69,31 @@ class Records:
         record = self.read(row, case)
         return record is not None and "failed" not in record
 
-    def figures(self, row: str, case: str) -> dict[str, float]:
+    def metrics(self, row: str, case: str) -> dict[str, float]:
         """Those of a finished case, NaN where there was nothing to judge."""
         record = self.read(row, case) or {}
         return {
             name: math.nan if value is None else value for name, value in record.get("figures", {}).items()
         }
 
-    def save(self, row: str, case: str, picture: Image.Image, figures: Mapping[str, float]) -> None:
+    def save(self, row: str, case: str, picture: Image.Image, metrics: Mapping[str, float]) -> None:
         """Write a finished case; its record is last."""
         write_png(self.picture(row, case), picture)
-        self.add(row, case, figures)
+        self.add(row, case, metrics)
 
-    def lost(self, row: str, case: str) -> dict[str, str]:
+    def unmeasured(self, row: str, case: str) -> dict[str, str]:
         """Why a finished case lacks figures, by their names."""
         return (self.read(row, case) or {}).get("not measured", {})
 
     def add(
-        self, row: str, case: str, figures: Mapping[str, float], lost: Mapping[str, str] | None = None
+        self, row: str, case: str, metrics: Mapping[str, float], unmeasured: Mapping[str, str] | None = None
     ) -> None:
-        """Add figures to a case, and why others cannot be had: `lost` takes the place of what it was."""
+        """Add figures to a case; `unmeasured`, why others cannot be had, replaces what was noted before."""
         plain = {
             name: value if math.isfinite(value) else None
-            for name, value in {**self.figures(row, case), **figures}.items()
+            for name, value in {**self.metrics(row, case), **metrics}.items()
         }
-        why = {"not measured": dict(lost)} if lost else {}
+        why = {"not measured": dict(unmeasured)} if unmeasured else {}
         write_json(self.picture(row, case).with_suffix(".json"), {"figures": plain, **why})
 
     def fail(self, row: str, case: str, reason: str) -> None:

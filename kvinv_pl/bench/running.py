@@ -48,11 +48,11 @@ def run_method(
     if isinstance(chosen, Renderer) and inversion is not None:
         raise UserError(f"inversion: expected none with {editor}, which inverts by itself, got {inversion}")
     inverting = make(inversion, "inversion") if isinstance(inversion, str) else inversion
-    return outcome(model, picture, source, target, inverting, chosen, steps, guidance).edited
+    return apply_method(model, picture, source, target, inverting, chosen, steps, guidance).edited
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MethodResult:
     """What a method made of a picture, in the size that it came in."""
 
     edited: Image.Image
@@ -60,7 +60,7 @@ class Outcome:
     """The source as the method samples it; None where it has none."""
 
 
-def outcome(
+def apply_method(
     model: KVInverter,
     picture: Image.Image | str | Path,
     source: str,
@@ -69,34 +69,34 @@ def outcome(
     editor: Editor | Renderer,
     steps: int | None = None,
     guidance: float | None = None,
-) -> Outcome:
+) -> MethodResult:
     """`run_method` with the reconstruction beside the edit."""
     if isinstance(editor, Renderer):
         rendered = editor.render(model, picture, source, target, steps, guidance)
-        return Outcome(*rendered) if isinstance(rendered, tuple) else Outcome(rendered, None)
+        return MethodResult(*rendered) if isinstance(rendered, tuple) else MethodResult(rendered, None)
     inverting: Inversion = make("ddim", "inversion") if inversion is None else inversion
-    canvas = Canvas.of(model, picture)
+    encoded = Encoded.encode(model, picture)
     w = next(w for w in (guidance, editor.guidance, inverting.guidance) if w is not None)
-    scene = canvas.scene("" if editor.empty_source else source, target, w, steps)
-    z = edited(scene, inverting, editor)
-    return Outcome(canvas.show(z[1:]), canvas.show(z[:1]))
+    scene = encoded.scene("" if editor.empty_source else source, target, w, steps)
+    z = sample_edit(scene, inverting, editor)
+    return MethodResult(encoded.decode(z[1:]), encoded.decode(z[:1]))
 
 
-def edited(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, "2 c h w"]:
+def sample_edit(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, "2 c h w"]:
     """The source and the target at the end of sampling."""
     with torch.no_grad():
         inverted = inversion.invert(scene)
         return sample(scene, inverted, editor.control(inverted.scene, inverted))
 
 
-def opened(picture: Image.Image | str | Path) -> Image.Image:
+def load_picture(picture: Image.Image | str | Path) -> Image.Image:
     """A picture, or the one at a path, as pictures are read for tuning."""
     with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
         return open_picture(as_file(picture, Path(scratch), "picture")).image
 
 
 @dataclass(frozen=True, eq=False)
-class Canvas:
+class Encoded:
     """A picture in a model's size, and the way back to the size that it came in."""
 
     denoiser: Denoiser
@@ -105,9 +105,9 @@ class Canvas:
     z_0: Float[Tensor, "1 c h w"]
 
     @classmethod
-    def of(cls, model: KVInverter, picture: Image.Image | str | Path) -> Canvas:
+    def encode(cls, model: KVInverter, picture: Image.Image | str | Path) -> Encoded:
         """Encode a picture; what CP-attn has in the U-Net is taken out first."""
-        image = opened(picture)
+        image = load_picture(picture)
         trainer = model.trainer()
         backbone = model.model.load_backbone(trainer.settle_precision(model.model))
         denoiser = model.model.denoiser
@@ -124,6 +124,6 @@ class Canvas:
         table = self.denoiser.backbone.step_table(self.steps if steps is None else steps)
         return Scene(network, table, self.z_0, source, target, guidance)
 
-    def show(self, z: Float[Tensor, "1 c h w"]) -> Image.Image:
+    def decode(self, z: Float[Tensor, "1 c h w"]) -> Image.Image:
         """Decode."""
         return to_image(self.denoiser.backbone.decode(z)[0].cpu(), self.geometry)

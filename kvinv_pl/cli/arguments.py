@@ -14,7 +14,7 @@ from kvinv_pl.cli.messages import explain_parser_error
 from kvinv_pl.cli.variant_names import expand_variant_names
 from kvinv_pl.errors import UserError
 
-SHORT = {
+SHORT_FLAGS = {
     "--image": ("data.image", "FILE"),
     "--source": ("data.source", "TEXT"),
     "--target": ("data.targets", "TEXT"),
@@ -30,14 +30,14 @@ SHORT = {
     "--negative": ("model.negative", "TEXT"),
 }
 """Flags of every stage: the option that each stands for, whose help it has, and its metavar."""
-IDLE = {
+IGNORED_FLAGS = {
     "invert": {"--guidance", "--start", "--reading", "--seed"},
     "edit": {"--seed"},
     "plan": {"--start", "--seed"},
 }
 """Flags that a stage accepts but ignores: all stages share the same options."""
-RUN = ("data.run", "DIR")
-OF_RUN = {"data.source", "data.mask", "data.geometry", "data.out"}
+RUN_FLAG = ("data.run", "DIR")
+SET_BY_RUN = {"data.source", "data.mask", "data.geometry", "data.out"}
 """What a run folder says for itself; not to be typed beside it, though a file may have it."""
 
 
@@ -87,27 +87,27 @@ def _same(one: str, other: str) -> bool:
 
 def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
     """Replace short flags by their options, and --run by the settings that the run was made with."""
-    short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
-    line, targets, left = CommandLine([], [*short]), list[str](), deque(argv)
+    short = {**SHORT_FLAGS, **({"--run": RUN_FLAG} if verb == "edit" else {})}
+    line, targets, remaining = CommandLine([], [*short]), list[str](), deque(argv)
     first, passed = list[str](), list[str]()  # YAML comes first, so that flags override it
-    while left:
-        arg = underscored(left.popleft())
+    while remaining:
+        arg = underscored(remaining.popleft())
         flag, equals, value = arg.partition("=")
         flag = {"-o": "--out", "-c": "--config"}.get(flag, flag)
         if flag not in short and flag != "--config":
             passed.append(arg)
             continue
-        value = value if equals else _value_of(verb, flag, left)
+        value = value if equals else _value_of(verb, flag, remaining)
         key = short[flag][0] if flag in short else "config"
         line.note(key, flag, value)
         if flag == "--target":
             targets.append(value)
         elif flag == "--run":
             from kvinv_pl.data.source_image import settings_of
-            from kvinv_pl.stages.settings import IDLE as AT_REST
+            from kvinv_pl.stages.settings import IDLE
 
             folder = Path(value).expanduser()
-            first[:0] = ["--config", json.dumps(settings_of(folder, AT_REST))]
+            first[:0] = ["--config", json.dumps(settings_of(folder, IDLE))]
             line.argv.append(f"--{key}={folder}")  # a file's data.run would else have this run's settings
         elif flag == "--config":
             first += ["--config", value]
@@ -115,7 +115,9 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
         else:
             line.argv.append(f"--{key}={value}")
     line.read_rest(passed)
-    if "data.run" in line.typed and (conflicting := {line.typed[key] for key in OF_RUN & line.typed.keys()}):
+    if "data.run" in line.typed and (
+        conflicting := {line.typed[key] for key in SET_BY_RUN & line.typed.keys()}
+    ):
         raise UserError(
             f"{', '.join(sorted(conflicting))} cannot be combined with --run: the run folder has it; "
             "leave it out"
@@ -126,32 +128,32 @@ def expand_short_flags(verb: str, argv: Sequence[str]) -> CommandLine:
     return line
 
 
-def _value_of(verb: str, flag: str, left: deque[str]) -> str:
+def _value_of(verb: str, flag: str, remaining: deque[str]) -> str:
     """The value after a flag; another flag is no value."""
     ours = ("--model.", "--data.", "--trainer.")
-    following = left[0] if left else None
-    flags = {*SHORT, "--run", "-o", "--config", "-c", "--help"}
+    following = remaining[0] if remaining else None
+    flags = {*SHORT_FLAGS, "--run", "-o", "--config", "-c", "--help"}
     is_flag = following is not None and (following.partition("=")[0] in flags or following.startswith(ours))
     if flag == "--overwrite" and (following is None or following.startswith("-")):
         return "true"
     if following is None or is_flag:
         raise UserError(f"{flag} expects a value, got {following or 'nothing'}; see kvinv {verb} --help")
-    return left.popleft()
+    return remaining.popleft()
 
 
-def kinds_of(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+def option_types(classes: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """The type of every option, by its full name."""
-    kinds = dict[str, Any]()
+    types = dict[str, Any]()
     for prefix, cls in classes.items():
         for name, parameter in inspect.signature(cls).parameters.items():
-            kinds[f"{prefix}{name}"] = kind = parameter.annotation
+            types[f"{prefix}{name}"] = kind = parameter.annotation
             if is_dataclass(kind) and isinstance(kind, type):
-                kinds |= kinds_of({f"{prefix}{name}.": kind})
-    return kinds
+                types |= option_types({f"{prefix}{name}.": kind})
+    return types
 
 
 @contextmanager
-def readable_errors(verb: str, line: CommandLine, kinds: Mapping[str, Any]) -> Iterator[None]:
+def readable_errors(verb: str, line: CommandLine, types: Mapping[str, Any]) -> Iterator[None]:
     """Turn jsonargparse's errors into a UserError of one line."""
     try:
         yield
@@ -161,5 +163,5 @@ def readable_errors(verb: str, line: CommandLine, kinds: Mapping[str, Any]) -> I
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from error
             cause = cause.__cause__ or cause.__context__
-        message = explain_parser_error(str(error), line.typed, kinds, line.values, line.flags)
+        message = explain_parser_error(str(error), line.typed, types, line.values, line.flags)
         raise UserError(f"{message.rstrip(';. ')}; see kvinv {verb} --help") from error

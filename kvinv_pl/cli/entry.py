@@ -16,11 +16,11 @@ STAGES = {
     "fit": "stage 2: learn psi_t of every picture, timestep by timestep",
     "edit": "stage 3: render tuned pictures as their targets say",
 }
-BEFORE = {
+PLANNING = {
     "plan": "estimate what the three stages of a picture need: slots, memory, disk, forward passes, time"
 }
 """With the options of a stage, and nothing made."""
-OTHERS = {
+COMMANDS = {
     "studio": "serve a page in the browser: tune, edit, compare, download",
     "report": "write one HTML file of a run, or of a folder of runs, to look at and share",
     "world": "draw animals of the embedded world in all their actions",
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _telling_of_no_home():
+        with _explain_missing_home():
             _dispatch(argv)
         sys.stdout.flush()
     except UserError as error:
@@ -77,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def _telling_of_no_home() -> Iterator[None]:
+def _explain_missing_home() -> Iterator[None]:
     """A path with the ~ of a user that there is not, which pathlib does not take for a name, in one line."""
     try:
         yield
@@ -104,22 +104,22 @@ def _dispatch(argv: list[str]) -> None:
         from importlib.metadata import version
 
         print(f"kvinv {version('kvinv-pl')}")
-    elif verb in {**STAGES, **BEFORE}:
+    elif verb in {**STAGES, **PLANNING}:
         from kvinv_pl.cli.lightning_cli import stage
 
         stage(verb, argv[1:])
-    elif verb in OTHERS:
+    elif verb in COMMANDS:
         from kvinv_pl.cli.auto_cli import command
 
         command(verb, argv[1:])
     else:
-        known = [*STAGES, *BEFORE, *OTHERS]
+        known = [*STAGES, *PLANNING, *COMMANDS]
         guess = near(verb, known)
         raise UserError(f"no command {verb!r}{guess}; expected one of {', '.join(known)}; see kvinv --help")
 
 
 def _overview() -> str:
-    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **BEFORE, **OTHERS}.items()]
+    rows = [f"  {name:<13}{text}" for name, text in {**STAGES, **PLANNING, **COMMANDS}.items()]
     return "\n".join(
         [
             "usage: kvinv COMMAND [options]      (kvinv COMMAND --help for its options)",

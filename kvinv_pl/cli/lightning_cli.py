@@ -8,9 +8,16 @@ from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any, cast
 
-from kvinv_pl.cli.arguments import IDLE, RUN, SHORT, expand_short_flags, kinds_of, readable_errors
+from kvinv_pl.cli.arguments import (
+    IGNORED_FLAGS,
+    RUN_FLAG,
+    SHORT_FLAGS,
+    expand_short_flags,
+    option_types,
+    readable_errors,
+)
 from kvinv_pl.cli.messages import explain_setting_error, without_null
-from kvinv_pl.cli.utf8 import files_are_utf8
+from kvinv_pl.cli.utf8 import open_files_as_utf8
 from kvinv_pl.cli.variant_names import make_importable, name_variants_in_yaml
 from kvinv_pl.errors import SomeFailedError, UserError
 
@@ -35,11 +42,11 @@ def stage(verb: str, argv: list[str]) -> None:
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
 
-    files_are_utf8()
+    open_files_as_utf8()
     make_importable(line.configs)
     images = PlannedImages if verb == "plan" else SourceImages
-    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": images})
-    kinds["seed_everything"] = bool | int
+    types = option_types({"trainer.": KVTrainer, "model.": KVInversion, "data.": images})
+    types["seed_everything"] = bool | int
 
     # the classes are in here because their bases are imported late, for a quick `--help`
     class Parser(LightningArgumentParser):
@@ -59,7 +66,7 @@ def stage(verb: str, argv: list[str]) -> None:
             return {verb: {"model", "datamodule", *ours}}
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            with readable_errors(verb, line, kinds):
+            with readable_errors(verb, line, types):
                 self.config = parser.parse_args(args)
 
         def instantiate_classes(self) -> None:
@@ -95,11 +102,11 @@ def stage(verb: str, argv: list[str]) -> None:
         raise UserError(reason(error)) from error
     except SomeFailedError as error:
         error.reasons = {
-            name: explain_setting_error(why, line.typed, kinds) for name, why in error.reasons.items()
+            name: explain_setting_error(why, line.typed, types) for name, why in error.reasons.items()
         }
         raise
     except UserError as error:
-        raise UserError(explain_setting_error(str(error), line.typed, kinds)) from error
+        raise UserError(explain_setting_error(str(error), line.typed, types)) from error
 
 
 def _help(verb: str, text: str, options: Iterable[Action]) -> str:
@@ -110,9 +117,9 @@ def _help(verb: str, text: str, options: Iterable[Action]) -> str:
     known = {option.dest: option for option in options}
     if "data.image" not in known:  # the help of a class, such as that of --model.attention.help
         return text
-    used = {flag: short for flag, short in SHORT.items() if flag not in IDLE.get(verb, ())}
+    used = {flag: short for flag, short in SHORT_FLAGS.items() if flag not in IGNORED_FLAGS.get(verb, ())}
     rows = list[str]()
-    for flag, (target, metavar) in {**({"--run": RUN} if verb == "edit" else {}), **used}.items():
+    for flag, (target, metavar) in {**({"--run": RUN_FLAG} if verb == "edit" else {}), **used}.items():
         default = known[target].default
         hidden = default is None or default is False or default == "" or isinstance(default, list)
         shown = "" if hidden else f" (default: {default})"

@@ -11,7 +11,7 @@ LITERAL = re.compile(r"^typing\.Literal\[|\]$")
 PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def expected(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """A type in words."""
     origin, args = get_origin(kind), get_args(kind)
     if kind in PLAIN:
@@ -19,7 +19,7 @@ def expected(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin in (Union, UnionType):
-        return " or ".join(expected(arg) for arg in args if arg is not NoneType)
+        return " or ".join(describe_type(arg) for arg in args if arg is not NoneType)
     if origin is list:
         return f"a list of {'text' if args == (str,) else 'them'}"
     if isinstance(origin, type) and issubclass(origin, Callable):
@@ -36,7 +36,7 @@ def without_null(text: str) -> str:
 def explain_parser_error(
     message: str,
     typed: Mapping[str, str],
-    kinds: Mapping[str, Any],
+    types: Mapping[str, Any],
     values: Mapping[str, str],
     flags: Collection[str] = (),
 ) -> str:
@@ -45,29 +45,29 @@ def explain_parser_error(
     Args:
         message: of jsonargparse.
         typed: how the user wrote each option, by its full name.
-        kinds: every option's type, by its full name.
+        types: every option's type, by its full name.
         values: what the user gave for each option, by its full name.
         flags: all short flags.
     """
     message = " ".join(message.split())
     if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
         key, rest = found.groups()
-        has_parts = not any(kind in tuple(PLAIN) for kind in (kinds.get(key), *get_args(kinds.get(key))))
+        has_parts = not any(kind in tuple(PLAIN) for kind in (types.get(key), *get_args(types.get(key))))
         if not has_parts and (nested := re.search(r"NestedArg\(key='([\w.]+)'", rest)):
-            other = f": did you mean --{nested[1]}" if nested[1] in kinds else ""
+            other = f": did you mean --{nested[1]}" if nested[1] in types else ""
             return f"no option --{key}.{nested[1]}{other}"
-        return f"{typed.get(key, key)}: {_value_error(rest, kinds.get(key), values.get(key))}"
+        return f"{typed.get(key, key)}: {_value_error(rest, types.get(key), values.get(key))}"
     if found := re.match(r"[Uu]nrecognized arguments: (.*)", message):
-        return _unknown_argument(found.group(1), [*flags, *(f"--{key}" for key in kinds)])
+        return _unknown_argument(found.group(1), [*flags, *(f"--{key}" for key in types)])
     if found := re.search(r"does not accept (?:nested )?(?:option|key) '?([\w.]+)", message):
-        return f"no option {found.group(1)!r}{near(found.group(1), kinds)}"
+        return f"no option {found.group(1)!r}{near(found.group(1), types)}"
     if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
         where = values.get("config", "the text given")
         return f"{where} is not a configuration: expected YAML with sections such as model and data"
     return message
 
 
-def explain_setting_error(message: str, typed: Mapping[str, str], kinds: Mapping[str, Any]) -> str:
+def explain_setting_error(message: str, typed: Mapping[str, str], types: Mapping[str, Any]) -> str:
     """Replace a setting's name in an error such as "steps: expected 1 or more" by the flag that was typed.
 
     So is an option in "was made with", where a run has another setting.
@@ -75,7 +75,7 @@ def explain_setting_error(message: str, typed: Mapping[str, str], kinds: Mapping
     if found := re.search(r" was made with (?:another )?([a-z_.]+)(?= = | \()", message):
         given = {key.replace(".init_args.", "."): flag for key, flag in typed.items()}
         for key in (f"{section}.{found[1]}" for section in ("model", "data")):
-            if ".".join(key.split(".")[:2]) in kinds:
+            if ".".join(key.split(".")[:2]) in types:
                 return f"{message[: found.start(1)]}{given.get(key, f'--{key}')}{message[found.end(1) :]}"
     name, colon, rest = message.partition(": expected")
     given = [flag for key, flag in typed.items() if key.rpartition(".")[2] == name]
@@ -97,7 +97,7 @@ def _value_error(message: str, kind: Any, value: str | None) -> str:
     found = re.search(r".*(?:Got|Given) value: (.*)$", message)
     if kind is None or not (found or value):
         return message
-    return f"expected {expected(kind)}, got {value if value is not None else found and found.group(1)!r}"
+    return f"expected {describe_type(kind)}, got {value if value is not None else found and found.group(1)!r}"
 
 
 def _unknown_argument(text: str, known: Collection[str]) -> str:

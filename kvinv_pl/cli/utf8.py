@@ -4,14 +4,14 @@ import sys
 from typing import Any
 
 
-def files_are_utf8() -> None:
+def open_files_as_utf8() -> None:
     """Have jsonargparse read and write its files in UTF-8, from here on and wherever it is."""
     for name, module in [*sys.modules.items()]:
         if name.startswith("jsonargparse."):
-            vars(module)["open"] = _opened  # which comes before the built-in one
+            vars(module)["open"] = _open_as_utf8  # which comes before the built-in one
 
 
-def _opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+def _open_as_utf8(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
     if "b" not in mode and len(args) < 2:  # buffering, encoding
         options.setdefault("encoding", "utf-8")
     return open(file, mode, *args, **options)

@@ -34,13 +34,13 @@ def expand_variant_names(argv: Sequence[str], option: str) -> list[str]:
     Also after `option`.inner (the wrapped variant) and `option`.help.
     """
     named = re.compile(rf"{re.escape(option)}((\.init_args)?\.inner)*(\.help)?")
-    out, left = list[str](), deque(argv)
-    while left:
-        arg = left.popleft()
+    out, remaining = list[str](), deque(argv)
+    while remaining:
+        arg = remaining.popleft()
         flag, equals, name = arg.partition("=")
         is_named = named.fullmatch(flag) is not None
-        if is_named and not equals and left and not left[0].startswith("-"):
-            name = left.popleft()
+        if is_named and not equals and remaining and not remaining[0].startswith("-"):
+            name = remaining.popleft()
         elif not (is_named and equals):
             out.append(arg)
             continue

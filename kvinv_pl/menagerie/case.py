@@ -8,10 +8,10 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from kvinv_pl.menagerie.analysis.truth import Truth
+from kvinv_pl.menagerie.classifier import Classifier, nearest_action
 from kvinv_pl.menagerie.drawn.world import ACTIONS, Animal
 from kvinv_pl.menagerie.identity import SCENERY, Identity, compare
-from kvinv_pl.menagerie.judge import Judge, nearest_action
-from kvinv_pl.menagerie.seen.known import Known
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Case:
 
     animal: Animal
     target: str
-    _known: dict[int, Known] = field(default_factory=dict, init=False, repr=False)
+    _truths: dict[int, Truth] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of_seed(cls, seed: int) -> Case:
@@ -32,9 +32,9 @@ class Case:
     def identity(self, picture: Image.Image) -> Identity:
         """Whether the picture shows the same animal in the target action."""
         size = picture.width
-        if size not in self._known:
-            self._known[size] = Known(self.animal, self.target, size)
-        return compare(picture, self._known[size])
+        if size not in self._truths:
+            self._truths[size] = Truth(self.animal, self.target, size)
+        return compare(picture, self._truths[size])
 
     def animals(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the animal is in the target action and in its own, boolean (size, size)."""
@@ -53,13 +53,13 @@ class Case:
         return {
             "same animal %": 100.0 * found.same_animal,
             "right action %": 100.0 * (nearest_action(picture, self.animal) == self.target),
-            "named right %": 100.0 * (judge().names([picture])[0]["action"] == self.target),
+            "named right %": 100.0 * (classifier().names([picture])[0]["action"] == self.target),
             "second recall": found.second_recall,
             "second precision": found.second_precision,
-            "accent %": 100.0 * (found.kept("accent") and found.kept("accent_elsewhere")),
+            "accent %": 100.0 * (found.passes("accent") and found.passes("accent_elsewhere")),
             "body": found.body,
-            "marks %": np.nan if self.animal.coat == "plain" else 100.0 * found.kept("marks_off"),
-            "scene %": 100.0 * all(found.kept(part) for part in SCENERY),
+            "marks %": np.nan if self.animal.coat == "plain" else 100.0 * found.passes("marks_off"),
+            "scene %": 100.0 * all(found.passes(part) for part in SCENERY),
             **{
                 f"{name} dB": -10 * float(np.log10(error[part].mean() + 1e-10))
                 for name, part in parts.items()
@@ -68,6 +68,6 @@ class Case:
 
 
 @cache
-def judge() -> Judge:
+def classifier() -> Classifier:
     """The classifier of the embedded checkpoint, loaded once."""
-    return Judge.load()
+    return Classifier.load()

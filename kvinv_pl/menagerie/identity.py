@@ -8,10 +8,8 @@ from types import MappingProxyType
 from PIL import Image
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.drawn.world import Animal
-from kvinv_pl.menagerie.seen.counting import count_marks
-from kvinv_pl.menagerie.seen.known import BACKGROUND, NEAR, REACH, SECOND, Known, rgb_of
-from kvinv_pl.menagerie.seen.measures import (
+from kvinv_pl.menagerie.analysis.counting import count_marks
+from kvinv_pl.menagerie.analysis.measures import (
     accent_elsewhere,
     colour_error,
     scene_error,
@@ -19,7 +17,9 @@ from kvinv_pl.menagerie.seen.measures import (
     size_and_place,
     thin_colour_error,
 )
-from kvinv_pl.menagerie.seen.regions import best_shift, grown, overlap, shifted
+from kvinv_pl.menagerie.analysis.regions import best_shift, grown, overlap, shifted
+from kvinv_pl.menagerie.analysis.truth import BACKGROUND, NEAR, REACH, SECOND, Truth, rgb_of
+from kvinv_pl.menagerie.drawn.world import Animal
 
 SCENERY = ("sun", "hill", "sky", "ground")
 AT_LEAST: Mapping[str, float] = MappingProxyType(
@@ -78,16 +78,16 @@ class Identity:
         low = [
             f"{name} {getattr(self, name):.2f} < {bar}"
             for name, bar in AT_LEAST.items()
-            if not self.kept(name)
+            if not self.passes(name)
         ]
         high = [
             f"{name} {getattr(self, name):.2f} > {bar}"
             for name, bar in AT_MOST.items()
-            if not self.kept(name)
+            if not self.passes(name)
         ]
         return (*low, *high)
 
-    def kept(self, name: str) -> bool:
+    def passes(self, name: str) -> bool:
         """Whether this figure is within its tolerance."""
         value = getattr(self, name)
         return not (value < AT_LEAST.get(name, -math.inf) or value > AT_MOST.get(name, math.inf))
@@ -95,7 +95,7 @@ class Identity:
     @property
     def same_animal(self) -> bool:
         """The verdict: every figure is within its tolerance."""
-        return all(self.kept(field.name) for field in fields(self))
+        return all(self.passes(field.name) for field in fields(self))
 
 
 def identity(picture: Image.Image, animal: Animal, target: str) -> Identity:
@@ -104,33 +104,33 @@ def identity(picture: Image.Image, animal: Animal, target: str) -> Identity:
         raise UserError(
             f"a picture of the menagerie is square, got {picture.width} x {picture.height} pixels"
         )
-    return compare(picture, Known(animal, target, picture.width))
+    return compare(picture, Truth(animal, target, picture.width))
 
 
-def compare(picture: Image.Image, known: Known) -> Identity:
-    """`identity` of one of several pictures of one animal, action and size, which is `known` once for all."""
+def compare(picture: Image.Image, truth: Truth) -> Identity:
+    """`identity` of one of several pictures of one animal, action and size, which is `truth` once for all."""
     rgb = rgb_of(picture)
-    seen = (known.seen(known.distances(rgb, known.scenery)) != BACKGROUND) & known.around
+    seen = (truth.labels(truth.distances(rgb, truth.scenery)) != BACKGROUND) & truth.around
     # the rest is compared with the animal laid onto its true place
-    shift = best_shift(seen, known.own_animal, round(known.pixels(REACH)))
+    shift = best_shift(seen, truth.own_animal, round(truth.pixels(REACH)))
     aligned = shifted(rgb, *shift)
-    distances = known.distances(aligned, shifted(known.scenery, *shift))
-    now = known.seen(distances)
-    second = (now == SECOND) & grown(known.silhouette, known.pixels(NEAR))
-    recall, precision = second_recall_precision(known, second)
-    marks, least, most = count_marks(known, distances)
-    size, place = size_and_place(known, seen)
+    distances = truth.distances(aligned, shifted(truth.scenery, *shift))
+    now = truth.labels(distances)
+    second = (now == SECOND) & grown(truth.silhouette, truth.pixels(NEAR))
+    recall, precision = second_recall_precision(truth, second)
+    marks, least, most = count_marks(truth, distances)
+    size, place = size_and_place(truth, seen)
     return Identity(
         second_recall=recall,
         second_precision=precision,
-        second_colour=thin_colour_error(known, aligned, known.coloured, now != BACKGROUND),
-        accent=thin_colour_error(known, aligned, known.parts["accent"], now != BACKGROUND),
-        accent_elsewhere=accent_elsewhere(known, second),
-        body=colour_error(known, aligned, known.body),
+        second_colour=thin_colour_error(truth, aligned, truth.coloured, now != BACKGROUND),
+        accent=thin_colour_error(truth, aligned, truth.parts["accent"], now != BACKGROUND),
+        accent_elsewhere=accent_elsewhere(truth, second),
+        body=colour_error(truth, aligned, truth.body),
         marks=marks,
         marks_off=max(least - marks, marks - most, 0),
         size=size,
         place=place,
-        outline=overlap(shifted(seen, *shift), known.own_animal),
-        **{part: scene_error(known, rgb, part) for part in SCENERY},
+        outline=overlap(shifted(seen, *shift), truth.own_animal),
+        **{part: scene_error(truth, rgb, part) for part in SCENERY},
     )

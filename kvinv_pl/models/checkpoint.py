@@ -1,4 +1,4 @@
-"""Which checkpoint, a folder or one file, and what is chosen with it; its parts, or its outline alone."""
+"""Loads a checkpoint, a folder or one file, with its options; or its configurations on the meta device."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,69 +13,69 @@ from transformers import CLIPTextModel
 from kvinv_pl import menagerie
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.adapters.lora import with_loras
-from kvinv_pl.models.adapters.textual_inversion import with_embeddings
-from kvinv_pl.models.checkpoints.conversion import converted, of_file
+from kvinv_pl.models.adapters.lora import merge_loras
+from kvinv_pl.models.adapters.textual_inversion import add_embeddings
+from kvinv_pl.models.checkpoints.conversion import convert, load_single_file
 from kvinv_pl.models.checkpoints.families import configurations, vae_configuration
-from kvinv_pl.models.checkpoints.folder import PARTS, Parts, model, of_folder, read_json, refuse_other_kinds
-from kvinv_pl.models.checkpoints.hub import file_of, place_of, vae_of
-from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY, Pipeline, of_pipeline
-from kvinv_pl.models.checkpoints.loading import attempt, combined, digest, located, quiet, sha256
+from kvinv_pl.models.checkpoints.folder import PARTS, Parts, load_folder, model, read_json, refuse_other_kinds
+from kvinv_pl.models.checkpoints.hub import resolve_checkpoint, resolve_file, resolve_vae
+from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY, Pipeline, copy_parts
+from kvinv_pl.models.checkpoints.loading import combined, digest, find_checkpoint, quiet, sha256, try_read
 from kvinv_pl.models.checkpoints.single_file import VAE, read_contents, weights
-from kvinv_pl.models.choices import NO_CHOICES, Choices, listed
+from kvinv_pl.models.load_options import DEFAULTS, LoadOptions, as_list
 
 
-def load(checkpoint: str | Pipeline, dtype: torch.dtype, choices: Choices = NO_CHOICES) -> Parts:
+def load(checkpoint: str | Pipeline, dtype: torch.dtype, options: LoadOptions = DEFAULTS) -> Parts:
     """A folder, a file, a hub id, "menagerie" or a pipeline in memory; `dtype` is not for the VAE."""
     name = checkpoint if isinstance(checkpoint, str) else IN_MEMORY
-    place = place_of(checkpoint, choices.variant) if isinstance(checkpoint, str) else checkpoint
-    loras, words = listed(choices.loras), listed(choices.embeddings)
+    place = resolve_checkpoint(checkpoint, options.variant) if isinstance(checkpoint, str) else checkpoint
+    loras, words = as_list(options.loras), as_list(options.embeddings)
     read_as = torch.float32 if loras else dtype
     with quiet():
-        vae, digests = _other_vae(choices.vae)
+        vae, digests = _load_vae(options.vae)
         if isinstance(place, Path) and place.is_dir():
-            found = of_folder(place, name, read_as, vae, choices.variant)
-        elif choices.variant is not None:
+            found = load_folder(place, name, read_as, vae, options.variant)
+        elif options.variant is not None:
             raise UserError(f"--model.variant: {name} has only one variant: leave it out")
         elif isinstance(place, Path):
-            found = of_file(place, read_as, choices.prediction_type, choices.allow_pickle, vae)
+            found = load_single_file(place, read_as, options.prediction_type, options.allow_pickle, vae)
         else:
-            found = of_pipeline(place, read_as, vae)
-        merged, layers = with_loras(loras, found.unet, found.text_encoder, choices.allow_pickle)
-        added, tokens = with_embeddings(words, found.tokenizer, found.text_encoder, choices.allow_pickle)
+            found = copy_parts(place, read_as, vae)
+        merged, layers = merge_loras(loras, found.unet, found.text_encoder, options.allow_pickle)
+        added, tokens = add_embeddings(words, found.tokenizer, found.text_encoder, options.allow_pickle)
     digests |= {**merged, **added}
     scheduler = dict(found.scheduler_config)
-    own = {"prediction_type": choices.prediction_type, "timestep_spacing": choices.timestep_spacing}
+    own = {"prediction_type": options.prediction_type, "timestep_spacing": options.timestep_spacing}
     scheduler |= {option: chosen for option, chosen in own.items() if chosen is not None}
-    if choices.clip_skip != 1:
-        _skip(found.text_encoder, choices.clip_skip)
-        digests["clip_skip"] = str(choices.clip_skip)
-    if choices.prompt_syntax != "plain":  # of the same words it makes something else
-        digests["prompt_syntax"] = choices.prompt_syntax
+    if options.clip_skip != 1:
+        _drop_last_layers(found.text_encoder, options.clip_skip)
+        digests["clip_skip"] = str(options.clip_skip)
+    if options.prompt_syntax != "plain":  # of the same words it makes something else
+        digests["prompt_syntax"] = options.prompt_syntax
     if read_as != dtype:
         cast(Any, found.unet).to(dtype)
         cast(Any, found.text_encoder).to(dtype)
-    identity = {"checkpoint": name, **found.identity, **choices.record()}
+    identity = {"checkpoint": name, **found.identity, **options.record()}
     identity["sha256"] = combined(found.identity["sha256"], digests)
     return replace(found, scheduler_config=scheduler, identity=identity, notes=[*layers, *tokens])
 
 
-def _other_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]]:
+def _load_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]]:
     """The VAE that was chosen, if one was, and its digest."""
     if chosen is None:
         return None, {}
     needed = "expected a VAE: a .safetensors file, a folder as diffusers saves it, or a hub id"
     if chosen.count("/") > 1 and chosen.endswith(".safetensors"):  # it may be one of a repository's files
-        place = file_of(chosen, "a VAE")
+        place = resolve_file(chosen, "a VAE")
     else:
-        place = located(chosen, menagerie.checkpoint, needed, files=True) or vae_of(chosen)
+        place = find_checkpoint(chosen, menagerie.checkpoint, needed, files=True) or resolve_vae(chosen)
     if place.is_file():
         contents = read_contents(place, allow_pickle=False)
         if not any(contents.has(start) for start in (VAE, "encoder.down.")):
             contents.refuse_others("a VAE")
-        configs = {"vae": attempt(place, lambda: vae_configuration(contents))}
+        configs = {"vae": try_read(place, lambda: vae_configuration(contents))}
         tensors = weights(place)
-        return converted(place, tensors, AutoencoderKL, configs, "vae", torch.float32), {"vae": digest(place)}
+        return convert(place, tensors, AutoencoderKL, configs, "vae", torch.float32), {"vae": digest(place)}
     folder = place if (place / "config.json").is_file() else place / "vae"
     if (kind := read_json(folder, "config.json").get("_class_name")) != PARTS["vae"]:
         raise UserError(f"{folder} contains {kind}; {needed}")
@@ -83,7 +83,7 @@ def _other_vae(chosen: str | None) -> tuple[AutoencoderKL | None, dict[str, str]
     return vae, {"vae": sha256(folder, {*files, folder / "config.json"})}
 
 
-def _skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:
+def _drop_last_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
     """Leave out the last layers: clip_skip 2 ends at the last but one."""
     layers = getattr(text_encoder, "text_model", text_encoder).encoder.layers
     if not 1 <= clip_skip <= len(layers):
@@ -115,7 +115,7 @@ def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
     return Sizes(factor, multiple, (size[0] * factor, size[1] * factor))
 
 
-class Outline(NamedTuple):
+class MetaCheckpoint(NamedTuple):
     """A checkpoint without weights (meta device), and its sizes."""
 
     unet: UNet2DConditionModel
@@ -123,9 +123,9 @@ class Outline(NamedTuple):
     vae: AutoencoderKL
 
 
-def outline(checkpoint: str, allow_pickle: bool = False) -> Outline:
-    """The outline of a checkpoint, of which only configurations are read or fetched."""
-    place = place_of(checkpoint, configs_alone=True)
+def load_on_meta(checkpoint: str, allow_pickle: bool = False) -> MetaCheckpoint:
+    """The networks of a checkpoint on the meta device; only configurations are read or fetched."""
+    place = resolve_checkpoint(checkpoint, configs_alone=True)
     if place.is_file():  # what it predicts makes no difference here
         configs = configurations(read_contents(place, allow_pickle), "epsilon", needs_vae=False)
         unet, vae = configs["unet"], configs["vae"]
@@ -134,6 +134,6 @@ def outline(checkpoint: str, allow_pickle: bool = False) -> Outline:
         unet, vae = (read_json(place, f"{part}/config.json") for part in ("unet", "vae"))
         refuse_other_conditions(unet, f"the U-Net of {checkpoint}")
     with torch.device("meta"), quiet():
-        shadow = attempt(place / "unet", lambda: UNet2DConditionModel.from_config(unet))
-        decoder = attempt(place / "vae", lambda: AutoencoderKL.from_config(vae))
-    return Outline(shadow, attempt(place / "unet", lambda: sizes(shadow.config, vae)), decoder)
+        net = try_read(place / "unet", lambda: UNet2DConditionModel.from_config(unet))
+        decoder = try_read(place / "vae", lambda: AutoencoderKL.from_config(vae))
+    return MetaCheckpoint(net, try_read(place / "unet", lambda: sizes(net.config, vae)), decoder)

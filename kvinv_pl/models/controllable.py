@@ -13,7 +13,7 @@ from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.attention.unet import decoder_layers
 
 
-class Controllable:
+class ControllableUNet:
     """What a `Model` of `kvinv_pl.algorithm.method` has of its U-Net, for latents of one size."""
 
     def __init__(self, unet: UNet2DConditionModel, grid: tuple[int, int]) -> None:
@@ -32,7 +32,7 @@ class Controllable:
 
     def weighed(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """The U-Net with these weights."""
-        return weighing(self.unet, weights)
+        return swapped_parameters(self.unet, weights)
 
     def controlled(self, i: int, control: Control) -> AbstractContextManager[None]:
         """The U-Net under a control, at step i."""
@@ -40,7 +40,7 @@ class Controllable:
 
 
 @contextmanager
-def weighing(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Put these, which gradients may reach, in place of the parameters of the same paths; then undo it."""
     own = dict(network.named_parameters())
     places = {path: path.rpartition(".") for path in weights}

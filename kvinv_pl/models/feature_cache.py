@@ -24,7 +24,7 @@ class FeatureCache:
     """The outputs of a network's modules that finish before one of `late` is first called.
 
     Args:
-        network: The network, frozen and deterministic; outside `kept` it is unchanged.
+        network: The network, frozen and deterministic; outside `reuse` it is unchanged.
         late: Modules whose parameters change between forwards.
     """
 
@@ -39,12 +39,12 @@ class FeatureCache:
         """The modules that are not run again."""
         return [module for module, calls in self._kept.items() if any(call.whole for call in calls)]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Clear the cache; the next forward fills it."""
         self._inputs, self._stamp, self._kept = None, [], {}
 
     @contextmanager
-    def kept(self, *made_of: Tensor) -> Iterator[None]:
+    def reuse(self, *made_of: Tensor) -> Iterator[None]:
         """Share the front between the forwards in this context; no gradient reaches it.
 
         A forward on other inputs than the last fills the cache anew. To compare them bit for bit waits for
@@ -52,10 +52,10 @@ class FeatureCache:
         very same ones as at the last forward, and unchanged.
         """
         now = [(tensor, tensor._version) for tensor in made_of]
-        with _in_place_of({self._network: partial(self._enter, self._network.forward, now)}):
+        with _replaced_forwards({self._network: partial(self._cached_forward, self._network.forward, now)}):
             yield
 
-    def _enter(self, forward: Forward, now: _Stamp, *args: Any, **kwargs: Any) -> Any:
+    def _cached_forward(self, forward: Forward, now: _Stamp, *args: Any, **kwargs: Any) -> Any:
         """The network's own forward, with its front recorded or reused."""
         pairs = zip(now, self._stamp, strict=False)
         same = all(a is b and version == other for (a, version), (b, other) in pairs)
@@ -64,19 +64,19 @@ class FeatureCache:
             replays = {
                 module: partial(_reuse, iter(calls), module.forward) for module, calls in self._kept.items()
             }
-            with _in_place_of(replays):
+            with _replaced_forwards(replays):
                 return forward(*args, **kwargs)
-        self.forget()
+        self.clear()
         self._stamp = now
         inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
-        watch = _Watch()
+        watch = _Recorder()
         watched = {
             module: partial(watch.call, module, module.forward)
             for module in self._network.modules()
             if module is not self._network
         }
-        met = {module: partial(watch.meet, module.forward) for module in self._late}
-        with _in_place_of({**watched, **met}):
+        met = {module: partial(watch.reach_late, module.forward) for module in self._late}
+        with _replaced_forwards({**watched, **met}):
             output = forward(*args, **kwargs)
         for call in watch.front:
             call.inspect()
@@ -108,7 +108,7 @@ class _Call:
             self.output = None
 
 
-class _Watch:
+class _Recorder:
     """The calls of one forward, until a late module is met."""
 
     def __init__(self) -> None:
@@ -116,25 +116,25 @@ class _Watch:
         """What had finished when a late module was met, and was part of nothing that had; in order."""
         self._outside: list[_Call] = []
         self._open: list[_Call] = []
-        self._met = False
+        self._reached_late = False
 
     def call(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Called in place of a module's forward."""
-        if self._met:
+        if self._reached_late:
             return forward(*args, **kwargs)
         call = _Call(module)
         self._open.append(call)
         output = forward(*args, **kwargs)
-        if not self._met:
+        if not self._reached_late:
             self._open.pop()
             call.finish(output)
             (self._open[-1].inside if self._open else self._outside).append(call)
         return output
 
-    def meet(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    def reach_late(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         """Called in place of a late module's forward: from here on, everything may change."""
-        if not self._met:
-            self._met = True
+        if not self._reached_late:
+            self._reached_late = True
             self.front = [*self._outside, *(call for around in self._open for call in around.inside)]
         return forward(*args, **kwargs)
 
@@ -148,7 +148,7 @@ def _reuse(calls: Iterator[_Call], forward: Forward, *args: Any, **kwargs: Any) 
 
 
 @contextmanager
-def _in_place_of(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+def _replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Replace the forwards of some modules, and restore them afterwards."""
     before = {module: vars(module).get("forward") for module in forwards}
     try:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.algorithm.words import common_subject
-from kvinv_pl.attention.cross_attention import cross_attentions, watching
+from kvinv_pl.attention.cross_attention import cross_attentions, recording_maps
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.finite import require_finite
@@ -75,9 +75,9 @@ def attention_to_word(
     noise = torch.randn(len(t), *z_0.shape[1:], generator=torch.Generator().manual_seed(0)).to(z_0.device)
     z_t = backbone.noised(z_0, noise, t)
     paths = in_decoder(cross_attentions(backbone.unet))
-    with watching(backbone.unet, [positions], START, paths) as maps:
+    with recording_maps(backbone.unet, [positions], START, paths) as maps:
         backbone.predict(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
-    seen = maps.now(grid)
+    seen = maps.current(grid)
     if seen is None:
         raise UserError("this checkpoint has no cross-attention to read a mask from: give a mask or use SAM")
     return require_finite(seen.mean(0), "the model's attention to the word", backbone.unet.dtype)

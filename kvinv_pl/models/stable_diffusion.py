@@ -22,15 +22,15 @@ from kvinv_pl.models.checkpoint import load, sizes
 from kvinv_pl.models.checkpoints.finite import require_finite
 from kvinv_pl.models.checkpoints.folder import NEEDED
 from kvinv_pl.models.checkpoints.in_memory import Pipeline
-from kvinv_pl.models.checkpoints.loading import attempt
-from kvinv_pl.models.choices import NO_CHOICES, Choices, Spacing
+from kvinv_pl.models.checkpoints.loading import try_read
+from kvinv_pl.models.load_options import DEFAULTS, LoadOptions, Spacing
 from kvinv_pl.models.text.prompt_reader import PromptReader
 from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.models.vae_tiles import tile
 
-BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PIXELS_AT_ONCE = 512 * 512  # of the VAE, whose memory grows with them
-FAINTEST = 2.0**-24
+MIN_ALPHA = 2.0**-24
 """alpha-bar at the last timestep of zero terminal SNR, in place of 0, as diffusers' Euler has it."""
 
 
@@ -61,15 +61,18 @@ class Backbone(nn.Module):
         self.vae_factor, self.multiple, self.sample_size = sizes(unet.config, vae.config)
         """Pixels of a latent's; what both sides of a picture are multiples of; height and width made for."""
         self.prompts = PromptReader(tokenizer, text_encoder, prompt_syntax)
-        self._refuse_parts_that_do_not_fit()
+        self._check_parts()
         self.requires_grad_(False).train(False)
 
     @classmethod
     def load(
-        cls, checkpoint: str | Pipeline, dtype: torch.dtype = torch.float32, choices: Choices = NO_CHOICES
+        cls,
+        checkpoint: str | Pipeline,
+        dtype: torch.dtype = torch.float32,
+        options: LoadOptions = DEFAULTS,
     ) -> Backbone:
         """Load a folder as diffusers saves it, a file, a hub id, "menagerie", or a pipeline in memory."""
-        return cls(**vars(load(checkpoint, dtype, choices)), prompt_syntax=choices.prompt_syntax)
+        return cls(**vars(load(checkpoint, dtype, options)), prompt_syntax=options.prompt_syntax)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, whatever mode a trainer sets."""
@@ -140,10 +143,10 @@ class Backbone(nn.Module):
         final_alpha = float(self.scheduler.final_alpha_cumprod)
         alphas = self.scheduler.alphas_cumprod
         if self.predicts_v:  # which tells of the picture even there; epsilon does not
-            alphas = torch.where(alphas == 0, FAINTEST, alphas)
+            alphas = torch.where(alphas == 0, MIN_ALPHA, alphas)
         return StepTable.through(timesteps, alphas, final_alpha, self.predicts_v)
 
-    def _refuse_parts_that_do_not_fit(self) -> None:
+    def _check_parts(self) -> None:
         config, name = self.unet.config, self.identity.get("checkpoint", "this checkpoint")
         if config["in_channels"] != self.latent_channels:
             raise UserError(
@@ -172,6 +175,8 @@ def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
     if (betas := config.get("beta_schedule", "linear")) == "sigmoid":  # of DDPM's, which DDIM lacks
         theirs: Any = DDPMScheduler.from_config(dict(config))
         own["trained_betas"] = theirs.betas.tolist()
-    elif betas not in BETAS:
-        raise UserError(f"the scheduler says beta_schedule {betas!r}, expected {', '.join(BETAS)} or sigmoid")
-    return attempt(Path("scheduler"), partial(DDIMScheduler.from_config, dict(config), **own))
+    elif betas not in BETA_SCHEDULES:
+        raise UserError(
+            f"the scheduler says beta_schedule {betas!r}, expected {', '.join(BETA_SCHEDULES)} or sigmoid"
+        )
+    return try_read(Path("scheduler"), partial(DDIMScheduler.from_config, dict(config), **own))

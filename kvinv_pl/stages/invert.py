@@ -26,7 +26,7 @@ def opened(denoiser: Denoiser, image: SourceImage) -> Opened:
 def inversion_record(denoiser: Denoiser, image: SourceImage, settings: InversionSettings) -> dict[str, Any]:
     """The fields of run.json for the inversion."""
     backbone, picture = denoiser.backbone, opened(denoiser, image).record
-    if lost := backbone.prompts.unread(image.source):
+    if lost := backbone.prompts.truncated(image.source):
         notes = [*picture["notes"], f"the end of the source prompt is not read: {lost}"]
         picture = {**picture, "notes": notes}
     return {

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from kvinv_pl.algorithm.editing import Guidance, negative_at
-from kvinv_pl.attention.config import of_variant
+from kvinv_pl.attention.config import variant_config
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.mixing import Mixing
 from kvinv_pl.data.runs.records import optimizer_record
@@ -139,7 +139,7 @@ class TuningSettings(Settings):
         return {
             "guidance": self.guidance,
             "negative": negative_at(self.guidance, self.negative),
-            "attention": of_variant(cps[0]),
+            "attention": variant_config(cps[0]),
             "sites": [cp.site.path for cp in cps],
             "max_grid": max_grid,
             "kv": self.kv,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import config
 from torch import Tensor
 
-from kvinv_pl.attention.config import build, of_variant
+from kvinv_pl.attention.config import variant_config, variant_from_config
 from kvinv_pl.attention.registry import options
 from kvinv_pl.attention.sites import Site
 from kvinv_pl.data.runs.run_store import RunStore
@@ -201,11 +201,11 @@ def _compiles(variant: Factory) -> None:
 @check("built from its own record", "run.json names the variant; an edit builds it from there.")
 def _built(variant: Factory) -> None:
     cp = variant(SITE)
-    record = json.loads(json.dumps(of_variant(cp)))
-    again = build(record)(SITE)
+    record = json.loads(json.dumps(variant_config(cp)))
+    again = variant_from_config(record)(SITE)
     if type(again) is not type(cp):
         raise NonconformingError(f"{record['class_path']} is another class")
-    if (built := json.loads(json.dumps(of_variant(again)))) != record:
+    if (built := json.loads(json.dumps(variant_config(again)))) != record:
         raise NonconformingError(f"from {record['init_args']} it comes back as {built['init_args']}")
 
 

@@ -97,7 +97,7 @@ class Harness:
 
     def record(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """As `blend`, with the K-bar and V-bar that a run would store."""
-        with self.attachment.recording() as kv:
+        with self.attachment.blend(record=True) as kv:
             return self.bare(x), kv
 
     def frozen(self, x: Tensor, kv: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.controllable import Controllable
+from kvinv_pl.models.controllable import ControllableUNet
 from kvinv_pl.testing.harness import seeded
 
 GRID = (4, 6)  # not square
 LENGTH, WIDTH, CHANNELS = 10, 8, 4
 
 
-class TinyModel(Controllable):
+class TinyModel(ControllableUNet):
     """The `Model` of `kvinv_pl.algorithm.method`; every word is a token, and always of the same embedding."""
 
     def __init__(self) -> None:

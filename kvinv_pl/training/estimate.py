@@ -16,10 +16,10 @@ from kvinv_pl.data.images.geometry import fit_geometry, working_size
 from kvinv_pl.data.runs.tensors import stored_bytes
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import Sizes, outline
+from kvinv_pl.models.checkpoint import Sizes, load_on_meta
 from kvinv_pl.models.costs.memory import fitting, free_bytes, in_units
-from kvinv_pl.models.costs.sampling import Sample, sample
-from kvinv_pl.models.costs.sketch import META, Costs, Sketch, tokens_of
+from kvinv_pl.models.costs.meta_model import META, Costs, MetaModel, prompt_tokens
+from kvinv_pl.models.costs.timing import NetworkTimings, time_network
 from kvinv_pl.optimizers import needs_closure
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
@@ -44,7 +44,7 @@ def estimate(model: KVInversion, data: SourceImages, machine: Machine) -> Iterat
     working size is planned.
     """
     place = first_existing(data.out.absolute())
-    sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
+    sizes = load_on_meta(model.checkpoint, model.load_options.allow_pickle).sizes
     by_size = dict[tuple[int, int], list[SourceImage]]()
     for image in data.images:
         by_size.setdefault(_size(image, sizes), []).append(image)
@@ -88,27 +88,27 @@ class Estimate:
         """Take what is planned; `size` is the width and height of the pictures as the model sees them."""
         self.model, self.size, self.pictures, self.targets = model, size, pictures, targets
         self.machine = machine
-        self._tokens = tokens_of([model.tuning.negative, *prompts], model.choices.prompt_syntax)
-        self._sizes = outline(model.checkpoint, model.choices.allow_pickle).sizes
+        self._tokens = prompt_tokens([model.tuning.negative, *prompts], model.load_options.prompt_syntax)
+        self._sizes = load_on_meta(model.checkpoint, model.load_options.allow_pickle).sizes
         self.grid = size[1] // self._sizes.vae_factor, size[0] // self._sizes.vae_factor
         self.sketch = self._sketch_at(self.grid)
         self.variant: CPAttention = next(iter(self.sketch.psi.values()))
         self.learned: list[nn.Parameter] = list(self.variant.parameters())
         self.made = forwards(model.steps, model.inverting, model.tuning, model.editing, self.variant)
 
-    def _sketch_at(self, grid: tuple[int, int]) -> Sketch:
+    def _sketch_at(self, grid: tuple[int, int]) -> MetaModel:
         model, machine = self.model, self.machine
-        outlined = outline(model.checkpoint, model.choices.allow_pickle)
-        return Sketch(outlined, model.variant, model.selection, grid, machine.dtype, self._tokens)
+        outlined = load_on_meta(model.checkpoint, model.load_options.allow_pickle)
+        return MetaModel(outlined, model.variant, model.selection, grid, machine.dtype, self._tokens)
 
     @cached_property
-    def sample(self) -> Sample | None:
+    def sample(self) -> NetworkTimings | None:
         """The network, timed; None: there is not the memory for it."""
         device, multiple = self.machine.device, self._sizes.multiple // self._sizes.vae_factor
         if self.costs.weights + self.costs.slot > free_bytes(device):
             return None
         speed = self.machine.speed
-        return sample(self._sketch_at, self.grid, multiple, self.made.tuning_rows, device, speed)
+        return time_network(self._sketch_at, self.grid, multiple, self.made.tuning_rows, device, speed)
 
     @cached_property
     def costs(self) -> Costs:

@@ -16,10 +16,10 @@ from kvinv_pl.attention.sites import Selection, Site
 from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.changes import Changes, of_pipeline
 from kvinv_pl.models.checkpoints.in_memory import Pipeline
-from kvinv_pl.models.choices import Choices, Prediction, Spacing
 from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.fingerprint import ChangeTracker, pipeline_fingerprints
+from kvinv_pl.models.load_options import LoadOptions, Prediction, Spacing
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
@@ -196,7 +196,7 @@ class KVInversion(LightningModule):
         )
         self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
         self.tuning = TuningSettings.of(given)
-        self.choices = Choices.of({**given, "clip_skip": plain(clip_skip)})
+        self.load_options = LoadOptions.from_parameters({**given, "clip_skip": plain(clip_skip)})
         self.steps, self.slots = plain(steps), plain(slots)
         counts = {"steps": steps, "slots": 1 if slots == "auto" else slots, "clip_skip": clip_skip}
         for name, count in counts.items():
@@ -205,7 +205,7 @@ class KVInversion(LightningModule):
         self.pipeline: Pipeline | None = None  # in place of the checkpoint, from Python
         self.last_edits: list[Path] = []
         self._network: Denoiser | None = None
-        self._changes: Changes | None = None
+        self._changes: ChangeTracker | None = None
         self._loaded: object = None
 
     # ---- the frozen model, once
@@ -223,14 +223,14 @@ class KVInversion(LightningModule):
         A pipeline in memory that was changed since is copied anew; a change of the loaded model itself
         becomes part of its identity.
         """
-        inside = None if self.pipeline is None else of_pipeline(self.pipeline)
-        wanted = (self.checkpoint, self.choices, dtype, inside)
+        inside = None if self.pipeline is None else pipeline_fingerprints(self.pipeline)
+        wanted = (self.checkpoint, self.load_options, dtype, inside)
         if self._loaded != wanted:
             self._network = self._changes = self._loaded = None  # two would not always fit
-            backbone = Backbone.load(self.pipeline or self.checkpoint, dtype, self.choices)
+            backbone = Backbone.load(self.pipeline or self.checkpoint, dtype, self.load_options)
             self._network = Denoiser(backbone, self.variant, self.selection, self.steps)
-            self._changes, self._loaded = Changes(backbone), wanted
-        elif self._changes is not None and self._changes.take():
+            self._changes, self._loaded = ChangeTracker(backbone), wanted
+        elif self._changes is not None and self._changes.update_identity():
             self.denoiser.release()  # psi is attached to the layers that there are now
         return self.denoiser.backbone
 

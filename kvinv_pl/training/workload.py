@@ -9,7 +9,7 @@ import torch
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.unread import cuts, left_out, unlearned
+from kvinv_pl.models.input_warnings import skipped_timesteps, truncated_prompts, unknown_words
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
 from kvinv_pl.training.admission import check, choose_slots
@@ -98,8 +98,8 @@ class Workload:
                 "not by what it changes; --source says what the picture shows"
             )
         backbone = self.model.denoiser.backbone
-        lost = unlearned(backbone, prompts) if self.model.checkpoint == "menagerie" else ()
-        return [*self.data.notes, *same, *cuts(backbone, prompts), *lost]
+        lost = unknown_words(backbone, prompts) if self.model.checkpoint == "menagerie" else ()
+        return [*self.data.notes, *same, *truncated_prompts(backbone, prompts), *lost]
 
     def choices(self, precision: str | None) -> list[str]:
         """Lines for the user: what was merged into the checkpoint, and what follows from it and the device.
@@ -112,7 +112,7 @@ class Workload:
         chosen += [f"precision {precision}"] if precision else []
         lines = [f"chosen by checkpoint and device: {', '.join(chosen)}"] if chosen else []
         denoiser = self.model.denoiser
-        if "invert" in self.stages and (line := left_out(denoiser.backbone, denoiser.table)):
+        if "invert" in self.stages and (line := skipped_timesteps(denoiser.backbone, denoiser.table)):
             lines.insert(0, line)
         return [*denoiser.backbone.notes, *lines]
 

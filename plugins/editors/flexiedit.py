@@ -82,7 +82,7 @@ class FlexiEdit:
         places = [place for place, token in zip(flat, tokens, strict=True) if token not in known]
         if not places:
             return torch.ones_like(scene.z_0[:, :1])
-        seen, last = Seen(scene.model.cross_attentions, places), len(scene.table) - 1
+        seen, last = RecordedAttention(scene.model.cross_attentions, places), len(scene.table) - 1
         t = scene.table.timesteps[last:].to(scene.z_0.device)
         with scene.model.controlled(last, seen):
             scene.model.predict(scene.z_0.expand(2, -1, -1, -1), t, scene.contexts[2].expand(1, 2, -1, -1))
@@ -109,7 +109,7 @@ class Retarget(Control):
         return at.attend(at.q, at.k[:, :1].expand_as(at.k), at.v[:, :1].expand_as(at.v))
 
 
-class Seen(Control):
+class RecordedAttention(Control):
     """Keeps the attention to some tokens."""
 
     def __init__(self, attentions: Sequence[str], places: list[int]) -> None:

@@ -56,12 +56,14 @@ class MasaCtrl:
             raise UserError(f"layer: expected 0 to {len(every) - 1}, got {layer}")
         first = int(self.start * len(scene.table) + 0.5)
         if self.word is None:
-            return Mutual(every[layer:], first)
+            return MutualAttention(every[layer:], first)
         positions = [scene.model.positions(prompt, self.word) for prompt in (scene.source, scene.target)]
-        return Masked(every[layer:], first, scene.model.cross_attentions, positions, self.threshold)
+        return MaskedMutualAttention(
+            every[layer:], first, scene.model.cross_attentions, positions, self.threshold
+        )
 
 
-class Mutual(Control):
+class MutualAttention(Control):
     """Eq. 3 from one step and one layer on."""
 
     def __init__(self, layers: Sequence[str], first: int) -> None:
@@ -76,7 +78,7 @@ class Mutual(Control):
         return at.attend(at.q, at.k[:, :1].expand_as(at.k), at.v[:, :1].expand_as(at.v))
 
 
-class Masked(Mutual):
+class MaskedMutualAttention(MutualAttention):
     """Eqs. 4 and 5: masks from the attention maps of the step, as far as the forward has come."""
 
     def __init__(

@@ -51,10 +51,10 @@ class Pix2PixZero:
             length = lcm(len(edited), len(before), len(after))  # they may be of several chunks
             source, before, after = (repeated(each, length) for each in (scene.contexts[1], before, after))
             edited = source + after - before
-        return Led(scene, inverted, self.amount, edited)
+        return CrossAttentionGuidance(scene, inverted, self.amount, edited)
 
 
-class Led(Control):
+class CrossAttentionGuidance(Control):
     """One step of gradient descent on x_t before each step of sampling."""
 
     def __init__(self, scene: Scene, inverted: Inverted, amount: float, edited: Float[Tensor, "L d"]) -> None:
@@ -75,7 +75,7 @@ class Led(Control):
             return z
         t = self.scene.table.timesteps[i : i + 1].to(z.device)
         contexts = self.contexts(i, self.inverted.contexts(i))[-1:]
-        seen = Seen(self.scene.model.cross_attentions)
+        seen = RecordedAttention(self.scene.model.cross_attentions)
         with torch.enable_grad(), self.scene.model.controlled(i, seen):
             x = z[1:].detach().clone().requires_grad_(True)
             self.scene.model.predict(self.inverted.seen(i, torch.cat([z[:1], x])), t, contexts)
@@ -92,7 +92,7 @@ def repeated(reading: Float[Tensor, "*rows L d"], length: int) -> Float[Tensor, 
     return torch.cat([reading] * (length // reading.shape[-2]), -2)
 
 
-class Seen(Control):
+class RecordedAttention(Control):
     """Keeps the cross-attention maps of one forward."""
 
     def __init__(self, attentions: Sequence[str]) -> None:

@@ -45,10 +45,10 @@ class PlugAndPlay:
             raise UserError(f"layer: expected 0 to {len(every) - 1}, got {layer}")
         attentions = [path for _, found in every[layer:] for path in found]
         until = (int(share * len(scene.table) + 0.5) for share in (self.features, self.self_attention))
-        return Injected(every[layer][0], attentions, *until)
+        return InjectedFeatures(every[layer][0], attentions, *until)
 
 
-class Injected(Control):
+class InjectedFeatures(Control):
     """The source's features, and its Q and K."""
 
     def __init__(self, convolution: str, attentions: Sequence[str], features: int, maps: int) -> None:

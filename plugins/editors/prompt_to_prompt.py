@@ -76,10 +76,10 @@ class PromptToPrompt:
         found = tokens.repeat(here, there) / there, own.repeat(there), weights.repeat(there)
         *mixing, weights = (part.to(scene.z_0.device) for part in found)
         both = self.negative and inverted.negative is not None
-        return Maps(self, scene, mixing, weights, positions, both)
+        return EditedMaps(self, scene, mixing, weights, positions, both)
 
 
-class Maps(Control):
+class EditedMaps(Control):
     """The source's attention maps, mapped to the target's tokens."""
 
     def __init__(

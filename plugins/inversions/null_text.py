@@ -11,7 +11,7 @@ from kvinv_pl.errors import UserError
 
 
 @dataclass(eq=False)
-class Learned(Inverted):
+class LearnedNullText(Inverted):
     """DDIM's steps, in which the unconditional branch reads what was learned for each."""
 
     negatives: list[Float[Tensor, "1 L d"]] = field(default_factory=list, repr=False)
@@ -60,9 +60,9 @@ class NullText:
         pivots = scene.pivots()
         return Inverted(scene, pivots[0]) if scene.guidance == 1 else self.learn(scene, pivots)
 
-    def learn(self, scene: Scene, pivots: Float[Tensor, "levels 1 c h w"]) -> Learned:
+    def learn(self, scene: Scene, pivots: Float[Tensor, "levels 1 c h w"]) -> LearnedNullText:
         """The embeddings with which the source follows the pivots, z*_T ... z*_0."""
-        found = Learned(scene, pivots[0])
+        found = LearnedNullText(scene, pivots[0])
         empty, source = scene.contexts[:1].float(), scene.contexts[1:2]
         z, w = pivots[0], scene.guidance
         for i, pivot in enumerate(pivots[1:]):

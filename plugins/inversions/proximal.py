@@ -51,11 +51,11 @@ class Proximal:
     def invert(self, scene: Scene) -> Inverted:
         """Begin at z-hat_T, with the source prompt as the negative one, and keep the trajectory."""
         pivots = scene.pivots()
-        return Pulled(scene, pivots[0], negative=scene.contexts[1:2], chosen=self, pivots=pivots)
+        return ProximalGuidance(scene, pivots[0], negative=scene.contexts[1:2], chosen=self, pivots=pivots)
 
 
 @dataclass(eq=False)
-class Pulled(Inverted):
+class ProximalGuidance(Inverted):
     """DDIM's steps by what the proximal operator leaves, and back to the source where it leaves nothing."""
 
     chosen: Proximal = field(default_factory=Proximal)

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from commands import kvinv, refused
 
-from kvinv_pl.app.reports.again import as_yaml, edit_command, run_command, settings_again
 from kvinv_pl.app.reports.curves import loss_curves
 from kvinv_pl.app.reports.report import write_report
-from kvinv_pl.app.reports.words import certificate
+from kvinv_pl.app.reports.reproduce import as_yaml, edit_command, reproducing_settings, run_command
+from kvinv_pl.app.reports.summaries import certificate
 from kvinv_pl.bench.reports.page import filled
 from kvinv_pl.data.images import slider
 from kvinv_pl.data.runs.run_store import RunStore
@@ -113,7 +113,7 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     (edited,) = fits.edit(store, "a dog", sharpness=1.5, start=0.4, guidance=3.0, negative="a cat")
     run, ((record, _),) = store.read_run(), store.edits()
     config = tmp_path / "settings.yaml"
-    config.write_text(as_yaml(settings_again(run), run_command(run)), encoding="utf-8")
+    config.write_text(as_yaml(reproducing_settings(run), run_command(run)), encoding="utf-8")
     again = "kvinv run --config settings.yaml --image cat.png --data.size=16 --out again"
     assert run_command(run) == again
     answer = kvinv("fit", "--config", config, "--image", image, "--out", tmp_path / "again")
@@ -126,7 +126,7 @@ def test_its_settings_and_commands_make_the_same_run_and_the_same_edit_again(tmp
     assert answer.code == 0, answer.err
     ((_, file),) = again.edits()
     assert fits.opened(file).tobytes() == edited.tobytes()
-    both = yaml.safe_load(as_yaml(settings_again(run, record), ""))
+    both = yaml.safe_load(as_yaml(reproducing_settings(run, record), ""))
     assert both["data"]["targets"] == ["a dog"] and both["model"]["sharpness"] == 1.5
 
 
@@ -136,14 +136,14 @@ def test_retries_are_those_that_were_asked_for_and_not_those_that_it_took(tmp_pa
     )
     run = store.read_run()
     assert len(run["reconstruction"]["attempts"]) == 1
-    assert settings_again(run)["model"]["retries"] == 3
+    assert reproducing_settings(run)["model"]["retries"] == 3
 
 
 def test_of_a_run_that_does_not_say_its_retries_nothing_is_made_up() -> None:
     run = json.loads((TUNED / "run.json").read_text())
-    assert "retries" not in settings_again(run)["model"]
+    assert "retries" not in reproducing_settings(run)["model"]
     run["reconstruction"]["passed"] = False
-    assert settings_again(run)["model"]["retries"] == 0
+    assert reproducing_settings(run)["model"]["retries"] == 0
 
 
 def test_a_run_is_made_again_in_its_working_size_and_prompt_syntax(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_run_is_made_again_in_its_working_size_and_prompt_syntax(tmp_path: Pat
     fits.trainer().fit(fits.model(**syntax), datamodule=data)
     run = RunStore(data.out).read_run()
     config = tmp_path / "settings.yaml"
-    config.write_text(as_yaml(settings_again(run), ""), encoding="utf-8")
+    config.write_text(as_yaml(reproducing_settings(run), ""), encoding="utf-8")
     words = shlex.split(run_command(run, str(config)).replace("cat.png", str(image)))
     answer = kvinv("fit", *words[2:-1], tmp_path / "again")
     assert answer.code == 0, answer.err

@@ -19,8 +19,8 @@ import yaml
 from commands import kvinv, refused
 from fits import SOURCE, TARGET
 
-from kvinv_pl.app.dials import dials, kind_of, numbers, read
-from kvinv_pl.app.studio.workbench.jobs import Job, Jobs, Told
+from kvinv_pl.app.edit_options import edit_options, kind_of, numbers, read
+from kvinv_pl.app.studio.workbench.jobs import Job, JobProgress, Jobs
 from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.cli.commands.studio import read_model_settings
 from kvinv_pl.data.runs.run_store import RunStore
@@ -53,9 +53,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory, image: Path) -> Iterator[Wor
 
 
 def test_every_setting_of_an_edit_is_a_dial_with_its_help() -> None:
-    found = {dial.name: dial for dial in dials()}
+    found = {option.name: option for option in edit_options()}
     assert set(found) == {setting.name for setting in fields(EditSettings)}
-    assert all(dial.help for dial in found.values())
+    assert all(option.help for option in found.values())
     assert (found["start"].kind, found["start"].range) == ("slider", (0.0, 1.0))
     assert (found["reading"].kind, found["reading"].choices) == ("choice", ("frozen", "blend"))
     assert found["source_guidance"].kind == "number" and found["source_guidance"].default is None
@@ -70,12 +70,13 @@ def test_an_option_that_is_added_to_an_edit_is_a_dial_of_its_kind() -> None:
 
 def test_dials_are_read_as_settings_and_what_is_empty_is_as_loaded() -> None:
     stands = [
-        {"start": 0.25, "guidance": 4, "subject": "", "negative": ""}.get(dial.name) for dial in dials()
+        {"start": 0.25, "guidance": 4, "subject": "", "negative": ""}.get(option.name)
+        for option in edit_options()
     ]
     found = read(stands)
     assert found["start"] == 0.25 and found["guidance"] == 4.0
     assert found["subject"] is None and found["negative"] == "" and found["reading"] is None
-    start = next(dial for dial in dials() if dial.name == "start")
+    start = next(option for option in edit_options() if option.name == "start")
     assert start.around(0.0) == [0.0, 0.1, 0.2] and start.around(0.5) == [0.4, 0.5, 0.6, 0.7]
     assert numbers("0, 0.5; 1") == [0.0, 0.5, 1.0]
     with pytest.raises(UserError, match="expected numbers between commas, got 'half'"):
@@ -132,14 +133,14 @@ def test_the_command_above_its_settings_is_one_that_a_shell_takes(bench: Workben
 def test_a_stopped_tuning_keeps_what_is_done_and_goes_on_to_the_same(
     tmp_path: Path, image: Path, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, show = bench_in(tmp_path / "runs"), Told.show
+    other, show = bench_in(tmp_path / "runs"), JobProgress.show
 
-    def stop_after_a_timestep(told: Told, detail: str) -> None:
+    def stop_after_a_timestep(told: JobProgress, detail: str) -> None:
         if told._task.startswith("tuning") and told.share > 0.3:
             told.job.stopping.set()
         show(told, detail)
 
-    monkeypatch.setattr(Told, "show", stop_after_a_timestep)
+    monkeypatch.setattr(JobProgress, "show", stop_after_a_timestep)
     job = done(other.tune(image, SOURCE))
     assert job.state == "stopped" and "what is done is kept" in job.line
     assert 0 < len(other.store("my-cat").done()) < 3
@@ -220,8 +221,8 @@ def test_the_page_answers_gradios_client_and_says_what_is_wrong(
         assert client.predict(None, api_name="/runs")["value"] == "my-cat"
         target, *rest = client.predict("my-cat", api_name="/open")
         assert target == TARGET and "dB" in str(rest)
-        stands = rest[: len(dials())]
-        assert stands[[dial.name for dial in dials()].index("start")] == 1.0
+        stands = rest[: len(edit_options())]
+        assert stands[[option.name for option in edit_options()].index("start")] == 1.0
         told = client.predict("my-cat", "a dog", *stands, api_name="/edit")
         assert "done" in told and bench.edits("my-cat")[0][0]["target"] == "a dog"
         client.predict("my-cat", "a dog", "start", "0, 0.5", *stands, api_name="/candidates")

@@ -70,7 +70,7 @@ def test_attached_at_identity_the_unet_is_the_bare_unet_bit_for_bit(changes: dic
     assert torch.equal(run(unet, inputs(4)), bare)
     with attachment.blend():
         assert torch.equal(run(unet, inputs(4)), bare)
-    with attachment.recording() as kv, attachment.observing() as own:
+    with attachment.blend(record=True) as kv, attachment.observing() as own:
         assert torch.equal(run(unet, inputs(4)), bare)
     assert not kv and len(own) == 10
 
@@ -117,7 +117,7 @@ def test_frozen_with_what_was_recorded_is_blend_bit_for_bit(unet: UNet2DConditio
     attachment = attach(unet, shaken(variants(slots=2)))
     with attachment.blend():
         blend = run(unet, inputs(4))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         assert torch.equal(run(unet, inputs(4)), blend)
     with attachment.frozen(kv):
         assert torch.equal(run(unet, inputs(4)), blend)
@@ -135,7 +135,7 @@ def test_frozen_serves_several_edits_each_as_if_it_were_alone(
     unet: UNet2DConditionModel, edits: int, branches: int, slots: int
 ):
     attachment = attach(unet, shaken(variants(slots=slots)))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         run(unet, inputs(branches * slots))
     each = [inputs(2 * slots, seed=10 + edit) for edit in range(edits)]  # uncond slots, then cond slots
     with attachment.frozen(kv):
@@ -147,7 +147,7 @@ def test_frozen_serves_several_edits_each_as_if_it_were_alone(
 def test_sharpened_edits_attend_as_if_k_bar_were_so_many_times_as_long(unet: UNet2DConditionModel):
     """The scores of Eq. 2 are linear in K-bar; Eq. 1 on its own is left alone."""
     attachment = attach(unet, shaken(variants()))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         source = run(unet, inputs(2))
     with attachment.frozen({path: (2.5 * k, v) for path, (k, v) in kv.items()}):
         longer = run(unet, inputs(2))
@@ -162,7 +162,7 @@ def test_sharpened_edits_attend_as_if_k_bar_were_so_many_times_as_long(unet: UNe
 
 def test_frozen_gives_uncond_and_cond_their_own_keys(unet: UNet2DConditionModel):
     attachment = attach(unet, shaken(variants()))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         source = run(unet, inputs(2))
     z, t, prompt = inputs(2)
     with attachment.frozen(kv):
@@ -175,7 +175,7 @@ def test_frozen_gives_uncond_and_cond_their_own_keys(unet: UNet2DConditionModel)
 
 def test_frozen_needs_exactly_the_attached_sites_and_their_shapes(unet: UNet2DConditionModel):
     attachment = attach(unet, variants(slots=2))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         run(unet, inputs(4))
     path = next(iter(kv))
     with (
@@ -197,7 +197,7 @@ def test_frozen_needs_exactly_the_attached_sites_and_their_shapes(unet: UNet2DCo
 
 def test_stored_half_precision_is_cast(unet: UNet2DConditionModel):
     attachment = attach(unet, shaken(variants()))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         source = run(unet, inputs(2))
     with attachment.frozen({path: (k.half(), v.half()) for path, (k, v) in kv.items()}):
         assert torch.allclose(run(unet, inputs(2)), source, atol=1e-2)
@@ -260,7 +260,7 @@ def test_a_bf16_unet_works_with_fp32_psi(unet: UNet2DConditionModel):
     with attachment.blend():
         assert torch.equal(run(unet, inputs(2)), bare)
     shaken(psi)
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         out = run(unet, inputs(2))
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16
@@ -411,7 +411,7 @@ def test_replayed_beside_its_edits_the_source_gives_what_would_have_been_stored(
     source = inputs(branches * slots)
     each = [inputs(2 * slots, seed=10 + edit) for edit in range(edits)]
     rows = cast(Any, tuple(torch.cat(part) for part in zip(*each, strict=True)))
-    with attachment.recording() as kv:
+    with attachment.blend(record=True) as kv:
         alone = run(unet, source)
     with attachment.frozen(kv):
         frozen = run(unet, rows)
@@ -550,7 +550,7 @@ def test_attend_may_mask_or_cut_the_keys_in_blend_and_in_frozen(unet: UNet2DCond
     for manner in ("cut", "bool", "float"):
         for cp in psi.values():
             cast(Half, cp).manner = manner
-        with attachment.recording() as kv:
+        with attachment.blend(record=True) as kv:
             outs[manner] = run(unet, inputs(4))
         with attachment.frozen(kv):
             assert torch.equal(run(unet, inputs(4)), outs[manner])
@@ -561,7 +561,7 @@ def test_attend_may_mask_or_cut_the_keys_in_blend_and_in_frozen(unet: UNet2DCond
 def test_observing_gives_the_sources_own_keys_and_values(unet: UNet2DConditionModel):
     psi = variants()
     attachment = attach(unet, psi)
-    with attachment.recording() as at_identity:
+    with attachment.blend(record=True) as at_identity:
         run(unet, inputs(2))
     shaken(psi)
     with attachment.observing() as own:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvinv_pl.attention import CPAttention, Selection, Site, select, self_attentions
 from kvinv_pl.attention.attachment import attach
-from kvinv_pl.attention.cross_attention import cross_attentions, resized, watching
+from kvinv_pl.attention.cross_attention import cross_attentions, recording_maps, resized
 from kvinv_pl.models.stable_diffusion import Backbone
 
 GRID = (8, 6)  # of the latents: not square
@@ -62,7 +62,7 @@ def probabilities(backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]) -> 
 def test_a_map_is_the_probability_of_the_tokens_of_each_row_as_the_mean_of_the_heads(
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    with watching(backbone.unet, ROWS) as maps:
+    with recording_maps(backbone.unet, ROWS) as maps:
         backbone.predict(*inputs)
     plain = probabilities(backbone, inputs)
     assert maps.layers.keys() == plain.keys() and len(plain) == 7
@@ -75,7 +75,7 @@ def test_a_map_is_the_probability_of_the_tokens_of_each_row_as_the_mean_of_the_h
 def test_against_other_tokens_it_is_their_share_of_both(
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    with watching(backbone.unet, [[2]], against=[0]) as maps:
+    with recording_maps(backbone.unet, [[2]], against=[0]) as maps:
         backbone.predict(*inputs)
     for path, plain in probabilities(backbone, inputs).items():
         expected = (plain[..., 2] / (plain[..., 2] + plain[..., 0])).mean(1)
@@ -86,7 +86,7 @@ def test_what_is_computed_and_the_u_net_are_as_without_watching(
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     before, there = backbone.predict(*inputs), processors(backbone.unet)
-    with watching(backbone.unet, ROWS):
+    with recording_maps(backbone.unet, ROWS):
         assert torch.equal(backbone.predict(*inputs), before)
         assert all(a is b for a, b in zip(processors(backbone.unet), there, strict=True))
     assert hooks(backbone.unet) == 0
@@ -94,7 +94,7 @@ def test_what_is_computed_and_the_u_net_are_as_without_watching(
     class Stop(Exception):
         pass
 
-    with pytest.raises(Stop), watching(backbone.unet, ROWS):
+    with pytest.raises(Stop), recording_maps(backbone.unet, ROWS):
         backbone.predict(*inputs)
         raise Stop
     assert hooks(backbone.unet) == 0
@@ -107,7 +107,7 @@ def test_only_the_layers_that_are_named_are_looked_at(
 ) -> None:
     known = cross_attentions(backbone.unet)
     decoder = [path for path in known if path.startswith("up_blocks.1.")]
-    with watching(backbone.unet, ROWS, paths=decoder) as maps:
+    with recording_maps(backbone.unet, ROWS, paths=decoder) as maps:
         hooked = [path for path in known if backbone.unet.get_submodule(path)._forward_pre_hooks]
         backbone.predict(*inputs)
     assert list(maps.layers) == hooked == decoder and len(decoder) == 2
@@ -118,10 +118,10 @@ def test_a_self_attention_in_the_decoder_knows_the_layers_before_it(
 ) -> None:
     known: list[tuple[int, Tensor | None, Tensor | None]] = []
     layer = backbone.unet.get_submodule("up_blocks.0.attentions.0.transformer_blocks.0.attn1")
-    with watching(backbone.unet, ROWS) as maps:
-        assert maps.now(GRID) is None and maps.average(GRID) is None
+    with recording_maps(backbone.unet, ROWS) as maps:
+        assert maps.current(GRID) is None and maps.average(GRID) is None
         handle = layer.register_forward_pre_hook(
-            lambda module, args: known.append((len(maps.layers), maps.now((4, 3)), maps.average((4, 3))))
+            lambda module, args: known.append((len(maps.layers), maps.current((4, 3)), maps.average((4, 3))))
         )
         for _ in range(2):
             backbone.predict(*inputs)
@@ -139,10 +139,10 @@ def test_the_average_is_that_of_all_forwards_on_one_grid(
 ) -> None:
     z, t, context = inputs
     each = []
-    with watching(backbone.unet, ROWS) as maps:
+    with recording_maps(backbone.unet, ROWS) as maps:
         for factor in (1, 2, 3):
             backbone.predict(factor * z, t, context)
-            each.append(maps.now(GRID))
+            each.append(maps.current(GRID))
     average = maps.average(GRID)
     assert maps.forwards == 3 and average is not None and average.shape == (2, *GRID)
     torch.testing.assert_close(average, torch.stack(each).mean(0))
@@ -152,7 +152,7 @@ def test_positions_are_repeated_over_the_rows(
     backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     twice = tuple(x.repeat(2, *(1 for _ in x.shape[1:])) for x in inputs)
-    with watching(backbone.unet, ROWS) as maps:
+    with recording_maps(backbone.unet, ROWS) as maps:
         backbone.predict(*twice)
     for seen in maps.layers.values():
         torch.testing.assert_close(seen[:2], seen[2:])
@@ -171,11 +171,11 @@ def test_a_map_keeps_its_brightness_on_another_grid() -> None:
 def test_slicing_and_half_precision_give_the_same_maps(
     tmp_path: Path, backbone: Backbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    with watching(backbone.unet, ROWS) as maps:
+    with recording_maps(backbone.unet, ROWS) as maps:
         backbone.predict(*inputs)
     half = Backbone.load(str(checkpoints.make("tiny", tmp_path)), dtype=torch.bfloat16)
     half.unet.set_attention_slice(1)
-    with watching(half.unet, ROWS) as rough:
+    with recording_maps(half.unet, ROWS) as rough:
         half.predict(*inputs)
     for path, seen in rough.layers.items():
         assert seen.dtype == torch.float32
@@ -198,12 +198,12 @@ def test_cp_attn_and_watching_go_together(backbone: Backbone, inputs: tuple[Tens
     try:
         with attachment.blend():
             expected = backbone.predict(*inputs)
-            with watching(backbone.unet, ROWS) as maps:
+            with recording_maps(backbone.unet, ROWS) as maps:
                 assert torch.equal(backbone.predict(*inputs), expected)
-                changed = maps.now(GRID)
-        with watching(backbone.unet, ROWS) as maps:
+                changed = maps.current(GRID)
+        with recording_maps(backbone.unet, ROWS) as maps:
             backbone.predict(*inputs)
-            plain = maps.now(GRID)
+            plain = maps.current(GRID)
         attachment.check()
     finally:
         attachment.detach()

@@ -10,10 +10,10 @@ from typing import Any
 import fits
 from commands import Answer, kvinv, refused
 
-from kvinv_pl.bench.ablation import Ablation, Way
+from kvinv_pl.bench.ablation import Ablation, Cell
 from kvinv_pl.bench.bench import Setup
 from kvinv_pl.bench.benchmarks.cases import drawn_world
-from kvinv_pl.bench.reports.fronts import findings, pareto
+from kvinv_pl.bench.reports.pareto import findings, pareto_table
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.stages.editing.judging import unbeaten
 
@@ -73,24 +73,24 @@ def test_the_front_has_what_no_other_beats() -> None:
 def test_the_papers_findings_are_told_by_their_figures() -> None:
     """A world in which the decoder at 0.3 is best, 0.1 keeps the action and 0.9 loses the animal."""
     quality = {0.1: 15.0, 0.3: 18.0, 0.9: 10.0}
-    ways = [Way(place, "frozen", 1.0, start) for place in ("encoder", "decoder") for start in quality]
+    cells = [Cell(place, "frozen", 1.0, start) for place in ("encoder", "decoder") for start in quality]
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    for way in ways:
-        worse = 3.0 * (way.place == "encoder")
-        rows[str(way)] = {
+    for cell in cells:
+        worse = 3.0 * (cell.place == "encoder")
+        rows[str(cell)] = {
             str(n): {
-                "animal dB": quality[way.start] - worse + 0.1 * n,
-                "right action %": 100.0 * (way.start > 0.1),
-                "same animal %": 100.0 * (way.start < 0.9),
-                "likeness to the source dB": 30 - 10 * way.start + n,
+                "animal dB": quality[cell.start] - worse + 0.1 * n,
+                "right action %": 100.0 * (cell.start > 0.1),
+                "same animal %": 100.0 * (cell.start < 0.9),
+                "likeness to the source dB": 30 - 10 * cell.start + n,
             }
             for n in range(4)
         }
     columns = ("same animal %", "right action %", "animal dB", "likeness to the source dB")
     report = Report(rows, columns, {str(n): "" for n in range(4)})
-    best, early, late = findings(report, ways)
+    best, early, late = findings(report, cells)
     assert best.startswith("The decoder is best: holds (animal dB of 'decoder, frozen, start 0.3' less")
     assert "similar to the source: holds for the likeness, holds for the action" in early
     assert late.startswith("A late start loses the subject: holds")
-    assert pareto(report).count("start 0.3") == 2
-    assert findings(Report(rows, ("likeness to the source dB",), report.kinds), ways) == []
+    assert pareto_table(report).count("start 0.3") == 2
+    assert findings(Report(rows, ("likeness to the source dB",), report.kinds), cells) == []

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from commands import Answer, kvinv, refused
 
-from kvinv_pl.bench.bench import BROKEN_OFF, Bench, Setup
+from kvinv_pl.bench.bench import PROCESS_ENDED, Bench, Setup
 from kvinv_pl.bench.benchmarks.cases import Case, Metric
-from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.costs import Cost
 from kvinv_pl.bench.plan import Plan
 from kvinv_pl.bench.records import Records, slug
 from kvinv_pl.bench.reports.page import filled, page
 from kvinv_pl.bench.reports.results import write_results
+from kvinv_pl.bench.rows import Row
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Progress
@@ -56,7 +56,7 @@ def copy(done: tuple[Path, Answer], tmp_path: Path) -> Path:
     return Path(shutil.copytree(done[0], tmp_path / "copy"))
 
 
-def figures(out: Path) -> dict[str, Any]:
+def metrics(out: Path) -> dict[str, Any]:
     return json.loads((out / "figures.json").read_text())["rows"]
 
 
@@ -75,7 +75,7 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
     assert answer.code == 1
     assert "kvinv: plain(guidance=nonsense), 1000000: " in answer.err and "1 of " in answer.err
     assert "bench source: 2 cases in " in answer.err
-    rows = figures(out)
+    rows = metrics(out)
     assert list(rows) == [
         *("source", "truth through the VAE", "another animal of the same words, through the VAE"),
         *("direct+plain", "plain(guidance=nonsense)", "kv_inversion"),
@@ -172,20 +172,20 @@ def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> No
     changed = {name for name, time in before.items() if after[name] != time}
     assert changed == {"pictures/direct+plain/1000001.png"}
     assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
-    assert figures(copy)["direct+plain"]["means"]["PIE PSNR"]["count"] == 2
+    assert metrics(copy)["direct+plain"]["means"]["PIE PSNR"]["count"] == 2
     given = ["direct+plain", "kv_inversion", BROKEN.removesuffix("@1"), "ddim+plain"]
-    assert list(figures(copy))[3:] == given
+    assert list(metrics(copy))[3:] == given
 
 
 def test_rows_of_the_folder_stay_behind_those_that_are_asked_for_and_are_not_computed(copy: Path) -> None:
     (copy / "pictures" / "direct+plain" / "1000001.json").unlink()  # as after a kill
-    before, had = times(copy), figures(copy)
+    before, had = times(copy), metrics(copy)
     answer = bench(copy, "ddim+plain")
     assert answer.code == 0, answer.err  # what failed before was not asked for
     after = times(copy)
     assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
     assert all(after[name] == time for name, time in before.items())
-    rows = figures(copy)
+    rows = metrics(copy)
     assert list(rows)[3:] == ["ddim+plain", "direct+plain", "plain(guidance=nonsense)", "kv_inversion"]
     assert rows["kv_inversion"]["cases"].keys() == had["kv_inversion"]["cases"].keys()
     assert rows["direct+plain"]["cases"].keys() == {"1000000"} and not rows["direct+plain"]["failed"]
@@ -203,7 +203,7 @@ def test_a_figure_that_is_new_is_measured_of_the_rows_of_before_as_well(tmp_path
     data = plan.load_cases()
     new = Metric("new", ("one",), lambda case, picture: {"one": 1.0})
     data = replace(data, metrics=[new, *data.metrics])
-    bench = Bench(setup, data, [Contestant.parse("direct+plain")], Records(tmp_path), Progress(quiet=True))
+    bench = Bench(setup, data, [Row.parse("direct+plain")], Records(tmp_path), Progress(quiet=True))
     bench.run()
     assert bench.report().mean("ddim+plain", "one").count == 1
 
@@ -253,14 +253,14 @@ def test_a_metric_that_breaks_costs_its_own_figures_alone_and_is_tried_again(tmp
     def run() -> tuple[Bench, Report]:
         data = plan.load_cases()
         data = replace(data, metrics=[Metric("breaks", ("one", "two"), breaks), *data.metrics])
-        bench = Bench(setup, data, [Contestant.parse("ddim+plain")], Records(tmp_path), Progress(quiet=True))
+        bench = Bench(setup, data, [Row.parse("ddim+plain")], Records(tmp_path), Progress(quiet=True))
         bench.run()
         return bench, bench.report()
 
     broken = True
     bench, report = run()
     why = "ZeroDivisionError: division by zero"
-    assert bench.records.lost("ddim+plain", "1000001") == {"one": why, "two": why}
+    assert bench.records.unmeasured("ddim+plain", "1000001") == {"one": why, "two": why}
     assert report.failures["ddim+plain, 1000001"] == f"one, two not measured: {why}"
     assert not any(report.failed.values()) and report.mean("ddim+plain", "PIE PSNR").count == 2
     assert "1.00 (1 not measured)" in report.markdown() and why in report.markdown()
@@ -316,7 +316,7 @@ def test_a_killed_process_is_reported_with_its_case_and_the_others_go_on(
     (tmp_path / "deadly.txt").write_text(plan.load_cases().cases[1].source)
     report = plan.run(2).report()
     assert "process 2 of 2 ended before its cases were done" in capsys.readouterr().err
-    assert report.failures == {"dies, 1000001": BROKEN_OFF}
+    assert report.failures == {"dies, 1000001": PROCESS_ENDED}
     assert set(report.rows["ddim+plain"]) == {"1000000", "1000001", "1000002"}
     before = times(tmp_path / "two")
     (tmp_path / "deadly.txt").write_text("")
@@ -327,9 +327,9 @@ def test_a_killed_process_is_reported_with_its_case_and_the_others_go_on(
     alone = replace(plan, out=tmp_path / "one")
     one, two = (json.loads(each.run(1).report().json())["rows"] for each in (alone, plan))
     for row in one:
-        for case, figures in one[row]["cases"].items():
-            untimed = figures.keys() - {"seconds", "time x", "memory +MiB"}
-            assert {name: figures[name] for name in untimed} == {
+        for case, metrics in one[row]["cases"].items():
+            untimed = metrics.keys() - {"seconds", "time x", "memory +MiB"}
+            assert {name: metrics[name] for name in untimed} == {
                 name: two[row]["cases"][case][name] for name in untimed
             }
 
@@ -342,7 +342,7 @@ def test_a_bench_on_pictures_of_ones_own(tmp_path: Path) -> None:
     )
     answer = bench(tmp_path / "out", "ddim+plain", data=tmp_path / "list.csv", cases=1)
     assert answer.code == 0, answer.err
-    rows = figures(tmp_path / "out")
+    rows = metrics(tmp_path / "out")
     assert list(rows) == ["source", "source through the VAE", "ddim+plain"]
     assert rows["ddim+plain"]["means"]["unedited PSNR"]["count"] == 1
     assert "same animal %" not in rows["ddim+plain"]["means"]

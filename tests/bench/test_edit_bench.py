@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from kvinv_pl.bench.benchmarks.edit_bench import edit_bench, is_edit_bench
-from kvinv_pl.bench.benchmarks.listed import ListedCase
+from kvinv_pl.bench.benchmarks.image_list import ImageCase
 from kvinv_pl.bench.benchmarks.pie import is_pie_bench
 from kvinv_pl.errors import UserError
 
@@ -60,11 +60,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def only(folder: Path, **others: Any) -> ListedCase:
+def only(folder: Path, **others: Any) -> ImageCase:
     """The case of a folder whose one entry is this."""
     meta(folder, SIMPLE, [entry(**{"image_id": "b", **others})])
     (case,) = edit_bench(folder, None, []).cases
-    assert isinstance(case, ListedCase)
+    assert isinstance(case, ImageCase)
     return case
 
 

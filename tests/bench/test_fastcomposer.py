@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import kvinv_pl
-from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.methods import make
-from kvinv_pl.bench.running import Canvas, run_method
+from kvinv_pl.bench.rows import Row
+from kvinv_pl.bench.running import Encoded, run_method
 from kvinv_pl.data.images.geometry import as_pixels
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.published.fastcomposer import FastComposer
@@ -104,30 +104,30 @@ def test_it_samples_with_the_picture_in_the_word_after_the_first_steps(
     published: Path, model: Any, picture: Image.Image
 ) -> None:
     method = make("fastcomposer", "whole", weights=str(published), delay=0.34)
-    canvas, nets = Canvas.of(model, picture), networks()
-    before = {name: value.clone() for name, value in canvas.denoiser.backbone.unet.state_dict().items()}
+    encoded, nets = Encoded.encode(model, picture), networks()
+    before = {name: value.clone() for name, value in encoded.denoiser.backbone.unet.state_dict().items()}
     found = run_method(model, picture, SOURCE, TARGET, editor=method)
 
-    reader = replace(canvas.denoiser.backbone.prompts, text_encoder=nets["text_encoder"])
+    reader = replace(encoded.denoiser.backbone.prompts, text_encoder=nets["text_encoder"])
     nothing, told = reader.embed(["", TARGET])
     with_picture = told.clone()
     with_picture[2] = by_hand(told[2], picture, nets["image_encoder"])  # < a cat
-    table = canvas.scene(SOURCE, TARGET, 5.0).table
-    z = torch.randn(canvas.z_0.shape, generator=torch.Generator().manual_seed(0))
+    table = encoded.scene(SOURCE, TARGET, 5.0).table
+    z = torch.randn(encoded.z_0.shape, generator=torch.Generator().manual_seed(0))
     for i in range(3):
         read = torch.stack([nothing, told if i < 1 else with_picture])
         free, bound = nets["unet"](z.expand(2, -1, -1, -1), table.timesteps[i], read).sample.split(1)
         z = table.forward(z, free + 5.0 * (bound - free), i)
-    assert found.size == (16, 12) and fits.levels(found, canvas.show(z)) < 1
-    after = canvas.denoiser.backbone.unet.state_dict()
+    assert found.size == (16, 12) and fits.levels(found, encoded.decode(z)) < 1
+    after = encoded.denoiser.backbone.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     late = make("fastcomposer", "whole", weights=str(published), delay=1.0)
     assert fits.levels(found, run_method(model, picture, SOURCE, TARGET, editor=late)) > 0
 
 
 def test_its_row_is_typed_with_its_file_and_has_the_published_defaults() -> None:
-    row = Contestant.parse('fastcomposer(weights="pytorch_model.bin", word=cat)@16')
-    shown: Any = row.made()[1]
+    row = Row.parse('fastcomposer(weights="pytorch_model.bin", word=cat)@16')
+    shown: Any = row.make_methods()[1]
     assert (shown.weights, shown.word, shown.delay, shown.guidance) == ("pytorch_model.bin", "cat", 0.2, 5.0)
 
 

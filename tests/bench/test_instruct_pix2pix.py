@@ -13,12 +13,12 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from torch import Tensor
 
 import kvinv_pl
-from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.methods import make
+from kvinv_pl.bench.rows import Row
 from kvinv_pl.bench.running import run_method
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.loading import quiet
-from kvinv_pl.models.published.instruct_pix2pix import Instructed
+from kvinv_pl.models.published.instruct_pix2pix import InstructPix2PixModel
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_it_samples_by_equation_3(folder: Path) -> None:
-    loaded = Instructed.load(str(folder), torch.device("cpu"))
+    loaded = InstructPix2PixModel.load(str(folder), torch.device("cpu"))
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = loaded.edit(pixels, "make it a dog", 3, 4.0, 1.5, 7)
 
@@ -75,8 +75,8 @@ def test_a_picture_is_edited_by_what_it_is_told_in_its_own_size(folder: Path, tm
 
 
 def test_its_row_is_typed_with_its_folder_and_has_the_published_defaults(folder: Path) -> None:
-    row = Contestant.parse(f"instruct_pix2pix(checkpoint={str(folder)!r}, image_guidance=2.0)@16")
-    _, method = row.made()
+    row = Row.parse(f"instruct_pix2pix(checkpoint={str(folder)!r}, image_guidance=2.0)@16")
+    _, method = row.make_methods()
     shown: Any = method
     assert (shown.checkpoint, shown.image_guidance, row.cases) == (str(folder), 2.0, 16)
     published = make("instruct_pix2pix", "whole")
@@ -88,11 +88,11 @@ def test_what_cannot_be_told_or_loaded_is_refused_in_one_line(tmp_path: Path) ->
     with pytest.raises(
         UserError, match="has a U-Net of 4 input channels, not 8; expected an InstructPix2Pix"
     ):
-        Instructed.load(str(fits.checkpoint()), cpu)
+        InstructPix2PixModel.load(str(fits.checkpoint()), cpu)
     with pytest.raises(UserError, match="there is no folder"):
-        Instructed.load(str(tmp_path / "none"), cpu)
+        InstructPix2PixModel.load(str(tmp_path / "none"), cpu)
     with pytest.raises(UserError, match="the embedded world has no InstructPix2Pix"):
-        Instructed.load("menagerie", cpu)
+        InstructPix2PixModel.load("menagerie", cpu)
     with pytest.raises(UserError, match=r"steps, image_guidance: expected 1 or more, got 0 and 1\.5"):
         make("instruct_pix2pix", "whole", steps=0)
     with pytest.raises(UserError, match=r"instruction: expected text with \{source\} and \{target\} alone"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kvinv_pl.bench.benchmarks.listed import listed
+from kvinv_pl.bench.benchmarks.image_list import image_list
 from kvinv_pl.bench.benchmarks.metrics import UNEDITED, black_but, clip_score, lpips, unedited
 from kvinv_pl.bench.benchmarks.pie import KINDS, SIDE, is_pie_bench, mask_of, pie_bench
 from kvinv_pl.errors import UserError
@@ -237,14 +237,17 @@ def test_a_list_of_ones_own_has_a_case_for_each_target_and_masks_of_what_may_be_
     Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
     rows = "image,source,targets,mask\ncat.png,a cat,a dog|a horse,mask.png\n"
     (tmp_path / "list.csv").write_text(rows)
-    one, two = listed(tmp_path / "list.csv", None, []).cases
+    one, two = image_list(tmp_path / "list.csv", None, []).cases
     assert (one.name, one.target, two.name, two.target) == ("0001-cat", "a dog", "0002-cat", "a horse")
     assert one.editable is not None and (one.editable == np.eye(16, dtype=bool)).all()
     (tmp_path / "list.csv").write_text("image,source\ncat.png,a cat\n")
     with pytest.raises(UserError, match=r"cat.png has no target"):
-        listed(tmp_path / "list.csv", None, [])
+        image_list(tmp_path / "list.csv", None, [])
     (tmp_path / "list.csv").write_text(rows)
-    assert [case.name for case in listed(tmp_path, None, []).cases] == ["0001-cat", "0002-cat"]  # its folder
+    assert [case.name for case in image_list(tmp_path, None, []).cases] == [
+        "0001-cat",
+        "0002-cat",
+    ]  # its folder
     (tmp_path / "other.csv").write_text(rows)
     with pytest.raises(UserError, match=r"a folder with one list in it, got .* with 2 lists"):
-        listed(tmp_path, None, [])
+        image_list(tmp_path, None, [])

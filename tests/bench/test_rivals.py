@@ -19,7 +19,7 @@ from kvinv_pl.attention.cross_attention import cross_attentions
 from kvinv_pl.attention.sites import self_attentions
 from kvinv_pl.attention.unet import decoder_layers
 from kvinv_pl.bench.methods import make
-from kvinv_pl.bench.running import edited
+from kvinv_pl.bench.running import sample_edit
 from kvinv_pl.errors import UserError
 from kvinv_pl.testing.method_checks import SOURCE, scene_for
 from kvinv_pl.testing.tiny import CHANNELS, WIDTH, TinyModel
@@ -57,7 +57,7 @@ def three_levels() -> Scene:
 
 
 def inverted(scene: Scene, inversion: Any) -> Tensor:
-    return edited(scene, inversion, PLAIN)
+    return sample_edit(scene, inversion, PLAIN)
 
 
 def test_differences_below_the_proximal_threshold_are_none(scene: Scene) -> None:
@@ -131,7 +131,7 @@ def test_regularised_noise_is_whiter_and_without_rounds_it_is_ddims(scene: Scene
 
 def test_sentences_that_differ_in_nothing_give_no_edit_direction(scene: Scene) -> None:
     about = ("a cat", "the cat")
-    source, target = edited(
+    source, target = sample_edit(
         scene, make("ddim", "inversion"), make("pix2pix_zero", "edit", sentences=(about, about))
     )
     assert torch.allclose(source, target, atol=1e-5)
@@ -336,7 +336,7 @@ def test_custom_diffusion_learns_keys_and_values_of_words_and_a_word_before_the_
             asked.append(scene)
             return Control()
 
-    edited(scene, make("custom_diffusion", "inversion", steps=1, batch=1), Asks())
+    sample_edit(scene, make("custom_diffusion", "inversion", steps=1, batch=1), Asks())
     assert asked[0].target == "a ktn cat running"
 
 
@@ -354,9 +354,9 @@ def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene:
     assert torch.equal(source, target)
     source, target = rows(0.7)
     assert not torch.allclose(source, target)
-    unlearned = rows(1.0, text_steps=0, network_steps=0)[1:]
+    unknown_words = rows(1.0, text_steps=0, network_steps=0)[1:]
     noise = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(unlearned, sample(scene, Inverted(scene, noise), Control())[1:], atol=1e-5)
+    assert torch.allclose(unknown_words, sample(scene, Inverted(scene, noise), Control())[1:], atol=1e-5)
 
 
 @pytest.mark.parametrize(

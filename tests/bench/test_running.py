@@ -18,9 +18,9 @@ from torch import Tensor
 import kvinv_pl
 from kvinv_pl.algorithm.method import Control, Inverted, Scene, sample
 from kvinv_pl.attention.registry import arguments_of, resolve
-from kvinv_pl.bench.contestants import Contestant
-from kvinv_pl.bench.methods import NOT_HERE, make, methods
-from kvinv_pl.bench.running import Canvas, edited, run_method
+from kvinv_pl.bench.methods import UNSUPPORTED, make, methods
+from kvinv_pl.bench.rows import Row
+from kvinv_pl.bench.running import Encoded, run_method, sample_edit
 from kvinv_pl.errors import UserError
 from kvinv_pl.testing import Trial, method_trials
 
@@ -39,14 +39,14 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def canvas(picture: Image.Image) -> Canvas:
-    return Canvas.of(loaded(), picture)
+def encoded(picture: Image.Image) -> Encoded:
+    return Encoded.encode(loaded(), picture)
 
 
 @pytest.fixture(scope="module")
-def brief(picture: Image.Image) -> Canvas:
+def brief(picture: Image.Image) -> Encoded:
     """Of two steps: the first, and one after another."""
-    return Canvas.of(loaded(steps=2), picture)
+    return Encoded.encode(loaded(steps=2), picture)
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
@@ -73,7 +73,7 @@ def test_a_registered_method_conforms(trial: Trial) -> None:
 
 
 @pytest.mark.parametrize("inversion", INVERSIONS)
-def test_every_pair_of_inversion_and_edit_runs(brief: Canvas, inversion: str) -> None:
+def test_every_pair_of_inversion_and_edit_runs(brief: Encoded, inversion: str) -> None:
     edits = [make(edit, "edit") for edit in EDITS]
     for source in {"" if edit.empty_source else SOURCE for edit in edits}:
         scene = brief.scene(source, TARGET, 5.0)
@@ -85,8 +85,8 @@ def test_every_pair_of_inversion_and_edit_runs(brief: Canvas, inversion: str) ->
                 assert sample(scene, inverted, edit.control(scene, inverted)).isfinite().all()
 
 
-def test_a_prompt_is_read_with_other_vectors_for_a_word_and_gradients_reach_them(canvas: Canvas) -> None:
-    model = canvas.scene(SOURCE, TARGET, 2.0).model
+def test_a_prompt_is_read_with_other_vectors_for_a_word_and_gradients_reach_them(encoded: Encoded) -> None:
+    model = encoded.scene(SOURCE, TARGET, 2.0).model
     own = {word: model.vectors(word) for word in ("cat", "zebra")}
     assert len(own["cat"]) == 1 and len(own["zebra"]) == 5  # spelled in bytes
     prompts = [SOURCE, "a zebra running", "a dog sitting"]
@@ -103,39 +103,41 @@ def test_a_prompt_is_read_with_other_vectors_for_a_word_and_gradients_reach_them
     assert torch.equal(model.embed(prompts), plain)
 
 
-def test_an_exception_in_a_control_leaves_the_network_as_it_was(canvas: Canvas) -> None:
+def test_an_exception_in_a_control_leaves_the_network_as_it_was(encoded: Encoded) -> None:
     class Breaks(Control):
         def attend(self, i: int, at: Any) -> Tensor:
             raise ZeroDivisionError
 
-    scene = canvas.scene(SOURCE, TARGET, 3.0)
-    control, before = Breaks(), dict(canvas.denoiser.backbone.unet.attn_processors)
+    scene = encoded.scene(SOURCE, TARGET, 3.0)
+    control, before = Breaks(), dict(encoded.denoiser.backbone.unet.attn_processors)
     control.attentions = scene.model.self_attentions
     with pytest.raises(ZeroDivisionError):
         sample(scene, make("ddim", "inversion").invert(scene), control)
-    assert all(canvas.denoiser.backbone.unet.attn_processors[path] is one for path, one in before.items())
+    assert all(encoded.denoiser.backbone.unet.attn_processors[path] is one for path, one in before.items())
 
 
-def test_attention_that_is_taken_over_and_left_alone_is_the_networks_own(canvas: Canvas) -> None:
-    scene = canvas.scene(SOURCE, TARGET, 3.0)
+def test_attention_that_is_taken_over_and_left_alone_is_the_networks_own(encoded: Encoded) -> None:
+    scene = encoded.scene(SOURCE, TARGET, 3.0)
     control, inverted = Control(), make("ddim", "inversion").invert(scene)
     control.attentions = (*scene.model.self_attentions, *scene.model.cross_attentions)
     assert close(sample(scene, inverted, control), sample(scene, inverted, Control()))
 
 
 def test_edit_friendly_noise_keeps_the_picture_where_the_prompt_does_and_belongs_to_its_seed(
-    canvas: Canvas,
+    encoded: Encoded,
 ) -> None:
-    scene, plain = canvas.scene(SOURCE, SOURCE, 3.5), make("plain", "edit")
-    assert close(edited(scene, make("edit_friendly", "inversion"), plain)[1:], scene.z_0)
-    scene = canvas.scene(SOURCE, TARGET, 3.5)
-    one, other = (edited(scene, make("edit_friendly", "inversion", seed=seed), plain)[1:] for seed in (0, 1))
+    scene, plain = encoded.scene(SOURCE, SOURCE, 3.5), make("plain", "edit")
+    assert close(sample_edit(scene, make("edit_friendly", "inversion"), plain)[1:], scene.z_0)
+    scene = encoded.scene(SOURCE, TARGET, 3.5)
+    one, other = (
+        sample_edit(scene, make("edit_friendly", "inversion", seed=seed), plain)[1:] for seed in (0, 1)
+    )
     assert not close(one, scene.z_0) and not close(one, other)
 
 
 def test_masactrl_is_the_variant_recorded_read_at_its_layers_and_from_its_step(picture: Image.Image) -> None:
-    canvas = Canvas.of(loaded(), picture)
-    layers = canvas.scene("", TARGET, 2.0).model.self_attentions[4:]
+    encoded = Encoded.encode(loaded(), picture)
+    layers = encoded.scene("", TARGET, 2.0).model.self_attentions[4:]
     recorded = loaded(
         attention=resolve("recorded"),
         target_modules=list(layers),
@@ -150,19 +152,19 @@ def test_masactrl_is_the_variant_recorded_read_at_its_layers_and_from_its_step(p
     assert fits.levels(ours, theirs) <= 1 < fits.levels(ours, plain)
 
 
-def test_negative_prompt_inversion_reconstructs_at_any_guidance_as_ddim_does_at_1(canvas: Canvas) -> None:
+def test_negative_prompt_inversion_reconstructs_at_any_guidance_as_ddim_does_at_1(encoded: Encoded) -> None:
     plain = make("plain", "edit")
-    at_1 = edited(canvas.scene(SOURCE, SOURCE, 1.0), make("ddim", "inversion"), plain)
-    at_9 = canvas.scene(SOURCE, SOURCE, 9.0)
-    assert close(edited(at_9, make("negative_prompt", "inversion"), plain), at_1)
-    assert not close(edited(at_9, make("ddim", "inversion"), plain), at_1)
+    at_1 = sample_edit(encoded.scene(SOURCE, SOURCE, 1.0), make("ddim", "inversion"), plain)
+    at_9 = encoded.scene(SOURCE, SOURCE, 9.0)
+    assert close(sample_edit(at_9, make("negative_prompt", "inversion"), plain), at_1)
+    assert not close(sample_edit(at_9, make("ddim", "inversion"), plain), at_1)
 
 
-def test_negative_prompt_guidance_amplifies_no_map_that_prompt_to_prompt_replaced(canvas: Canvas) -> None:
+def test_negative_prompt_guidance_amplifies_no_map_that_prompt_to_prompt_replaced(encoded: Encoded) -> None:
     """With equal prompts both terms of the guidance are one, from wherever the target begins."""
 
     def target(guidance: float, negative: bool) -> Tensor:
-        scene = canvas.scene(SOURCE, SOURCE, guidance)
+        scene = encoded.scene(SOURCE, SOURCE, guidance)
         inverted = make("negative_prompt", "inversion").invert(scene)
         control = make("prompt_to_prompt", "edit", negative=negative).control(scene, inverted)
         control.before = lambda i, z: torch.stack([z[0], z[1] * 0.8]) if i == 0 else z
@@ -172,28 +174,30 @@ def test_negative_prompt_guidance_amplifies_no_map_that_prompt_to_prompt_replace
     assert close(target(9.0, True), unguided) and not close(target(9.0, False), unguided)
 
 
-def test_fixed_points_are_approached_by_every_round_and_reconstruct_better_than_ddim(canvas: Canvas) -> None:
-    scene, plain = canvas.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
+def test_fixed_points_are_approached_by_every_round_and_reconstruct_better_than_ddim(
+    encoded: Encoded,
+) -> None:
+    scene, plain = encoded.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
     solved = make("fixed_point", "inversion", rounds=8).invert(scene)
     for moves in solved.residuals:
         assert all(after < before or after < 1e-6 for before, after in pairwise(moves))
 
     def missed(inversion: Any, scene: Scene = scene) -> float:
-        return float((edited(scene, inversion, plain)[:1] - scene.z_0).square().mean())
+        return float((sample_edit(scene, inversion, plain)[:1] - scene.z_0).square().mean())
 
-    ddim_at_1 = missed(make("ddim", "inversion"), canvas.scene(SOURCE, TARGET, 1.0))
+    ddim_at_1 = missed(make("ddim", "inversion"), encoded.scene(SOURCE, TARGET, 1.0))
     errors = [missed(make("fixed_point", "inversion", rounds=rounds)) for rounds in (0, 1, 3, 8)]
     assert errors[0] == pytest.approx(ddim_at_1, rel=1e-4)
     assert errors == sorted(errors, reverse=True) and errors[-1] < ddim_at_1 / 4
 
 
 def test_null_text_learns_until_its_tolerance_and_reconstructs_better_than_ddim_at_a_guidance(
-    canvas: Canvas,
+    encoded: Encoded,
 ) -> None:
-    scene, plain = canvas.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
+    scene, plain = encoded.scene(SOURCE, TARGET, 7.5), make("plain", "edit")
 
     def missed(inversion: Any) -> float:
-        return float((edited(scene, inversion, plain)[:1] - scene.z_0).square().mean())
+        return float((sample_edit(scene, inversion, plain)[:1] - scene.z_0).square().mean())
 
     null_text = make("null_text", "inversion")
     learned = null_text.invert(scene)
@@ -216,26 +220,26 @@ def test_null_text_learns_until_its_tolerance_and_reconstructs_better_than_ddim_
     assert all(losses[-1] < 1e-5 + 2e-5 * i for i, losses in enumerate(found.losses))
 
 
-def test_masactrl_with_masks_of_everything_is_masactrl_without(canvas: Canvas) -> None:
-    scene, ddim = canvas.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
-    plain = edited(scene, ddim, make("masactrl", "edit", empty_source=False))
+def test_masactrl_with_masks_of_everything_is_masactrl_without(encoded: Encoded) -> None:
+    scene, ddim = encoded.scene(SOURCE, TARGET, 2.0), make("ddim", "inversion")
+    plain = sample_edit(scene, ddim, make("masactrl", "edit", empty_source=False))
     whole = make("masactrl", "edit", empty_source=False, word="cat", threshold=-1.0)
     parts = make("masactrl", "edit", empty_source=False, word="cat", threshold=0.5)
-    assert close(edited(scene, ddim, whole), plain)
-    assert not close(edited(scene, ddim, parts), plain)
+    assert close(sample_edit(scene, ddim, whole), plain)
+    assert not close(sample_edit(scene, ddim, parts), plain)
 
 
-def test_prompt_to_prompt_scales_the_map_of_a_word(canvas: Canvas) -> None:
-    scene, ddim = canvas.scene(SOURCE, SOURCE, 2.0), make("ddim", "inversion")
+def test_prompt_to_prompt_scales_the_map_of_a_word(encoded: Encoded) -> None:
+    scene, ddim = encoded.scene(SOURCE, SOURCE, 2.0), make("ddim", "inversion")
     options: dict[str, Any] = {"words": ("cat", "cat"), "threshold": -1.0}
-    source, target = edited(scene, ddim, make("prompt_to_prompt", "edit", weight=3.0, **options))
+    source, target = sample_edit(scene, ddim, make("prompt_to_prompt", "edit", weight=3.0, **options))
     assert not close(target, source)
 
 
-def test_local_blend_keeps_the_source_outside_the_words(canvas: Canvas) -> None:
-    scene, direct = canvas.scene(SOURCE, TARGET, 3.0), make("direct", "inversion")
+def test_local_blend_keeps_the_source_outside_the_words(encoded: Encoded) -> None:
+    scene, direct = encoded.scene(SOURCE, TARGET, 3.0), make("direct", "inversion")
     nowhere = make("prompt_to_prompt", "edit", words=("standing", "running"), threshold=2.0, blend_start=0.0)
-    source, target = edited(scene, direct, nowhere)
+    source, target = sample_edit(scene, direct, nowhere)
     assert close(target, source)
 
 
@@ -263,13 +267,13 @@ def test_words_of_a_prompt_are_replaced_one_by_one_and_refined_by_alignment() ->
 
 
 def test_words_of_a_second_chunk_are_aligned_with_those_of_the_first_and_no_attention_is_lost(
-    canvas: Canvas,
+    encoded: Encoded,
 ) -> None:
-    reader = canvas.denoiser.backbone.prompts
-    canvas.denoiser.backbone.prompts = replace(reader, syntax="webui")
+    reader = encoded.denoiser.backbone.prompts
+    encoded.denoiser.backbone.prompts = replace(reader, syntax="webui")
     try:
         long = "a cat on the grass, " * 5
-        scene = canvas.scene(f"{long} standing", f"red {long} (running:1.3)", 2.0)
+        scene = encoded.scene(f"{long} standing", f"red {long} (running:1.3)", 2.0)
         ddim, ours = (
             make("ddim", "inversion"),
             make("prompt_to_prompt", "edit", words=("standing", "running")),
@@ -281,15 +285,15 @@ def test_words_of_a_second_chunk_are_aligned_with_those_of_the_first_and_no_atte
         assert torch.equal(moved, torch.ones(48))
         assert control.own[1] == 1 and control.tokens[1, 2] == 1  # red is new, and a stands after it
         for prompts in [(long, long), ("a cat", f"{long} running"), (f"{long} running", "a cat")]:
-            pair = canvas.scene(*prompts, 2.0)
+            pair = encoded.scene(*prompts, 2.0)
             control = make("prompt_to_prompt", "edit").control(pair, ddim.invert(pair))
             assert torch.equal(control.tokens[[0, 24]].sum(1), torch.ones(2))  # what the starts attract
-            source, target = edited(pair, ddim, make("prompt_to_prompt", "edit"))
+            source, target = sample_edit(pair, ddim, make("prompt_to_prompt", "edit"))
             assert close(target, source) == (prompts[0] == prompts[1])
         masked = make("masactrl", "edit", word="grass", empty_source=False, start=0.0)
-        assert edited(scene, ddim, masked).isfinite().all()
+        assert sample_edit(scene, ddim, masked).isfinite().all()
     finally:
-        canvas.denoiser.backbone.prompts = reader
+        encoded.denoiser.backbone.prompts = reader
 
 
 def test_kv_inversion_is_among_the_methods(picture: Image.Image) -> None:
@@ -315,7 +319,7 @@ def test_a_method_and_a_tuning_choose_one_precision_so_that_nothing_is_loaded_tw
 ) -> None:
     monkeypatch.setattr("kvinv_pl.training.trainer.precision_for", lambda checkpoint, device: "bf16-mixed")
     model = loaded(attention=resolve("recorded"), steps=1)
-    unet = Canvas.of(model, picture).denoiser.backbone.unet
+    unet = Encoded.encode(model, picture).denoiser.backbone.unet
     model.tune(picture, SOURCE)
     assert unet.dtype == torch.bfloat16 and model.model.denoiser.backbone.unet is unet
 
@@ -335,19 +339,21 @@ def test_the_page_on_methods_shows_what_runs(tmp_path: Path, monkeypatch: pytest
         exec(code.replace('"menagerie"', f'{str(fits.checkpoint())!r}, accelerator="cpu", steps=3'), {})
     assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "masactrl.png", "words.png"}
     assert all(f"`{name}`" in page for name in FOUND)
-    missed = page.partition("## Not here, and why")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", missed, re.M) == sorted(NOT_HERE)
+    missed = page.partition("## Methods that are not included")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", missed, re.M) == sorted(UNSUPPORTED)
 
 
-@pytest.mark.parametrize("row", [*NOT_HERE, f"ddim+{next(iter(NOT_HERE))}", f"{next(iter(NOT_HERE))}+plain"])
+@pytest.mark.parametrize(
+    "row", [*UNSUPPORTED, f"ddim+{next(iter(UNSUPPORTED))}", f"{next(iter(UNSUPPORTED))}+plain"]
+)
 def test_a_method_that_is_missed_is_refused_by_what_it_lacks(row: str) -> None:
-    name = next(name for name in NOT_HERE if name in row)
+    name = next(name for name in UNSUPPORTED if name in row)
     with pytest.raises(UserError, match=f"^{name} is not among the methods, since .*docs/methods.md") as said:
-        Contestant.parse(row)
-    assert NOT_HERE[name] in str(said.value) and "\n" not in str(said.value)
+        Row.parse(row)
+    assert UNSUPPORTED[name] in str(said.value) and "\n" not in str(said.value)
 
 
-def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, canvas: Canvas) -> None:
+def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, encoded: Encoded) -> None:
     with pytest.raises(UserError, match="did you mean direct"):
         run_method(loaded(), picture, SOURCE, TARGET, inversion="dirrect")
     with pytest.raises(UserError, match="no option 'layers'"):
@@ -359,7 +365,7 @@ def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, can
     with pytest.raises(UserError, match="rounds: expected 0 or more, got -1"):
         make("fixed_point", "inversion", rounds=-1)
     with pytest.raises(UserError, match="expected 0 to 6, got 7"):
-        make("masactrl", "edit", layer=7).control(canvas.scene(SOURCE, TARGET, 2.0), None)
+        make("masactrl", "edit", layer=7).control(encoded.scene(SOURCE, TARGET, 2.0), None)
 
 
 def test_a_method_of_anybody_serves(picture: Image.Image) -> None:
@@ -380,12 +386,12 @@ def test_a_method_of_anybody_serves(picture: Image.Image) -> None:
 
 
 def test_the_sentences_of_pix2pix_zero_may_be_of_more_chunks_than_the_prompts(picture: Image.Image) -> None:
-    scene = Canvas.of(loaded(prompt_syntax="webui"), picture).scene(SOURCE, TARGET, 3.0)
+    scene = Encoded.encode(loaded(prompt_syntax="webui"), picture).scene(SOURCE, TARGET, 3.0)
     about, other = ("a cat BREAK a dog", "a cat"), ("a dog BREAK a horse", "a red dog")
     found = list[Tensor]()
     for sentences in ((about, about), (about, other)):
         led = make("pix2pix_zero", "edit", amount=0.01, sentences=sentences)
-        found += edited(scene, make("ddim", "inversion"), led)
+        found += sample_edit(scene, make("ddim", "inversion"), led)
     assert close(found[0], found[1])  # no direction
     assert close(found[0], found[2]) and not close(
         found[2], found[3]

@@ -19,9 +19,9 @@ from kvinv_pl.bench.ablation import LIKENESS
 from kvinv_pl.bench.bench import COSTS
 from kvinv_pl.bench.benchmarks.cases import IDENTITY
 from kvinv_pl.bench.benchmarks.metrics import UNEDITED, clip_score, lpips, structure_distance
-from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.reports.page import page
 from kvinv_pl.bench.reports.ranks import METRICS, as_csv, as_markdown, ranks, spearman
+from kvinv_pl.bench.rows import Row
 from kvinv_pl.bench.tables.columns import MEANINGS
 from kvinv_pl.bench.tables.summary import summary
 from kvinv_pl.bench.tables.table import Mean, Report, markdown
@@ -223,14 +223,14 @@ def test_ranks_are_of_methods_alone_and_of_cases_whose_truth_is_known() -> None:
 
 
 def test_a_row_is_typed_as_it_is_read() -> None:
-    row = Contestant.parse("fixed_point(rounds=2)+masactrl(start=0.2, word=cat, empty_source=False)@16")
+    row = Row.parse("fixed_point(rounds=2)+masactrl(start=0.2, word=cat, empty_source=False)@16")
     assert (row.inversion, row.editor, row.cases) == ("fixed_point", "masactrl", 16)
     assert row.options["fixed_point"] == {"rounds": 2}
     assert row.options["masactrl"] == {"start": 0.2, "word": "cat", "empty_source": False}
     assert row.text == "fixed_point(rounds=2)+masactrl(start=0.2, word=cat, empty_source=False)"
-    inversion, editor = row.made()
+    inversion, editor = row.make_methods()
     assert (getattr(inversion, "rounds", None), getattr(editor, "word", None)) == (2, "cat")
-    ours = Contestant.parse("kv_inversion(attention=low_rank, inner_steps=5)")
+    ours = Row.parse("kv_inversion(attention=low_rank, inner_steps=5)")
     assert ours.settings == {"attention": "low_rank", "inner_steps": 5} and ours.inversion is None
 
 
@@ -247,4 +247,4 @@ def test_a_row_is_typed_as_it_is_read() -> None:
 )
 def test_a_row_that_cannot_be_is_refused_in_one_line(text: str, wanted: str) -> None:
     with pytest.raises(UserError, match=wanted):
-        Contestant.parse(text)
+        Row.parse(text)

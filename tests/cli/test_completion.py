@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import kvinv, refused
 
-from kvinv_pl.cli.entry import OTHERS, STAGES
+from kvinv_pl.cli.entry import COMMANDS, STAGES
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
@@ -28,7 +28,7 @@ def test_bash_completes_commands_options_and_their_choices(tmp_path: Path) -> No
         done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
         return set(done.stdout.split())
 
-    assert {*STAGES, *OTHERS} <= completed("kvinv", "")
+    assert {*STAGES, *COMMANDS} <= completed("kvinv", "")
     assert completed("kvinv", "edit", "--sta") == {"--start"}
     assert "--model.sharpness" in completed("kvinv", "edit", "--model.s")
     assert completed("kvinv", "edit", "--reading", "") == {"frozen", "blend"}

@@ -14,7 +14,7 @@ from checkpoints import Kind, change_json, make
 from PIL import Image
 
 from kvinv_pl.attention import CPAttention, Site
-from kvinv_pl.attention.config import of_variant
+from kvinv_pl.attention.config import variant_config
 from kvinv_pl.cli.entry import STAGES, main
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
@@ -140,7 +140,7 @@ def test_the_config_of_the_menagerie_is_the_defaults_of_the_module(
     assert taken["trainer"] == without["trainer"]
     variant = KVInversion().variant(SITE)
     assert isinstance(variant, CPAttention)
-    assert spelled["attention"] == of_variant(variant)
+    assert spelled["attention"] == variant_config(variant)
 
 
 def test_every_value_of_the_menagerie_config_is_explained() -> None:

@@ -15,8 +15,8 @@ import pytest
 import segmenters
 from commands import QUICK, kvinv
 
-from kvinv_pl.bench.contestants import Contestant
 from kvinv_pl.bench.plan import WORLD_CASES
+from kvinv_pl.bench.rows import Row
 from kvinv_pl.cli.commands.ablate import ablate
 from kvinv_pl.cli.commands.bench import METHODS, OURS, bench
 from kvinv_pl.cli.commands.new_variant import write
@@ -195,7 +195,7 @@ def test_benches_that_are_shown_and_that_make_runs_have_options_and_rows_that_th
             if arg.startswith("--"):
                 assert arg[2:] in options, line
             if arg in ("--method", "--also"):
-                Contestant.parse(args[n + 1])
+                Row.parse(args[n + 1])
 
 
 def test_make_bench_computes_the_rows_of_the_readmes_table() -> None:
@@ -207,7 +207,7 @@ def test_make_bench_computes_the_rows_of_the_readmes_table() -> None:
     (made,) = re.findall(r"kvinv bench .*", (DOCS.parent / "Makefile").read_text(encoding="utf-8"))
     assert shlex.split(made)[2:] == ["--out", "bench", "--workers", "2", "$(ARGS)"]
     assert inspect.signature(bench).parameters["method"].default is METHODS and WORLD_CASES == 64
-    assert [Contestant.parse(text).text for text in METHODS] == METHODS
+    assert [Row.parse(text).text for text in METHODS] == METHODS
 
 
 def test_the_pages_name_tools_and_commands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import yaml
 from commands import QUICK, command, kvinv, photograph, process, refused, size, times, tree
 from PIL import ExifTags, Image
 
-from kvinv_pl.cli.arguments import SHORT
+from kvinv_pl.cli.arguments import SHORT_FLAGS
 from kvinv_pl.cli.entry import main
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.run_store import RunStore
@@ -141,7 +142,7 @@ def test_the_usual_options_of_a_stage_are_those_that_it_makes_something_of(
 ) -> None:
     usual = kvinv(verb, "--help").out.partition("the usual options:\n")[2].partition("\n\n")[0]
     shown = {line.split()[0] for line in usual.splitlines() if line.startswith("  -")}
-    assert shown == {*SHORT, *(["--run"] if verb == "edit" else []), "-c,"} - idle
+    assert shown == {*SHORT_FLAGS, *(["--run"] if verb == "edit" else []), "-c,"} - idle
     assert usual.splitlines()[-1].startswith("  -c, --config FILE ")
     given = [arg for flag in idle for arg in (flag, "blend" if flag == "--reading" else 1)]
     answer = kvinv(verb, *cat, *given, "--print_config")  # taken all the same
@@ -218,6 +219,22 @@ def test_world_writes_every_action_with_its_mask_and_prompt(tmp_path: Path) -> N
     for work, line, action in zip(works, answer.out.splitlines(), ACTIONS, strict=True):
         assert [str(work.path), work.source] == line.split("\t")
         assert work.mask == tmp_path / "world" / f"{action}-mask.png"
+
+
+@pytest.mark.parametrize("options", [[], ["--sheet", 2]], ids=["pictures", "sheet"])
+def test_world_writes_a_file_whole_or_not_at_all(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("world", "--size", 16, "-o", tmp_path, *options)
+    assert kvinv(*command).code == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*places: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kvinv_pl.data.runs.files.os.replace", full)
+    refused(kvinv(*command, "--seed", 8), "cannot write", "No space left on device")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_world_shows_several_animals_on_a_sheet(tmp_path: Path) -> None:

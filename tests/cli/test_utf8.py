@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from kvinv_pl.cli.utf8 import files_are_utf8
+from kvinv_pl.cli.utf8 import open_files_as_utf8
 
 
 def test_options_are_read_and_written_in_utf8_on_windows_as_well(
@@ -25,7 +25,7 @@ def test_options_are_read_and_written_in_utf8_on_windows_as_well(
     parser.add_argument("--config", action="config")
     parser.add_argument("--source", type=str)
     (tmp_path / "given.yaml").write_text("source: 走る猫\n", encoding="utf-8")
-    files_are_utf8()
+    open_files_as_utf8()
     read = parser.parse_args(["--config", str(tmp_path / "given.yaml")])
     assert read.source == "走る猫"
     parser.save(read, str(tmp_path / "saved.yaml"))

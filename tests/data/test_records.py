@@ -14,7 +14,7 @@ from kvinv_plugins.full_kv import FullKV  # pyright: ignore[reportMissingImports
 
 from kvinv_pl.algorithm.ddim import StepTable
 from kvinv_pl.attention import Site
-from kvinv_pl.attention.config import of_variant
+from kvinv_pl.attention.config import variant_config
 from kvinv_pl.data.images.geometry import fit_geometry, psnr
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.records import (
@@ -101,7 +101,7 @@ def test_a_table_is_written_down_step_by_step_without_loss() -> None:
 
 def test_a_variant_is_written_down_as_a_configuration_names_it() -> None:
     cp = partial(FullKV, start="noise", noise_std=0.5)(Site("up_blocks.0", 1, (2, 2), 8, 2))
-    record = json.loads(json.dumps(of_variant(cp)))
+    record = json.loads(json.dumps(variant_config(cp)))
     assert record["class_path"] == "kvinv_plugins.full_kv.FullKV"
     assert record["init_args"] == {"start": "noise", "noise_std": 0.5, "scale": "layer"}
 

@@ -8,8 +8,8 @@ import fits
 import pytest
 
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.input_warnings import refuse_same_prompts, truncated_prompts, unknown_words
 from kvinv_pl.models.stable_diffusion import Backbone
-from kvinv_pl.models.unread import cuts, refuse_alike, unlearned
 from kvinv_pl.training.datamodule import SourceImages
 
 LONG = "a cat on the grass " * 4  # 20 of the 22 tokens that the tiny model reads
@@ -23,7 +23,7 @@ def backbone() -> Backbone:
 def test_the_words_that_are_lost_are_said_once_for_each_prompt_that_is_cut(backbone: Backbone) -> None:
     source, target = LONG + "a dog standing on the grass", LONG + "a dog running"
     prompts = [("source prompt", source), ("target", target), ("target", target), ("target", "a cat")]
-    assert list(cuts(backbone, prompts)) == [
+    assert list(truncated_prompts(backbone, prompts)) == [
         "the source prompt is longer than the model reads, and these words are lost "
         "(--model.prompt_syntax webui reads them): standing on the grass",
         "the target is longer than the model reads, and these words are lost "
@@ -34,29 +34,29 @@ def test_the_words_that_are_lost_are_said_once_for_each_prompt_that_is_cut(backb
 def test_words_that_the_embedded_model_has_not_learned_are_said() -> None:
     backbone = Backbone.load("menagerie")
     source, target = "A photo of a Cat on the sand", "a cat flying on the moon, 2 of it"
-    (line,) = unlearned(backbone, [("source prompt", source), ("target", target)])
+    (line,) = unknown_words(backbone, [("source prompt", source), ("target", target)])
     assert line.startswith(
         "the target has words that the embedded model has not learned: flying, moon; it knows"
     )
     assert all(word in line for word in ("running", "rabbit", "purple", "snow"))
     backbone.prompts.tokenizer.add_tokens(["<odd-toy>"])  # as a textual inversion does
-    assert not list(unlearned(backbone, [("target", "a <odd-toy> running on sand")]))
+    assert not list(unknown_words(backbone, [("target", "a <odd-toy> running on sand")]))
 
 
 def test_prompts_that_differ_only_where_the_model_does_not_read_are_refused(backbone: Backbone) -> None:
     source, one, other = (LONG + f"a dog {action}" for action in ("standing", "running", "jumping"))
     with pytest.raises(UserError, match=r"running' differs from the source prompt only after .*22 tokens"):
-        refuse_alike(backbone, source, [one])
+        refuse_same_prompts(backbone, source, [one])
     with pytest.raises(UserError, match=r"jumping' differs from the target .*running' only after"):
-        refuse_alike(backbone, "a cat", [one, other])
+        refuse_same_prompts(backbone, "a cat", [one, other])
     with pytest.raises(UserError, match="differs from the source prompt only after"):
-        refuse_alike(backbone, LONG + "a dog", [one])
+        refuse_same_prompts(backbone, LONG + "a dog", [one])
 
 
 def test_prompts_that_differ_within_what_the_model_reads_or_not_at_all_are_taken(backbone: Backbone) -> None:
-    refuse_alike(backbone, "running " + LONG + "on the grass", ["jumping " + LONG + "on the grass"])
-    refuse_alike(backbone, LONG * 2, [LONG * 2])  # an edit to the source is the reconstruction
-    refuse_alike(backbone, "a cat", ["a cat", "A cat", "a dog"])
+    refuse_same_prompts(backbone, "running " + LONG + "on the grass", ["jumping " + LONG + "on the grass"])
+    refuse_same_prompts(backbone, LONG * 2, [LONG * 2])  # an edit to the source is the reconstruction
+    refuse_same_prompts(backbone, "a cat", ["a cat", "A cat", "a dog"])
 
 
 def test_a_command_says_what_is_cut_even_if_quiet_and_refuses_what_reads_alike_before_it_tunes(

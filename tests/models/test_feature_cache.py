@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_the_same_to_the_last_bit(
     with attachment.blend(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         plain = step(unet, attachment.psi, *inputs)
         for _ in range(2):
-            with front.kept():
+            with front.reuse():
                 assert equal(plain, step(unet, attachment.psi, *inputs))
     assert front.modules
 
@@ -117,7 +117,7 @@ def test_psi_may_change_while_the_front_stays():
     unet = unet_of(SD15)
     attachment, front = equip(unet, "decoder")
     inputs = given(unet)
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         first = step(unet, attachment.psi, *inputs)
         with torch.no_grad():
             for cp in attachment.psi.values():
@@ -131,7 +131,7 @@ def test_psi_may_change_while_the_front_stays():
 def test_the_front_of_the_decoder_is_all_that_comes_before_its_first_self_attention():
     unet = unet_of(SD15)
     attachment, front = equip(unet, "decoder")
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         step(unet, attachment.psi, *given(unet))
         block, attention = "up_blocks.1.attentions.0", "transformer_blocks.0"
         assert names(unet, front) == [
@@ -151,7 +151,7 @@ def test_the_front_of_the_decoder_is_all_that_comes_before_its_first_self_attent
 def test_the_front_of_every_layer_is_what_comes_before_the_very_first():
     unet = unet_of(TINY)
     attachment, front = equip(unet, "all")
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         step(unet, attachment.psi, *given(unet))
     assert names(unet, front)[:4] == ["time_proj", "time_embedding", "conv_in", "down_blocks.0.resnets.0"]
     assert not any(
@@ -162,7 +162,7 @@ def test_the_front_of_every_layer_is_what_comes_before_the_very_first():
 def test_other_inputs_get_a_front_of_their_own():
     unet = unet_of(TINY)
     attachment, front = equip(unet, "decoder")
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         step(unet, attachment.psi, *given(unet))
         for n in range(3):
             inputs = list(given(unet))
@@ -184,12 +184,12 @@ def front_off(front: FeatureCache) -> Iterator[None]:
 def test_what_is_forgotten_is_computed_anew():
     unet = unet_of(TINY)
     attachment, front = equip(unet, "decoder")
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         before = step(unet, attachment.psi, *given(unet))
         with torch.no_grad():
             unet.conv_in.weight.mul_(2)
         assert equal(before, step(unet, attachment.psi, *given(unet)))
-        front.forget()
+        front.clear()
         assert not front.modules
         after = step(unet, attachment.psi, *given(unet))
     assert not equal(before, after)
@@ -202,11 +202,11 @@ def test_outside_the_network_is_as_it_was_and_after_an_error_too():
     attachment, front = equip(unet, "decoder")
     before = {module: dict(vars(module)) for module in unet.modules()}
     z, t, prompt = given(unet)
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         step(unet, attachment.psi, z, t, prompt)
         step(unet, attachment.psi, z, t, prompt)
     assert before == {module: dict(vars(module)) for module in unet.modules()}
-    with attachment.blend(), front.kept(), pytest.raises(RuntimeError):
+    with attachment.blend(), front.reuse(), pytest.raises(RuntimeError):
         step(unet, attachment.psi, z, t, prompt[..., :3])
     assert before == {module: dict(vars(module)) for module in unet.modules()}
     assert unet.conv_in.forward is own and not front.modules
@@ -220,7 +220,7 @@ def test_gradient_checkpointing_computes_the_same():
         plain = step(unet, attachment.psi, *inputs)
     unet.enable_gradient_checkpointing()
     unet.train()
-    with attachment.blend(), front.kept():
+    with attachment.blend(), front.reuse():
         for _ in range(2):
             again = step(unet, attachment.psi, *inputs)
             assert equal(plain, again)
@@ -263,7 +263,7 @@ def test_modules_called_twice_changes_in_place_and_odd_results_are_no_matter():
     network = Odd()
     front, x = FeatureCache(network, [network.late]), torch.randn(2, 4)
     for _ in range(3):
-        with front.kept():
+        with front.reuse():
             one = network(x)
         assert torch.equal(one, network(x))
     assert front.modules == [network.twice, network.pair]  # neither what was spoilt nor what cannot be kept
@@ -272,7 +272,7 @@ def test_modules_called_twice_changes_in_place_and_odd_results_are_no_matter():
 def test_a_network_that_meets_nothing_late_runs_in_full():
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     front, x = FeatureCache(network, [nn.Linear(4, 4)]), torch.randn(2, 4)
-    with front.kept():
+    with front.reuse():
         before = network(x)
         nn.init.zeros_(network.get_parameter("0.weight"))
         assert not torch.equal(before, network(x))
@@ -294,7 +294,7 @@ def test_at_real_size_an_inner_step_saves_all_that_comes_before_the_decoders_sel
 
         with attachment.blend():
             plain, whole = forward(False), forward(True)
-            with front.kept():
+            with front.reuse():
                 forward(False)
                 assert plain - forward(False) > 287
                 rest = forward(True)
@@ -331,7 +331,7 @@ def test_a_fit_leaves_the_same_files_as_one_without_a_front(
         return fits.tensors(fits.RunStore(out))
 
     with_front = files("with")
-    monkeypatch.setattr(FeatureCache, "kept", lambda self, *made_of: nullcontext())
+    monkeypatch.setattr(FeatureCache, "reuse", lambda self, *made_of: nullcontext())
     assert files("without") == with_front
 
 

@@ -20,7 +20,7 @@ import kvinv_pl
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.loading import quiet
 from kvinv_pl.models.checkpoints.weight_files import variants_in, weight_files
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.load_options import LoadOptions
 from kvinv_pl.models.stable_diffusion import Backbone
 
 UNET = "diffusion_pytorch_model"
@@ -81,7 +81,7 @@ def test_half_precision_is_taken_where_it_is_asked_for_or_all_that_there_is(
     unet, text = place / "unet" / f"{UNET}.safetensors", place / "text_encoder" / "model.safetensors"
     for weights in (unet, text):
         halved(weights)
-    asked: Any = Choices(variant="fp16")
+    asked: Any = LoadOptions(variant="fp16")
     full, half = Backbone.load(str(place)), Backbone.load(str(place), torch.float32, asked)
     assert same(full.unet, load_file(unet)) and not same(half.unet, load_file(unet))
     assert same(half.unet, load_file(unet.with_suffix(".fp16.safetensors")))
@@ -90,7 +90,7 @@ def test_half_precision_is_taken_where_it_is_asked_for_or_all_that_there_is(
     assert half.identity["variant"] == "fp16" and half.identity["sha256"] != full.identity["sha256"]
     words = "has no weights of 'bf16', it has full ones and fp16"
     with pytest.raises(UserError, match=f"--model.variant: {re.escape(str(place))} {words}"):
-        Backbone.load(str(place), torch.float32, Choices(variant="bf16"))
+        Backbone.load(str(place), torch.float32, LoadOptions(variant="bf16"))
     unet.unlink()
     alone = Backbone.load(str(place))
     assert same(alone.unet, load_file(unet.with_suffix(".fp16.safetensors")))
@@ -114,7 +114,7 @@ def test_of_a_repository_with_half_precision_alone_that_is_fetched(
         monkeypatch.setattr("kvinv_pl.models.checkpoints.hub.list_repo_files", lambda _, names=names: names)
         Backbone.load("somebody/half")
     with pytest.raises(UserError, match=r"--model.variant: somebody/half has no weights of 'non_ema'"):
-        Backbone.load("somebody/half", torch.float32, Choices(variant="non_ema"))
+        Backbone.load("somebody/half", torch.float32, LoadOptions(variant="non_ema"))
     assert asked == ["fp16", None]
 
 
@@ -123,7 +123,7 @@ def test_a_vae_is_had_by_its_hub_id(checkpoint: Path, hub: Path, tmp_path: Path)
     other = {name: value * 1.1 for name, value in other.items()}
 
     def expected(vae: str) -> str:
-        backbone = Backbone.load(str(checkpoint), torch.float32, Choices(vae=vae))
+        backbone = Backbone.load(str(checkpoint), torch.float32, LoadOptions(vae=vae))
         assert same(backbone.vae, other) and backbone.identity["vae"] == vae
         return backbone.identity["sha256"]
 
@@ -140,7 +140,7 @@ def test_a_vae_is_had_by_its_hub_id(checkpoint: Path, hub: Path, tmp_path: Path)
         ("somebody/vae/else.safetensors", "no file somebody/vae/else.safetensors here"),
     ]:
         with pytest.raises(UserError, match=words):
-            Backbone.load(str(checkpoint), torch.float32, Choices(vae=name))
+            Backbone.load(str(checkpoint), torch.float32, LoadOptions(vae=name))
 
 
 def test_a_vae_in_the_original_layout_is_had_from_the_hub(
@@ -154,7 +154,7 @@ def test_a_vae_in_the_original_layout_is_had_from_the_hub(
         place / "vae-840000.safetensors",
     )
     for name in ("somebody/original", "somebody/original/vae-840000.safetensors"):
-        backbone = Backbone.load(str(checkpoint), torch.float32, Choices(vae=name))
+        backbone = Backbone.load(str(checkpoint), torch.float32, LoadOptions(vae=name))
         assert same(backbone.vae, vae.state_dict())
 
 

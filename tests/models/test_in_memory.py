@@ -18,9 +18,9 @@ from peft import LoraConfig
 
 import kvinv_pl
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.changes import of_pipeline
 from kvinv_pl.models.checkpoints.loading import quiet
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.fingerprint import pipeline_fingerprints
+from kvinv_pl.models.load_options import LoadOptions
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "a dog"]
@@ -97,8 +97,8 @@ def test_a_change_of_whatever_is_copied_is_seen_by_its_fingerprints(checkpoint: 
     for change in CHANGES.values():
         pipe = pipeline(checkpoint)
         change(pipe)
-        found.append(repr(of_pipeline(pipe)))
-    assert len(set(found)) == len(CHANGES) and repr(of_pipeline(pipeline(checkpoint))) == found[0]
+        found.append(repr(pipeline_fingerprints(pipe)))
+    assert len(set(found)) == len(CHANGES) and repr(pipeline_fingerprints(pipeline(checkpoint))) == found[0]
 
 
 def test_loras_that_are_active_are_merged_as_diffusers_fuses_them(checkpoint: Path) -> None:
@@ -117,11 +117,11 @@ def test_loras_that_are_active_are_merged_as_diffusers_fuses_them(checkpoint: Pa
 
 
 def test_what_is_chosen_goes_with_a_pipeline(checkpoint: Path) -> None:
-    chosen = Choices(vae=str(checkpoint), prediction_type="v_prediction")
+    chosen = LoadOptions(vae=str(checkpoint), prediction_type="v_prediction")
     ours = Backbone.load(pipeline(checkpoint), torch.float32, chosen)
     assert ours.predicts_v and ours.identity["vae"] == str(checkpoint)
     with pytest.raises(UserError, match=r"--model\.variant: pipeline in memory has only one variant"):
-        Backbone.load(pipeline(checkpoint), torch.float32, Choices(variant="fp16"))
+        Backbone.load(pipeline(checkpoint), torch.float32, LoadOptions(variant="fp16"))
 
 
 def test_what_is_refused_of_folders_is_refused_of_pipelines(checkpoint: Path) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.adapters.lora import name_and_weight
-from kvinv_pl.models.adapters.lora_names import role_of, spelled
+from kvinv_pl.models.adapters.lora_names import layers_by_name, role_of
 from kvinv_pl.models.checkpoints.families import CONFIGS
 from kvinv_pl.models.checkpoints.loading import quiet
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.load_options import LoadOptions
 from kvinv_pl.models.stable_diffusion import Backbone
 
 RANK, ALPHA = 2, 3.0
@@ -98,8 +98,8 @@ def saved(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> str:
     return str(path)
 
 
-def load(checkpoint: Path, *loras: str, dtype: torch.dtype = torch.float32, **choices: Any) -> Backbone:
-    return Backbone.load(str(checkpoint), dtype, Choices(loras=list(loras), **choices))
+def load(checkpoint: Path, *loras: str, dtype: torch.dtype = torch.float32, **options: Any) -> Backbone:
+    return Backbone.load(str(checkpoint), dtype, LoadOptions(loras=list(loras), **options))
 
 
 def weights(backbone: Backbone) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def test_every_layer_of_true_size_is_known_by_its_name_in_the_first_code(family:
     config = json.loads((CONFIGS / f"{family}.json").read_text())
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config["unet"])
-    layers = spelled(unet, text_encoder("tiny"))
+    layers = layers_by_name(unet, text_encoder("tiny"))
     paths = [path for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     names = [f"lora_unet_{unet_name(f'{path}.weight').removesuffix('.weight')}" for path in paths]
     names = [name.replace(".", "_") for name in names]
@@ -293,14 +293,14 @@ Q = f"lora_unet_{UP.replace('.', '_')}_attn1_to_q"
 def test_what_is_not_understood_to_the_last_tensor_is_refused(
     tensors: dict[str, tuple[int, ...]], words: str, plain: Backbone, lora: Matrices, tmp_path: Path
 ) -> None:
-    from kvinv_pl.models.adapters.lora import with_loras
+    from kvinv_pl.models.adapters.lora import merge_loras
 
     whole = {name: torch.ones(shape) for name, shape in tensors.items()}
     if words not in ("incomplete or damaged", "for another model", "no tensors"):
         whole |= kohya({key: value for key, value in lora.items() if "to_q" not in key[1]})
     path = saved(tmp_path / "x.safetensors", whole)
     with pytest.raises(UserError) as caught:
-        with_loras([path], plain.unet, plain.text_encoder, allow_pickle=False)
+        merge_loras([path], plain.unet, plain.text_encoder, allow_pickle=False)
     assert words in str(caught.value) and path in str(caught.value) and "\n" not in str(caught.value)
 
 

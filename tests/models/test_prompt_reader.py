@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.input_warnings import refuse_same_prompts, truncated_prompts
+from kvinv_pl.models.load_options import LoadOptions
 from kvinv_pl.models.prompts import attention_to_word, subject_words, word_positions
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.models.text.prompt_reader import PromptReader, Token, in_chunks
-from kvinv_pl.models.unread import cuts, refuse_alike
 from kvinv_pl.training.datamodule import SourceImages
 
 LONG = "a cat on the grass " * 6 + "running "  # 31 tokens, of which the tiny model's chunk holds 22
@@ -27,7 +27,7 @@ LONG = "a cat on the grass " * 6 + "running "  # 31 tokens, of which the tiny mo
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return Backbone.load(str(fits.checkpoint()), choices=Choices(prompt_syntax="webui"))
+    return Backbone.load(str(fits.checkpoint()), options=LoadOptions(prompt_syntax="webui"))
 
 
 def reader(kind: Kind, syntax: Any = "webui") -> PromptReader:
@@ -51,7 +51,7 @@ def test_plain_prompts_are_read_as_the_tokenizer_cuts_and_fills_them(kind: Kind)
     ids = plain.tokenizer(prompts, max_length=plain.length, **filled)["input_ids"]
     with torch.no_grad():
         assert torch.equal(plain.embed(prompts), plain.text_encoder(ids)[0])
-    assert plain.unread(prompts[2]).startswith("on" if kind == "tiny" else "a cat")
+    assert plain.truncated(prompts[2]).startswith("on" if kind == "tiny" else "a cat")
 
 
 @pytest.mark.parametrize("kind", ["tiny", "sd15", "sd21"])
@@ -64,7 +64,7 @@ def test_a_prompt_is_read_chunk_after_chunk_each_with_its_start_and_end(kind: Ki
     chunks = [" ".join(words[at : at + size]) for at in range(0, len(words), size)]
     assert len(chunks) == (5 if kind == "tiny" else 2)
     close(webui.embed([" ".join(words)])[0], plain.embed(chunks).flatten(0, 1))
-    assert webui.unread(" ".join(words)) == ""
+    assert webui.truncated(" ".join(words)) == ""
     close(webui.embed(["a cat BREAK a dog"])[0], plain.embed(["a cat", "a dog"]).flatten(0, 1))
 
 
@@ -173,8 +173,8 @@ def test_weights_do_not_hide_the_subject(backbone: Backbone) -> None:
 
 def test_nothing_is_lost_and_nothing_reads_alike(backbone: Backbone) -> None:
     others = [LONG.replace("running", word) for word in ("jumping", "(running:1.2)")]
-    assert not list(cuts(backbone, [("source prompt", LONG), ("negative prompt", LONG * 3)]))
-    refuse_alike(backbone, LONG, others)
+    assert not list(truncated_prompts(backbone, [("source prompt", LONG), ("negative prompt", LONG * 3)]))
+    refuse_same_prompts(backbone, LONG, others)
     assert len({tuple(reading.flatten().tolist()) for reading in backbone.embed([LONG, *others])}) == 3
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.text.prompt_syntax import parsed
+from kvinv_pl.models.text.prompt_syntax import parse_prompt
 
 
 def weights(prompt: str) -> list[tuple[str, float]]:
-    (part,) = parsed(prompt, "webui")
+    (part,) = parse_prompt(prompt, "webui")
     return [(words.text, words.weight) for words in part]
 
 
@@ -41,13 +41,13 @@ def test_brackets_weigh_what_is_in_them(prompt: str, expected: list[tuple[str, f
 
 
 def test_break_parts_a_prompt_within_brackets_too() -> None:
-    parts = parsed("BREAK a (cat BREAK runs:2) BREAK", "webui")
+    parts = parse_prompt("BREAK a (cat BREAK runs:2) BREAK", "webui")
     assert parts == [[(" a ", 1.0), ("cat ", 2.0)], [(" runs", 2.0), (" ", 1.0)]]
 
 
 @pytest.mark.parametrize("prompt", ["a (cat:1.3)", "((", "[a|b] AND BREAK", "(cat:99)"])
 def test_a_plain_prompt_is_taken_as_it_is(prompt: str) -> None:
-    assert parsed(prompt, "plain") == [[(prompt, 1.0)]]
+    assert parse_prompt(prompt, "plain") == [[(prompt, 1.0)]]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,6 @@ def test_a_plain_prompt_is_taken_as_it_is(prompt: str) -> None:
 )
 def test_what_the_syntax_does_not_have_is_said_in_one_line(prompt: str, says: str) -> None:
     with pytest.raises(UserError) as found:
-        parsed(prompt, "webui")
+        parse_prompt(prompt, "webui")
     assert says in str(found.value) and "\n" not in str(found.value)
     assert str(found.value).startswith("prompt_syntax webui: ")

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import outline
-from kvinv_pl.models.checkpoints.families import CONFIGS, configurations, tokenizer
+from kvinv_pl.models.checkpoint import load_on_meta
+from kvinv_pl.models.checkpoints.families import CONFIGS, clip_tokenizer, configurations
 from kvinv_pl.models.checkpoints.single_file import UNET, Contents, read_contents
-from kvinv_pl.models.choices import NO_CHOICES, Choices
+from kvinv_pl.models.load_options import DEFAULTS, LoadOptions
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "Ünïcode, (tags:1.3), 8k!"]
@@ -47,9 +47,9 @@ def file(place: Path, family: Family, *, without: str = "-", **metadata: str) ->
     return place
 
 
-def refused(path: Path, *words: str, choices: Choices = NO_CHOICES, named: bool = True) -> None:
+def refused(path: Path, *words: str, options: LoadOptions = DEFAULTS, named: bool = True) -> None:
     with pytest.raises(UserError) as caught:
-        Backbone.load(str(path), torch.float32, choices)
+        Backbone.load(str(path), torch.float32, options)
     assert "\n" not in str(caught.value)
     for word in (*[str(path)] * named, *words):
         assert word in str(caught.value)
@@ -62,7 +62,7 @@ def test_a_file_is_bit_for_bit_the_folder_of_the_same_weights(
 ) -> None:
     path = file(tmp_path / "model.safetensors", family)
     ours = Backbone.load(
-        str(path), dtype, Choices(prediction_type="v_prediction" if family == "sd2" else None)
+        str(path), dtype, LoadOptions(prediction_type="v_prediction" if family == "sd2" else None)
     )
     theirs = Backbone.load(str(whole(family)[0]), dtype)
     for part in ("unet", "vae", "text_encoder"):
@@ -113,12 +113,12 @@ def test_what_a_second_generation_predicts_is_asked_where_the_file_does_not_say(
 def test_a_files_own_word_for_a_prediction_of_v_is_taken(tmp_path: Path) -> None:
     save_file(whole("sd1")[1] | {"v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
     assert Backbone.load(str(tmp_path / "v.safetensors")).predicts_v
-    other = Choices(prediction_type="epsilon")
+    other = LoadOptions(prediction_type="epsilon")
     assert not Backbone.load(str(tmp_path / "v.safetensors"), torch.float32, other).predicts_v
 
 
 def test_the_tokenizer_is_clips() -> None:
-    ids = tokenizer("!")(["a photo of a cat", "Ünïcode, 8k!"])["input_ids"]
+    ids = clip_tokenizer("!")(["a photo of a cat", "Ünïcode, 8k!"])["input_ids"]
     assert ids[0] == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
@@ -126,14 +126,14 @@ def test_a_pickled_file_is_refused_unless_asked_for_and_then_the_same(tmp_path: 
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": whole("sd1")[1], "epoch": 3}, path)
     refused(path, "can run code", "--model.allow_pickle true")
-    ours = Backbone.load(str(path), torch.float32, Choices(allow_pickle=True))
+    ours = Backbone.load(str(path), torch.float32, LoadOptions(allow_pickle=True))
     assert torch.equal(ours.embed(PROMPTS), Backbone.load(str(whole("sd1")[0])).embed(PROMPTS))
 
 
 def test_objects_in_a_pickle_are_not_opened(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": whole("sd1")[1], "callbacks": read_contents}, path)
-    refused(path, "objects other than tensors", choices=Choices(allow_pickle=True))
+    refused(path, "objects other than tensors", options=LoadOptions(allow_pickle=True))
 
 
 def test_a_text_encoder_whose_names_lack_a_part_is_read(tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_another_vae_takes_the_place_of_the_checkpoints_own(alone: bool, tmp_pat
     save_file({name.removeprefix(prefix) if alone else name: value for name, value in vae.items()}, other)
     bare = file(tmp_path / "bare.safetensors", "sd1", without=prefix)
     refused(bare, "has no VAE", "--model.vae")
-    ours = Backbone.load(str(bare), torch.float32, Choices(vae=str(other)))
+    ours = Backbone.load(str(bare), torch.float32, LoadOptions(vae=str(other)))
     expected = Backbone.load(str(whole("sd2")[0])).vae.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in ours.vae.state_dict().items())
     assert ours.identity["vae"] == str(other)
-    with_folder = Backbone.load(str(whole("sd1")[0]), torch.float32, Choices(vae=str(whole("sd2")[0])))
+    with_folder = Backbone.load(str(whole("sd1")[0]), torch.float32, LoadOptions(vae=str(whole("sd2")[0])))
     assert torch.equal(
         with_folder.vae.state_dict()["encoder.conv_in.weight"], expected["encoder.conv_in.weight"]
     )
@@ -165,16 +165,28 @@ def test_another_vae_takes_the_place_of_the_checkpoints_own(alone: bool, tmp_pat
 def test_clip_skip_is_diffusers_own_counted_from_one() -> None:
     place = whole("sd1")[0]
     text = CLIPTextModel.from_pretrained(place / "text_encoder")
-    tokens = tokenizer("<|endoftext|>")(PROMPTS, padding="max_length", return_tensors="pt")["input_ids"]
+    tokens = clip_tokenizer("<|endoftext|>")(PROMPTS, padding="max_length", return_tensors="pt")["input_ids"]
     # as encode_prompt of its pipeline does, which expects an older transformers
     expected = text.final_layer_norm(text(tokens, output_hidden_states=True).hidden_states[-2])
-    skipped = Backbone.load(str(place), torch.float32, Choices(clip_skip=2))
+    skipped = Backbone.load(str(place), torch.float32, LoadOptions(clip_skip=2))
     plain = Backbone.load(str(place))
     assert torch.equal(skipped.embed(PROMPTS), expected)
     assert not torch.equal(plain.embed(PROMPTS), expected)
     assert skipped.identity["sha256"] != plain.identity["sha256"]
-    refused(place, "--model.clip_skip: expected 1 to 2", "got 3", choices=Choices(clip_skip=3), named=False)
-    refused(place, "--model.clip_skip: expected 1 to 2", "got 0", choices=Choices(clip_skip=0), named=False)
+    refused(
+        place,
+        "--model.clip_skip: expected 1 to 2",
+        "got 3",
+        options=LoadOptions(clip_skip=3),
+        named=False,
+    )
+    refused(
+        place,
+        "--model.clip_skip: expected 1 to 2",
+        "got 0",
+        options=LoadOptions(clip_skip=0),
+        named=False,
+    )
 
 
 def test_what_is_no_vae_is_refused_as_one(tmp_path: Path) -> None:
@@ -188,7 +200,7 @@ def test_what_is_no_vae_is_refused_as_one(tmp_path: Path) -> None:
         (tmp_path, "has no config.json"),
     ]:
         with pytest.raises(UserError, match=re.escape(words)):
-            Backbone.load(str(whole("sd1")[0]), torch.float32, Choices(vae=str(vae)))
+            Backbone.load(str(whole("sd1")[0]), torch.float32, LoadOptions(vae=str(vae)))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +263,7 @@ def test_an_edit_takes_what_was_chosen_with_the_checkpoint_of_its_run(tmp_path: 
 
 def test_the_self_attentions_of_a_file_are_shown_without_its_weights(tmp_path: Path) -> None:
     path = file(tmp_path / "model.safetensors", "sd1")
-    unet, sizes, _ = outline(str(path))
+    unet, sizes, _ = load_on_meta(str(path))
     assert sizes.sample == (512, 512) and next(unet.parameters()).is_meta
     shown = kvinv("sites", "--checkpoint", path)
     assert shown.code == 0 and re.search(r"up_blocks\.3\.attentions\.2", shown.out)

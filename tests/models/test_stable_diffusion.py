@@ -32,9 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from kvinv_pl.algorithm.ddim import move
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.checkpoint import load_on_meta
 from kvinv_pl.models.checkpoints.loading import quiet
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.load_options import LoadOptions
 from kvinv_pl.models.stable_diffusion import Backbone
 
 PROMPTS = ["a cat running on the grass", "", "A red  horse, jumping!", "a dog " * 60]
@@ -199,7 +199,7 @@ def test_epsilon_at_zero_terminal_snr_is_refused_and_taken_with_leading_spacing(
     change_json(config, **ZERO_SNR)
     with pytest.raises(UserError, match=r"zero terminal SNR.*give --model.timestep_spacing leading"):
         Backbone.load(str(copy)).step_table(50)
-    leading = Backbone.load(str(copy), choices=Choices(timestep_spacing="leading"))
+    leading = Backbone.load(str(copy), options=LoadOptions(timestep_spacing="leading"))
     assert leading.step_table(50).alphas[0] > 0
 
 
@@ -263,8 +263,8 @@ def test_nothing_is_trainable_and_gradients_pass_through_epsilon(load: Load) -> 
 
 def test_what_a_prompt_has_too_much_is_told(load: Load) -> None:
     backbone = load("tiny")
-    assert backbone.prompts.unread("a cat running") == "" and backbone.prompts.unread("") == ""
-    assert backbone.prompts.unread("a cat " * 11 + "on the grass") == "on the grass"
+    assert backbone.prompts.truncated("a cat running") == "" and backbone.prompts.truncated("") == ""
+    assert backbone.prompts.truncated("a cat " * 11 + "on the grass") == "on the grass"
     torch.testing.assert_close(
         backbone.embed(["a cat " * 11]), backbone.embed(["a cat " * 11 + "on the grass"])
     )
@@ -471,7 +471,7 @@ def test_a_unet_that_reads_pictures_or_boxes_is_told_what_it_is(copy: Path) -> N
         change_json(copy / "unet" / "config.json", **change)
         refused(copy, *words)
         with pytest.raises(UserError, match=re.escape(words[0])):
-            outline(str(copy))
+            load_on_meta(str(copy))
         (copy / "unet" / "config.json").write_text(before)
 
 

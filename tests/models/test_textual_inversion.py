@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.loading import quiet
-from kvinv_pl.models.choices import Choices
+from kvinv_pl.models.load_options import LoadOptions
 from kvinv_pl.models.prompts import word_positions
 from kvinv_pl.models.stable_diffusion import Backbone
 
@@ -43,8 +43,8 @@ def saved(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return str(path)
 
 
-def load(checkpoint: Path, *embeddings: str, **choices: Any) -> Backbone:
-    return Backbone.load(str(checkpoint), torch.float32, Choices(embeddings=list(embeddings), **choices))
+def load(checkpoint: Path, *embeddings: str, **options: Any) -> Backbone:
+    return Backbone.load(str(checkpoint), torch.float32, LoadOptions(embeddings=list(embeddings), **options))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_every_vector_of_a_word_counts_where_the_words_of_a_prompt_are(taught: B
     assert word_positions(taught, PROMPTS[0], WORD) == [2, 3, 4]
     assert word_positions(taught, PROMPTS[0], "running") == [5]
     assert word_positions(taught, PROMPTS[0], f"{WORD} running") == [2, 3, 4, 5]
-    assert taught.prompts.unread(f"a cat {WORD} " * 4 + "a red") == ""  # 22 tokens, as many as are read
-    assert taught.prompts.unread(f"a cat {WORD} " * 4 + "a red cat") == "cat"
+    assert taught.prompts.truncated(f"a cat {WORD} " * 4 + "a red") == ""  # 22 tokens, as many as are read
+    assert taught.prompts.truncated(f"a cat {WORD} " * 4 + "a red cat") == "cat"
     assert len(taught.prompts.chunks(f"{WORD} " * 8)[0]) == 22
     webui = replace(taught.prompts, syntax="webui")  # which cuts no word
     assert [len(chunk) for chunk in webui.chunks(f"({WORD}:1.2) " * 8)] == [21, 3]

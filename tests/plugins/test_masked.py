@@ -246,7 +246,7 @@ def test_a_tiny_subject_and_a_tiny_background_have_a_key_on_every_grid(grid: tup
     assert background.sum() == 1 and background[-1, -1] and subject.any()
 
 
-class Told(Recorded):
+class JobProgress(Recorded):
     """Keeps what it is told of the mask and of where the edit looks."""
 
     follows = True
@@ -264,8 +264,8 @@ class Told(Recorded):
 
 
 def test_a_mask_comes_off_and_an_inner_variant_is_told_what_it_is() -> None:
-    cp = Masked(SITE, Told, "source")
-    assert cp.follows and isinstance(cp.inner, Told)
+    cp = Masked(SITE, JobProgress, "source")
+    assert cp.follows and isinstance(cp.inner, JobProgress)
     q, k, v, looks = features(0), features(1), features(2), torch.rand(4, SITE.slots, *SITE.grid)
     masks = halves()
     cp.bind(masks)

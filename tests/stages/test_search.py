@@ -1,4 +1,4 @@
-"""Settings that choose themselves: what is tried, what is thought of it, and what is chosen."""
+"""Automatic settings: what is tried, how it is judged, and what is chosen."""
 
 from __future__ import annotations
 

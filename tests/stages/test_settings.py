@@ -84,7 +84,7 @@ def test_a_setting_of_another_kind_is_told_in_one_line(given: dict[str, Any], sa
     of_numpy: dict[str, Any] = {"guidance": np.float32(5), "steps": np.int64(3)}
     of_numpy |= {"clip_skip": np.int64(2), "max_grid": np.int64(8)}
     module = KVInversion(**of_numpy, start=1)
-    assert json.dumps([module.choices.record(), module.selection.max_grid]) == '[{"clip_skip": 2}, 8]'
+    assert json.dumps([module.load_options.record(), module.selection.max_grid]) == '[{"clip_skip": 2}, 8]'
     assert module.editing.guidance == 5.0 and module.steps == 3 and isinstance(module.editing.start, float)
 
 

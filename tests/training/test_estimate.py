@@ -15,12 +15,12 @@ from fits import SOURCE, TARGET
 from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImports]
 from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 
-from kvinv_pl.cli.arguments import kinds_of
+from kvinv_pl.cli.arguments import option_types
 from kvinv_pl.data.failures import MEMORY
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.costs import memory, sampling
-from kvinv_pl.models.costs.sampling import Sample, Timed, sample
-from kvinv_pl.models.costs.sketch import TOKENS, tokens_of
+from kvinv_pl.models.costs import memory, timing
+from kvinv_pl.models.costs.meta_model import TOKENS, prompt_tokens
+from kvinv_pl.models.costs.timing import NetworkTimings, Timings, time_network
 from kvinv_pl.stages.forwards import forwards
 from kvinv_pl.stages.progress import clock
 from kvinv_pl.training import estimate
@@ -76,7 +76,7 @@ def test_the_memory_that_is_planned_for_a_slot_is_what_a_fit_reckons_with(kv: An
 
 
 def test_the_advice_on_out_of_memory_names_options_that_take_less() -> None:
-    kinds = kinds_of({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
+    kinds = option_types({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
     assert {flag.removeprefix("--") for flag in re.findall(r"--[\w.]+", MEMORY)} <= kinds.keys()
     before = planned()
     for less in (planned(size=12), planned(max_grid=4), planned(attention=LowRank), planned(kv="replayed")):
@@ -88,8 +88,8 @@ def test_a_variant_that_wants_a_mask_is_planned_without_one() -> None:
 
 
 def test_a_prompt_of_more_chunks_is_planned_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tokens_of(["a BREAK b"], "plain") == TOKENS == tokens_of(["a", ""], "webui")
-    assert tokens_of(["a, " * 50, "a"], "webui") == 2 * TOKENS
+    assert prompt_tokens(["a BREAK b"], "plain") == TOKENS == prompt_tokens(["a", ""], "webui")
+    assert prompt_tokens(["a, " * 50, "a"], "webui") == 2 * TOKENS
     long = Estimate(fits.model(prompt_syntax="webui"), (16, 16), 1, 1, HERE, ["a BREAK b", "a"])
     assert long.costs.slot > planned().costs.slot and long.costs.row > planned().costs.row
 
@@ -97,13 +97,13 @@ def test_a_prompt_of_more_chunks_is_planned_as_one(monkeypatch: pytest.MonkeyPat
 def test_the_network_is_timed_where_it_is_planned_for_or_at_less_where_that_takes_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampling, "ENOUGH", 0)
+    monkeypatch.setattr(timing, "ENOUGH", 0)
     plan, small = planned(attention=Masked), planned(size=4, attention=Masked)
     for speed, wanted, grid, costs in (
         (1e15, (8, 8), (8, 8), plan.costs),
         (1.0, (4, 4), (2, 2), small.costs),
     ):
-        timed = sample(plan._sketch_at, wanted, 2, 2, HERE.device, speed)
+        timed = time_network(plan._sketch_at, wanted, 2, 2, HERE.device, speed)
         assert timed.grid == grid
         assert (timed.forward.flop, timed.inner_step.flop) == (costs.forward, costs.inner_step)
         assert all(seconds > 0 for seconds in (*timed.forward.seconds, *timed.inner_step.seconds))
@@ -112,8 +112,8 @@ def test_the_network_is_timed_where_it_is_planned_for_or_at_less_where_that_take
 def test_the_time_that_is_planned_is_that_of_what_was_timed_times_its_count() -> None:
     plan = Estimate(fits.model(), (16, 16), 1, 2, HERE)
     made, costs = plan.made, plan.costs
-    timed = Timed([60.0, 30.0, 120.0], costs.forward), Timed([600.0, 300.0, 1200.0], costs.inner_step)
-    plan.__dict__["sample"] = Sample((4, 4), *timed)
+    timed = Timings([60.0, 30.0, 120.0], costs.forward), Timings([600.0, 300.0, 1200.0], costs.inner_step)
+    plan.__dict__["sample"] = NetworkTimings((4, 4), *timed)
     rows = made.inversion * made.inversion_rows + 2 * made.edit * made.edit_rows
     forwards = made.tuning - made.inner_steps + rows * costs.row / costs.forward
     low, middle, high = (clock(part * (forwards + 10 * made.inner_steps)) for part in (30, 60, 120))
@@ -126,7 +126,7 @@ def test_a_plan_needs_neither_a_picture_nor_weights_and_writes_nothing(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "ENOUGH", 0)
+    monkeypatch.setattr(timing, "ENOUGH", 0)
     quick = ("--checkpoint", bare, "--steps", 2, "--model.inner_steps", 2, "--trainer.accelerator", "cpu")
     answer = kvinv("plan", *quick, "--data.size", 12)
     assert answer.code == 0, answer.err

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from kvinv_pl.menagerie import ACTIONS, Animal
-from kvinv_pl.menagerie.judge import WORDS
+from kvinv_pl.menagerie.classifier import WORDS
 from kvinv_pl.models.vision.clip import MEAN, STD, Clip
 from menagerie_training.denoiser import build_tokenizer, captions
 from menagerie_training.judging import augmented, images

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import logging as transformers_logging
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.menagerie.judge import FILE
+from kvinv_pl.menagerie.classifier import FILE
 from menagerie_training.autoencoder import round_trip
 from menagerie_training.denoiser import build_scheduler
 from menagerie_training.loop import needed

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvinv_pl.menagerie import Animal
-from kvinv_pl.menagerie.judge import FILE, WORDS, Judge, accuracy
+from kvinv_pl.menagerie.classifier import FILE, WORDS, Classifier, accuracy
 from menagerie_training.autoencoder import round_trip
 from menagerie_training.loop import Stage, Trained, needed
 from menagerie_training.pictures import REPORTING_SEED, Rows, drawn, pictures, save, unit
@@ -50,7 +50,7 @@ class JudgeTraining(Trained):
     """Cross-entropy of every head, on each row's true picture or its round trip."""
 
     def __init__(self, lr: float, steps: int) -> None:
-        super().__init__(lr, steps, 0.998, judge=Judge())
+        super().__init__(lr, steps, 0.998, judge=Classifier())
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """One batch of true pictures, their round trips (both uint8) and the seeds of their animals."""
@@ -78,7 +78,7 @@ def round_trips(work: Path, vae: AutoencoderKL, trained: Path, rgb: Tensor) -> T
     return torch.load(file, mmap=True)
 
 
-def own_accuracy(judge: Judge, vae: AutoencoderKL, cases: int, size: int) -> None:
+def own_accuracy(judge: Classifier, vae: AutoencoderKL, cases: int, size: int) -> None:
     """Print the share of right words per head on reporting seeds, true and through the autoencoder."""
     seeds = range(REPORTING_SEED, REPORTING_SEED + cases)
     animals, (rgb, _) = [Animal.sample(seed) for seed in seeds], drawn(seeds, size)
@@ -108,4 +108,4 @@ def train(work: Path, count: int, size: int, steps: int, batch: int, lr: float, 
         weights = {name: tensor.half().cpu() for name, tensor in module.average["judge"].state_dict().items()}
         save_file(weights, work / "judge-trained" / FILE, metadata={"format": "pt"})
         stage.finish()
-    own_accuracy(Judge.load(work / "judge-trained"), vae, cases, size)
+    own_accuracy(Classifier.load(work / "judge-trained"), vae, cases, size)

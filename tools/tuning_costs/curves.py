@@ -81,12 +81,12 @@ class Picture:
 
         def phase(i: int, z: Tensor) -> Tensor:
             pivot, chosen = self.trajectory[steps - 1 - i], optimizer(list(values))
-            denoiser.cache.forget()
+            denoiser.cache.clear()
 
             def residuals() -> Tensor:
                 return (reconstruct(eps, z, denoiser.table, i) - pivot).flatten(1)
 
-            with denoiser.attached().blend(), denoiser.cache.kept():
+            with denoiser.attached().blend(), denoiser.cache.reuse():
                 for _ in range(inner_steps):
                     if getattr(chosen, "reads_residuals", False):
                         chosen.step(residuals)

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from kvinv_pl.attention import Selection, select, self_attentions
 from kvinv_pl.attention.attachment import Attachment, attach
-from kvinv_pl.models.checkpoints.families import tokenizer
+from kvinv_pl.models.checkpoints.families import clip_tokenizer
 from kvinv_pl.models.feature_cache import FeatureCache
 
 FOUR_LEVELS: dict[str, Any] = {
@@ -43,7 +43,7 @@ def pipeline(geometry: str) -> StableDiffusionPipeline:
     """A whole model of a geometry: VAE and text model are as much narrower than those of 1.5 as the U-Net."""
     config = {**FOUR_LEVELS, **GEOMETRIES[geometry]}
     width, part = config["cross_attention_dim"], config["block_out_channels"][0] / 320
-    words: Any = tokenizer("<|endoftext|>")
+    words: Any = clip_tokenizer("<|endoftext|>")
     text = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,

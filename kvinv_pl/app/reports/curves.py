@@ -40,8 +40,8 @@ def loss_curves(phases: Sequence[Mapping[str, Any]], timesteps: Sequence[int]) -
         f'<text x="{LEFT}" y="{HEIGHT - 8}">timestep {timesteps[0]}</text>'
         f'<text x="{WIDTH - 8}" y="{HEIGHT - 8}" text-anchor="end">{timesteps[len(phases) - 1]}</text>'
     )
-    said = f"Loss before and after the inner steps of each of {len(phases)} timesteps"
+    label = f"Loss before and after the inner steps of each of {len(phases)} timesteps"
     return (
-        f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
+        f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f"{marks}{lines}{legend}{ends}</svg>"
     )

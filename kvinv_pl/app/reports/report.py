@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from kvinv_pl.app.reports.again import as_yaml, edit_command, run_command, settings_again
 from kvinv_pl.app.reports.curves import loss_curves
-from kvinv_pl.app.reports.words import certificate, searched, settings_of_edit, shown
+from kvinv_pl.app.reports.reproduce import as_yaml, edit_command, reproducing_settings, run_command
+from kvinv_pl.app.reports.summaries import certificate, format_setting, search_summary, settings_of_edit
 from kvinv_pl.data.images import slider
 from kvinv_pl.data.runs.edits import CHOSEN, search_of
 from kvinv_pl.data.runs.files import explaining_os_errors, write_atomically
@@ -67,7 +67,7 @@ def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
         found["curves"] = loss_curves(reconstruction["phases"], run["scheduler"]["timesteps"])
     if tuned:
         found["command"] = run_command(run)
-        found["yaml"] = as_yaml(settings_again(run), run_command(run))
+        found["yaml"] = as_yaml(reproducing_settings(run), run_command(run))
     return found
 
 
@@ -79,7 +79,7 @@ def _of_edit(
         "picture": _inline(file),
         "settings": settings_of_edit(record),
         "chosen": CHOSEN if search_of(record).get("chosen") else "",
-        "searched": searched(record),
+        "searched": search_summary(record),
         "seconds": record.get("figures", {}).get("seconds"),
         "command": edit_command(store.folder, run, record),
     }
@@ -100,7 +100,7 @@ def _rows(run: Mapping[str, Any]) -> dict[str, str]:
     }
     if notes := run["picture"]["notes"]:
         rows["notes"] = notes
-    return {name: shown(value) for name, value in rows.items()}
+    return {name: format_setting(value) for name, value in rows.items()}
 
 
 def _inline(file: Path) -> str:

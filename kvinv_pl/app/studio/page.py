@@ -4,10 +4,10 @@ from typing import Any
 
 import gradio as gr
 
-from kvinv_pl.app.dials import Dial, dials
-from kvinv_pl.app.studio.picture_calls import ANIMALS, PictureCalls
-from kvinv_pl.app.studio.run_calls import RunCalls
-from kvinv_pl.app.studio.wiring import wire
+from kvinv_pl.app.edit_options import EditOption, edit_options
+from kvinv_pl.app.studio.events import wire
+from kvinv_pl.app.studio.picture_handlers import ANIMALS, PictureHandlers
+from kvinv_pl.app.studio.run_handlers import RunHandlers
 from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.menagerie import Animal
 
@@ -29,7 +29,7 @@ def page(bench: Workbench, checkpoint: str = "menagerie", sam: str = "menagerie"
                 of_picture = _picture_parts(checkpoint == "menagerie")
             with gr.Column(scale=3, min_width=300):
                 of_run = _run_parts()
-        wire(blocks, PictureCalls(bench, checkpoint, sam), RunCalls(bench), of_picture, of_run)
+        wire(blocks, PictureHandlers(bench, checkpoint, sam), RunHandlers(bench), of_picture, of_run)
     return blocks
 
 
@@ -75,8 +75,8 @@ def _run_parts() -> dict[str, Any]:
     target = gr.Textbox(label="What it should become", elem_id="target")
     edit = gr.Button("Edit", variant="primary")
     with gr.Accordion("Dials, which need no new tuning", open=False):
-        knobs = [_component(dial) for dial in dials()]
-    ranged = [(dial.label, dial.name) for dial in dials() if dial.range]
+        knobs = [_component(option) for option in edit_options()]
+    ranged = [(option.label, option.name) for option in edit_options() if option.range]
     with gr.Row():
         vary = gr.Dropdown(ranged, value="start", label="Try several values of", min_width=110)
         values = gr.Textbox(label="Values", min_width=110)
@@ -103,14 +103,14 @@ def _run_parts() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _component(dial: Dial) -> Any:
-    """A dial as gradio has one."""
-    given: dict[str, Any] = {"label": dial.label, "info": dial.help, "elem_id": f"dial-{dial.name}"}
-    if dial.kind == "slider":
-        low, high = dial.range or (0.0, 1.0)
-        return gr.Slider(low, high, step=dial.step, **given)
-    if dial.kind in ("number", "whole number"):
-        return gr.Number(value=None, precision=0 if dial.kind == "whole number" else None, **given)
-    if dial.kind == "choice":
-        return gr.Radio(list(dial.choices), **given)
-    return gr.Checkbox(**given) if dial.kind == "switch" else gr.Textbox(**given)
+def _component(option: EditOption) -> Any:
+    """An option as a component of gradio."""
+    given: dict[str, Any] = {"label": option.label, "info": option.help, "elem_id": f"dial-{option.name}"}
+    if option.kind == "slider":
+        low, high = option.range or (0.0, 1.0)
+        return gr.Slider(low, high, step=option.step, **given)
+    if option.kind in ("number", "whole number"):
+        return gr.Number(value=None, precision=0 if option.kind == "whole number" else None, **given)
+    if option.kind == "choice":
+        return gr.Radio(list(option.choices), **given)
+    return gr.Checkbox(**given) if option.kind == "switch" else gr.Textbox(**given)

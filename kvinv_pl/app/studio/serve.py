@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.app.studio.workbench.frames import OWN
+from kvinv_pl.app.studio.workbench.frames import STUDIO_DIR
 from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.errors import UserError
 
@@ -21,7 +21,7 @@ def serve(
 
     Without a port it is the first free one from 7860 on. The settings are arguments of `load`.
     """
-    keep = str(folder.resolve() / OWN / "uploads")
+    keep = str(folder.resolve() / STUDIO_DIR / "uploads")
     os.environ["GRADIO_TEMP_DIR"] = keep  # read as gradio is imported, and later
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:

@@ -63,22 +63,22 @@ class Metric:
     """Whose figures they are: a bench is not gone on with by another."""
 
 
-def figures_of(
+def measure(
     metrics: Sequence[Metric], case: Case, opened: Callable[[], Image.Image]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The figures of an edited picture, by column; and why there are none, where a metric raised anything."""
-    found, lost = dict[str, float](), dict[str, str]()
+    found, unmeasured = dict[str, float](), dict[str, str]()
     for metric in metrics:
         try:
             found |= metric.measure(case, opened())
         except StopError:
             raise
         except Exception as error:
-            lost |= dict.fromkeys(metric.columns, said(error))
-    return found, lost
+            unmeasured |= dict.fromkeys(metric.columns, error_text(error))
+    return found, unmeasured
 
 
-def said(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Why something failed, in one line; of an error that nobody foresaw, with its kind."""
     known = isinstance(error, UserError | MemoryError)
     return " ".join((reason(error) if known else f"{type(error).__name__}: {reason(error)}").split())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvinv_pl.bench.benchmarks.cases import Cases, Metric
-from kvinv_pl.bench.benchmarks.listed import ListedCase, through_nothing, understood
+from kvinv_pl.bench.benchmarks.image_list import ImageCase, reading_json, reference_rows
 from kvinv_pl.data.manifest import SUFFIXES
 from kvinv_pl.errors import UserError
 
@@ -36,7 +36,7 @@ def edit_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Ca
     needed = (file for case in cases for file in (case.file, *case.masks))
     if missing := next((file for file in needed if not file.is_file()), None):
         raise UserError(f"EditBench names {missing}, which is not there: unpack its archives in {folder}")
-    return Cases(f"EditBench in {folder.resolve()}", cases, metrics, through_nothing())
+    return Cases(f"EditBench in {folder.resolve()}", cases, metrics, reference_rows())
 
 
 def _order(file: Path) -> tuple[bool, int, str, str]:
@@ -44,15 +44,17 @@ def _order(file: Path) -> tuple[bool, int, str, str]:
     return ACTION not in file.stem, int(number) if number.isdigit() else 99, file.stem, str(file)
 
 
-def _cases(file: Path) -> Iterator[ListedCase]:
+def _cases(file: Path) -> Iterator[ImageCase]:
     """Those of one type and one size; a list of entries, or entries by their names."""
-    with understood(file, f"list of EditBench with {SOURCE}, {TARGET} and a picture in every entry") as read:
+    with reading_json(
+        file, f"list of EditBench with {SOURCE}, {TARGET} and a picture in every entry"
+    ) as read:
         entries = read.items() if isinstance(read, dict) else enumerate(read)
         for key, entry in entries:
             yield _case(file, str(key), entry, isinstance(read, dict))
 
 
-def _case(file: Path, key: str, entry: Mapping[str, Any], by_name: bool) -> ListedCase:
+def _case(file: Path, key: str, entry: Mapping[str, Any], by_name: bool) -> ImageCase:
     given = next(
         (str(entry[name]) for name in NAMES if entry.get(name) is not None), key if by_name else None
     )
@@ -70,7 +72,7 @@ def _case(file: Path, key: str, entry: Mapping[str, Any], by_name: bool) -> List
         )
     name = f"{part.name}-{kind}-{Path(given).stem}"
     source, target = (" ".join(str(entry[prompt]).split()) for prompt in (SOURCE, TARGET))
-    return ListedCase(name, source, target, picture, found, kind.replace("_", " "))
+    return ImageCase(name, source, target, picture, found, kind.replace("_", " "))
 
 
 def _found(part: Path, folders: Sequence[str], kind: str, given: str) -> Path:

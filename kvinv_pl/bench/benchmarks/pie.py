@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from kvinv_pl.bench.benchmarks.cases import Cases, Metric
-from kvinv_pl.bench.benchmarks.listed import ListedCase, through_nothing, understood
+from kvinv_pl.bench.benchmarks.image_list import ImageCase, reading_json, reference_rows
 from kvinv_pl.errors import UserError
 
 FILE, PICTURES = "mapping_file.json", "annotation_images"
@@ -24,7 +24,7 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class PieCase(ListedCase):
+class PieCase(ImageCase):
     """One picture of PIE-Bench."""
 
     runs: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ def _mapping(folder: Path) -> Path:
 def pie_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
     """The cases of a folder, those of pose first; the first `count` of them, or all."""
     file = _mapping(folder)
-    with understood(file, "mapping file of PIE-Bench") as mapping:
+    with reading_json(file, "mapping file of PIE-Bench") as mapping:
         cases = [_case(file, name, entry) for name, entry in mapping.items()]
     cases.sort(key=lambda case: (case.kind != POSE, case.kind))
     if count is not None:
@@ -59,7 +59,7 @@ def pie_bench(folder: Path, count: int | None, metrics: Sequence[Metric]) -> Cas
         raise UserError(
             f"{file} names {missing.file}, which is not there: expected {PICTURES} beside it: unpack it there"
         )
-    return Cases(f"PIE-Bench in {folder.resolve()}", cases, metrics, through_nothing())
+    return Cases(f"PIE-Bench in {folder.resolve()}", cases, metrics, reference_rows())
 
 
 def _case(file: Path, name: str, entry: Mapping[str, Any]) -> PieCase:

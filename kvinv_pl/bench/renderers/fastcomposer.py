@@ -12,16 +12,16 @@ from torch import Tensor
 from kvinv_pl.algorithm.learning_a_word import subject
 from kvinv_pl.algorithm.method import Control, Inverted, sample
 from kvinv_pl.api import KVInverter
-from kvinv_pl.bench.running import Canvas, opened
+from kvinv_pl.bench.running import Encoded, load_picture
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.controllable import weighing
+from kvinv_pl.models.controllable import swapped_parameters
 from kvinv_pl.models.published.fastcomposer import FastComposer
 
 _loaded = lru_cache(maxsize=1)(FastComposer.load)  # of the row that is computed
 
 
 @dataclass(eq=False)
-class Delayed(Inverted):
+class DelayedConditioning(Inverted):
     """DDIM's steps, the first of which read the prompts alone (delayed subject conditioning)."""
 
     until: int = 0
@@ -71,18 +71,18 @@ class FastComposerEdit:
         guidance: float | None = None,
     ) -> Image.Image:
         """A picture of the target prompt with the subject, in the size that the picture came in."""
-        canvas = Canvas.of(model, picture)
-        scene = canvas.scene(source, target, self.guidance if guidance is None else guidance, steps)
+        encoded = Encoded.encode(model, picture)
+        scene = encoded.scene(source, target, self.guidance if guidance is None else guidance, steps)
         place = scene.model.positions(target, subject(scene, self.word))[-1]
-        loaded = _loaded(self.weights, canvas.denoiser.device)
+        loaded = _loaded(self.weights, encoded.denoiser.device)
         network = loaded.weights("unet", scene.model.weights)
-        text = canvas.denoiser.backbone.prompts.text_encoder
-        with weighing(text, loaded.weights("text_encoder", dict(text.named_parameters()))):
+        text = encoded.denoiser.backbone.prompts.text_encoder
+        with swapped_parameters(text, loaded.weights("text_encoder", dict(text.named_parameters()))):
             # both rows are of the target: one of them is shown
             scene = replace(scene, source=target)
             read = scene.contexts[1:].clone()
-        read[:, place] = loaded.join(read[0, place], opened(picture))
+        read[:, place] = loaded.join(read[0, place], load_picture(picture))
         start = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(self.seed))
         until = round(self.delay * len(scene.table))
-        inverted = Delayed(scene, start.to(scene.z_0), weights=network, read=read, until=until)
-        return canvas.show(sample(scene, inverted, Control())[1:])
+        inverted = DelayedConditioning(scene, start.to(scene.z_0), weights=network, read=read, until=until)
+        return encoded.decode(sample(scene, inverted, Control())[1:])

@@ -7,12 +7,12 @@ from pathlib import Path
 from PIL import Image
 
 from kvinv_pl.api import KVInverter
-from kvinv_pl.bench.running import opened
+from kvinv_pl.bench.running import load_picture
 from kvinv_pl.data.images.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.published.instruct_pix2pix import Instructed
+from kvinv_pl.models.published.instruct_pix2pix import InstructPix2PixModel
 
-_loaded = lru_cache(maxsize=1)(Instructed.load)  # of the row that is computed
+_loaded = lru_cache(maxsize=1)(InstructPix2PixModel.load)  # of the row that is computed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class InstructPix2Pix:
         if self.steps < 1 or self.image_guidance < 1:
             got = f"{self.steps} and {self.image_guidance}"
             raise UserError(f"steps, image_guidance: expected 1 or more, got {got}")
-        self._told("", "")
+        self._prompt("", "")
 
     def render(
         self,
@@ -56,7 +56,7 @@ class InstructPix2Pix:
         guidance: float | None = None,
     ) -> Image.Image:
         """The edited picture, in the size that it came in; the model says where and how precisely."""
-        image = opened(picture)
+        image = load_picture(picture)
         trainer = model.trainer()
         device, dtype = trainer.strategy.root_device, trainer.settle_precision(model.model)
         loaded = _loaded(self.checkpoint, device, dtype)
@@ -64,11 +64,11 @@ class InstructPix2Pix:
         pixels = to_pixels(image, geometry)[None].to(device, dtype)
         w = self.guidance if guidance is None else guidance
         made = loaded.edit(
-            pixels, self._told(source, target), steps or self.steps, w, self.image_guidance, self.seed
+            pixels, self._prompt(source, target), steps or self.steps, w, self.image_guidance, self.seed
         )
         return to_image(made[0].cpu(), geometry)
 
-    def _told(self, source: str, target: str) -> str:
+    def _prompt(self, source: str, target: str) -> str:
         try:
             return self.instruction.format(source=source, target=target)
         except (KeyError, IndexError, ValueError) as error:

@@ -46,7 +46,7 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Callable[[st
             if case.name in scores and row != "source":
                 pictures[row] = data_uri(opened(row, case.name))
         shown.append({"name": case.name, "source": case.source, "target": case.target, "pictures": pictures})
-    known = report.known
+    known = report.known_columns
     measured = {name for name in known if any(report.mean(row, name).count for row in report.rows)}
     content = {
         "about": ABOUT,
@@ -62,7 +62,7 @@ def page(title: str, cases: Sequence[Case], report: Report, opened: Callable[[st
                 "cases": len(scores),
                 "failed": len(report.failed.get(row, ())),
                 "means": [_plain(report.mean(row, name)) for name in known],
-                "lost": [report.unmeasured(row, name) for name in known],
+                "lost": [report.count_unmeasured(row, name) for name in known],
                 "less": None
                 if report.ours in (None, row)
                 else [_plain(report.difference(row, name)) for name in known],

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from kvinv_pl.bench.benchmarks.cases import is_reference
-from kvinv_pl.bench.tables.table import Mean, Report, csv_of, markdown
+from kvinv_pl.bench.tables.table import Mean, Report, markdown, to_csv
 
 TRUTH = ("same animal %", "right action %")
 METRICS: Mapping[str, int] = {
@@ -41,7 +41,7 @@ def ranks(report: Report) -> list[Rank]:
     such as the source, is left out.
     """
     rows = [scores for name, scores in report.rows.items() if scores and not is_reference(name)]
-    if not set(TRUTH) <= set(report.known) or len(rows) < FEWEST:
+    if not set(TRUTH) <= set(report.known_columns) or len(rows) < FEWEST:
         return []
     cases = [case for case in report.kinds if all(case in scores for scores in rows)]
 
@@ -87,7 +87,7 @@ def as_csv(found: Sequence[Rank]) -> str:
         for over, mean in (("methods", each.methods), ("edits", each.edits)):
             figures = [round(x, 6) for x in (mean.value, mean.low, mean.high)] if mean.count else [""] * 3
             lines.append([each.metric, over, mean.count, *figures])
-    return csv_of(lines)
+    return to_csv(lines)
 
 
 def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:

@@ -5,15 +5,15 @@ from pathlib import Path
 from kvinv_pl.bench.ablation import Ablation
 from kvinv_pl.bench.bench import Bench
 from kvinv_pl.bench.records import Records
-from kvinv_pl.bench.reports.fronts import findings, pareto
 from kvinv_pl.bench.reports.page import page
+from kvinv_pl.bench.reports.pareto import findings, pareto_table
 from kvinv_pl.bench.reports.ranks import as_csv, as_markdown, ranks
-from kvinv_pl.bench.tables.columns import shown as figure
+from kvinv_pl.bench.tables.columns import format_value
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.data.runs.files import write_png
 
-NOTED = 2  # figures under a picture of a sheet
+CAPTION_METRICS = 2  # figures under a picture of a sheet
 
 
 def write_results(bench: Bench, report: Report, shown: int) -> list[Path]:
@@ -31,9 +31,9 @@ def write_ablation(ablation: Ablation, report: Report, shown: int) -> tuple[list
     """Write everything of an ablation; what is told of the paper's findings, and the paths, as above."""
     data, title = ablation.data, f"Ablation: {ablation.data.title}"
     parts = [f"# {title}", report.markdown()]
-    if best := pareto(report):
+    if best := pareto_table(report):
         parts.append(f"## The front of right action and same animal\n\n{best}")
-    if lines := findings(report, ablation.ways):
+    if lines := findings(report, ablation.cells):
         parts.append("## The paper's findings\n\n" + "\n".join(f"* {line}" for line in lines))
     html = page(title, data.cases[:shown], report, ablation.open)
     files = _written(Records(ablation.folder), report, "\n\n".join(parts) + "\n", html)
@@ -58,8 +58,10 @@ def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:
             if row == "source" or case.name not in scores:
                 continue
             pictures.append(bench.records.open(row, case.name))
-            figures = [(name, scores[case.name].get(name)) for name in report.known[:NOTED]]
-            lines = [f"{name} {figure(name, value, 'g')}" for name, value in figures if value is not None]
+            metrics = [(name, scores[case.name].get(name)) for name in report.known_columns[:CAPTION_METRICS]]
+            lines = [
+                f"{name} {format_value(name, value, 'g')}" for name, value in metrics if value is not None
+            ]
             captions.append("\n".join([row, *lines]))
         files.append(
             write_png(bench.records.folder / "sheets" / f"{case.name}.png", sheet(pictures, captions))

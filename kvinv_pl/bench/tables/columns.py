@@ -74,6 +74,6 @@ def is_psnr(column: str) -> bool:
     return column.endswith(("dB", "PSNR"))
 
 
-def shown(column: str, value: float, spec: str = ".2f") -> str:
+def format_value(column: str, value: float, spec: str = ".2f") -> str:
     """A figure, or a mean of figures, of this column; "exact" for a PSNR at its cap."""
     return "exact" if is_psnr(column) and value >= CAPPED else format(value, spec)

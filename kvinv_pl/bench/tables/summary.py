@@ -2,7 +2,7 @@
 
 from textwrap import wrap
 
-from kvinv_pl.bench.tables.columns import shown
+from kvinv_pl.bench.tables.columns import format_value
 from kvinv_pl.bench.tables.table import Report
 
 WITH_TRUTH = ("same animal %", "right action %", "animal dB", "background dB")
@@ -13,7 +13,7 @@ NARROWEST = 18  # characters, of the column with the rows' names
 
 def summary(report: Report, width: int) -> str:
     """Means of all rows, in lines of `width` characters; columns at the right go first."""
-    known = report.known
+    known = report.known_columns
     columns = [name for name in (*WITH_TRUTH, *ALWAYS) if name in known]
     if not set(WITH_TRUTH) & set(known):
         columns = [name for name in (*WITHOUT, *ALWAYS) if name in known]
@@ -41,7 +41,7 @@ def summary(report: Report, width: int) -> str:
 
 def _cell(report: Report, row: str, column: str) -> str:
     mean = report.mean(row, column)
-    return shown(column, mean.value, ".1f") if mean.count else ""
+    return format_value(column, mean.value, ".1f") if mean.count else ""
 
 
 def _line(name: str, values: list[str], label: int, widths: list[int]) -> str:

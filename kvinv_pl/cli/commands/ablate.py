@@ -4,7 +4,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
-from kvinv_pl.models.choices import Precision
+from kvinv_pl.models.load_options import Precision
 
 PLACES = ["encoder", "middle", "decoder", "all", "masactrl"]
 STARTS = [0.1, 0.3, 0.5, 0.7, 0.9]

@@ -5,7 +5,7 @@ from shutil import get_terminal_size
 from typing import Any
 
 from kvinv_pl.errors import SomeFailedError
-from kvinv_pl.models.choices import Precision
+from kvinv_pl.models.load_options import Precision
 
 OURS = "kv_inversion"
 ALIKE = "negative_prompt+masactrl(layer=3, start=0.0, empty_source=False, guidance=3.0)"
@@ -78,5 +78,5 @@ def bench(
     print(f"all figures with their intervals, and what failed: {files[1]}; look at {files[0]}")
     if failures := report.failures_now:
         everything = [(row, cases) for found in (report.rows, report.failed) for row, cases in found.items()]
-        count = sum(len(cases) for row, cases in everything if row not in report.kept)
+        count = sum(len(cases) for row, cases in everything if row not in report.earlier)
         raise SomeFailedError(failures, count)

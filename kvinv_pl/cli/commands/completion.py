@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args, get_origin
 import shtab
 
 from kvinv_pl.attention.registry import arguments
-from kvinv_pl.cli.arguments import IDLE, RUN, SHORT
-from kvinv_pl.cli.auto_cli import FILES, FIRST
-from kvinv_pl.cli.entry import OTHERS, STAGES
+from kvinv_pl.cli.arguments import IGNORED_FLAGS, RUN_FLAG, SHORT_FLAGS
+from kvinv_pl.cli.auto_cli import MODULES, POSITIONAL
+from kvinv_pl.cli.entry import COMMANDS, STAGES
 
-FOLDERS = {"--out", "--run", "--folder"}
-FILES_TOO = {"--image", "--mask", "--config", "--checkpoint", "--model.vae", "--sam"}
+FOLDER_OPTIONS = {"--out", "--run", "--folder"}
+FILE_OPTIONS = {"--image", "--mask", "--config", "--checkpoint", "--model.vae", "--sam"}
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"] = "bash") -> None:
@@ -34,19 +34,19 @@ def _parser() -> ArgumentParser:
     options, texts = _of_stages()
     for verb, text in STAGES.items():
         command = commands.add_parser(verb, help=text)
-        short = {**SHORT, **({"--run": RUN} if verb == "edit" else {})}
-        for flag in short.keys() - IDLE.get(verb, set()):
+        short = {**SHORT_FLAGS, **({"--run": RUN_FLAG} if verb == "edit" else {})}
+        for flag in short.keys() - IGNORED_FLAGS.get(verb, set()):
             _add(command, flag, options[short[flag][0]], texts[short[flag][0]])
         _add(command, "--config", str, "options from a YAML file")
         for name, kind in options.items():
             _add(command, f"--{name}", kind, texts[name])
-    for verb, text in OTHERS.items():
+    for verb, text in COMMANDS.items():
         command = commands.add_parser(verb, help=text)
-        function = getattr(import_module(FILES[verb]), verb.replace("-", "_"))
-        said = arguments(function.__doc__)
+        function = getattr(import_module(MODULES[verb]), verb.replace("-", "_"))
+        helps = arguments(function.__doc__)
         for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-            _add(command, f"--{name}", parameter.annotation, said.get(name, ""))
-        if FIRST.get(verb) in ("image", "folder"):
+            _add(command, f"--{name}", parameter.annotation, helps.get(name, ""))
+        if POSITIONAL.get(verb) in ("image", "folder"):
             command.add_argument("first", nargs="?").complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
     return parser
 
@@ -56,12 +56,12 @@ def _of_stages() -> tuple[dict[str, Any], Mapping[str, str]]:
     from kvinv_pl.training.module import KVInversion
     from kvinv_pl.training.trainer import KVTrainer
 
-    kinds, texts = dict[str, Any](), dict[str, str]()
+    types, texts = dict[str, Any](), dict[str, str]()
     for section, cls in {"model": KVInversion, "data": SourceImages, "trainer": KVTrainer}.items():
-        said = arguments(cls.__doc__) | arguments(cls.__init__.__doc__)
+        helps = arguments(cls.__doc__) | arguments(cls.__init__.__doc__)
         for name, parameter in inspect.signature(cls).parameters.items():
-            kinds[f"{section}.{name}"], texts[f"{section}.{name}"] = parameter.annotation, said.get(name, "")
-    return kinds, texts
+            types[f"{section}.{name}"], texts[f"{section}.{name}"] = parameter.annotation, helps.get(name, "")
+    return types, texts
 
 
 def _add(command: ArgumentParser, flag: str, kind: Any, text: str) -> None:
@@ -71,5 +71,5 @@ def _add(command: ArgumentParser, flag: str, kind: Any, text: str) -> None:
         choices = ["true", "false"]
     first = text.partition(". ")[0].replace("%", "%%")
     option = command.add_argument(flag, help=first or None, choices=[str(each) for each in choices] or None)
-    if flag in FOLDERS or flag in FILES_TOO:
-        option.complete = shtab.DIRECTORY if flag in FOLDERS else shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
+    if flag in FOLDER_OPTIONS or flag in FILE_OPTIONS:
+        option.complete = shtab.DIRECTORY if flag in FOLDER_OPTIONS else shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.choices import NO_CHOICES, Choices
+from kvinv_pl.models.load_options import DEFAULTS, LoadOptions
 
 
 def mask(
@@ -15,7 +15,7 @@ def mask(
     word: str | None = None,
     source: str | None = None,
     checkpoint: str | None = None,
-    model: Choices = NO_CHOICES,
+    model: LoadOptions = DEFAULTS,
 ) -> None:
     """Find the subject of a picture, write its mask, and show it over the picture, to look at before tuning.
 
@@ -37,7 +37,7 @@ def mask(
         raise UserError(
             f"{', '.join(conflicting)} is for SAM and cannot be combined with --word: leave one of them out"
         )
-    if word is None and (source is not None or checkpoint is not None or model != NO_CHOICES):
+    if word is None and (source is not None or checkpoint is not None or model != DEFAULTS):
         raise UserError("--source, --checkpoint and --model only work with --word: add --word")
     if word is not None and not source:
         raise UserError("--word needs --source, what the picture shows: add --source")
@@ -48,7 +48,7 @@ def mask(
     if box is not None:
         left, top, right, bottom = _numbers("--box", box, "X0,Y0,X1,Y1")
         edges = left, top, right, bottom
-    from kvinv_pl.app import subject
+    from kvinv_pl.app import subject_mask
     from kvinv_pl.data.images import masks
     from kvinv_pl.data.images.pictures import open_picture
     from kvinv_pl.data.images.sheet import sheet
@@ -58,9 +58,9 @@ def mask(
     if file.exists() and file.samefile(Path(image).expanduser()):
         raise UserError(f"out: {out} is the picture itself: name another file")
     if word is not None:
-        found = subject.of_word(picture.image, word, source or "", checkpoint or "menagerie", model)
+        found = subject_mask.of_word(picture.image, word, source or "", checkpoint or "menagerie", model)
     else:
-        found = subject.at_points(picture.image, points, edges, sam or "menagerie")
+        found = subject_mask.at_points(picture.image, points, edges, sam or "menagerie")
     share = found.histogram()[255] / (found.width * found.height)
     shown = [picture.image, masks.shown(picture.image, found)]
     page = sheet(shown, [Path(image).name, f"mask: {share:.0%} of it"])

@@ -16,7 +16,7 @@ def methods(name: str | None = None) -> None:
     """
     found = registry.methods()
     if name is not None and name not in found:
-        raise registry.absent(name, "method", found)
+        raise registry.unknown_method(name, "method", found)
     shown = list(found.values()) if name is None else [found[name]]
     order = [*registry.KINDS.values(), None]
     for method in sorted(shown, key=lambda method: order.index(method.kind)):

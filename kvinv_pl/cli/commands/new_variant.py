@@ -105,12 +105,10 @@ def write(name: str, folder: Path) -> list[Path]:
         raise UserError(f"{existing[0]} already exists: choose another name or folder, or remove it")
     if (other := find_spec(name)) is not None:
         raise UserError(f"name: {name} is the name of another module ({other.origin}): choose another one")
-    from kvinv_pl.data.runs.files import explaining_os_errors
+    from kvinv_pl.data.runs.files import write_atomically
 
-    with explaining_os_errors("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, text in files.items():
-            file.write_text(Template(text).substitute(name=name, cls=cls), encoding="utf-8")
+    for file, text in files.items():
+        write_atomically(file, Template(text).substitute(name=name, cls=cls).encode())
     return list(files)
 
 

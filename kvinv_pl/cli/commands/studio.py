@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.models.choices import Precision
+from kvinv_pl.models.load_options import Precision
 
 
 def studio(

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from kvinv_pl.attention import registry
-from kvinv_pl.attention.config import build, class_path
+from kvinv_pl.attention.config import class_path, variant_from_config
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, select, self_attentions
 from kvinv_pl.bench.methods import KINDS, is_method, make, methods
-from kvinv_pl.cli.messages import expected, explain_parser_error
+from kvinv_pl.cli.messages import describe_type, explain_parser_error
 from kvinv_pl.data.images.geometry import fit_geometry
 from kvinv_pl.data.runs.tensors import StoreDtype, stored_bytes
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import outline
+from kvinv_pl.models.checkpoint import load_on_meta
 
 MIB = 2**20
 BRANCHES = 2  # unconditional and conditional
@@ -33,7 +33,7 @@ def variants(name: str | None = None, checkpoint: str | None = None, allow_pickl
     """
     decoder_sites, problem = list[Site](), ""
     try:
-        unet, sizes, _ = outline(checkpoint or "menagerie", allow_pickle)
+        unet, sizes, _ = load_on_meta(checkpoint or "menagerie", allow_pickle)
         height, width = (side // sizes.vae_factor for side in sizes.sample)
         decoder_sites = select(self_attentions(unet, (height, width)), Selection("decoder"))
     except UserError as error:
@@ -56,8 +56,8 @@ def variants(name: str | None = None, checkpoint: str | None = None, allow_pickl
 def _find(name: str) -> registry.Variant:
     """The variant of this name, class path or FILE.py:CLASS, which need not be installed."""
     if "." not in name:
-        return registry.named(name)
-    cls = registry.locate(name)
+        return registry.find_variant(name)
+    cls = registry.find_class(name)
     return registry.Variant(cls.__name__, cls, "not installed")
 
 
@@ -78,7 +78,7 @@ def _details(name: str, cls: type[CPAttention]) -> list[str]:
     for option in options:
         required = option.default is inspect.Parameter.empty
         default = "must be given" if required else f"default: {option.default}"
-        lines.append(f"  --model.attention.{option.name}  {expected(option.kind)} ({default})")
+        lines.append(f"  --model.attention.{option.name}  {describe_type(option.kind)} ({default})")
         lines += textwrap.wrap(option.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
 
@@ -115,7 +115,7 @@ def sites(
     if steps < 1:
         raise UserError(f"steps: expected 1 or more, got {steps}")
     make = attention or registry.resolve("full_kv")
-    unet, sizes, _ = outline(checkpoint, allow_pickle)
+    unet, sizes, _ = load_on_meta(checkpoint, allow_pickle)
     picture = (sizes.sample[1], sizes.sample[0]) if size is None else _size(size)
     width, height = fit_geometry(picture, sizes.sample, sizes.multiple, "keep").resized
     grid = height // sizes.vae_factor, width // sizes.vae_factor
@@ -181,7 +181,7 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
     if target in known and target not in registry.variants():
         cls = type(make(target, *KINDS.values(), **(options or {})))
     else:
-        cls = registry.locate(target, lambda found: registry.is_variant(found) or is_method(found))
+        cls = registry.find_class(target, lambda found: registry.is_variant(found) or is_method(found))
     if is_method(cls):
         found = method_trials(cls, **(options or {}))
     else:
@@ -199,7 +199,7 @@ def check(target: str, options: dict[str, Any] | None = None) -> None:
 def _built(record: Mapping[str, Any]) -> Callable[[Site], CPAttention]:
     """The variant's factory; raises UserError with a readable reason."""
     try:
-        return build(record)
+        return variant_from_config(record)
     except UserError as error:
         cause = str(error.__cause__)
         raise UserError(str(error).replace(cause, explain_parser_error(cause, {}, {}, {}))) from error

@@ -27,35 +27,26 @@ def world(out: str = "world", seed: int = 7, sheet: int = 0, size: int = SIZE) -
     if not 8 <= size <= LARGEST:
         raise UserError(f"size: expected 8 to {LARGEST} pixels a side, got {size}")
     folder = Path(out).expanduser()
-    from kvinv_pl.data.runs.files import explaining_os_errors
+    from kvinv_pl.data.runs.files import write_atomically, write_png
 
-    with explaining_os_errors("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = _page(folder, seed, sheet, size) if sheet else _pictures(folder, seed, size)
+    if sheet:
+        print(write_png(folder / "sheet.png", _page(seed, sheet, size)))
+        return
+    animal = Animal.sample(seed)
+    lines, rows = list[str](), ["image\tsource\tmask"]  # a list that --image takes
+    for action in ACTIONS:
+        file = write_png(folder / f"{action}.png", animal.render(action, size))
+        mask = write_png(folder / f"{action}-mask.png", animal.mask(action, size))
+        lines.append(f"{file}\t{animal.prompt(action)}")
+        rows.append(f"{file.name}\t{animal.prompt(action)}\t{mask.name}")
+    write_atomically(folder / "prompts.tsv", "".join(f"{row}\n" for row in rows).encode())
     print("\n".join(lines))
 
 
-def _page(out: Path, seed: int, count: int, size: int) -> list[str]:
+def _page(seed: int, count: int, size: int) -> Image.Image:
     page = Image.new("RGB", (size * len(ACTIONS), size * count))
     for row in range(count):
         animal = Animal.sample(seed + row)
         for column, action in enumerate(ACTIONS):
             page.paste(animal.render(action, size), (column * size, row * size))
-    return [str(_save(page, out / "sheet.png"))]
-
-
-def _pictures(out: Path, seed: int, size: int) -> list[str]:
-    animal = Animal.sample(seed)
-    lines, rows = list[str](), ["image\tsource\tmask"]  # a list that --image takes
-    for action in ACTIONS:
-        file = _save(animal.render(action, size), out / f"{action}.png")
-        mask = _save(animal.mask(action, size), out / f"{action}-mask.png")
-        lines.append(f"{file}\t{animal.prompt(action)}")
-        rows.append(f"{file.name}\t{animal.prompt(action)}\t{mask.name}")
-    (out / "prompts.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return lines
-
-
-def _save(picture: Image.Image, file: Path) -> Path:
-    picture.save(file)
-    return file
+    return page

@@ -99,7 +99,7 @@ class Animal(Figure):
 
     def prompt(self, action: str | None = None) -> str:
         """The prompt of the picture, in this action or (None) in the animal's own."""
-        return f"a {self.coat} {self.colour} {self.species} {self._known(action)} on {self.ground}"
+        return f"a {self.coat} {self.colour} {self.species} {self._checked_action(action)} on {self.ground}"
 
     def render(self, action: str | None = None, size: int | None = None) -> Image.Image:
         """The true picture, RGB, `size` pixels a side (None: the model's), in this or its own action."""
@@ -123,9 +123,9 @@ class Animal(Figure):
 
         NaN outside the trunk; what hides the trunk is not left out.
         """
-        return self.along(self.canvas(size), self._known(action)) * self.scale
+        return self.along(self.canvas(size), self._checked_action(action)) * self.scale
 
-    def _known(self, action: str | None) -> str:
+    def _checked_action(self, action: str | None) -> str:
         if action is not None and action not in ACTIONS:
             raise ValueError(f"an action of the menagerie is one of {', '.join(ACTIONS)}; got {action!r}")
         return action or self.action
@@ -147,5 +147,5 @@ class Animal(Figure):
     def drawn(self, action: str | None = None, size: int | None = None) -> Canvas:
         """What `render`, `mask` and `parts` are read from."""
         canvas = self.canvas(size)
-        self.draw_on(canvas, self._known(action))
+        self.draw_on(canvas, self._checked_action(action))
         return canvas

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.adapters.lora_names import OTHERS, Changeable, Spelled, role_of, spelled
-from kvinv_pl.models.adapters.lora_scale import Scales, scales_of
-from kvinv_pl.models.checkpoints.hub import file_of
-from kvinv_pl.models.checkpoints.loading import AGAIN, digest
-from kvinv_pl.models.checkpoints.single_file import read_contents, tensors_of
+from kvinv_pl.models.adapters.lora_names import UNSUPPORTED, LoraTarget, NamedLayers, layers_by_name, role_of
+from kvinv_pl.models.adapters.lora_scale import Scales, read_scales
+from kvinv_pl.models.checkpoints.hub import resolve_file
+from kvinv_pl.models.checkpoints.loading import REDOWNLOAD, digest
+from kvinv_pl.models.checkpoints.single_file import read_contents, read_tensors
 
 
-def with_loras(
+def merge_loras(
     given: Sequence[str], unet: nn.Module, text_encoder: CLIPTextModel, allow_pickle: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Merge LoRAs, each FILE or FILE:WEIGHT, into models in fp32; their digests, and a line about them."""
     digests, merged = dict[str, str](), list[str]()
     for n, text in enumerate(given, 1):
         name, weight = name_and_weight(text)
-        path = file_of(name, "a LoRA")
+        path = resolve_file(name, "a LoRA")
         counts = _merge(path, weight, unet, text_encoder, allow_pickle)
         digests[f"lora {n}"] = f"{digest(path)} {weight!r}"
         merged.append(f"{name} at {weight:g} ({counts})")
@@ -50,18 +50,18 @@ def _merge(
     path: Path, weight: float, unet: nn.Module, text_encoder: CLIPTextModel, allow_pickle: bool
 ) -> str:
     metadata = read_contents(path, allow_pickle).metadata
-    tensors = tensors_of(path)
-    scales = scales_of(path, metadata, tensors)
+    tensors = read_tensors(path)
+    scales = read_scales(path, metadata, tensors)
     counts = {"unet": 0, "text_encoder": 0}
-    for name, layer, change in _changes(path, tensors, spelled(unet, text_encoder), scales):
+    for name, layer, change in _changes(path, tensors, layers_by_name(unet, text_encoder), scales):
         layer.weight.data = layer.weight.data + weight * change  # not in place: it may be mapped from a file
         counts[name.partition(".")[0]] += 1
     return f"{counts['unet']} layers of the U-Net, {counts['text_encoder']} of the text model"
 
 
 def _changes(
-    path: Path, tensors: Mapping[str, Tensor], layers: Spelled, scales: Scales
-) -> Iterator[tuple[str, Changeable, Tensor]]:
+    path: Path, tensors: Mapping[str, Tensor], layers: NamedLayers, scales: Scales
+) -> Iterator[tuple[str, LoraTarget, Tensor]]:
     """Every layer that a file changes, and by how much at weight 1: alpha / rank * up [mid] down."""
     found, unknown = dict[str, dict[str, Tensor]](), list[str]()
     for name, tensor in tensors.items():
@@ -71,7 +71,7 @@ def _changes(
         else:
             unknown.append(name)
     if unknown or not found:
-        raise UserError(_not_understood(path, unknown))
+        raise UserError(_unknown_tensors(path, unknown))
     named = dict[str, str]()
     for key, parts in found.items():
         name, layer = layers[key]
@@ -80,16 +80,18 @@ def _changes(
         try:
             product = _product(parts)
         except (KeyError, RuntimeError, IndexError) as error:
-            has = ", ".join(f"{role} {_shown(part.shape)}" for role, part in parts.items())
-            raise UserError(f"{path} is incomplete or damaged: of {key} it has {has}; {AGAIN}") from error
+            has = ", ".join(f"{role} {_shape_text(part.shape)}" for role, part in parts.items())
+            raise UserError(
+                f"{path} is incomplete or damaged: of {key} it has {has}; {REDOWNLOAD}"
+            ) from error
         if _matrix(product.shape) != _matrix(layer.weight.shape):
             raise UserError(
-                f"{path} is for another model: {key} is {_shown(_matrix(product.shape))} there, and "
-                f"{_shown(_matrix(layer.weight.shape))} in this checkpoint"
+                f"{path} is for another model: {key} is {_shape_text(_matrix(product.shape))} there, and "
+                f"{_shape_text(_matrix(layer.weight.shape))} in this checkpoint"
             )
         change = product * scales.of(name, len(parts["down"]), parts.get("alpha"))
         if not change.isfinite().all():
-            raise UserError(f"{path} is damaged: what it has of {key} is not finite; {AGAIN}")
+            raise UserError(f"{path} is damaged: what it has of {key} is not finite; {REDOWNLOAD}")
         yield name, layer, change.reshape(layer.weight.shape)
 
 
@@ -108,12 +110,12 @@ def _matrix(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
 
 
-def _shown(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "one number"
 
 
-def _not_understood(path: Path, unknown: Sequence[str]) -> str:
-    what = next((what for sign, what in OTHERS.items() if any(sign in name for name in unknown)), None)
+def _unknown_tensors(path: Path, unknown: Sequence[str]) -> str:
+    what = next((what for sign, what in UNSUPPORTED.items() if any(sign in name for name in unknown)), None)
     if what is not None:
         return f"{path} contains {what}; expected a LoRA for Stable Diffusion 1 or 2"
     some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")

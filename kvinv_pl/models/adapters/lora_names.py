@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import CLIPTextModel
 
-Changeable = nn.Linear | nn.Conv2d
-Spelled = dict[str, tuple[str, Changeable]]
+LoraTarget = nn.Linear | nn.Conv2d
+NamedLayers = dict[str, tuple[str, LoraTarget]]
 # kohya: X.lora_down.weight, lora_up, lora_mid and X.alpha; peft: X.lora_A.weight and lora_B; diffusers before
 # peft: X.lora.down.weight, X.lora_linear_layer.down.weight and, in attentions, processor.X_lora.down.weight
 TENSOR = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)\.weight|\.(alpha))")
@@ -29,7 +29,7 @@ PLACES = {"resnets": 0, "attentions": 1}
 INNER = {"conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "conv2": "out_layers_3"}
 INNER |= {"conv_shortcut": "skip_connection"}
 # what the name of a tensor contains, and what its file is then
-OTHERS = {
+UNSUPPORTED = {
     "dora_scale": "a DoRA, which is not supported",
     "lora_magnitude_vector": "a DoRA, which is not supported",
     "hada_": "a LoHa, which is not supported",
@@ -55,9 +55,9 @@ def role_of(tensor: str) -> tuple[str, str]:
     return layer, {"A": "down", "B": "up"}.get(role, role)
 
 
-def spelled(unet: nn.Module, text_encoder: CLIPTextModel) -> Spelled:
+def layers_by_name(unet: nn.Module, text_encoder: CLIPTextModel) -> NamedLayers:
     """Every layer under all names that files give it, and its own, which begins with unet or text_encoder."""
-    found, blocks = Spelled(), _blocks_of(unet)
+    found, blocks = NamedLayers(), _blocks_of(unet)
     for path, layer in _layers(unet):
         names = [f"lora_unet_{path.replace('.', '_')}", *_dotted("unet.", path)]
         if (first := _sgm_name(path, blocks)) is not None:
@@ -74,7 +74,7 @@ def _dotted(model: str, path: str) -> list[str]:
     return [f"{start}{path}" for start in (model, "base_model.model.", "")]
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Changeable]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoraTarget]]:
     for path, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             yield path, layer

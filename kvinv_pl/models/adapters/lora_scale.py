@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.loading import attempt, json_of
+from kvinv_pl.models.checkpoints.loading import load_json, try_read
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers writes the configurations of peft, by the model's name."""
@@ -38,10 +38,10 @@ class Scales:
         return float(whole) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def scales_of(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> Scales:
+def read_scales(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> Scales:
     """From the metadata that diffusers writes, or from adapter_config.json beside a file of peft's own."""
     if METADATA in metadata:
-        flat: dict[str, Any] = attempt(path, lambda: dict(json.loads(metadata[METADATA])))
+        flat: dict[str, Any] = try_read(path, lambda: dict(json.loads(metadata[METADATA])))
         models = ("unet", "text_encoder")
         configs = {
             model: {key.removeprefix(f"{model}."): flat[key] for key in flat if key.startswith(f"{model}.")}
@@ -53,7 +53,7 @@ def scales_of(path: Path, metadata: Mapping[str, str], names: Collection[str]) -
             raise UserError(
                 f"{path} has no adapter_config.json beside it, which says its alpha: put it there"
             )
-        configs = {"": json_of(beside)}
+        configs = {"": load_json(beside)}
     else:
         configs = {}
     for config in configs.values():

@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.hub import file_of
-from kvinv_pl.models.checkpoints.loading import AGAIN, digest
-from kvinv_pl.models.checkpoints.single_file import LORA, refuse_pickle, state_of
+from kvinv_pl.models.checkpoints.hub import resolve_file
+from kvinv_pl.models.checkpoints.loading import REDOWNLOAD, digest
+from kvinv_pl.models.checkpoints.single_file import LORA, read_state_dict, refuse_pickle
 
 NEEDED = "expected a textual inversion"
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 Words = dict[str, Tensor]
 
 
-def with_embeddings(
+def add_embeddings(
     given: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, allow_pickle: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Add textual inversions, each FILE or WORD=FILE; their digests with their words, and a line of them."""
     digests, added = dict[str, str](), list[str]()
     for n, text in enumerate(given, 1):
         word, name = _word_and_name(text)
-        path = file_of(name, "a textual inversion")
+        path = resolve_file(name, "a textual inversion")
         words = _read(path, word, allow_pickle)
         for each, vectors in words.items():
             _add(path, each, vectors, tokenizer, text_encoder)
@@ -35,7 +35,7 @@ def with_embeddings(
     return digests, [f"words added to the tokenizer: {', '.join(added)}"] if added else []
 
 
-def vectors_of(tokenizer: CLIPTokenizer) -> dict[int, list[int]]:
+def multi_vector_words(tokenizer: CLIPTokenizer) -> dict[int, list[int]]:
     """The tokens that one token stands for: of WORD, WORD_1, WORD_2 and so on, as diffusers names them."""
     added = tokenizer.get_added_vocab()
     found = dict[int, list[int]]()
@@ -57,7 +57,7 @@ def _word_and_name(text: str) -> tuple[str | None, str]:
 def _read(path: Path, word: str | None, allow_pickle: bool) -> Words:
     """The words of a file, each with its vectors; those of a web UI are called as their file is."""
     refuse_pickle(path, allow_pickle)
-    state = state_of(path)
+    state = read_state_dict(path)
     if any("lora_" in name or ".lora." in name for name in state):
         raise UserError(f"{path} contains {LORA}; {NEEDED}")
     if "clip_g" in state:
@@ -87,7 +87,7 @@ def _add(
             f"reads {_width(table.embedding_dim)}: take one that was made for it"
         )
     if not vectors.isfinite().all():
-        raise UserError(f"{path} is damaged: its vectors are not finite; {AGAIN}")
+        raise UserError(f"{path} is damaged: its vectors are not finite; {REDOWNLOAD}")
     names = [word, *(f"{word}_{n}" for n in range(1, len(vectors)))]
     known = {name.lower() for name in tokenizer.get_vocab()}
     if taken := [name for name in names if {name.lower(), f"{name.lower()}</w>"} & known]:

@@ -14,13 +14,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.families import configurations, tokenizer
+from kvinv_pl.models.checkpoints.families import clip_tokenizer, configurations
 from kvinv_pl.models.checkpoints.folder import Parts
-from kvinv_pl.models.checkpoints.loading import AGAIN, attempt, digest
+from kvinv_pl.models.checkpoints.loading import REDOWNLOAD, digest, try_read
 from kvinv_pl.models.checkpoints.single_file import read_contents, weights
 
 
-def of_file(
+def load_single_file(
     path: Path,
     dtype: torch.dtype,
     prediction: str | None,
@@ -31,16 +31,18 @@ def of_file(
     contents = read_contents(path, allow_pickle)
     configs = configurations(contents, prediction, needs_vae=other_vae is None)
     tensors = weights(path)
-    unet = converted(path, tensors, UNet2DConditionModel, configs, "unet", dtype)
+    unet = convert(path, tensors, UNet2DConditionModel, configs, "unet", dtype)
     vae = other_vae
     if vae is None:
-        vae = converted(path, tensors, AutoencoderKL, configs, "vae", torch.float32)
-    text_encoder = converted(path, tensors, CLIPTextModel, configs, "text_encoder", dtype)
+        vae = convert(path, tensors, AutoencoderKL, configs, "vae", torch.float32)
+    text_encoder = convert(path, tensors, CLIPTextModel, configs, "text_encoder", dtype)
     identity = {"class": "StableDiffusionPipeline", "sha256": digest(path)}
-    return Parts(unet, vae, text_encoder, tokenizer(configs["pad_token"]), configs["scheduler"], identity)
+    return Parts(
+        unet, vae, text_encoder, clip_tokenizer(configs["pad_token"]), configs["scheduler"], identity
+    )
 
 
-def converted(
+def convert(
     path: Path,
     tensors: dict[str, torch.Tensor],
     cls: Any,
@@ -58,7 +60,9 @@ def converted(
             read = partial(create_diffusers_clip_model_from_ldm, cls, tensors, **options)
         else:
             read = partial(cls.from_single_file, tensors, **options)
-        model = attempt(path, read)
+        model = try_read(path, read)
     if missing := [name for name, value in model.named_parameters() if value.is_meta]:
-        raise UserError(f"{path} lacks {len(missing)} weights of its {part}, such as {missing[0]}; {AGAIN}")
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of its {part}, such as {missing[0]}; {REDOWNLOAD}"
+        )
     return model

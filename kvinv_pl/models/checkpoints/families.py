@@ -11,7 +11,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.loading import AGAIN
+from kvinv_pl.models.checkpoints.loading import REDOWNLOAD
 from kvinv_pl.models.checkpoints.single_file import CLIP, OPEN_CLIP, UNET, VAE, Contents
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -42,7 +42,7 @@ def configurations(contents: Contents, prediction: str | None, needs_vae: bool =
         if contents.has(VAE):
             found["vae"] |= _vae(contents, VAE)
     except KeyError as error:
-        raise UserError(f"{contents.path} is incomplete: it lacks {error}; {AGAIN}") from error
+        raise UserError(f"{contents.path} is incomplete: it lacks {error}; {REDOWNLOAD}") from error
     found["scheduler"] |= _schedule(contents, family, prediction)
     if found["scheduler"]["prediction_type"] == "epsilon":
         found["unet"]["sample_size"] = 64  # 2-base, too; the models of 768 pixels predict v
@@ -54,7 +54,7 @@ def vae_configuration(contents: Contents) -> dict[str, Any]:
     return _of_family("sd1")["vae"] | _vae(contents, VAE if contents.has(VAE) else "")
 
 
-def tokenizer(pad_token: str) -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
     """CLIP's tokenizer, which both families have; they pad with different tokens."""
     packed = (CONFIGS / "clip_merges.txt.gz").read_bytes()
     merges: Any = [tuple(line.split(" ")) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
@@ -125,16 +125,16 @@ def _text(contents: Contents, embedding: str, layer: str, layers: int) -> dict[s
 
 def _schedule(contents: Contents, family: str, prediction: str | None) -> dict[str, Any]:
     """What the model predicts: as asked, as the file says, or (Stable Diffusion 1) epsilon."""
-    said = PREDICTIONS.get(contents.metadata.get("modelspec.prediction_type", ""))
-    if said is None and "v_pred" in contents.shapes:
-        said = "v_prediction"
-    if prediction is None and said is None and family == "sd2":
+    declared = PREDICTIONS.get(contents.metadata.get("modelspec.prediction_type", ""))
+    if declared is None and "v_pred" in contents.shapes:
+        declared = "v_prediction"
+    if prediction is None and declared is None and family == "sd2":
         raise UserError(
             f"{contents.path} is a Stable Diffusion 2 and does not say what it predicts: expected "
             "--model.prediction_type v_prediction (2.0 and 2.1 of 768 pixels and what was made of them) or "
             "epsilon (the base models of 512 pixels)"
         )
-    found: dict[str, Any] = {"prediction_type": prediction or said or "epsilon"}
+    found: dict[str, Any] = {"prediction_type": prediction or declared or "epsilon"}
     if "ztsnr" in contents.shapes:
         found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return found

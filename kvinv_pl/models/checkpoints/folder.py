@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.attention.unet import refuse_other_conditions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.loading import AGAIN, attempt, json_of, pretrained, sha256
+from kvinv_pl.models.checkpoints.loading import REDOWNLOAD, load_json, load_pretrained, sha256, try_read
 from kvinv_pl.models.checkpoints.weight_files import variants_in, weight_files
 
 PARTS = {
@@ -38,7 +38,7 @@ class Parts:
     """Lines for the log: what was done to them."""
 
 
-def of_folder(
+def load_folder(
     folder: Path,
     name: str,
     dtype: torch.dtype,
@@ -87,10 +87,10 @@ def model(folder: Path, cls: Any, variant: str | None = None, **dtype: torch.dty
     if found is None or not (folder / "config.json").is_file():
         wanted = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
         raise UserError(
-            f"{folder} is missing or incomplete: expected config.json, {wanted}.safetensors; {AGAIN}"
+            f"{folder} is missing or incomplete: expected config.json, {wanted}.safetensors; {REDOWNLOAD}"
         )
     options = {"variant": found.variant or None, "use_safetensors": found.suffix == ".safetensors"}
-    return pretrained(cls, folder, **options, **dtype), [folder / name for name in found.names]
+    return load_pretrained(cls, folder, **options, **dtype), [folder / name for name in found.names]
 
 
 def refuse_other_variants(checkpoint: str, variant: str | None, names: Collection[str]) -> None:
@@ -107,14 +107,16 @@ def _names(folder: Path) -> list[str]:
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{folder} is missing or incomplete: expected vocab.json and merges.txt; {AGAIN}")
-    return attempt(folder, lambda: CLIPTokenizer.from_pretrained(folder))
+        raise UserError(
+            f"{folder} is missing or incomplete: expected vocab.json and merges.txt; {REDOWNLOAD}"
+        )
+    return try_read(folder, lambda: CLIPTokenizer.from_pretrained(folder))
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON file of a checkpoint; if it is missing, say what the folder seems to be."""
     if (folder / name).is_file():
-        return json_of(folder / name)
+        return load_json(folder / name)
     lone = read_json(folder, "config.json") if (folder / "config.json").is_file() else {}
     kind = lone.get("_class_name") or (lone.get("architectures") or [lone.get("model_type")])[0]
     if not kind and (files := sorted(folder.glob("*.safetensors"))):

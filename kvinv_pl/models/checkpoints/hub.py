@@ -17,16 +17,16 @@ from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.folder import NEEDED, read_json, refuse_other_kinds, refuse_other_variants
 from kvinv_pl.models.checkpoints.in_memory import IN_MEMORY
-from kvinv_pl.models.checkpoints.loading import HUB_ID, first_line, located, quiet
+from kvinv_pl.models.checkpoints.loading import HUB_ID, find_checkpoint, first_line, quiet
 from kvinv_pl.models.checkpoints.weight_files import weight_files
 
 OFFLINE = "; --checkpoint also takes a folder or file of this machine"
 """What to do where the hub cannot be reached."""
-USUAL = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
+STANDARD_STEMS = ("pytorch_lora_weights", "adapter_model", "learned_embeds")
 """How diffusers and peft name a LoRA and a textual inversion."""
 
 
-def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = False) -> Path:
+def resolve_checkpoint(checkpoint: str, variant: str | None = None, configs_alone: bool = False) -> Path:
     """The folder or file of a checkpoint, fetched from the hub if need be, in one variant."""
     if (here := _here(checkpoint)) is not None:
         return here
@@ -38,7 +38,7 @@ def place_of(checkpoint: str, variant: str | None = None, configs_alone: bool = 
             for part in ("unet", "vae"):
                 hf_hub_download(checkpoint, f"{part}/config.json")
             return path.parent
-        names = _names_in(checkpoint, "unet/")
+        names = _list_files(checkpoint, "unet/")
         refuse_other_variants(checkpoint, variant, names)
         found = weight_files(names, "unet", variant)
         unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -60,7 +60,7 @@ def _here(checkpoint: str) -> Path | None:
         raise UserError(
             "this run was tuned with a pipeline in memory: continue from Python with load(pipeline)"
         )
-    return located(checkpoint, menagerie.checkpoint, needed, files=True)
+    return find_checkpoint(checkpoint, menagerie.checkpoint, needed, files=True)
 
 
 def _index_of(checkpoint: str) -> Path:
@@ -70,21 +70,21 @@ def _index_of(checkpoint: str) -> Path:
     return path
 
 
-def vae_of(repository: str) -> Path:
+def resolve_vae(repository: str) -> Path:
     """The folder of a VAE in a repository, which may be a VAE alone, or its file."""
     with _from_hub(f"VAE {repository}"):
-        top = _names_in(repository)
+        top = _list_files(repository)
         if "config.json" not in top and "model_index.json" not in top:
-            return Path(hf_hub_download(repository, _only(repository, "a VAE", top)))
+            return Path(hf_hub_download(repository, _pick_file(repository, "a VAE", top)))
         folder = "" if "config.json" in top else "vae/"
         config = Path(hf_hub_download(repository, f"{folder}config.json"))
-        found = weight_files(_names_in(repository, folder), "vae")
+        found = weight_files(_list_files(repository, folder), "vae")
         for name in found.names if found else ():
             hf_hub_download(repository, folder + name)
         return config.parent
 
 
-def file_of(name: str, what: str) -> Path:
+def resolve_file(name: str, what: str) -> Path:
     """One file: by its path, as the only one of a folder, or from the hub (owner/name or owner/name/FILE).
 
     `what` is what it should be, for errors.
@@ -93,15 +93,15 @@ def file_of(name: str, what: str) -> Path:
     if place.is_file():
         return place
     if place.is_dir():
-        return place / _only(name, what, [file.name for file in place.iterdir() if file.is_file()])
+        return place / _pick_file(name, what, [file.name for file in place.iterdir() if file.is_file()])
     if (found := re.fullmatch(rf"({HUB_ID})(?:/(.+))?", name)) is None:
         raise UserError(
             f"there is no file {name}; expected {what}: a .safetensors file or a hub id (owner/name)"
         )
     repository, file = found.groups()
     with _from_hub(f"file {name}"):
-        names = _names_in(repository) if file is None else []
-        file = file or _only(name, what, names)
+        names = _list_files(repository) if file is None else []
+        file = file or _pick_file(name, what, names)
         if "adapter_config.json" in names:  # which says how strong peft's own files are
             hf_hub_download(repository, "adapter_config.json")
         return Path(hf_hub_download(repository, file))
@@ -117,11 +117,11 @@ def _from_hub(what: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"no {what} here, and not available from the hub: {_of_hub(error)}{remedy}"
+            f"no {what} here, and not available from the hub: {_explain_hub_error(error)}{remedy}"
         ) from error
 
 
-def _names_in(repository: str, folder: str = "") -> list[str]:
+def _list_files(repository: str, folder: str = "") -> list[str]:
     """The files in a folder of a repository; those in the cache, where the hub cannot be asked."""
     try:
         names = list_repo_files(repository)
@@ -137,18 +137,18 @@ def _names_in(repository: str, folder: str = "") -> list[str]:
     return [name for name in inside if "/" not in name]
 
 
-def _only(name: str, what: str, names: Sequence[str]) -> str:
+def _pick_file(name: str, what: str, names: Sequence[str]) -> str:
     """The file that is meant, of all in a place: by the name that libraries give it, or the only one."""
     models = sorted(file for file in names if file.endswith(".safetensors"))
     models = models or sorted(file for file in names if file.endswith((".bin", ".pt")))
-    usual = [file for file in models if Path(file).stem in USUAL]
+    usual = [file for file in models if Path(file).stem in STANDARD_STEMS]
     if len(usual or models) == 1:
         return (usual or models)[0]
     some = f"several: {', '.join(models[:4])}" if models else "no .safetensors file"
     raise UserError(f"{name} has {some}; expected {what}: give the file, as {name}/FILE")
 
 
-def _of_hub(error: Exception) -> str:
+def _explain_hub_error(error: Exception) -> str:
     """Why a download from the hub failed; the first line of the hub's own errors is only a number."""
     if isinstance(error, GatedRepoError):
         return "it is gated; ask for access on its page, and log in by `hf auth login`"

@@ -36,45 +36,45 @@ def refuse_other_pipelines(pipeline: object) -> None:
     kind, parts = type(pipeline).__name__, getattr(pipeline, "components", None)
     if not isinstance(parts, Mapping):
         raise UserError(f"checkpoint: expected a path, a hub id or a pipeline of diffusers, got {kind}")
-    names = {name: ["", type(_own(part)).__name__] for name, part in parts.items() if part is not None}
+    names = {name: ["", type(_unwrapped(part)).__name__] for name, part in parts.items() if part is not None}
     refuse_other_kinds(IN_MEMORY, {"_class_name": kind, **names})
-    refuse_other_conditions(_own(parts["unet"]).config, "the U-Net of the pipeline")
+    refuse_other_conditions(_unwrapped(parts["unet"]).config, "the U-Net of the pipeline")
     if parts.get("scheduler") is None:
         raise UserError(f"the {kind} has no scheduler, which says its noise schedule: give it one")
 
 
-def of_pipeline(pipeline: Pipeline, dtype: torch.dtype, other_vae: AutoencoderKL | None) -> Parts:
+def copy_parts(pipeline: Pipeline, dtype: torch.dtype, other_vae: AutoencoderKL | None) -> Parts:
     """A copy of the parts, with the LoRAs that are active merged; the pipeline stays as it is."""
     refuse_other_pipelines(pipeline)
     parts, lines = pipeline.components, list[str]()
-    unet = _copied(UNet2DConditionModel, "unet", parts["unet"], dtype, lines)
-    vae = other_vae or _copied(AutoencoderKL, "vae", parts["vae"], torch.float32, lines)
-    text_encoder = _copied(CLIPTextModel, "text_encoder", parts["text_encoder"], dtype, lines)
+    unet = _copy_model(UNet2DConditionModel, "unet", parts["unet"], dtype, lines)
+    vae = other_vae or _copy_model(AutoencoderKL, "vae", parts["vae"], torch.float32, lines)
+    text_encoder = _copy_model(CLIPTextModel, "text_encoder", parts["text_encoder"], dtype, lines)
     tokenizer, kind = deepcopy(parts["tokenizer"]), type(parts["scheduler"]).__name__
     scheduler = {**parts["scheduler"].config, "_class_name": kind}
     lines.append(f"tokenizer {json.dumps([tokenizer.get_vocab(), tokenizer.pad_token_id], sort_keys=True)}")
-    lines.append(f"scheduler {_plain(scheduler)}")
+    lines.append(f"scheduler {_config_text(scheduler)}")
     sha256 = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return Parts(
         unet, vae, text_encoder, tokenizer, scheduler, {"class": type(pipeline).__name__, "sha256": sha256}
     )
 
 
-def _copied(cls: Any, part: str, source: Any, dtype: torch.dtype, lines: list[str]) -> Any:
+def _copy_model(cls: Any, part: str, source: Any, dtype: torch.dtype, lines: list[str]) -> Any:
     """A model of its own with the weights of another, which may have hooks, processors or adapters.
 
     `lines` gets what it is made of, each weight by its digest.
     """
-    model = _own(source)
+    model = _unwrapped(source)
     with torch.device("meta"):
         copy = cls(deepcopy(model.config)) if cls is CLIPTextModel else cls.from_config(model.config)
     digests, tensors = list[Any](), dict[str, Tensor]()
     with ThreadPoolExecutor() as pool:
-        for name, tensor in _merged(model, part):
+        for name, tensor in _merged_weights(model, part):
             digests.append(pool.submit(_digest, f"{part}.{name}", tensor))
             tensors[name] = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
         lines += sorted(digest.result() for digest in digests)
-    lines.append(f"{part} {_plain(model.config.to_dict() if cls is CLIPTextModel else model.config)}")
+    lines.append(f"{part} {_config_text(model.config.to_dict() if cls is CLIPTextModel else model.config)}")
     expected = {name: value.shape for name, value in copy.state_dict().items()}
     if different := sorted(expected.items() ^ {name: value.shape for name, value in tensors.items()}.items()):
         raise UserError(f"the {part} of the pipeline is not as its configuration says, in {different[0][0]}")
@@ -88,7 +88,7 @@ def _copied(cls: Any, part: str, source: Any, dtype: torch.dtype, lines: list[st
     return copy
 
 
-def _merged(model: nn.Module, part: str) -> Iterator[tuple[str, Tensor]]:
+def _merged_weights(model: nn.Module, part: str) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model, by their names without LoRAs, of which those that are active are added."""
     adapted = {path: module for path, module in model.named_modules() if hasattr(module, "base_layer")}
     for name, tensor in model.state_dict().items():
@@ -102,11 +102,11 @@ def _merged(model: nn.Module, part: str) -> Iterator[tuple[str, Tensor]]:
             )
         value = tensor.detach()
         if own == "weight":
-            value = value + _change(adapted[path], f"{part}.{path}").to(value)
+            value = value + _lora_delta(adapted[path], f"{part}.{path}").to(value)
         yield f"{path}.{own}" if own else name, value.cpu()
 
 
-def _change(module: Any, name: str) -> Tensor:
+def _lora_delta(module: Any, name: str) -> Tensor:
     """What the active LoRAs add to a weight."""
     special = [*getattr(module, "lora_variant", {}), *filter(None, getattr(module, "lora_bias", {}).values())]
     if not hasattr(module, "lora_A") or special:
@@ -116,7 +116,7 @@ def _change(module: Any, name: str) -> Tensor:
     return sum(changes, torch.zeros(()))
 
 
-def _own(model: Any) -> Any:
+def _unwrapped(model: Any) -> Any:
     """The model inside a compiled one."""
     return getattr(model, "_orig_mod", model)
 
@@ -126,7 +126,7 @@ def _digest(name: str, tensor: Tensor) -> str:
     return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
-def _plain(config: Mapping[str, Any]) -> str:
+def _config_text(config: Mapping[str, Any]) -> str:
     """A configuration without what says where it is from and how it was loaded."""
     other = ("transformers_version", "dtype", "torch_dtype")
     own = {name: value for name, value in config.items() if not name.startswith("_") and name not in other}

@@ -19,45 +19,47 @@ from transformers.utils import logging as transformers_logging
 from kvinv_pl.errors import UserError
 
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
-AGAIN = "download or copy it again"
+REDOWNLOAD = "download or copy it again"
 
 
-def attempt(path: Path, read: Callable[[], Any]) -> Any:
+def try_read(path: Path, read: Callable[[], Any]) -> Any:
     """Call `read`; any error becomes a UserError of one line."""
     try:
         return read()
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}; {AGAIN}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}; {REDOWNLOAD}") from error
 
 
-def json_of(file: Path) -> dict[str, Any]:
+def load_json(file: Path) -> dict[str, Any]:
     """The content of a JSON file of a model."""
-    return attempt(file, lambda: dict(json.loads(file.read_text(encoding="utf-8"))))
+    return try_read(file, lambda: dict(json.loads(file.read_text(encoding="utf-8"))))
 
 
 def require_type(folder: Path, expected: str, needed: str) -> None:
     """Refuse a folder whose config.json is not of this model_type; `needed` is what is accepted."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; {needed}")
-    if (kind := json_of(folder / "config.json").get("model_type")) != expected:
+    if (kind := load_json(folder / "config.json").get("model_type")) != expected:
         raise UserError(f"{folder} is of the kind {kind}; {needed}")
 
 
-def pretrained(cls: Any, where: Path | str, **options: Any) -> Any:
+def load_pretrained(cls: Any, where: Path | str, **options: Any) -> Any:
     """A model as its library loads it from a folder or the hub, of whose weights none is missing."""
     read = partial(cls.from_pretrained, where, output_loading_info=True, **options)
-    model, info = attempt(Path(where), read)
+    model, info = try_read(Path(where), read)
     if any(".base_layer." in key for key in info["unexpected_keys"]):
         raise UserError(
             f"{where} was saved with a LoRA that is not merged, whose scale no file says: "
             "save it again after fuse_lora() and unload_lora_weights() of its pipeline"
         )
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{where} lacks {len(missing)} weights, such as {missing[0]}; {AGAIN}")
+        raise UserError(f"{where} lacks {len(missing)} weights, such as {missing[0]}; {REDOWNLOAD}")
     return model
 
 
-def located(checkpoint: str, embedded: Callable[[], Path], needed: str, files: bool = False) -> Path | None:
+def find_checkpoint(
+    checkpoint: str, embedded: Callable[[], Path], needed: str, files: bool = False
+) -> Path | None:
     """The folder or file of a checkpoint; None: it is a hub id (owner/name).
 
     Args:
@@ -95,7 +97,7 @@ def digest(path: Path) -> str:
                 content.update(chunk)
         return content.hexdigest()
 
-    return attempt(path, read)
+    return try_read(path, read)
 
 
 def sha256(folder: Path, files: Iterable[Path]) -> str:

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.loading import attempt
+from kvinv_pl.models.checkpoints.loading import try_read
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 LORA = "a LoRA: give it to --model.loras, beside its checkpoint"
 # how the name of a tensor begins (or with a *, what it contains), what such a file is, and what to do with it
-OTHERS = (
+UNSUPPORTED = (
     ("conditioner.embedders.", "SDXL, which is not supported"),
     ("*double_blocks.", "FLUX or another transformer, which is not supported"),
     ("*joint_blocks.", "Stable Diffusion 3, which is not supported"),
@@ -58,7 +58,7 @@ class Contents:
 
     def refuse_others(self, expected: str = "a Stable Diffusion 1 or 2 checkpoint") -> None:
         """Refuse what is no checkpoint of Stable Diffusion 1 or 2, by what it is."""
-        what = next((what for sign, what in OTHERS if self.has(sign)), None)
+        what = next((what for sign, what in UNSUPPORTED if self.has(sign)), None)
         if what is None and not self.has(UNET):
             what = f"tensors that are not known, such as {next(iter(self.shapes), 'none')}"
         if what is not None or expected == "a VAE":
@@ -69,9 +69,9 @@ def read_contents(path: Path, allow_pickle: bool) -> Contents:
     """The contents of a safetensors file, by its header alone; of a pickled one where that is allowed."""
     if path.suffix != ".safetensors":
         refuse_pickle(path, allow_pickle)
-        tensors = tensors_of(path)
+        tensors = read_tensors(path)
         return Contents(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return attempt(path, lambda: _header(path))
+    return try_read(path, lambda: _header(path))
 
 
 def _header(path: Path) -> Contents:
@@ -98,11 +98,11 @@ def refuse_pickle(path: Path, allowed: bool) -> None:
         )
 
 
-def state_of(path: Path) -> Mapping[str, Any]:
+def read_state_dict(path: Path) -> Mapping[str, Any]:
     """What a file contains, tensors and what else its format has."""
     read: Any = load_single_file_checkpoint
     if path.suffix == ".safetensors":
-        return attempt(path, lambda: read(str(path)))
+        return try_read(path, lambda: read(str(path)))
     try:
         return read(str(path))
     except Exception as error:
@@ -112,14 +112,16 @@ def state_of(path: Path) -> Mapping[str, Any]:
         ) from error
 
 
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file."""
-    return {name: tensor for name, tensor in state_of(path).items() if isinstance(tensor, torch.Tensor)}
+    return {
+        name: tensor for name, tensor in read_state_dict(path).items() if isinstance(tensor, torch.Tensor)
+    }
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, with the text encoder's names as diffusers knows them."""
-    tensors = tensors_of(path)
+    tensors = read_tensors(path)
     if any(name.startswith(f"{CLIP}text_model.") for name in tensors):
         return tensors
     renamed = f"{CLIP}text_model."  # some merging tools leave this part out

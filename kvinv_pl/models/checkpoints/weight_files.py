@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-KINDS = ("", "fp16", "non_ema")
+VARIANTS = ("", "fp16", "non_ema")
 """The variants that are taken without being asked for, the best first; "" has no variant in its name."""
 
 
@@ -21,12 +21,12 @@ def weight_files(names: Collection[str], part: str, variant: str | None = None) 
 
     Parts that do not have the variant are taken in another, as in diffusers.
     """
-    return next(_all(names, part, [*([] if variant is None else [variant]), *KINDS]), None)
+    return next(_all(names, part, [*([] if variant is None else [variant]), *VARIANTS]), None)
 
 
 def variants_in(names: Collection[str], part: str) -> list[str]:
     """The variants that a folder has; "" is the one without a name."""
-    return list(dict.fromkeys(found.variant for found in _all(names, part, KINDS)))
+    return list(dict.fromkeys(found.variant for found in _all(names, part, VARIANTS)))
 
 
 def _all(names: Collection[str], part: str, variants: Collection[str]) -> Iterator[WeightFiles]:

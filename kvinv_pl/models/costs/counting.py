@@ -29,26 +29,26 @@ class LiveMemory(TorchDispatchMode):
         self.bytes = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         for tensor in tree_leaves(held):
-            self._meet(tensor)
+            self._track(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and see what has come of it."""
         results = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
-            self._meet(tensor)
+            self._track(tensor)
         return results
 
-    def _meet(self, tensor: Any) -> None:
+    def _track(self, tensor: Any) -> None:
         storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
         if storage is None or storage in self._known:
             return
         size = storage.nbytes()
         self._known.add(storage)
-        weakref.finalize(storage, self._part, size)
+        weakref.finalize(storage, self._untrack, size)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
-    def _part(self, size: int) -> None:
+    def _untrack(self, size: int) -> None:
         self.bytes -= size
 
 

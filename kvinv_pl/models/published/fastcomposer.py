@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.hub import file_of
-from kvinv_pl.models.checkpoints.single_file import tensors_of
+from kvinv_pl.models.checkpoints.hub import resolve_file
+from kvinv_pl.models.checkpoints.single_file import read_tensors
 from kvinv_pl.models.vision.clip import MEAN, STD
 
 NEEDED = "FastComposer's pytorch_model.bin"
@@ -62,7 +62,7 @@ class FastComposer:
     @classmethod
     def load(cls, name: str, device: torch.device) -> FastComposer:
         """Load a file, or fetch it from the hub (owner/name/FILE); of a pickle, tensors alone are read."""
-        tensors = tensors_of(file_of(name, NEEDED))
+        tensors = read_tensors(resolve_file(name, NEEDED))
         parts = ("unet.", "text_encoder.", "image_encoder.", "postfuse_module.layer_norm.")
         if lacking := [part for part in parts if not any(each.startswith(part) for each in tensors)]:
             raise UserError(f"{name} has no weights {lacking[0]}*; expected {NEEDED}, give that")

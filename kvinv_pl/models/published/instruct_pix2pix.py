@@ -15,14 +15,14 @@ from torch import Tensor
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import sizes
-from kvinv_pl.models.checkpoints.loading import attempt, located, quiet
+from kvinv_pl.models.checkpoints.loading import find_checkpoint, quiet, try_read
 
 NEEDED = (
     "expected an InstructPix2Pix folder as diffusers saves it, or its hub id (timbrooks/instruct-pix2pix)"
 )
 
 
-class Instructed:
+class InstructPix2PixModel:
     """A loaded checkpoint, sampled by Euler's ancestral steps as its authors do."""
 
     def __init__(self, pipeline: StableDiffusionInstructPix2PixPipeline) -> None:
@@ -34,12 +34,14 @@ class Instructed:
         _, self.multiple, self.sample_size = sizes(self.pipeline.unet.config, self.pipeline.vae.config)
 
     @classmethod
-    def load(cls, checkpoint: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Instructed:
+    def load(
+        cls, checkpoint: str, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> InstructPix2PixModel:
         """Load a folder or hub id; a safety checker is left out."""
-        where = located(checkpoint, _none, NEEDED) or Path(checkpoint)
+        where = find_checkpoint(checkpoint, _refuse_menagerie, NEEDED) or Path(checkpoint)
         kind, nothing = StableDiffusionInstructPix2PixPipeline, None
         with quiet():
-            pipeline: Any = attempt(
+            pipeline: Any = try_read(
                 where,
                 lambda: kind.from_pretrained(
                     str(where),
@@ -74,7 +76,7 @@ class Instructed:
         return found.float() * 2 - 1
 
 
-def _none() -> Path:
+def _refuse_menagerie() -> Path:
     raise UserError(
         "the embedded world has no InstructPix2Pix: train one with tools/train_menagerie.py instruct, and "
         f"give its folder; {NEEDED}"

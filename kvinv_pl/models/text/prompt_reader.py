@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.adapters.textual_inversion import vectors_of
+from kvinv_pl.models.adapters.textual_inversion import multi_vector_words
 from kvinv_pl.models.checkpoints.finite import require_finite
-from kvinv_pl.models.text.prompt_syntax import PromptSyntax, parsed
+from kvinv_pl.models.text.prompt_syntax import PromptSyntax, parse_prompt
 
 
 class Token(NamedTuple):
@@ -47,11 +47,11 @@ class PromptReader:
     @cached_property
     def vectors(self) -> dict[int, list[int]]:
         """The tokens of a word that a textual inversion has added with several vectors, by its first."""
-        return vectors_of(self.tokenizer)
+        return multi_vector_words(self.tokenizer)
 
     def text(self, prompt: str) -> str:
         """The words of a prompt, without what its syntax adds to them; a UserError for what is none of it."""
-        return " ".join("".join(words.text for words in part) for part in parsed(prompt, self.syntax))
+        return " ".join("".join(words.text for words in part) for part in parse_prompt(prompt, self.syntax))
 
     def tokens(self, prompt: str) -> list[Token]:
         """Every token of a prompt, those that are not read included."""
@@ -73,7 +73,7 @@ class PromptReader:
         """L of what `embed` gives for these prompts together: so many tokens as whole chunks have."""
         return self.length * lcm(*(len(self.chunks(prompt)) for prompt in prompts))
 
-    def unread(self, prompt: str) -> str:
+    def truncated(self, prompt: str) -> str:
         """The end of a prompt that is not read; empty for a prompt that fits."""
         read = sum(map(len, self.chunks(prompt)))
         return str(self.tokenizer.decode([token.number for token in self.tokens(prompt)[read:]])).strip()
@@ -107,7 +107,7 @@ class PromptReader:
         """Tokens, by words, by what BREAK parts."""
         return [
             [word for text, weight in part for word in self._words(text, weight)]
-            for part in parsed(prompt, self.syntax)
+            for part in parse_prompt(prompt, self.syntax)
         ]
 
     def _words(self, text: str, weight: float) -> Iterator[list[Token]]:

@@ -23,45 +23,45 @@ _PIECES = re.compile(
     |(?P<text>(?:(?!\bBREAK\b)[^\\()\[\]:])+|.)""",
     re.VERBOSE | re.DOTALL,
 )
-_OTHERS = {
+_UNSUPPORTED = {
     r"<(?:lora|lyco|hypernet):[^>]*>": "names a network, which a prompt cannot: give a LoRA by --model.loras",
     r"\bAND\b": "joins two prompts, which is not supported: leave it out, or write it small",
 }
 _SCHEDULE = re.compile(r":\s*[\d.]+\s*$|(?<!\\)\|")
 
 
-class Weighted(NamedTuple):
+class WeightedText(NamedTuple):
     """Words of a prompt, and their weight."""
 
     text: str
     weight: float = 1.0
 
 
-def parsed(prompt: str, syntax: PromptSyntax) -> list[list[Weighted]]:
+def parse_prompt(prompt: str, syntax: PromptSyntax) -> list[list[WeightedText]]:
     """The parts of a prompt, which BREAK parts, each of words with their weights; never empty.
 
     A plain prompt is one part of weight 1, whatever is in it. What the syntax does not have, or a weight that
     is not between 0 and 5, is a UserError.
     """
     if syntax == "plain":
-        return [[Weighted(prompt)]]
-    for pattern, why in _OTHERS.items():
+        return [[WeightedText(prompt)]]
+    for pattern, why in _UNSUPPORTED.items():
         if other := re.search(pattern, prompt):
-            raise _fault(prompt, other.start(), f"{other[0]} {why}")
-    parts: list[list[Weighted]] = [[]]
+            raise _syntax_error(prompt, other.start(), f"{other[0]} {why}")
+    parts: list[list[WeightedText]] = [[]]
     for piece in _weighted(prompt):
         if piece is None:
             parts.append([])
         elif parts[-1] and parts[-1][-1].weight == piece.weight:  # tokens are of whole texts
-            parts[-1][-1] = Weighted(parts[-1][-1].text + piece.text, piece.weight)
+            parts[-1][-1] = WeightedText(parts[-1][-1].text + piece.text, piece.weight)
         else:
             parts[-1].append(piece)
-    return [part for part in parts if any(words.text.strip() for words in part)] or [[Weighted("")]]
+    return [part for part in parts if any(words.text.strip() for words in part)] or [[WeightedText("")]]
 
 
-def _weighted(prompt: str) -> list[Weighted | None]:
+def _weighted(prompt: str) -> list[WeightedText | None]:
     """Words with their weights in order; None is a BREAK."""
-    found: list[Weighted | None] = []
+    found: list[WeightedText | None] = []
     opened: list[tuple[str, int, int]] = []  # each bracket, its place, and how much is found before it
     number: str | None = None
     for piece in _PIECES.finditer(prompt):
@@ -70,28 +70,30 @@ def _weighted(prompt: str) -> list[Weighted | None]:
             opened.append((text, at, len(found)))
         elif kind == "weight":
             if not (opened and opened[-1][0] == "("):
-                raise _fault(prompt, at, f"the weight {text} belongs to no bracket (")
+                raise _syntax_error(prompt, at, f"the weight {text} belongs to no bracket (")
             number = text
         elif kind == "closes":
             if not opened or CLOSES[opened[-1][0]] != text:
                 expected = f"{CLOSES[opened[-1][0]]} before it" if opened else "a bracket that it closes"
-                raise _fault(prompt, at, f"{text} has no counterpart, expected {expected}")
+                raise _syntax_error(prompt, at, f"{text} has no counterpart, expected {expected}")
             bracket, begin, first = opened.pop()
             if bracket == "[" and _SCHEDULE.search(prompt[begin + 1 : at]):
                 what = "words that change with the steps, as in [a:b:0.5] and [a|b], are not supported"
-                raise _fault(prompt, begin, f"{what}: name one of them")
+                raise _syntax_error(prompt, begin, f"{what}: name one of them")
             factor = FACTORS[bracket] if number is None else _number(prompt, begin, number)
-            found[first:] = [words and Weighted(words.text, words.weight * factor) for words in found[first:]]
+            found[first:] = [
+                words and WeightedText(words.text, words.weight * factor) for words in found[first:]
+            ]
             number = None
         else:
-            found.append(None if kind == "break" else Weighted(text))
+            found.append(None if kind == "break" else WeightedText(text))
     if opened:
         bracket, at, _ = opened[-1]
-        raise _fault(prompt, at, f"{bracket} is never closed, expected {CLOSES[bracket]}")
+        raise _syntax_error(prompt, at, f"{bracket} is never closed, expected {CLOSES[bracket]}")
     for words in found:
         if words and not 0 <= words.weight <= HEAVIEST:
             what = f"the weight of {words.text.strip()!r} is {words.weight:g}, expected 0 to {HEAVIEST:g}"
-            raise _fault(prompt, prompt.find(words.text), what)
+            raise _syntax_error(prompt, prompt.find(words.text), what)
     return found
 
 
@@ -99,10 +101,10 @@ def _number(prompt: str, at: int, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise _fault(prompt, at, f"expected a weight such as 1.3, got {text}") from None
+        raise _syntax_error(prompt, at, f"expected a weight such as 1.3, got {text}") from None
 
 
-def _fault(prompt: str, at: int, what: str) -> UserError:
+def _syntax_error(prompt: str, at: int, what: str) -> UserError:
     begin, end = max(0, at - 20), at + 30
     shown = f"{'...' if begin else ''}{prompt[begin:end]}{'...' if end < len(prompt) else ''}"
     shown = " ".join(shown.split())

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from kvinv_pl import menagerie
-from kvinv_pl.models.checkpoints.loading import attempt, json_of, pretrained, quiet, require_type
+from kvinv_pl.models.checkpoints.loading import load_json, load_pretrained, quiet, require_type, try_read
 
 NEEDED = "expected a CLIP folder as transformers saves it (openai/clip-vit-large-patch14), or menagerie"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
@@ -41,10 +41,10 @@ class Clip:
         place = menagerie.clip() if str(folder) == "menagerie" else Path(folder).expanduser()
         require_type(place, "clip", NEEDED)
         with quiet():
-            model = pretrained(CLIPModel, place, dtype=torch.float32)
-            tokenizer = attempt(place, lambda: CLIPTokenizer.from_pretrained(place))
+            model = load_pretrained(CLIPModel, place, dtype=torch.float32)
+            tokenizer = try_read(place, lambda: CLIPTokenizer.from_pretrained(place))
         file = place / "preprocessor_config.json"
-        how = json_of(file) if file.is_file() else {}
+        how = load_json(file) if file.is_file() else {}
         mean, std = how.get("image_mean", MEAN), how.get("image_std", STD)
         return cls(model.to(device), tokenizer, tuple(mean), tuple(std))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.loading import pretrained, quiet, require_type
+from kvinv_pl.models.checkpoints.loading import load_pretrained, quiet, require_type
 
 NEEDED = "expected a DINO folder as transformers saves it (facebook/dino-vitb8, for one)"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -38,7 +38,7 @@ class Dino:
         place = Path(folder).expanduser()
         require_type(place, "vit", NEEDED)
         with quiet():
-            model = pretrained(ViTModel, place, dtype=torch.float32, add_pooling_layer=False)
+            model = load_pretrained(ViTModel, place, dtype=torch.float32, add_pooling_layer=False)
         return cls(model.to(device))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoints.loading import AGAIN, attempt
+from kvinv_pl.models.checkpoints.loading import REDOWNLOAD, try_read
 
 NEEDED = "expected the file of torchvision's SqueezeNet 1.1, squeezenet1_1-b8a52dc0.pth"
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of -1..1, as LPIPS was calibrated
@@ -94,7 +94,7 @@ def spread(maps: list[Tensor], size: tuple[int, int]) -> Float[Tensor, "n 1 h w"
 
 
 def _read(file: Path) -> Mapping[str, Tensor]:
-    found = attempt(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
+    found = try_read(file, lambda: torch.load(file, map_location="cpu", weights_only=True))
     if not isinstance(found, Mapping):
-        raise UserError(f"{file} has no weights by their names; {AGAIN}")
+        raise UserError(f"{file} has no weights by their names; {REDOWNLOAD}")
     return found

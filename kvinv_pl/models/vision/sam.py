@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, Sam2Model, Sam2Processor, SamModel, S
 from kvinv_pl import menagerie
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoints.finite import require_finite
-from kvinv_pl.models.checkpoints.loading import attempt, first_line, located, pretrained, quiet
+from kvinv_pl.models.checkpoints.loading import find_checkpoint, first_line, load_pretrained, quiet, try_read
 
 KINDS = {"sam": (SamModel, SamProcessor), "sam2": (Sam2Model, Sam2Processor)}
 KINDS["sam2_video"] = KINDS["sam2"]  # how SAM 2 is published; only its image part is used
@@ -38,11 +38,11 @@ class Segmenter:
     @classmethod
     def load(cls, checkpoint: str = "menagerie", device: str | torch.device = "cpu") -> Segmenter:
         """Load a folder as transformers saves it, a hub id (owner/name), or "menagerie", the embedded one."""
-        where = str(located(checkpoint, menagerie.segmenter, NEEDED) or checkpoint)
+        where = str(find_checkpoint(checkpoint, menagerie.segmenter, NEEDED) or checkpoint)
         with quiet(bars=not Path(where).is_dir()):
             model_class, processor_class = _kind(checkpoint, where)
-            model = pretrained(model_class, where, dtype=torch.float32)
-            processor = attempt(Path(checkpoint), lambda: processor_class.from_pretrained(where))
+            model = load_pretrained(model_class, where, dtype=torch.float32)
+            processor = try_read(Path(checkpoint), lambda: processor_class.from_pretrained(where))
         return cls(model.to(device), processor)
 
     @torch.inference_mode()

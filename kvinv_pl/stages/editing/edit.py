@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.algorithm.editing import edit
-from kvinv_pl.attention.config import of_variant
+from kvinv_pl.attention.config import variant_config
 from kvinv_pl.data.failures import is_out_of_memory
 from kvinv_pl.data.images.geometry import to_image
 from kvinv_pl.data.images.pictures import open_picture
@@ -20,8 +20,8 @@ from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
+from kvinv_pl.models.input_warnings import refuse_same_prompts
 from kvinv_pl.models.prompts import subject_positions, word_positions
-from kvinv_pl.models.unread import refuse_alike
 from kvinv_pl.stages.editing.reader import Reader
 from kvinv_pl.stages.invert import is_tuned, mask_of
 from kvinv_pl.stages.progress import Watch
@@ -31,7 +31,7 @@ from kvinv_pl.stages.settings import IDLE, EditSettings
 def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
     """Refuse, before tuning starts, edits that do not work with the model or the attached variant."""
     reading, subject = settings.reading, settings.subject
-    refuse_alike(denoiser.backbone, image.source, image.targets)
+    refuse_same_prompts(denoiser.backbone, image.source, image.targets)
     if why := denoiser.why_not(reading):
         other = {"frozen": "blend", "blend": "frozen"}[reading]
         raise UserError(f"reading: expected {other}, got {reading}: {why}")
@@ -72,7 +72,7 @@ def edit_picture(
         raise UserError(f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing")
     trajectory = store.trajectory()
     attachment = denoiser.place((trajectory.shape[-2], trajectory.shape[-1]), slots=1)
-    attached = {"sites": list(attachment.psi), "attention": of_variant(denoiser.cps[0])}
+    attached = {"sites": list(attachment.psi), "attention": variant_config(denoiser.cps[0])}
     store.require({"tuning": {**run["tuning"], **attached}}, ["tuning"])
     if settings.reading == "frozen" and settings.kv == "stored" and run["tuning"]["kv"] == "replayed":
         raise UserError(

@@ -11,7 +11,7 @@ from torch import Tensor, cat
 
 from kvinv_pl.algorithm.editing import branches_at, first_step
 from kvinv_pl.attention.attachment import Attachment
-from kvinv_pl.attention.cross_attention import Maps, cross_attentions, watching
+from kvinv_pl.attention.cross_attention import AttentionMaps, cross_attentions, recording_maps
 from kvinv_pl.attention.unet import in_decoder
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.runs.tensors import Step
@@ -78,28 +78,43 @@ class Reader:
             others: list[list[int]] = [[]] * (len(self.branches) - 1)
             self._positions = [positions for each in found for positions in (*others, each)]
         self._at = self.first
-        self._open, self._maps = ExitStack(), None
+        self._open = ExitStack()
+        self._maps: AttentionMaps | None = None
 
-    def _follow(self, positions: list[list[int]], attachment: Attachment) -> None:
-        """Give the variants the edits' attention maps to the subject's word, from here on."""
-        extra = 0 if self.source is None else len(self.source.contexts)
-        unet = self.denoiser.backbone.unet
+    @property
+    def _extra(self) -> int:
+        """The rows of the source, which are before those of the edits."""
+        return 0 if self.source is None else len(self.source.contexts)
 
-        def subject_map(grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
-            settled = self._at >= math.ceil(UNSETTLED * len(self.denoiser.table))
-            return _subject_map(maps, extra, len(self.branches), grid) if settled else None
-
+    def _record_maps(self, positions: list[list[int]]) -> None:
+        """Record the edits' attention maps to the subject's word, from here on."""
+        unet, rows = self.denoiser.backbone.unet, [[]] * self._extra + positions
         # the decoder's maps are the best, see prompts.mask_from_word
-        watched = watching(unet, [[]] * extra + positions, START, in_decoder(cross_attentions(unet)))
-        self._maps = maps = self._open.enter_context(watched)
-        self._map = subject_map
-        self._open.enter_context(attachment.following(subject_map))
+        recording = recording_maps(unet, rows, START, in_decoder(cross_attentions(unet)))
+        self._maps = self._open.enter_context(recording)
+
+    def _subject_map(self, grid: tuple[int, int]) -> Float[Tensor, "branches 1 h w"] | None:
+        """Attention maps of the edits to the word: the mean of this forward so far and of those before.
+
+        None until they are recorded and settled.
+        """
+        if self._maps is None or self._at < math.ceil(UNSETTLED * len(self.denoiser.table)):
+            return None
+        known = [found for found in (self._maps.current(grid), self._maps.average(grid)) if found is not None]
+        if not known:  # the very first
+            return None
+        # only the rows of the targets have the word; their maps serve the other branches, too
+        count = len(self.branches)
+        targets = (sum(known[1:], known[0]) / len(known))[self._extra :][count - 1 :: count]
+        seen = targets.repeat_interleave(count, 0)
+        least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
+        return ((seen - least) / (most - least).clamp_min(1e-12))[:, None]
 
     def keep(self, i: int, z: Float[Tensor, "edits c h w"]) -> Float[Tensor, "edits c h w"]:
         """The latents after step i, with the source's background where the settings ask for it."""
         if self._in_source is None or i < self.first or self._source_z is None:
             return z
-        in_edit = self._map((z.shape[-2], z.shape[-1]))
+        in_edit = self._subject_map((z.shape[-2], z.shape[-1]))
         if in_edit is None:
             return z
         each = in_edit[len(self.branches) - 1 :: len(self.branches)]
@@ -121,7 +136,7 @@ class Reader:
     def alone(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "edits c h w"]:
         """The output of the target branch of every edit, which attends to itself outside `psi`."""
         contexts = self.contexts[len(self.branches) - 1 :: len(self.branches)]
-        unseen = self._maps.looking_away() if self._maps else nullcontext()
+        unseen = self._maps.paused() if self._maps else nullcontext()
         with self.denoiser.autocast(), unseen:
             return self.denoiser.backbone.predict(z, t, contexts)
 
@@ -132,7 +147,8 @@ class Reader:
         with ThreadPoolExecutor(PREFETCHED) as pool:  # to hash is most of it, and releases the GIL
             self._pool, settings = pool, self.settings
             self._prefetch(self.first)
-            with self._open, self._attachment.editing(settings.sharpness, settings.mixing):
+            editing = self._attachment.editing(settings.sharpness, settings.mixing, self._subject_map)
+            with self._open, editing:
                 yield
 
     def _prefetch(self, first: int) -> None:
@@ -161,7 +177,7 @@ class Reader:
             here = step if read == i else self.store.step(i).on(self.denoiser.device)
             self._source_z = here.z[None]
         if i == self.first and self._positions is not None:
-            self._follow(self._positions, attachment)
+            self._record_maps(self._positions)
         if self.settings.reading == "frozen" and self.source is None:
             mode = attachment.frozen(self._stored(step))
         else:
@@ -188,17 +204,3 @@ class Reader:
             yield
         if self._read_at(i + 1) != read:
             source.z = step.z[None]  # z-tilde of the next step
-
-
-def _subject_map(
-    maps: Maps, extra: int, branches: int, grid: tuple[int, int]
-) -> Float[Tensor, "branches 1 h w"] | None:
-    """Attention maps of each edit to its word: the mean of this forward so far and those before."""
-    known = [found for found in (maps.now(grid), maps.average(grid)) if found is not None]
-    if not known:  # the very first
-        return None
-    # only the rows of the targets have the word; their maps serve the other branches, too
-    targets = (sum(known[1:], known[0]) / len(known))[extra:][branches - 1 :: branches]
-    seen = targets.repeat_interleave(branches, 0)
-    least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
-    return ((seen - least) / (most - least).clamp_min(1e-12))[:, None]

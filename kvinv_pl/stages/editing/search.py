@@ -1,4 +1,4 @@
-"""Settings that choose themselves: edits in several ways, of which the best by a judge is kept as chosen."""
+"""Automatic settings: edits in several ways, of which the best by a judge is kept as chosen."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Tuning:
         self._phase, slots, table = self.plan[n], self._slots, self.denoiser.table
         steps, width = self._phase.steps, len(self._phase.members)
         self.denoiser.attached()
-        self.denoiser.cache.forget()
+        self.denoiser.cache.clear()
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
         self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
@@ -166,7 +166,7 @@ class Tuning:
 
     def _front(self) -> AbstractContextManager[None]:
         """What comes before the first upgraded layer stays while z-tilde does."""
-        return self.denoiser.cache.kept(self._slots.z, self._slots.contexts)
+        return self.denoiser.cache.reuse(self._slots.z, self._slots.contexts)
 
     def _means(self, errors: Tensor) -> Tensor:
         """The mean squared error of every slot, on the host: the one wait for the device of an inner step."""
@@ -203,7 +203,7 @@ class Tuning:
             return
         before = slots.z
         kv = self._advance()
-        self.denoiser.cache.forget()
+        self.denoiser.cache.clear()
         ends = self._means(squared_errors(self._pivot, slots.z))
         self._drop_unless_finite(ends)
         if bool(slots.lost.any()):
@@ -245,10 +245,10 @@ class Tuning:
                 slots.z = self._reconstruct()
             return {}
         if not self.denoiser.at_pivot:
-            with attachment.recording() as kv, self._front():
+            with attachment.blend(record=True) as kv, self._front():
                 slots.z = self._reconstruct()
             return kv
-        with attachment.recording() as kv:
+        with attachment.blend(record=True) as kv:
             self._reconstruct(slots.levels(self._phase.steps))
         with attachment.frozen(kv):  # as an edit to the source prompt would
             slots.z = self._reconstruct()

@@ -6,7 +6,7 @@ from pathlib import Path
 from kvinv_pl.data.runs.files import write_png
 from kvinv_pl.stages.editing.strip import Strip
 
-OWN = ".studio"
+STUDIO_DIR = ".studio"
 """Of the folder, and of a run: what the page keeps besides."""
 FRAMES = 8
 """Pictures along a process."""
@@ -28,4 +28,4 @@ def frames_of(folder: Path, edit: Path | None) -> list[tuple[Path, str]]:
 
 
 def _place(folder: Path, edit: Path | None) -> Path:
-    return folder / OWN / "frames" / edit.stem if edit else folder / OWN / "frames-of-tuning"
+    return folder / STUDIO_DIR / "frames" / edit.stem if edit else folder / STUDIO_DIR / "frames-of-tuning"

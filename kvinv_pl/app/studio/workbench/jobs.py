@@ -36,7 +36,7 @@ class Job:
     stopping: threading.Event = field(default_factory=threading.Event)
 
 
-class Told(Progress):
+class JobProgress(Progress):
     """Progress that is told to a job, and at which a job stops: between steps, where nothing is lost."""
 
     def __init__(self, job: Job) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from kvinv_pl.api import Run
-from kvinv_pl.app.reports.again import as_yaml, settings_again
-from kvinv_pl.app.studio.workbench.frames import FRAMES, OWN, frames_of, save_frames
-from kvinv_pl.app.studio.workbench.jobs import Job, Jobs, Told
-from kvinv_pl.app.studio.workbench.one_model import OneModel
+from kvinv_pl.app.reports.reproduce import as_yaml, reproducing_settings
+from kvinv_pl.app.studio.workbench.frames import FRAMES, STUDIO_DIR, frames_of, save_frames
+from kvinv_pl.app.studio.workbench.jobs import Job, JobProgress, Jobs
+from kvinv_pl.app.studio.workbench.model_cache import ModelCache
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.files import write_atomically, write_png
 from kvinv_pl.data.runs.run_store import RunStore
@@ -30,14 +30,18 @@ class Workbench:
     def __init__(self, folder: Path, **settings: Any) -> None:
         """Make the folder of the runs; the settings are arguments of `load` for new pictures."""
         self.folder = folder.resolve()
-        (self.folder / OWN).mkdir(parents=True, exist_ok=True)
-        self.jobs, self._model = Jobs(), OneModel(settings)
+        (self.folder / STUDIO_DIR).mkdir(parents=True, exist_ok=True)
+        self.jobs, self._model = Jobs(), ModelCache(settings)
 
     # ---- runs
 
     def runs(self) -> list[str]:
         """The runs of the folder, the newest first; those that have only begun, too."""
-        found = [each for each in self.folder.iterdir() if _asked(each).is_file() or RunStore(each).has_run()]
+        found = [
+            each
+            for each in self.folder.iterdir()
+            if _prompts_file(each).is_file() or RunStore(each).has_run()
+        ]
         return [each.name for each in sorted(found, key=lambda each: -each.stat().st_mtime_ns)]
 
     def store(self, name: str) -> RunStore:
@@ -53,9 +57,9 @@ class Workbench:
 
     def prompts(self, name: str) -> tuple[str, list[str]]:
         """What a run's picture shows, and what it was to become."""
-        if (file := _asked(self.store(name).folder)).is_file():
-            asked = json.loads(file.read_text(encoding="utf-8"))
-            return asked["source"], asked["targets"]
+        if (file := _prompts_file(self.store(name).folder)).is_file():
+            prompts = json.loads(file.read_text(encoding="utf-8"))
+            return prompts["source"], prompts["targets"]
         run = self.store(name).read_run()
         return run["source"], run.get("targets", [])
 
@@ -67,30 +71,30 @@ class Workbench:
         """A new run of a picture, which is copied into the folder first."""
         open_picture(picture)  # refused now, if it is none
         name = self._new_name(Path(picture).stem)
-        own = self.folder / name / OWN
+        own = self.folder / name / STUDIO_DIR
         (own / "picture").mkdir(parents=True)
         shutil.copyfile(picture, own / "picture" / Path(picture).name)
         if mask is not None:
             write_png(own / "mask.png", mask)
-        asked = {"source": source, "targets": [target] if target else []}
-        write_atomically(_asked(own.parent), json.dumps(asked, ensure_ascii=False).encode())
+        prompts = {"source": source, "targets": [target] if target else []}
+        write_atomically(_prompts_file(own.parent), json.dumps(prompts, ensure_ascii=False).encode())
         return self.resume(name)
 
     def resume(self, name: str) -> Job:
         """Tune a run to the end, from where it was stopped."""
         folder, (source, _) = self.store(name).folder, self.prompts(name)
-        picture = next((folder / OWN / "picture").glob("*"), None)
+        picture = next((folder / STUDIO_DIR / "picture").glob("*"), None)
         if picture is None:
             raise UserError(
                 f"{name} was not started in the studio: resume it with its own `kvinv fit` command"
             )
-        mask = folder / OWN / "mask.png"
+        mask = folder / STUDIO_DIR / "mask.png"
 
         def work(job: Job) -> None:
-            inverter = self._model.to_tune(mask.is_file())
+            inverter = self._model.for_tuning(mask.is_file())
             given = mask if mask.is_file() else None
-            inverter.tune(picture, source, folder, given, progress=Told(job))
-            self._model.has_tuned(folder)
+            inverter.tune(picture, source, folder, given, progress=JobProgress(job))
+            self._model.add_run(folder)
             strip = Strip(lambda: inverter.model.denoiser, RunStore(folder), FRAMES)
             strip.read_tuning()
             save_frames(strip, folder, None)
@@ -102,11 +106,11 @@ class Workbench:
         store = self.store(name)
 
         def work(job: Job) -> list[Path]:
-            inverter, files = self._model.to_edit(store.folder), list[Path]()
+            inverter, files = self._model.for_editing(store.folder), list[Path]()
             strip = Strip(lambda: inverter.model.denoiser, store, FRAMES)
-            run, told = Run(inverter, store.folder), Told(job)
+            run, progress = Run(inverter, store.folder), JobProgress(job)
             for settings in each:
-                files += run.edits([target], progress=told, after_step=strip.see, **settings)
+                files += run.edits([target], progress=progress, after_step=strip.see, **settings)
                 save_frames(strip, store.folder, files[-1])
             return files
 
@@ -130,13 +134,13 @@ class Workbench:
         """The settings of a run and of one of its edits, as the command line takes them."""
         store = self.store(name)
         command = shlex.join(["kvinv", "edit", "--run", str(store.folder), "--config", "settings.yaml"])
-        text = as_yaml(settings_again(store.read_run(), edit), command)
-        write_atomically(file := self.folder / OWN / f"{name}-settings.yaml", text.encode())
+        text = as_yaml(reproducing_settings(store.read_run(), edit), command)
+        write_atomically(file := self.folder / STUDIO_DIR / f"{name}-settings.yaml", text.encode())
         return file
 
     def archive(self, name: str) -> Path:
         """The run folder as one file."""
-        folder, place = self.store(name).folder, self.folder / OWN / name
+        folder, place = self.store(name).folder, self.folder / STUDIO_DIR / name
         return Path(shutil.make_archive(str(place), "zip", self.folder, folder.name))
 
     def editing(self, name: str | None = None) -> EditSettings:
@@ -152,6 +156,6 @@ class Workbench:
         return next(name for name in names if not (self.folder / name).exists())
 
 
-def _asked(folder: Path) -> Path:
+def _prompts_file(folder: Path) -> Path:
     """Where a run that was begun here has its prompts."""
-    return folder / OWN / "asked.json"
+    return folder / STUDIO_DIR / "asked.json"

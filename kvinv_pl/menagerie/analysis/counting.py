@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from kvinv_pl.menagerie.seen.known import BODY, SECOND, Known
-from kvinv_pl.menagerie.seen.regions import areas
+from kvinv_pl.menagerie.analysis.regions import areas
+from kvinv_pl.menagerie.analysis.truth import BODY, SECOND, Truth
 
 BINS = 64  # of a profile along the trunk, to the picture's side
 # of the strongest: a stripe begins over the one and ends under the other
@@ -17,9 +17,9 @@ FADED = 0.5  # of its size that the largest mark has at least
 SURE, DOUBTFUL = 0.60, 0.12  # of which a mark of the true picture must, or may, be counted
 
 
-def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray, edges: tuple[float, float]) -> np.ndarray:
+def _stripes(truth: Truth, second: np.ndarray, trunk: np.ndarray, edges: tuple[float, float]) -> np.ndarray:
     """How many pixels of the second colour each stripe has."""
-    place = np.floor(known.along_trunk[trunk] * BINS).astype(int)
+    place = np.floor(truth.along_trunk[trunk] * BINS).astype(int)
     place -= place.min()
     inside, total = np.bincount(place), np.bincount(place, second[trunk])
     shares = total / np.maximum(inside, 1)
@@ -36,39 +36,39 @@ def _stripes(known: Known, second: np.ndarray, trunk: np.ndarray, edges: tuple[f
     return np.array(sizes)
 
 
-def _sizes(known: Known, second: np.ndarray, edges: tuple[float, float] = SEEN) -> np.ndarray:
-    trunk = (known.parts["marks"] | known.parts["body"]) & ~np.isnan(known.along_trunk)
-    if known.animal.coat == "striped":
-        return _stripes(known, second, trunk, edges)
+def _sizes(truth: Truth, second: np.ndarray, edges: tuple[float, float] = SEEN) -> np.ndarray:
+    trunk = (truth.parts["marks"] | truth.parts["body"]) & ~np.isnan(truth.along_trunk)
+    if truth.animal.coat == "striped":
+        return _stripes(truth, second, trunk, edges)
     return areas(trunk & (second > SPOT))
 
 
-def _whole(known: Known, true: np.ndarray) -> float:
+def _whole(truth: Truth, true: np.ndarray) -> float:
     """The size of a mark that nothing hides."""
-    if known.animal.coat == "striped":
+    if truth.animal.coat == "striped":
         return float(true.max(initial=1.0))
-    radius = float(np.mean([spot[2] for spot in known.animal.spots])) * known.animal.scale * known.size
+    radius = float(np.mean([spot[2] for spot in truth.animal.spots])) * truth.animal.scale * truth.size
     return math.pi * radius**2
 
 
-def count_marks(known: Known, distances: np.ndarray) -> tuple[int, int, int]:
+def count_marks(truth: Truth, distances: np.ndarray) -> tuple[int, int, int]:
     """Marks seen in a picture, and how many the true one has: at least, at most (some are half hidden)."""
-    if known.animal.coat == "plain":
+    if truth.animal.coat == "plain":
         return 0, 0, 0
-    marks = known.parts["marks"].astype(np.float32)
+    marks = truth.parts["marks"].astype(np.float32)
     towards_second = distances[BODY] / (distances[BODY] + distances[SECOND] + 1e-6)  # 0 in the body's colour
-    true, shown = _sizes(known, marks), _sizes(known, towards_second)
-    whole = _whole(known, true)
+    true, shown = _sizes(truth, marks), _sizes(truth, towards_second)
+    whole = _whole(truth, true)
     bar = whole
-    if known.animal.coat == "striped":  # all of them may be fainter than the true ones
+    if truth.animal.coat == "striped":  # all of them may be fainter than the true ones
         bar = float(np.clip(shown.max(initial=0.0), FADED * whole, whole))
     counts = [
         int((sizes >= share * size).sum())
         for sizes, share, size in (
             (shown, WHOLE, bar),
-            (_sizes(known, marks, CLEAR), SURE, whole),
+            (_sizes(truth, marks, CLEAR), SURE, whole),
             (true, DOUBTFUL, whole),
-            (_sizes(known, marks, HINTED), DOUBTFUL, whole),
+            (_sizes(truth, marks, HINTED), DOUBTFUL, whole),
         )
     ]
     return counts[0], min(counts[1:]), max(counts[2:])

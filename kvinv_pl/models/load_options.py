@@ -16,7 +16,7 @@ LISTS = ("loras", "embeddings")
 
 
 @dataclass(frozen=True)
-class Choices:
+class LoadOptions:
     """What is chosen with a checkpoint; `KVInversion` documents it."""
 
     variant: str | None = None
@@ -30,7 +30,7 @@ class Choices:
     allow_pickle: bool = False
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
+    def from_parameters(cls, given: Mapping[str, Any]) -> Self:
         """From the parameters of KVInversion, by their names."""
         return cls(**{name: given[name] for name in asdict(cls())})
 
@@ -38,16 +38,16 @@ class Choices:
         """What was chosen, for run.json; whether a pickle may be opened is asked for every time."""
         given = {
             **asdict(self),
-            **{name: listed(getattr(self, name)) or None for name in LISTS},
+            **{name: as_list(getattr(self, name)) or None for name in LISTS},
             "allow_pickle": False,
         }
-        idle = asdict(Choices())
+        idle = asdict(LoadOptions())
         return {name: value for name, value in given.items() if value != idle[name]}
 
 
-NO_CHOICES = Choices()
+DEFAULTS = LoadOptions()
 
 
-def listed(given: str | list[str] | None) -> list[str]:
+def as_list(given: str | list[str] | None) -> list[str]:
     """An option of one or several texts, as a list."""
     return [given] if isinstance(given, str) else list(given or ())

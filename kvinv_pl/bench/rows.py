@@ -14,7 +14,7 @@ EXPECTED = "expected EDIT, INVERSION+EDIT or METHOD, each with options in bracke
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Row:
     """One way of editing: an inversion and an edit, or a method that is both.
 
     An option that a method does not have is a setting with which the model is loaded for this row.
@@ -31,7 +31,7 @@ class Contestant:
     """Only the first so many; None: all."""
 
     @classmethod
-    def parse(cls, text: str) -> Contestant:
+    def parse(cls, text: str) -> Row:
         """Read `INVERSION(option=value)+EDIT(option=value)@cases`."""
         name, at, count = text.rpartition("@")
         if at and not (count.strip().isdigit() and int(count) > 0):
@@ -54,10 +54,10 @@ class Contestant:
         (editor, _), *before = reversed(calls)
         inversion = before[0][0] if before else None
         found = cls(name.strip(), editor, inversion, options, settings, int(count) if at else None)
-        found.made()
+        found.make_methods()
         return found
 
-    def made(self) -> tuple[Inversion | None, Editor | Renderer]:
+    def make_methods(self) -> tuple[Inversion | None, Editor | Renderer]:
         """Its methods; raises UserError if there are none of these names, or they do not go together."""
         kinds: tuple[Kind, ...] = ("edit",) if self.inversion else ("edit", "whole")
         editor = make(self.editor, *kinds, **self.options.get(self.editor, {}))

@@ -1,4 +1,4 @@
-"""How to do a run or an edit again: settings as the command line takes them, and the commands."""
+"""How to reproduce a run or an edit: settings as the command line takes them, and the commands."""
 
 import inspect
 import shlex
@@ -17,7 +17,7 @@ SHORT = {"guidance", "start", "reading", "negative"}
 """Options of an edit that have a short flag."""
 
 
-def settings_again(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def reproducing_settings(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The configuration that makes a tuned run again, as `kvinv run --config` takes it.
 
     The target and settings of `edit`, the record of one of its edits, take the place of the run's own.
@@ -26,7 +26,7 @@ def settings_again(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None
     editing = dict(run["editing"])
     precision = editing.pop("precision", None)
     if edit is not None:
-        editing |= as_made(edit, editing)
+        editing |= full_settings(edit, editing)
     settings = {
         **tuned_with(run), "inversion_guidance": run["inversion"]["guidance"],
         "tuning_guidance": tuning["guidance"],
@@ -35,7 +35,7 @@ def settings_again(run: Mapping[str, Any], edit: Mapping[str, Any] | None = None
         **{name: tuning[name] for name in ("inner_steps", "settle_steps") if tuning[name]},
         "tolerance": tuning["tolerance"][0], "tolerance_growth": tuning["tolerance"][1],
         **{name: tuning[name] for name in ("carry", "kv", "seed", "store_dtype")},
-        **_demanded(run.get("reconstruction")), **editing,
+        **_reconstruction_settings(run.get("reconstruction")), **editing,
     }  # fmt: skip
     targets = [edit["target"]] if edit is not None else run.get("targets", [])
     data = {"source": run["source"], "targets": targets, "geometry": run["picture"]["mode"]}
@@ -64,13 +64,13 @@ def edit_command(folder: Path | str, run: Mapping[str, Any], edit: Mapping[str, 
     tuned = {"kv": run["tuning"]["kv"], **run["editing"]}
     words = ["kvinv", "edit", "--run", str(folder), "--target", edit["target"]]
     idle = {setting.name: setting.metadata.get("idle") for setting in fields(EditSettings)}
-    for name, value in as_made(edit, tuned).items():
+    for name, value in full_settings(edit, tuned).items():
         if value != tuned.get(name, idle[name]):
             words.append(f"--{name if name in SHORT else f'model.{name}'}={value}")
     return shlex.join(words)
 
 
-def as_made(edit: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+def full_settings(edit: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that an edit was made with, of which its record leaves out those that did nothing.
 
     `tuned` are the run's, for what neither the record nor the setting itself says.
@@ -82,7 +82,7 @@ def as_made(edit: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]
     return {name: edit.get(name, value) for name, value in otherwise.items()}
 
 
-def _demanded(reconstruction: Mapping[str, Any] | None) -> dict[str, Any]:
+def _reconstruction_settings(reconstruction: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the reconstruction had to reach, and how often it might be tried again.
 
     A record of an older version has no such number. Where the picture did not pass, it was tried as often as

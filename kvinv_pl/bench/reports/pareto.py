@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable
 
-from kvinv_pl.bench.ablation import LIKENESS, Way
+from kvinv_pl.bench.ablation import LIKENESS, Cell
 from kvinv_pl.bench.tables.table import Mean, Report, markdown
 from kvinv_pl.stages.editing.judging import unbeaten
 
 ACTION, ANIMAL, QUALITY = "right action %", "same animal %", "animal dB"
 
 
-def pareto(report: Report) -> str:
+def pareto_table(report: Report) -> str:
     """The front of right actions against the same animal, as a table; empty without a truth."""
-    if not {ACTION, ANIMAL} <= set(report.known):
+    if not {ACTION, ANIMAL} <= set(report.known_columns):
         return ""
     rows = list(report.rows)
     points = [(report.mean(row, ACTION).value, report.mean(row, ANIMAL).value) for row in rows]
@@ -19,24 +19,24 @@ def pareto(report: Report) -> str:
     return markdown([ACTION, ANIMAL], lines)
 
 
-def findings(report: Report, ways: Iterable[Way]) -> list[str]:
+def findings(report: Report, cells: Iterable[Cell]) -> list[str]:
     """The paper's three findings, each with its figures: decoder best, early too similar, late lost."""
-    cells = [way for way in ways if report.rows.get(str(way))]
-    if QUALITY not in report.known or not cells:
+    cells = [cell for cell in cells if report.rows.get(str(cell))]
+    if QUALITY not in report.known_columns or not cells:
         return []
 
-    def mean(way: Way, column: str) -> float:
-        return report.mean(str(way), column).value
+    def mean(cell: Cell, column: str) -> float:
+        return report.mean(str(cell), column).value
 
-    def best_of(ways: Iterable[Way]) -> Way:
-        return max(ways, key=lambda way: mean(way, QUALITY))
+    def best_of(cells: Iterable[Cell]) -> Cell:
+        return max(cells, key=lambda cell: mean(cell, QUALITY))
 
-    places = {way.place for way in cells}
-    best = {place: best_of(way for way in cells if way.place == place) for place in places}
+    places = {cell.place for cell in cells}
+    best = {place: best_of(cell for cell in cells if cell.place == place) for place in places}
     lines = []
     if "decoder" in best and len(best) > 1:
         ours = best["decoder"]
-        other = best_of(way for place, way in best.items() if place != "decoder")
+        other = best_of(cell for place, cell in best.items() if place != "decoder")
         gap = report.difference(str(ours), QUALITY, str(other))
         lines.append(
             f"The decoder is best: {_verdict(gap)} ({QUALITY} of '{ours}' less that of '{other}', the best "
@@ -45,11 +45,11 @@ def findings(report: Report, ways: Iterable[Way]) -> list[str]:
     at = next(best[place] for place in ("decoder", *best) if place in best)
     row = sorted(
         (
-            way
-            for way in cells
-            if (way.place, way.reading, way.sharpness) == (at.place, at.reading, at.sharpness)
+            cell
+            for cell in cells
+            if (cell.place, cell.reading, cell.sharpness) == (at.place, at.reading, at.sharpness)
         ),
-        key=lambda way: way.start,
+        key=lambda cell: cell.start,
     )
     if len(row) > 1:
         early, late = row[0], row[-1]
@@ -60,10 +60,10 @@ def findings(report: Report, ways: Iterable[Way]) -> list[str]:
             f"{_verdict(acts)} for the action ('{early}' is {alike} dB more like it than start "
             f"{late.start:g}, which has {acts} points more of right actions)"
         )
-        lost = report.difference(str(at), QUALITY, str(late))
+        unmeasured = report.difference(str(at), QUALITY, str(late))
         lines.append(
-            f"A late start loses the subject: {_verdict(lost)} ({QUALITY} of '{at}' less that of start "
-            f"{late.start:g}: {lost})"
+            f"A late start loses the subject: {_verdict(unmeasured)} ({QUALITY} of '{at}' less that of start "
+            f"{late.start:g}: {unmeasured})"
         )
     return lines
 

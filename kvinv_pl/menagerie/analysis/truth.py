@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
+from kvinv_pl.menagerie.analysis.regions import core, grown
 from kvinv_pl.menagerie.drawn.drawing import ANIMAL
 from kvinv_pl.menagerie.drawn.world import ACCENTS, Animal
-from kvinv_pl.menagerie.seen.regions import core, grown
 
 BACKGROUND, BODY, SECOND, INK = range(4)  # what a pixel may be of
 SHADES = (0.66, 1.16)  # of the body's colour: the far ear and the top of the trunk
@@ -33,7 +33,7 @@ def _to_segment(colour: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(colour - a - np.clip(share, 0, 1)[..., None] * ab, axis=-1)
 
 
-class Known:
+class Truth:
     """The true picture of an animal in an action, its parts, and the scene that it shares with the source."""
 
     def __init__(self, animal: Animal, target: str, size: int) -> None:
@@ -107,16 +107,16 @@ class Known:
             ]
         )
 
-    def seen(self, distances: np.ndarray) -> np.ndarray:
+    def labels(self, distances: np.ndarray) -> np.ndarray:
         """Which of the four each pixel is of."""
         return np.where(distances[BACKGROUND] < FAINT, BACKGROUND, distances.argmin(0))
 
     @cached_property
-    def own_seen(self) -> np.ndarray:
-        """`seen` of the true picture: its edges may look like something else."""
-        return self.seen(self.distances(self.picture, self.scenery))
+    def own_labels(self) -> np.ndarray:
+        """`labels` of the true picture: its edges may look like something else."""
+        return self.labels(self.distances(self.picture, self.scenery))
 
     @cached_property
     def own_animal(self) -> np.ndarray:
         """Where the true picture is seen to differ from the scenery."""
-        return self.own_seen != BACKGROUND
+        return self.own_labels != BACKGROUND

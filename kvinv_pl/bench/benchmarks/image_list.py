@@ -19,7 +19,7 @@ from kvinv_pl.errors import UserError
 
 
 @dataclass(frozen=True)
-class ListedCase:
+class ImageCase:
     """One picture and one of its targets."""
 
     name: str
@@ -46,7 +46,7 @@ class ListedCase:
 
 
 @contextmanager
-def understood(file: Path, what: str) -> Iterator[Any]:
+def reading_json(file: Path, what: str) -> Iterator[Any]:
     """The content of a JSON file of a published benchmark, refused if it is not as it was published."""
     try:
         with explaining_os_errors("read", file):
@@ -60,29 +60,29 @@ def understood(file: Path, what: str) -> Iterator[Any]:
         ) from error
 
 
-def through_nothing() -> Mapping[str, Callable[[Case], Image.Image]]:
+def reference_rows() -> Mapping[str, Callable[[Case], Image.Image]]:
     """The rows of photographs that no method makes."""
     return {SOURCE: lambda case: case.picture(), f"{SOURCE} {THROUGH_VAE}": lambda case: case.picture()}
 
 
-def listed(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
+def image_list(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cases:
     """The rows of a list as `kvinv run` takes it, one case for each target; the first `count`, or all.
 
     A folder with one list in it does as well.
     """
-    file = _list(place)
-    cases = list[ListedCase]()
+    file = _find_list(place)
+    cases = list[ImageCase]()
     for row in rows_of(file, "", [], None):
         if not row.targets:
             raise UserError(f"{file}: {row.image.name} has no target: fill the column targets")
         for target in row.targets:
             name = f"{len(cases) + 1:04d}-{row.image.stem}"
             masks = () if row.mask is None else (row.mask,)
-            cases.append(ListedCase(name, row.source, target, row.image, masks))
-    return Cases(f"the list {file.resolve()}", cases[:count], metrics, through_nothing())
+            cases.append(ImageCase(name, row.source, target, row.image, masks))
+    return Cases(f"the list {file.resolve()}", cases[:count], metrics, reference_rows())
 
 
-def _list(place: Path) -> Path:
+def _find_list(place: Path) -> Path:
     lists = sorted(file for file in place.glob("*") if file.suffix.lower() in LISTS) if place.is_dir() else []
     file = lists[0] if len(lists) == 1 else place
     if file.suffix.lower() not in LISTS or file.is_dir():

@@ -1,4 +1,4 @@
-"""How long a network takes on a device, by a short sample of it, for which its weights may be anything."""
+"""Times a network on a device: a forward and an inner step, for which its weights may be anything."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvinv_pl.models.costs.counting import FusedAttention, flops
-from kvinv_pl.models.costs.sketch import Sketch
+from kvinv_pl.models.costs.meta_model import MetaModel
 
 LONGEST = 10.0
 """Seconds that one forward and one inner step may be expected to take; at latents for which they do not."""
@@ -18,7 +18,7 @@ ENOUGH = 1.0
 
 
 @dataclass(frozen=True)
-class Timed:
+class Timings:
     """What a piece of work took each time, and the floating point operations that it is."""
 
     seconds: Sequence[float]
@@ -32,41 +32,43 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Sample:
+class NetworkTimings:
     """What was timed."""
 
     grid: tuple[int, int]
     """Height and width of its latents."""
-    forward: Timed
+    forward: Timings
     """A forward of tuning, with all of its branches."""
-    inner_step: Timed
+    inner_step: Timings
     """A forward and backward, what comes before the first upgraded layer being computed already."""
 
 
-def sample(
-    sketch_at: Callable[[tuple[int, int]], Sketch],
+def time_network(
+    model_at: Callable[[tuple[int, int]], MetaModel],
     grid: tuple[int, int],
     multiple: int,
     branches: int,
     device: torch.device,
     speed: float,
-) -> Sample:
+) -> NetworkTimings:
     """Time a forward and an inner step, at these latents or, where it would take long, at smaller ones.
 
-    `sketch_at` makes the network on meta for a grid (height, width), both sides multiples of `multiple`;
+    `model_at` makes the network on meta for a grid (height, width), both sides multiples of `multiple`;
     `speed` are the operations a second that are expected.
     """
     while True:
-        sketch = sketch_at(grid)
-        with FusedAttention(), sketch.tuning(branches) as (forward, inner_step):
+        model = model_at(grid)
+        with FusedAttention(), model.tuning(branches) as (forward, inner_step):
             counted = flops(forward), flops(inner_step)
         height, width = (max(multiple, side // 2 // multiple * multiple) for side in grid)
         if sum(counted) <= LONGEST * speed or (height, width) == grid:
             break
         grid = height, width
-    sketch.put_on(device)
-    with sketch.tuning(branches) as (forward, inner_step):
-        return Sample(grid, Timed(_seconds(forward), counted[0]), Timed(_seconds(inner_step), counted[1]))
+    model.materialize(device)
+    with model.tuning(branches) as (forward, inner_step):
+        return NetworkTimings(
+            grid, Timings(_seconds(forward), counted[0]), Timings(_seconds(inner_step), counted[1])
+        )
 
 
 def _seconds(work: Callable[[], Tensor]) -> list[float]:

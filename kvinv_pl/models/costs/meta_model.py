@@ -14,8 +14,8 @@ from kvinv_pl.attention.attachment import Attachment, attach
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.attention.sites import Selection, Site, context_width, select, self_attentions
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.checkpoint import Outline
-from kvinv_pl.models.checkpoints.families import tokenizer
+from kvinv_pl.models.checkpoint import MetaCheckpoint
+from kvinv_pl.models.checkpoints.families import clip_tokenizer
 from kvinv_pl.models.costs.counting import FusedAttention, LiveMemory, flops
 from kvinv_pl.models.costs.memory import COPIES, bytes_of_bars, saved_bytes
 from kvinv_pl.models.feature_cache import FeatureCache
@@ -47,12 +47,12 @@ class Costs:
     """A forward and backward of tuning, what comes before the first upgraded layer being computed already."""
 
 
-class Sketch:
+class MetaModel:
     """The U-Net and the VAE of a checkpoint on meta, for latents of one size; psi is one slot wide."""
 
     def __init__(
         self,
-        outlined: Outline,
+        checkpoint: MetaCheckpoint,
         variant: Callable[[Site], CPAttention],
         selection: Selection,
         grid: tuple[int, int],
@@ -60,7 +60,7 @@ class Sketch:
         tokens: int = TOKENS,
     ) -> None:
         """Attach psi; `grid` is the latents' height and width, `tokens` those of the prompts."""
-        self.unet, self.vae, self.grid, self.dtype = outlined.unet, outlined.vae, grid, dtype
+        self.unet, self.vae, self.grid, self.dtype = checkpoint.unet, checkpoint.vae, grid, dtype
         self.tokens, self.device = tokens, META
         for value in self.unet.parameters():  # .to() of diffusers warns of what its own loading would keep
             value.data = value.data.to(dtype)
@@ -68,7 +68,7 @@ class Sketch:
         self.vae.requires_grad_(False).eval()
         self.sites = select(self_attentions(self.unet, grid), selection)
         self.psi = {site.path: variant(site) for site in self.sites}
-        self.factor = outlined.sizes.vae_factor
+        self.factor = checkpoint.sizes.vae_factor
         with META:
             for cp in self.psi.values():
                 cp.to(META)
@@ -76,7 +76,7 @@ class Sketch:
         self.attachment: Attachment = attach(self.unet, self.psi)
         self._config: Any = self.unet.config
 
-    def put_on(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         """Give the U-Net and psi memory on a device, and values that are all alike."""
         for model in (self.unet, *self.psi.values()):
             model.to_empty(device=device)
@@ -125,7 +125,7 @@ class Sketch:
         cache, learned = FeatureCache(self.unet, self.psi.values()), self._learned()
 
         def forward() -> Tensor:
-            cache.forget()
+            cache.clear()
             with torch.no_grad():
                 return self._forward(branches)
 
@@ -135,7 +135,7 @@ class Sketch:
                 loss.backward()
             return loss.detach()
 
-        with self.attachment.blend(), cache.kept():
+        with self.attachment.blend(), cache.reuse():
             yield forward, inner_step
 
     def _learned(self) -> list[nn.Parameter]:
@@ -155,11 +155,11 @@ class Sketch:
         return guided(out[0].float()[:, None], (1.0,))
 
 
-def tokens_of(prompts: Iterable[str], syntax: PromptSyntax) -> int:
+def prompt_tokens(prompts: Iterable[str], syntax: PromptSyntax) -> int:
     """The tokens of what a forward reads of prompts together, by CLIP's tokenizer: a chunk, or several."""
     if syntax == "plain":
         return TOKENS
-    words = tokenizer("<|endoftext|>")
+    words = clip_tokenizer("<|endoftext|>")
     config: Any = CLIPTextConfig(num_hidden_layers=0, max_position_embeddings=TOKENS)
     with META:
         return PromptReader(words, CLIPTextModel(config), syntax).length_of(prompts)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from kvinv_pl.data.images.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
-from kvinv_pl.models.choices import NO_CHOICES, Choices
+from kvinv_pl.models.load_options import DEFAULTS, LoadOptions
 from kvinv_pl.models.prompts import mask_from_word
 from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.models.vision.sam import Box, Point, Segmenter
@@ -16,21 +16,25 @@ def at_points(
     image: Image.Image, points: Sequence[Point] = (), box: Box | None = None, sam: str = "menagerie"
 ) -> Image.Image:
     """The mask that SAM finds at points, in a box, or of the most prominent object."""
-    return _one(Segmenter.load(sam).segment(image, points, box))
+    return _require_subject(Segmenter.load(sam).segment(image, points, box))
 
 
 def of_word(
-    image: Image.Image, word: str, source: str, checkpoint: str = "menagerie", choices: Choices = NO_CHOICES
+    image: Image.Image,
+    word: str,
+    source: str,
+    checkpoint: str = "menagerie",
+    options: LoadOptions = DEFAULTS,
 ) -> Image.Image:
     """The mask from the model's own attention to a word of the prompt, in the picture's size."""
-    backbone = Backbone.load(checkpoint, choices=choices)
+    backbone = Backbone.load(checkpoint, options=options)
     geometry = fit_geometry(image.size, backbone.sample_size, backbone.multiple, "keep")
     mask = mask_from_word(backbone, to_pixels(image, geometry), source, word)
     enlarged = to_image(mask.expand(3, -1, -1) * 2 - 1, geometry)
-    return _one(enlarged.convert("L").point([0] * 128 + [255] * 128))
+    return _require_subject(enlarged.convert("L").point([0] * 128 + [255] * 128))
 
 
-def _one(mask: Image.Image) -> Image.Image:
+def _require_subject(mask: Image.Image) -> Image.Image:
     if len(set(mask.getextrema())) == 1:
         raise UserError("no subject was found: give another --point, a --box around it, or another --word")
     return mask

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from kvinv_pl.models.changes import Changes, fingerprint
+from kvinv_pl.models.fingerprint import ChangeTracker, fingerprint
 from kvinv_pl.models.stable_diffusion import Backbone
 
 
@@ -44,10 +44,10 @@ def backbone() -> Backbone:
 def test_what_changes_what_a_model_gives_is_noticed_once_and_nothing_else(
     change: Callable[[Any], Any], noticed: bool, backbone: Backbone
 ) -> None:
-    changes, identity = Changes(backbone), dict(backbone.identity)
-    assert not changes.take() and backbone.identity == identity
+    changes, identity = ChangeTracker(backbone), dict(backbone.identity)
+    assert not changes.update_identity() and backbone.identity == identity
     change(backbone.unet)
-    assert changes.take() is noticed and not changes.take()
+    assert changes.update_identity() is noticed and not changes.update_identity()
     assert backbone.identity.get("changed_in_memory") == (["unet"] if noticed else None)
     assert (backbone.identity["sha256"] != identity["sha256"]) is noticed
     if noticed:
@@ -72,11 +72,11 @@ def test_a_change_that_is_the_same_gives_the_same_identity_and_one_undone_the_fi
     other, shas = Backbone.load(str(fits.checkpoint())), list[str]()
     first = dict(backbone.identity)
     before = backbone.text_encoder.get_parameter("final_layer_norm.bias").detach().clone()
-    changes = Changes(backbone)
-    for each, seen in ((backbone, changes), (other, Changes(other))):
+    changes = ChangeTracker(backbone)
+    for each, seen in ((backbone, changes), (other, ChangeTracker(other))):
         each.text_encoder.get_parameter("final_layer_norm.bias").data.add_(1)
-        assert seen.take()
+        assert seen.update_identity()
         shas.append(each.identity["sha256"])
     assert shas[0] == shas[1] != first["sha256"]
     backbone.text_encoder.get_parameter("final_layer_norm.bias").data.copy_(before)
-    assert changes.take() and backbone.identity == first and not backbone.notes
+    assert changes.update_identity() and backbone.identity == first and not backbone.notes

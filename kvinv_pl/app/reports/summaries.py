@@ -1,4 +1,4 @@
-"""What a run folder says, in plain words."""
+"""Summaries of a run and its edits as sentences."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,7 +19,7 @@ def certificate(run: Mapping[str, Any]) -> list[str]:
         if found["passed"]
         else "it did not pass, so expect edits to lose some of the picture. More inner steps may help."
     )
-    said = [
+    sentences = [
         f"With its own words, the tuned model gives the picture back at {reached:.1f} dB of what the VAE "
         f"alone makes of it; {demanded:g} dB were asked for: {verdict}",
         f"To the picture itself that is {found['psnr_to_source']:.1f} dB, of the "
@@ -28,17 +28,17 @@ def certificate(run: Mapping[str, Any]) -> list[str]:
     ]
     if len(found["attempts"]) > 1:
         each = ", ".join(f"{attempt['psnr_to_round_trip']:.1f}" for attempt in found["attempts"])
-        said.append(f"It was tuned {len(found['attempts'])} times, at {each} dB; the best is kept.")
-    return said
+        sentences.append(f"It was tuned {len(found['attempts'])} times, at {each} dB; the best is kept.")
+    return sentences
 
 
 def settings_of_edit(record: Mapping[str, Any]) -> dict[str, str]:
     """The settings of an edit that its record has, ready to show."""
     names = [setting.name for setting in fields(EditSettings) if record.get(setting.name) not in (None, "")]
-    return {name.replace("_", " "): shown(record[name]) for name in names}
+    return {name.replace("_", " "): format_setting(record[name]) for name in names}
 
 
-def searched(record: Mapping[str, Any]) -> str:
+def search_summary(record: Mapping[str, Any]) -> str:
     """What a search thought of an edit; empty where there was none."""
     if not (found := search_of(record)):
         return ""
@@ -46,17 +46,17 @@ def searched(record: Mapping[str, Any]) -> str:
     return f"agreement {found['agreement']:.3g}, likeness {found['likeness']:.3g}, by {judge}"
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A setting for display."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(map(shown, value))
+        return ", ".join(map(format_setting, value))
     if isinstance(value, Mapping):
         own = {key: item for key, item in value.items() if key != "class_path"}
         name = str(value.get("class_path", "")).rpartition(".")[2]
-        rest = ", ".join(f"{key} {shown(item)}" for key, item in own.get("init_args", own).items())
+        rest = ", ".join(f"{key} {format_setting(item)}" for key, item in own.get("init_args", own).items())
         return f"{name} ({rest})" if name and rest else name or rest
     return "-" if value is None else str(value)

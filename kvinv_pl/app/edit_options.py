@@ -1,4 +1,4 @@
-"""The dials of an edit, one for each field of `EditSettings`: an option that is added there appears here."""
+"""The options of an edit as a user interface shows them, made of the fields of `EditSettings`."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Kind = Literal["slider", "number", "whole number", "switch", "choice", "text"]
 
 
 @dataclass(frozen=True)
-class Dial:
+class EditOption:
     """One setting of an edit, as a page shows it."""
 
     name: str
@@ -53,17 +53,17 @@ class Dial:
         return sorted({round(min(max(each, low), high), 3) for each in tried})
 
 
-def dials() -> list[Dial]:
-    """A dial for every setting of an edit, in the order of the fields; those with a range come first."""
+def edit_options() -> list[EditOption]:
+    """An option for every setting of an edit, in the order of the fields; those with a range come first."""
     texts, parameters = arguments(KVInversion.__doc__), inspect.signature(KVInversion).parameters
-    found = list[Dial]()
+    found = list[EditOption]()
     for setting in fields(EditSettings):
         kind, choices = kind_of(setting.type)
         given = setting.metadata.get("range")
         shown = "slider" if given else kind
         name, default = setting.name, parameters[setting.name].default
-        found.append(Dial(name, shown, texts.get(name, ""), choices, given, default))
-    return sorted(found, key=lambda dial: dial.range is None)
+        found.append(EditOption(name, shown, texts.get(name, ""), choices, given, default))
+    return sorted(found, key=lambda option: option.range is None)
 
 
 def kind_of(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
@@ -77,8 +77,8 @@ def kind_of(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
 
 
 def read(values: Sequence[Any]) -> dict[str, Any]:
-    """The settings of an edit, from what the dials stand at, in their order."""
-    return {dial.name: dial.read(value) for dial, value in zip(dials(), values, strict=True)}
+    """The settings of an edit, from the values of its options in their order."""
+    return {option.name: option.read(value) for option, value in zip(edit_options(), values, strict=True)}
 
 
 def numbers(text: str) -> list[float]:

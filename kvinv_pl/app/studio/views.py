@@ -1,10 +1,10 @@
-"""What a run and its work look like on the page."""
+"""HTML and text that show a run and its job on the page."""
 
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from kvinv_pl.app.reports.words import certificate, searched, settings_of_edit
+from kvinv_pl.app.reports.summaries import certificate, search_summary, settings_of_edit
 from kvinv_pl.app.studio.workbench.jobs import Job
 from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.data.runs.edits import CHOSEN, search_of
@@ -24,7 +24,7 @@ def progress(bench: Workbench, job: Job | None) -> str:
     )
 
 
-def said(bench: Workbench, name: str) -> str:
+def run_summary(bench: Workbench, name: str) -> str:
     """The certificate of a run in plain words, and its notes."""
     run = bench.record(name)
     if run is None:
@@ -42,11 +42,11 @@ def caption(record: dict[str, Any]) -> str:
     """The target and the settings of an edit, and what a search thought of it."""
     settings = ", ".join(f"{name} {value}" for name, value in settings_of_edit(record).items())
     chosen = [CHOSEN] if search_of(record).get("chosen") else []
-    found = [text for text in (*chosen, searched(record)) if text]
+    found = [text for text in (*chosen, search_summary(record)) if text]
     return "; ".join([f"{record['target']} ({settings})", *found])
 
 
-def pair(bench: Workbench, name: str, edit: Path | None) -> tuple[str, str] | None:
+def slider_pair(bench: Workbench, name: str, edit: Path | None) -> tuple[str, str] | None:
     """What the slider compares: the source and an edit, or its reconstruction; None before there is one."""
     folder = bench.store(name).folder
     after = edit or folder / "reconstruction.png"

@@ -16,7 +16,7 @@ def vectors_of_word(reader: PromptReader, word: str) -> Float[Tensor, "tokens e"
     return _table(reader).weight.detach()[_numbers(reader, word)].float().clone()
 
 
-def read_with(
+def embed_with_vectors(
     reader: PromptReader, prompts: Sequence[str], words: Mapping[str, Float[Tensor, "_ e"]]
 ) -> Float[Tensor, "n L d"]:
     """The prompts as `PromptReader.embed` reads them, with these vectors for the tokens of these words."""

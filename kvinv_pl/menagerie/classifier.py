@@ -40,7 +40,7 @@ class _Block(nn.Module):
         return x + F.silu(self.norm(self.conv(x)))
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Names species, colour, coat, action and ground: one linear head each on a convolutional net."""
 
     def __init__(self) -> None:
@@ -53,20 +53,20 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(features, len(words)) for name, words in WORDS.items()})
 
     @classmethod
-    def load(cls, folder: Path | None = None) -> Judge:
+    def load(cls, folder: Path | None = None) -> Classifier:
         """The trained judge next to a menagerie checkpoint (None: the embedded one)."""
         file = (checkpoint() if folder is None else Path(folder)) / FILE
         if not file.is_file():
             raise UserError(
                 f"there is no judge {file}; tools/train_menagerie.py judge trains it, export puts it there"
             )
-        judge = cls()
+        classifier = cls()
         try:
-            judge.load_state_dict(load_file(file))
+            classifier.load_state_dict(load_file(file))
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{file} cannot be read as a judge: {reason}; export it again") from error
-        return judge.eval().requires_grad_(False)
+        return classifier.eval().requires_grad_(False)
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n words"]]:
         """Scores of every head's words, for pixels in [-1, 1]."""
@@ -87,9 +87,11 @@ class Judge(nn.Module):
         return named
 
 
-def accuracy(judge: Judge, pictures: Sequence[Image.Image], animals: Sequence[Animal]) -> dict[str, float]:
+def accuracy(
+    classifier: Classifier, pictures: Sequence[Image.Image], animals: Sequence[Animal]
+) -> dict[str, float]:
     """For every head, the share of pictures that it names correctly (0 to 1)."""
-    named = judge.names(pictures)
+    named = classifier.names(pictures)
     right = {
         name: [word[name] == getattr(animal, name) for word, animal in zip(named, animals, strict=True)]
         for name in WORDS

@@ -38,7 +38,7 @@ def fingerprint(model: Any) -> str:
     return content.hexdigest()
 
 
-def of_pipeline(pipeline: Pipeline) -> list[str]:
+def pipeline_fingerprints(pipeline: Pipeline) -> list[str]:
     """Fingerprints of what is copied of a pipeline; others, once it is to be copied anew."""
     parts = pipeline.components
     scheduler, tokenizer = parts.get("scheduler"), parts.get("tokenizer")
@@ -46,20 +46,20 @@ def of_pipeline(pipeline: Pipeline) -> list[str]:
     return [*found, f"{type(scheduler)} {getattr(scheduler, 'config', None)}", str(len(tokenizer or ()))]
 
 
-class Changes:
+class ChangeTracker:
     """What was changed of a backbone since it was loaded."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone, self._notes = backbone, list(backbone.notes)
         self._identity = dict(backbone.identity)
-        self._loaded = self._seen = self._look()
+        self._loaded = self._seen = self._fingerprints()
 
-    def take(self) -> bool:
+    def update_identity(self) -> bool:
         """Put into the identity what is not as it was loaded; whether any part changed since the last call.
 
         What was made with another state is then refused, and what is made now belongs to this one.
         """
-        before, self._seen = self._seen, self._look()
+        before, self._seen = self._seen, self._fingerprints()
         if self._seen == before:
             return False
         changed = {part: now for part, now in self._seen.items() if now != self._loaded[part]}
@@ -76,5 +76,5 @@ class Changes:
         backbone.requires_grad_(False).train(False)
         return True
 
-    def _look(self) -> Mapping[str, str]:
+    def _fingerprints(self) -> Mapping[str, str]:
         return {part: fingerprint(getattr(self._backbone, part)) for part in PARTS}

@@ -1,4 +1,4 @@
-"""What the right side of the page calls: a run, its edits, and what there is of them to take along."""
+"""Event handlers of the page's right side: a run, its edits, and what there is of them to take along."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -7,16 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from kvinv_pl.app.dials import dials, numbers, read
-from kvinv_pl.app.reports.again import as_made
-from kvinv_pl.app.studio import looks
+from kvinv_pl.app.edit_options import edit_options, numbers, read
+from kvinv_pl.app.reports.reproduce import full_settings
+from kvinv_pl.app.studio import views
 from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.settings import EditSettings
 
 
-class RunCalls:
-    """The calls of a run; which one, the page says each time."""
+class RunHandlers:
+    """The event handlers of a run; which one, the page says each time."""
 
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
@@ -30,13 +30,13 @@ class RunCalls:
         )  # fmt: skip
 
     def choose(self, name: str | None, at: Path | None = None) -> tuple[Any, ...]:
-        """Everything of a run: where its dials stand, and what `refresh` shows."""
+        """Everything of a run: the values of its options, and what `refresh` shows."""
         if not name:
-            return ("", *_stands(self.bench.editing()), *self.refresh(None))
+            return ("", *_option_values(self.bench.editing()), *self.refresh(None))
         at = at or next((file for _, file in self.bench.edits(name)), None)
         record = self._record(name, at)
         target = record["target"] if record else next(iter(self.bench.prompts(name)[1]), "")
-        return (target, *_stands(self.bench.editing(name), record), *self.refresh(name, at))
+        return (target, *_option_values(self.bench.editing(name), record), *self.refresh(name, at))
 
     def refresh(self, name: str | None, at: Path | str | None = None) -> tuple[Any, ...]:
         """What a run has by now, and one of its edits."""
@@ -52,8 +52,8 @@ class RunCalls:
             picture = gr.DownloadButton(value=str(at), interactive=True)
         frames = [(str(file), text) for file, text in bench.frames(name, at)]
         return (
-            looks.progress(bench, bench.jobs.of(name)), looks.said(bench, name), looks.pair(bench, name, at),
-            looks.gallery(bench, name), frames, picture, settings, at,
+            views.progress(bench, bench.jobs.of(name)), views.run_summary(bench, name),
+            views.slider_pair(bench, name, at), views.gallery(bench, name), frames, picture, settings, at,
         )  # fmt: skip
 
     def pick(self, name: str, event: gr.SelectData) -> tuple[Any, ...]:
@@ -64,7 +64,7 @@ class RunCalls:
         """Progress, and what it is of, if that has changed."""
         job = self.bench.jobs.of(name) if name else None
         now = [name, job.kind, job.state] if job else [name, None, None]
-        return looks.progress(self.bench, job), gr.skip() if now == seen else now
+        return views.progress(self.bench, job), gr.skip() if now == seen else now
 
     def resume(self, name: str | None) -> None:
         """Go on tuning."""
@@ -74,15 +74,15 @@ class RunCalls:
         """Stop; what is done is kept."""
         self.bench.stop(name or "")
 
-    def edit(self, name: str | None, target: str, *stands: Any) -> Iterator[Any]:
-        """An edit as the dials stand."""
-        yield from self._edits(name, target, [read(stands)])
+    def edit(self, name: str | None, target: str, *options: Any) -> Iterator[Any]:
+        """An edit with these values of the options."""
+        yield from self._edits(name, target, [read(options)])
 
-    def several(self, name: str | None, target: str, vary: str, values: str, *stands: Any) -> Iterator[Any]:
-        """An edit for each value of one of the dials."""
+    def several(self, name: str | None, target: str, vary: str, values: str, *options: Any) -> Iterator[Any]:
+        """An edit for each value of one of the options."""
         if not (found := numbers(values)):
             raise UserError("values to try: expected numbers between commas, got none")
-        yield from self._edits(name, target, [{**read(stands), vary: value} for value in found])
+        yield from self._edits(name, target, [{**read(options), vary: value} for value in found])
 
     def _edits(self, name: str | None, target: str, each: list[dict[str, Any]]) -> Iterator[Any]:
         """Wait for edits; should the page be closed, they are made all the same."""
@@ -91,15 +91,15 @@ class RunCalls:
             raise UserError("edit: expected what the picture should become, got nothing")
         job = self.bench.edit(run, target.strip(), each)
         while not job.over.wait(0.2):
-            yield looks.progress(self.bench, job), gr.skip()
+            yield views.progress(self.bench, job), gr.skip()
         if job.state != "done":
             raise UserError(job.line)
-        yield looks.progress(self.bench, job), str(job.result[-1])
+        yield views.progress(self.bench, job), str(job.result[-1])
 
-    def suggest(self, vary: str, *stands: Any) -> str:
-        """Values around the one that a dial stands at."""
-        dial = next(dial for dial in dials() if dial.name == vary)
-        return ", ".join(f"{value:g}" for value in dial.around(read(stands)[vary]))
+    def suggest(self, vary: str, *options: Any) -> str:
+        """Values around that of an option."""
+        option = next(option for option in edit_options() if option.name == vary)
+        return ", ".join(f"{value:g}" for value in option.around(read(options)[vary]))
 
     def pack(self, name: str | None) -> Any:
         """The run folder as one file."""
@@ -115,7 +115,7 @@ def _required(name: str | None) -> str:
     return name
 
 
-def _stands(settings: EditSettings, record: dict[str, Any] | None = None) -> list[Any]:
-    """Where every dial stands: as an edit was made, or else as its run was."""
-    found = asdict(settings) if record is None else as_made(record, asdict(settings))
-    return [found[dial.name] for dial in dials()]
+def _option_values(settings: EditSettings, record: dict[str, Any] | None = None) -> list[Any]:
+    """The value of every option: as an edit was made, or else as its run was."""
+    found = asdict(settings) if record is None else full_settings(record, asdict(settings))
+    return [found[option.name] for option in edit_options()]

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from kvinv_pl.app.studio.picture_calls import PictureCalls
-from kvinv_pl.app.studio.run_calls import RunCalls
+from kvinv_pl.app.studio.picture_handlers import PictureHandlers
+from kvinv_pl.app.studio.run_handlers import RunHandlers
 from kvinv_pl.errors import UserError
 
 TICK = 1.0
@@ -17,8 +17,8 @@ TICK = 1.0
 
 def wire(
     blocks: gr.Blocks,
-    of_picture: PictureCalls,
-    of_run: RunCalls,
+    of_picture: PictureHandlers,
+    of_run: RunHandlers,
     left: dict[str, Any],
     right: dict[str, Any],
 ) -> None:
@@ -32,32 +32,38 @@ def wire(
     names = ("progress", "certificate", "compare", "edits", "frames", "get_picture", "get_settings", "picked")
     results = [right[name] for name in names]
     taken = [picture, source, left["target"], word, mask, tinted]
-    left["animals"].select(polite(of_picture.take), None, taken, **own)
-    picture.select(polite(of_picture.point), picture, [mask, tinted], api_visibility="private")
+    left["animals"].select(show_errors(of_picture.take), None, taken, **own)
+    picture.select(show_errors(of_picture.point), picture, [mask, tinted], api_visibility="private")
     gr.on(
         [picture.upload, picture.clear, left["forget"].click], of_picture.unmask, None, [mask, tinted], **own
     )
     left["find"].click(
-        polite(of_picture.by_word), [picture, word, source], [mask, tinted], api_name="subject"
+        show_errors(of_picture.by_word), [picture, word, source], [mask, tinted], api_name="subject"
     )
     left["tune"].click(
-        polite(of_picture.begin), [picture, source, left["target"], mask], run, api_name="tune"
+        show_errors(of_picture.begin), [picture, source, left["target"], mask], run, api_name="tune"
     )
 
-    run.change(polite(of_run.choose), run, [target, *knobs, *results], api_name="open", **quiet)
-    right["edits"].select(polite(of_run.pick), run, [target, *knobs, *results], **own)
-    right["resume"].click(polite(of_run.resume), run, None, api_name="resume", **quiet)
-    right["stop"].click(polite(of_run.stop), run, None, api_name="stop", **quiet)
+    run.change(show_errors(of_run.choose), run, [target, *knobs, *results], api_name="open", **quiet)
+    right["edits"].select(show_errors(of_run.pick), run, [target, *knobs, *results], **own)
+    right["resume"].click(show_errors(of_run.resume), run, None, api_name="resume", **quiet)
+    right["stop"].click(show_errors(of_run.stop), run, None, api_name="stop", **quiet)
     clicked, given = [right["edit"].click, target.submit], [run, target]
     edited = gr.on(
-        clicked, polite(of_run.edit), [*given, *knobs], [progress, right["picked"]], api_name="edit", **quiet
+        clicked,
+        show_errors(of_run.edit),
+        [*given, *knobs],
+        [progress, right["picked"]],
+        api_name="edit",
+        **quiet,
     )
     tried = right["several"].click(
-        polite(of_run.several), [*given, right["vary"], right["values"], *knobs], [progress, right["picked"]],
+        show_errors(of_run.several), [*given, right["vary"], right["values"], *knobs],
+        [progress, right["picked"]],
         api_name="candidates", **quiet,
     )  # fmt: skip
     for done in (edited, tried):
-        done.success(polite(of_run.refresh), [run, right["picked"]], results, **own)
+        done.success(show_errors(of_run.refresh), [run, right["picked"]], results, **own)
     moved = [knob.release for knob in knobs if isinstance(knob, gr.Slider)]
     gr.on(
         [right["vary"].change, run.change, *moved],
@@ -66,19 +72,19 @@ def wire(
         right["values"],
         **own,
     )
-    right["pack"].click(polite(of_run.pack), run, right["get_run"], api_name="pack")
+    right["pack"].click(show_errors(of_run.pack), run, right["get_run"], api_name="pack")
 
     # a page that was closed finds the work again: it is asked for by the run's name
     seen = right["seen"]
     gr.Timer(TICK).tick(of_run.tick, [run, seen], [progress, seen], api_name="progress", **quiet)
-    seen.change(polite(of_run.refresh), run, results, **own)
+    seen.change(show_errors(of_run.refresh), run, results, **own)
     blocks.load(of_run.open_page, run, run, api_name="runs", **quiet)
 
 
-def polite(call: Callable[..., Any]) -> Callable[..., Any]:
+def show_errors(call: Callable[..., Any]) -> Callable[..., Any]:
     """The call, whose UserErrors become a line on the page."""
 
-    def told(error: UserError) -> gr.Error:
+    def as_gradio_error(error: UserError) -> gr.Error:
         return gr.Error(" ".join(str(error).split()), print_exception=False)
 
     @wraps(call)
@@ -86,13 +92,13 @@ def polite(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             yield from call(*args)
         except UserError as error:
-            raise told(error) from None
+            raise as_gradio_error(error) from None
 
     @wraps(call)
     def once(*args: Any) -> Any:
         try:
             return call(*args)
         except UserError as error:
-            raise told(error) from None
+            raise as_gradio_error(error) from None
 
     return steps if inspect.isgeneratorfunction(call) else once

@@ -12,7 +12,7 @@ from kvinv_pl.stages.settings import IDLE, EditSettings
 MASKED = "masked"
 
 
-class OneModel:
+class ModelCache:
     """A model, and what it may be used for without being loaded again."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ class OneModel:
         """What an edit of a picture that is tuned here begins with."""
         self._model: tuple[set[str], KVInverter] | None = ({"tune False"}, inverter)
 
-    def to_tune(self, masked: bool) -> KVInverter:
+    def for_tuning(self, masked: bool) -> KVInverter:
         """With the settings of this studio; with a mask, the variant that reads one."""
         key = f"tune {masked}"
         if self._model is None or key not in self._model[0]:
@@ -34,14 +34,14 @@ class OneModel:
             self._model = ({key}, load(**settings))
         return self._model[1]
 
-    def has_tuned(self, folder: Path) -> None:
+    def add_run(self, folder: Path) -> None:
         """The model in memory may edit this run, too."""
         if self._model is not None:
-            self._model[0].add(_opened_as(folder))
+            self._model[0].add(_model_key(folder))
 
-    def to_edit(self, folder: Path) -> KVInverter:
+    def for_editing(self, folder: Path) -> KVInverter:
         """The model that a run was tuned with."""
-        key = _opened_as(folder)
+        key = _model_key(folder)
         if self._model is None or key not in self._model[0]:
             self._model = None
             device = {name: self._settings[name] for name in ("accelerator",) if name in self._settings}
@@ -49,7 +49,7 @@ class OneModel:
         return self._model[1]
 
 
-def _opened_as(folder: Path) -> str:
+def _model_key(folder: Path) -> str:
     """What a model must be to edit this run; settings of the edit itself make no difference."""
     found = settings_of(folder, IDLE)
     of_edit = {setting.name for setting in fields(EditSettings)}

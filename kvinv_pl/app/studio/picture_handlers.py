@@ -1,12 +1,12 @@
-"""What the left side of the page calls: a picture, its subject, and its tuning."""
+"""Event handlers of the page's left side: a picture, its subject, and its tuning."""
 
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from kvinv_pl.app import subject
-from kvinv_pl.app.studio.workbench.frames import OWN
+from kvinv_pl.app import subject_mask
+from kvinv_pl.app.studio.workbench.frames import STUDIO_DIR
 from kvinv_pl.app.studio.workbench.workbench import Workbench
 from kvinv_pl.data.images import masks
 from kvinv_pl.data.images.pictures import open_picture
@@ -18,8 +18,8 @@ ANIMALS = (7, 12, 23)
 """Seeds of those that are there to try."""
 
 
-class PictureCalls:
-    """The calls of a picture that is not tuned yet; what a user is in the middle of is in the page itself."""
+class PictureHandlers:
+    """The event handlers of a picture that is not tuned yet; its state is in the page itself."""
 
     def __init__(self, bench: Workbench, checkpoint: str, sam: str) -> None:
         self.bench, self.checkpoint, self.sam = bench, checkpoint, sam
@@ -28,20 +28,21 @@ class PictureCalls:
         """An animal of the embedded world, with prompts and its word."""
         animal = Animal.sample(ANIMALS[event.index])
         other = "sitting" if animal.action == "running" else "running"
-        file = write_png(self.bench.folder / OWN / f"{animal.species}-{animal.seed}.png", animal.render())
+        folder = self.bench.folder / STUDIO_DIR
+        file = write_png(folder / f"{animal.species}-{animal.seed}.png", animal.render())
         return str(file), animal.prompt(), animal.prompt(other), animal.species, *self.unmask()
 
     def point(self, file: str | None, event: gr.SelectData) -> tuple[Image.Image, Any]:
         """The subject where the picture was clicked on."""
-        image, (x, y) = _opened(file), event.index
-        return _tinted(image, subject.at_points(image, [(x, y)], sam=self.sam))
+        image, (x, y) = _open(file), event.index
+        return _show_mask(image, subject_mask.at_points(image, [(x, y)], sam=self.sam))
 
     def by_word(self, file: str | None, word: str, source: str) -> tuple[Image.Image, Any]:
         """The subject by its word in the source prompt."""
-        image = _opened(file)
+        image = _open(file)
         if not word.strip() or not source.strip():
             raise UserError("the subject: expected a word, and a prompt that contains it")
-        return _tinted(image, subject.of_word(image, word.strip(), source, self.checkpoint))
+        return _show_mask(image, subject_mask.of_word(image, word.strip(), source, self.checkpoint))
 
     def unmask(self) -> tuple[None, Any]:
         """No mask."""
@@ -55,13 +56,13 @@ class PictureCalls:
         return gr.Dropdown(choices=self.bench.runs(), value=job.run)
 
 
-def _opened(file: str | None) -> Image.Image:
+def _open(file: str | None) -> Image.Image:
     if file is None:
         raise UserError("the subject: expected a picture, got none: drop one first")
     return open_picture(file).image
 
 
-def _tinted(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Any]:
+def _show_mask(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Any]:
     """The mask, and the picture with the subject tinted."""
     share = mask.histogram()[255] / (mask.width * mask.height)
     label = f"The subject: {share:.0%} of the picture"

@@ -42,7 +42,7 @@ def precision_in(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> 
     return None if given is None else precision_of(given)
 
 
-class OnOneDevice(DiffusionPipeline):
+class SingleDevicePipeline(DiffusionPipeline):
     """Where the model is, in the words of diffusers."""
 
     def __init__(self) -> None:
