@@ -168,12 +168,14 @@ def test_a_target_that_is_asked_for_twice_is_edited_once_and_found_for_both(run:
     assert first == second and len(RunStore(run).edits()) == len(GRIDS["start"])
 
 
-def test_edits_that_a_search_finds_are_counted_in_one_line(run: Path) -> None:
+def test_edits_that_a_search_finds_are_counted_in_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for target, start, wanted in ((fits.TARGET, 0.1, 0), (fits.TARGET, "auto", 1), (fits.TARGET, "auto", 6)):
         lines = list[str]()
         data = SourceImages(run=str(run), targets=[target])
         trainer = fits.trainer(quiet=False)
-        trainer.watch.progress.note = lines.append
+        monkeypatch.setattr(trainer.watch.progress, "note", lines.append)
         trainer.edit(fits.model(start=start), data)
         found = [line for line in lines if "exist" in line]
         assert len(found) == min(wanted, 1)
