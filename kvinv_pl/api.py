@@ -68,7 +68,7 @@ class Run:
         Args:
             targets: What it should become, an edit for each.
             progress: As for `edit`.
-            after_step: As in `Watch`.
+            after_step: As in `Observers`.
             **settings: As for `edit`.
         """
         _require_known("edit", settings, [setting.name for setting in fields(EditSettings)])
@@ -101,8 +101,8 @@ class KVInverter:
     def trainer(self, progress: Progress | None = None, after_step: AfterStep | None = None) -> KVTrainer:
         """A fresh trainer with the options given; who is told, and what sees the steps, as of `Run.edits`."""
         trainer = KVTrainer(**self._options)
-        trainer.watch.progress = progress or trainer.watch.progress
-        trainer.watch.after_step = after_step
+        trainer.observers.progress = progress or trainer.observers.progress
+        trainer.observers.after_step = after_step
         return trainer
 
     def tune(

@@ -9,31 +9,30 @@ import torch
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 
-MEMORY = (
+MEMORY_ADVICE = (
     "take a smaller working size such as --data.size 384, --data.geometry crop, fewer layers by "
     "--model.max_grid 32, --model.attention low_rank, --model.kv replayed in tuning, --model.slots 1 or "
     "--trainer.precision bf16-mixed; `kvinv plan` counts what each of them takes"
 )
-"""Advice for running out of memory."""
-SAID = re.compile(
+OUT_OF_MEMORY = re.compile(
     r"out of memory|(?:can't allocate|not enough) memory|Invalid buffer size|_STATUS_ALLOC_FAILED", re.I
 )
 """How a RuntimeError tells it: MPS, the CPU and the libraries of a GPU have no type of their own for it."""
-WHERE = re.compile(r"^\[enforce fail at [^]]*\][^.]*\. ")
+_SOURCE_LOCATION = re.compile(r"^\[enforce fail at [^]]*\][^.]*\. ")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of any device, or of the machine, was not enough."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and SAID.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def reason(error: BaseException) -> str:
     """The message for a failed picture, with advice if it ran out of memory."""
     if is_out_of_memory(error):
-        said = WHERE.sub("", str(error)).partition(". ")[0].strip()
-        return f"out of memory{f' ({said})' if said else ''}: {MEMORY}"
+        detail = _SOURCE_LOCATION.sub("", str(error)).partition(". ")[0].strip()
+        return f"out of memory{f' ({detail})' if detail else ''}: {MEMORY_ADVICE}"
     return str(error)
 
 
@@ -48,7 +47,7 @@ class Failures:
         """Whether this picture has failed."""
         return image.label in self.reasons
 
-    def left(self, images: Iterable[SourceImage]) -> list[SourceImage]:
+    def remaining(self, images: Iterable[SourceImage]) -> list[SourceImage]:
         """Those that have not failed, in their order."""
         return [image for image in images if image not in self]
 
@@ -59,21 +58,17 @@ class Failures:
         self.reasons.setdefault(label, " ".join(reason.split()))
 
     @contextmanager
-    def of(self, images: Iterable[SourceImage]) -> Iterator[None]:
+    def catching(self, images: Iterable[SourceImage]) -> Iterator[None]:
         """Mark these pictures as failed on an error inside; re-raise StopError."""
         images = list(images)
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except (UserError, RuntimeError, MemoryError) as error:
+            is_of_one = isinstance(error, UserError) and not isinstance(error, StopError) and self.total > 1
+            if not (is_of_one or is_out_of_memory(error)):
                 raise
             for image in images:
                 self.note(image.label, reason(error))
-        except UserError as error:
-            if self.total == 1 or isinstance(error, StopError):
-                raise
-            for image in images:
-                self.note(image.label, str(error))
 
     def raise_failures(self) -> None:
         """Raise SomeFailedError where some have failed, and where all have, a UserError of one line."""

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,16 +44,10 @@ def rows_of(
         mask: The mask of rows without one.
         notes: Gets a line about files of a folder that are not pictures.
     """
-    return _merged(
-        Row(row["image"], row.get("source", source), list(row.get("targets", targets)), row.get("mask", mask))
-        for row in _rows(path, [] if notes is None else notes)
-    )
-
-
-def _merged(rows: Iterable[Row]) -> list[Row]:
-    """One row for each picture, source and mask: the targets of several share its tuning."""
-    merged: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
+    merged: dict[tuple[Any, ...], Row] = {}  # the targets of one picture, source and mask share its tuning
+    for given in _rows(path, [] if notes is None else notes):
+        prompts = list(given.get("targets", targets))
+        row = Row(given["image"], given.get("source", source), prompts, given.get("mask", mask))
         first = merged.setdefault((row.image.absolute(), row.source, row.mask), row)
         if first is not row:
             first.targets += [target for target in row.targets if target not in first.targets]
@@ -99,10 +93,10 @@ def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
 
     taken = [file for file in files if is_taken(file)]
     masks = masks_among(taken)
-    found = [file for file in taken if file not in masks]
+    pictures = [file for file in taken if file not in masks]
     skipped = [f"{file.name}{'/' if file.is_dir() else ''}" for file in files if file not in taken]
     named = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-    if not found:
+    if not pictures:
         got = f"got {named}" if skipped else "it is empty"
         raise UserError(f"{folder} contains no pictures ({got}): name a folder that does")
     if skipped:
@@ -113,7 +107,7 @@ def _pictures_in(folder: Path, notes: list[str]) -> list[Path]:
             + (f" and {len(masks) - 1} more" if len(masks) > 1 else "")
             + "; a list with the column mask gives each picture its own"
         )
-    return found
+    return pictures
 
 
 def masks_among(files: Sequence[Path]) -> list[Path]:

@@ -11,19 +11,23 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.data.images.geometry import Mode, as_pixels, fit_geometry, to_size, working_size
-from kvinv_pl.data.images.masks import fitted, open_mask
+from kvinv_pl.data.images.masks import fit_mask, open_mask
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.records import picture_record
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
 
 Stage = Literal["invert", "fit", "edit"]
-CHOSEN = ("variant", "vae", "prediction_type", "timestep_spacing", "loras", "embeddings")
-"""What run.json has with the checkpoint if it was chosen."""
+CHECKPOINT_OPTIONS = {
+    **dict.fromkeys(("variant", "vae", "prediction_type", "timestep_spacing", "loras", "embeddings")),
+    "clip_skip": 1,
+    "prompt_syntax": "plain",
+}
+"""The options that run.json has beside the checkpoint, except those with these values."""
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class LoadedImage:
     """A picture in the model's size, and its record; one byte a value, because it is kept."""
 
     record: dict[str, Any]
@@ -58,7 +62,7 @@ class SourceImage:
     """The shorter side of the model's pixels; None: as the checkpoint was made for."""
     shared: bool = False
     """Whether another one is of the same picture, by other prompts or another mask."""
-    _opened: tuple[tuple[tuple[int, int], int], Opened] | None = field(default=None, init=False, repr=False)
+    _loaded: tuple[Any, LoadedImage] | None = field(default=None, init=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -67,33 +71,33 @@ class SourceImage:
             return f"{self.path} ({self.store.folder})"
         return str(self.path or self.store.folder)
 
-    def opened(self, sample_size: tuple[int, int], multiple: int) -> Opened:
+    def load(self, sample_size: tuple[int, int], multiple: int) -> LoadedImage:
         """The picture and its mask, read once until `close`; raises UserError if they are not valid.
 
         Args:
             sample_size: Height and width that the model was made for; see `fit_geometry`.
             multiple: What both sides of its pixels have to be multiples of.
         """
-        if self._opened is None or self._opened[0] != (sample_size, multiple):
-            self._opened = (sample_size, multiple), self._open(sample_size, multiple)
-        return self._opened[1]
+        if self._loaded is None or self._loaded[0] != (sample_size, multiple):
+            self._loaded = (sample_size, multiple), self._load(sample_size, multiple)
+        return self._loaded[1]
 
-    def _open(self, sample_size: tuple[int, int], multiple: int) -> Opened:
+    def _load(self, sample_size: tuple[int, int], multiple: int) -> LoadedImage:
         if self.path is None:
             raise UserError(f"{self.store.folder} is not inverted, and no picture was given: give --image")
         picture = open_picture(self.path)
         wanted = working_size(sample_size, self.size, multiple)
         geometry = fit_geometry(picture.image.size, wanted, multiple, self.geometry)
         mask = open_mask(self.mask, self.invert_mask) if self.mask else None
-        return Opened(
+        return LoadedImage(
             picture_record(self.name, picture, geometry, self.geometry, mask.sha256 if mask else None),
             to_size(picture.image, geometry),
-            fitted(mask.image, geometry, f"the mask {self.mask}") if mask else None,
+            fit_mask(mask.image, geometry, f"the mask {self.mask}") if mask else None,
         )
 
     def close(self) -> None:
         """Forget what was read: the file may change until the next time."""
-        self._opened = None
+        self._loaded = None
 
     def remember_targets(self) -> None:
         """Write the targets to run.json, as the default of later edits."""
@@ -108,9 +112,9 @@ def _stores_in(folder: Path) -> list[RunStore]:
         return [RunStore(folder)]
     stores = [RunStore(file.parent) for file in sorted(folder.glob("*/run.json"))]
     if not stores:
-        found = "it has no run.json, nor has a folder in it" if folder.is_dir() else "there is no such folder"
+        what = "it has no run.json, nor has a folder in it" if folder.is_dir() else "there is no such folder"
         raise UserError(
-            f"{folder} is not a run folder: {found}; name one that `kvinv fit` or `kvinv run` made"
+            f"{folder} is not a run folder: {what}; name one that `kvinv fit` or `kvinv run` made"
         )
     return stores
 
@@ -137,8 +141,8 @@ def images_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Itera
                 record = store.read_run()
                 picture, source = record["picture"], record["source"]
                 mask = store.folder / "mask.png" if picture["mask"] else None
-                own_targets = targets or _remembered(store, record)
-                image = SourceImage(picture["name"], store, None, source, own_targets, mask, picture["mode"])
+                prompts = targets or _recorded_targets(store, record)
+                image = SourceImage(picture["name"], store, None, source, prompts, mask, picture["mode"])
         except UserError as error:
             if len(stores) == 1:
                 raise
@@ -147,7 +151,7 @@ def images_in(folder: Path, targets: list[str], failed: dict[str, str]) -> Itera
         yield image
 
 
-def _remembered(store: RunStore, run: Mapping[str, Any]) -> list[str]:
+def _recorded_targets(store: RunStore, run: Mapping[str, Any]) -> list[str]:
     targets = run.get("targets", [])
     if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
         file = store.folder / "run.json"
@@ -160,7 +164,7 @@ def tuned_with(run: Mapping[str, Any]) -> dict[str, Any]:
     model, tuning = run["model"], run["tuning"]
     return {
         "checkpoint": model["checkpoint"],
-        **{name: model[name] for name in (*CHOSEN, "clip_skip", "prompt_syntax") if name in model},
+        **{name: model[name] for name in CHECKPOINT_OPTIONS if name in model},
         "attention": tuning["attention"],
         "target_modules": tuning["sites"],
         "max_grid": tuning["max_grid"],
@@ -171,15 +175,7 @@ def tuned_with(run: Mapping[str, Any]) -> dict[str, Any]:
 def _settings_in(folder: Path, run: Mapping[str, Any], idle: Mapping[str, Any]) -> dict[str, Any]:
     if "tuning" not in run:
         raise UserError(f"{folder} is not tuned: run `kvinv fit` before editing")
-    return {
-        **dict.fromkeys(CHOSEN),
-        "clip_skip": 1,
-        "prompt_syntax": "plain",
-        **tuned_with(run),
-        "kv": run["tuning"]["kv"],
-        **idle,
-        **run["editing"],
-    }
+    return {**CHECKPOINT_OPTIONS, **tuned_with(run), "kv": run["tuning"]["kv"], **idle, **run["editing"]}
 
 
 def settings_of(folder: Path, idle: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kvinv_pl.data.source_image import SourceImage
 class Writer:
     """Writes files in a thread, in their order; a file that cannot be written fails its picture.
 
-    Outside `running` a file is written at once. Whoever hands files on calls `settle` first: then no more
+    Outside `running` a file is written at once. Whoever hands files on calls `flush` first: then no more
     than those of one phase are not on the disk.
     """
 
@@ -33,10 +33,10 @@ class Writer:
                 yield
             finally:
                 self._pool = None
-            self.settle()
+            self.flush()
 
-    def of(self, image: SourceImage) -> Into:
-        """What takes the writing of a picture's files."""
+    def submitter(self, image: SourceImage) -> Into:
+        """What takes the writing of an image's files, as `into` of `RunStore.save_step`."""
 
         def take(write: Callable[[], None]) -> None:
             if self._pool is None:
@@ -46,9 +46,9 @@ class Writer:
 
         return take
 
-    def settle(self) -> None:
-        """Wait until everything is written; mark pictures as failed, or raise, as `Failures.of` does."""
+    def flush(self) -> None:
+        """Wait until everything is written; mark pictures as failed, or raise, as `Failures.catching`."""
         pending, self._pending = self._pending, []
         for image, written in pending:
-            with self.failures.of([image]):
+            with self.failures.catching([image]):
                 written.result()

@@ -39,45 +39,45 @@ def first_missing(done: Set[int], steps: int) -> int:
     return next((i for i in range(steps) if i not in done), steps)
 
 
-def batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Batch]:
+def make_batches(done: Sequence[Set[int] | None], steps: int, slots: int) -> list[Batch]:
     """Unfinished pictures in batches of `slots`, by the step at which they resume; None: finished.
 
     Who shares a batch, and in which slot, follows from the order alone and not from what is done, so that a
     resumed fit computes the same as one that was not stopped. For the same reason a picture that is one step
     ahead, as a kill between the files of one phase leaves it, makes that step again.
     """
-    found = []
+    batches = []
     for begin in range(0, len(done), slots):
         row = enumerate(done[begin : begin + slots])
-        firsts = {slot: first_missing(made, steps) for slot, made in row if made is not None}
+        firsts = {slot: first_missing(each, steps) for slot, each in row if each is not None}
         waiting = {slot: first for slot, first in firsts.items() if first < steps}
         while waiting:
             first = min(waiting.values())
             active = [slot for slot, at in firsts.items() if first <= at <= first + 1]
             members = [begin + (slot if slot in active else active[0]) for slot in range(slots)]
-            found.append(Batch(tuple(members), tuple(slot in active for slot in range(slots)), first))
+            batches.append(Batch(tuple(members), tuple(slot in active for slot in range(slots)), first))
             waiting = {slot: at for slot, at in waiting.items() if slot not in active}
-    return found
+    return batches
 
 
-def roll_out(made: Iterable[Batch], steps: int) -> list[Phase]:
+def roll_out(batches: Iterable[Batch], steps: int) -> list[Phase]:
     """The phases in which z-tilde of every batch rolls out, in order: all slots are at the same step."""
     return [
         Phase(batch.members, (step,) * len(batch.members), batch.active, step == batch.first)
-        for batch in made
+        for batch in batches
         for step in range(batch.first, steps)
     ]
 
 
 def missing_at_pivots(
-    made: Iterable[Batch], done: Sequence[Set[int]], steps: int, carry: bool
+    batches: Iterable[Batch], done: Sequence[Set[int]], steps: int, carry: bool
 ) -> list[set[int]]:
     """The steps of each picture that are still to be tuned at their pivots, for the batches to roll out.
 
     With `carry`, a resumed batch needs the step before, too.
     """
     missing = [set[int]() for _ in done]
-    for batch in made:
+    for batch in batches:
         for member, active in zip(batch.members, batch.active, strict=True):
             if active:
                 missing[member] = {*range(max(0, batch.first - carry), steps)} - done[member]
@@ -92,12 +92,12 @@ def at_pivots(needed: Sequence[Set[int]], steps: int, slots: int) -> list[Phase]
     what is needed, so that a resumed fit computes the same as one that was not stopped.
     """
     every = [(picture, step) for picture in range(len(needed)) for step in range(steps)]
-    found = []
+    phases = []
     for begin in range(0, len(every), slots):
         items = every[begin : begin + slots]
         active = [step in needed[picture] for picture, step in items]
         if any(active):
             empty = slots - len(items)
             members, at = zip(*items, *[items[-1]] * empty, strict=True)
-            found.append(Phase(members, at, (*active, *[False] * empty), True))
-    return found
+            phases.append(Phase(members, at, (*active, *[False] * empty), True))
+    return phases

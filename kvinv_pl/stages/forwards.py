@@ -28,7 +28,7 @@ class Forwards:
     """Of the source beside its targets, with kv replayed."""
 
 
-def forwards(
+def count_forwards(
     steps: int,
     inverting: InversionSettings,
     tuning: TuningSettings,

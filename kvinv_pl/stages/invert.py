@@ -10,22 +10,22 @@ from kvinv_pl.data.images.geometry import Geometry, to_image, to_mask
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.records import TRAJECTORY_FIELDS, geometry_of, versions
 from kvinv_pl.data.runs.run_store import RunStore
-from kvinv_pl.data.source_image import Opened, SourceImage
+from kvinv_pl.data.source_image import LoadedImage, SourceImage
 from kvinv_pl.models.checkpoints.finite import require_finite
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.stages.curriculum import first_missing
-from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import InversionSettings
 
 
-def opened(denoiser: Denoiser, image: SourceImage) -> Opened:
+def load_image(denoiser: Denoiser, image: SourceImage) -> LoadedImage:
     """The picture in this model's size."""
-    return image.opened(denoiser.backbone.sample_size, denoiser.backbone.multiple)
+    return image.load(denoiser.backbone.sample_size, denoiser.backbone.multiple)
 
 
 def inversion_record(denoiser: Denoiser, image: SourceImage, settings: InversionSettings) -> dict[str, Any]:
     """The fields of run.json for the inversion."""
-    backbone, picture = denoiser.backbone, opened(denoiser, image).record
+    backbone, picture = denoiser.backbone, load_image(denoiser, image).record
     if lost := backbone.prompts.truncated(image.source):
         notes = [*picture["notes"], f"the end of the source prompt is not read: {lost}"]
         picture = {**picture, "notes": notes}
@@ -63,10 +63,12 @@ def is_tuned(denoiser: Denoiser, store: RunStore) -> bool:
 
 
 @torch.no_grad()
-def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSettings, watch: Watch) -> None:
+def invert_picture(
+    denoiser: Denoiser, image: SourceImage, settings: InversionSettings, observers: Observers
+) -> None:
     """Stage 1 of one picture: source.png, trajectory.safetensors and run.json."""
     record = inversion_record(denoiser, image, settings)
-    store, table, picture = image.store, denoiser.table, opened(denoiser, image)
+    store, table, picture = image.store, denoiser.table, load_image(denoiser, image)
     pixels, mask = picture.pixels, picture.mask
     z_0 = denoiser.backbone.encode(pixels[None].to(denoiser.device))
     contexts = denoiser.backbone.embed([record["inversion"]["negative"], image.source])[:, None]
@@ -77,10 +79,10 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
         what = f"what the model makes of {image.name} at timestep {int(t[0])} of the inversion"
         return require_finite(predict(z, t), what, denoiser.backbone.unet.dtype, also)
 
-    watch.progress.begin("inverting", image.name, len(table))
+    observers.progress.begin("inverting", image.name, len(table))
     z = invert(
         finite, z_0, table,
-        lambda i: watch.progress.advance(f"timestep {int(table.timesteps[i])}"),
+        lambda i: observers.progress.advance(f"timestep {int(table.timesteps[i])}"),
     )  # fmt: skip
     geometry = geometry_of(record["picture"])
     if mask is not None:
@@ -90,7 +92,7 @@ def invert_picture(denoiser: Denoiser, image: SourceImage, settings: InversionSe
     store.save_trajectory(z[:, 0].cpu())
     run = store.read_run() if store.has_run() else {}  # a lost trajectory is made again
     store.write_run({**run, **record})  # last: with it, the picture is inverted
-    watch.progress.finish()
+    observers.progress.finish()
 
 
 def mask_of(store: RunStore) -> Tensor | None:

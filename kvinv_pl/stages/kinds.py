@@ -42,6 +42,24 @@ def at_least_0(name: str, value: float) -> None:
         raise UserError(f"{name}: expected a finite number of 0 or more, got {value}")
 
 
+def above_0(name: str, value: float) -> None:
+    """Refuse a factor that is no finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def share(name: str, value: float) -> None:
+    """Refuse a share of the steps outside of 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}: expected a share of the steps, 0 to 1, got {value}")
+
+
+def mean_squared_error(name: str, value: float) -> None:
+    """Refuse an error below 0; infinity is one that everything is within."""
+    if not value >= 0:
+        raise UserError(f"{name}: expected a mean squared error of 0 or more, got {value}")
+
+
 def at_least_1(name: str, count: int) -> None:
     """Refuse a count below 1."""
     if count < 1:

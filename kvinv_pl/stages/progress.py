@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvinv_pl.data.failures import Failures
 
-REDRAWN = 0.1  # seconds, on a terminal
-REPEATED = 30.0  # seconds, elsewhere
+REDRAW_SECONDS = 0.1  # on a terminal
+LOG_SECONDS = 30.0  # elsewhere
 
 
 class Progress:
@@ -34,9 +34,9 @@ class Progress:
 
     def line(self, detail: str) -> str:
         """What is under way, how far it is and how long the rest will take."""
-        took = time.monotonic() - self._began
-        left = f", {clock(took * (self._total / self._done - 1))} left" if self._done else ""
-        return f"{self._task}: {self._done}/{self._total} {detail}{left}"
+        elapsed = time.monotonic() - self._began
+        rest = f", {format_seconds(elapsed * (self._total / self._done - 1))} left" if self._done else ""
+        return f"{self._task}: {self._done}/{self._total} {detail}{rest}"
 
     @property
     def share(self) -> float:
@@ -46,7 +46,7 @@ class Progress:
     def show(self, detail: str) -> None:
         """Show the progress of the stage, rate-limited."""
         now = time.monotonic()
-        if self.quiet or now - self._drawn < (REDRAWN if self._interactive else REPEATED):
+        if self.quiet or now - self._drawn < (REDRAW_SECONDS if self._interactive else LOG_SECONDS):
             return
         self._drawn, line = now, self.line(detail)
         if self._interactive:  # a line that wraps could not be rewritten
@@ -61,9 +61,9 @@ class Progress:
 
     def finish(self, detail: str = "") -> None:
         """The stage is over: leave a line that stays."""
-        took = clock(time.monotonic() - self._began)
+        elapsed = format_seconds(time.monotonic() - self._began)
         counted = f"{self._done} {self._counted}{'' if self._done == 1 else 's'}"
-        self.note(f"{self._task}: {counted} in {took}{', ' if detail else ''}{detail}")
+        self.note(f"{self._task}: {counted} in {elapsed}{', ' if detail else ''}{detail}")
 
     def note(self, text: str) -> None:
         """Print a line for the user."""
@@ -80,7 +80,7 @@ class Progress:
             stream.flush()
 
 
-def clock(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds for display: 4.2 s, 3:07 min, 2:15 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -92,7 +92,7 @@ AfterStep: TypeAlias = Callable[[int, int, Tensor], Tensor | None]
 
 
 @dataclass
-class Watch:
+class Observers:
     """The observers of a run: progress display, list of failures, loggers."""
 
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))

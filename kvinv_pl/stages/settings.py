@@ -21,7 +21,16 @@ from kvinv_pl.data.runs.records import optimizer_record
 from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.kinds import at_least_0, at_least_1, one_of, plain, require_kind
+from kvinv_pl.stages.kinds import (
+    above_0,
+    at_least_0,
+    at_least_1,
+    mean_squared_error,
+    one_of,
+    plain,
+    require_kind,
+    share,
+)
 
 Reading = Literal["frozen", "blend"]
 KeyValues = Literal["stored", "replayed"]
@@ -49,25 +58,22 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Refuse values of another kind than the fields', and texts that are no choice."""
+        """Refuse values of another kind, texts that are no choice, and what the field checks."""
         for setting in fields(self):
             name, value = options_of(setting)[0], getattr(self, setting.name)
             require_kind(name, value, setting.type)
             if get_origin(setting.type) is Literal:
                 one_of(name, value, setting.type)
+            if "check" in setting.metadata and value is not None:
+                setting.metadata["check"](name, value)
 
 
 @dataclass(frozen=True)
 class InversionSettings(Settings):
     """The settings of stage 1."""
 
-    guidance: float = field(metadata={"options": ("inversion_guidance",)})
+    guidance: float = field(metadata={"options": ("inversion_guidance",), "check": at_least_0})
     negative: str
-
-    def __post_init__(self) -> None:
-        """Validate, with the names of the parameters in errors."""
-        super().__post_init__()
-        at_least_0("inversion_guidance", self.guidance)
 
     def record(self) -> dict[str, Any]:
         """The field "inversion" of run.json."""
@@ -78,13 +84,15 @@ class InversionSettings(Settings):
 class TuningSettings(Settings):
     """The settings of stage 2."""
 
-    guidance: float = field(metadata={"options": ("tuning_guidance", "source_guidance", "guidance")})
+    guidance: float = field(
+        metadata={"options": ("tuning_guidance", "source_guidance", "guidance"), "check": at_least_0}
+    )
     negative: str
     curriculum: Curriculum
-    inner_steps: int
-    settle_steps: int
-    tolerance: float
-    tolerance_growth: float
+    inner_steps: int = field(metadata={"check": at_least_1})
+    settle_steps: int = field(metadata={"check": at_least_1})
+    tolerance: float = field(metadata={"check": mean_squared_error})
+    tolerance_growth: float = field(metadata={"check": mean_squared_error})
     carry: bool
     kv: KeyValues
     seed: int
@@ -93,14 +101,8 @@ class TuningSettings(Settings):
     retries: int
 
     def __post_init__(self) -> None:
-        """Validate, with the names of the parameters in errors."""
+        """Refuse attempts that no picture could pass, or fewer than none."""
         super().__post_init__()
-        at_least_0("tuning_guidance", self.guidance)
-        at_least_1("inner_steps", self.inner_steps)
-        at_least_1("settle_steps", self.settle_steps)
-        for name in ("tolerance", "tolerance_growth"):
-            if not (bound := getattr(self, name)) >= 0:
-                raise UserError(f"{name}: expected a mean squared error of 0 or more, got {bound}")
         if math.isnan(self.required_psnr) or self.retries < 0:
             raise UserError(
                 "required_psnr and retries: expected dB and a number of 0 or more, got "
@@ -163,34 +165,25 @@ class EditSettings(Settings):
     metadata "idle", and is left out of every record at that value: edits made before stay the same edits.
     """
 
-    guidance: float = field(metadata={"range": (0.0, 20.0)})
+    guidance: float = field(metadata={"range": (0.0, 20.0), "check": at_least_0})
     reading: Reading
     kv: KeyValues
-    start: float = field(metadata={"range": (0.0, 1.0)})
+    start: float = field(metadata={"range": (0.0, 1.0), "check": share})
     negative: str
     subject: str | None
-    source_guidance: float | None = field(metadata={"idle": None})
-    sharpness: float = field(metadata={"idle": 1.0, "range": (0.5, 3.0)})
+    source_guidance: float | None = field(metadata={"idle": None, "check": at_least_0})
+    sharpness: float = field(metadata={"idle": 1.0, "range": (0.5, 3.0), "check": above_0})
     mixing: Mixing = field(metadata={"idle": "replace"})
     background: Background = field(metadata={"idle": "free"})
-    ahead: float = field(metadata={"idle": 0.0, "range": (0.0, 1.0)})
-    reading_guidance: float = field(metadata={"idle": 1.0, "range": (0.0, 4.0)})
+    ahead: float = field(metadata={"idle": 0.0, "range": (0.0, 1.0), "check": share})
+    reading_guidance: float = field(metadata={"idle": 1.0, "range": (0.0, 4.0), "check": at_least_0})
 
     def __post_init__(self) -> None:
-        """Validate, with the names of the parameters in errors."""
+        """Refuse what reading blend would ignore."""
         super().__post_init__()
-        at_least_0("guidance", self.guidance)
-        if self.source_guidance is not None:
-            at_least_0("source_guidance", self.source_guidance)
-        for name, share in (("start", self.start), ("ahead", self.ahead)):
-            if not 0 <= share <= 1:
-                raise UserError(f"{name}: expected a share of the steps, 0 to 1, got {share}")
-        if not (math.isfinite(self.sharpness) and self.sharpness > 0):
-            raise UserError(f"sharpness: expected a finite number above 0, got {self.sharpness}")
         for name, value, idle in (("sharpness", self.sharpness, 1), ("mixing", self.mixing, "replace")):
             if value != idle and self.reading != "frozen":
                 raise UserError(f"{name}: expected {idle} with reading {self.reading}, got {value}")
-        at_least_0("reading_guidance", self.reading_guidance)
 
     @property
     def guide(self) -> Guidance:

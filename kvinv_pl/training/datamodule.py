@@ -17,7 +17,7 @@ from kvinv_pl.data.manifest import LISTS, rows_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage, images_in
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import EditSettings, InversionSettings
 
 
@@ -27,8 +27,8 @@ class Job:
 
     image: SourceImage
     settings: InversionSettings | EditSettings
-    watch: Watch
-    again: bool
+    observers: Observers
+    overwrite: bool
     """Whether an existing edit is rendered again."""
 
 
@@ -122,10 +122,10 @@ class SourceImages(LightningDataModule):
         return DataLoader(range(self.inner_steps), batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def jobs(
-        self, images: Iterable[SourceImage], settings: InversionSettings | EditSettings, watch: Watch
+        self, images: Iterable[SourceImage], settings: InversionSettings | EditSettings, observers: Observers
     ) -> DataLoader[Job]:
         """The stage of these settings, of these pictures, for the trainer's predict loop."""
-        jobs: Any = [Job(image, settings, watch, self.overwrite) for image in images]
+        jobs: Any = [Job(image, settings, observers, self.overwrite) for image in images]
         return DataLoader(jobs, batch_size=None, collate_fn=lambda job: job)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvinv_pl.attention.cp_attention import CPAttention
-from kvinv_pl.data.failures import MEMORY
+from kvinv_pl.data.failures import MEMORY_ADVICE
 from kvinv_pl.data.images.geometry import fit_geometry, working_size
 from kvinv_pl.data.runs.tensors import stored_bytes
 from kvinv_pl.data.source_image import SourceImage
@@ -21,9 +21,9 @@ from kvinv_pl.models.costs.memory import fitting, free_bytes, in_units
 from kvinv_pl.models.costs.meta_model import META, Costs, MetaModel, prompt_tokens
 from kvinv_pl.models.costs.timing import NetworkTimings, time_network
 from kvinv_pl.optimizers import needs_closure
-from kvinv_pl.stages.forwards import forwards
-from kvinv_pl.stages.progress import clock
-from kvinv_pl.training.admission import candidates
+from kvinv_pl.stages.forwards import count_forwards
+from kvinv_pl.stages.progress import format_seconds
+from kvinv_pl.training.admission import most_slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.machine import Machine
 from kvinv_pl.training.module import KVInversion
@@ -67,7 +67,7 @@ def _size(image: SourceImage, sizes: Sizes) -> tuple[int, int]:
     if image.path is None:
         picture = image.store.read_run()["picture"]
     else:
-        picture = image.opened(sizes.sample, sizes.multiple).record
+        picture = image.load(sizes.sample, sizes.multiple).record
         image.close()
     width, height = picture["model_size"]
     return width, height
@@ -94,7 +94,7 @@ class Estimate:
         self.sketch = self._sketch_at(self.grid)
         self.variant: CPAttention = next(iter(self.sketch.psi.values()))
         self.learned: list[nn.Parameter] = list(self.variant.parameters())
-        self.made = forwards(model.steps, model.inverting, model.tuning, model.editing, self.variant)
+        self.counts = count_forwards(model.steps, model.inverting, model.tuning, model.editing, self.variant)
 
     def _sketch_at(self, grid: tuple[int, int]) -> MetaModel:
         model, machine = self.model, self.machine
@@ -108,17 +108,17 @@ class Estimate:
         if self.costs.weights + self.costs.slot > free_bytes(device):
             return None
         speed = self.machine.speed
-        return time_network(self._sketch_at, self.grid, multiple, self.made.tuning_rows, device, speed)
+        return time_network(self._sketch_at, self.grid, multiple, self.counts.tuning_rows, device, speed)
 
     @cached_property
     def costs(self) -> Costs:
         """What the network takes."""
         keeps_bars = self.model.tuning.kv == "stored" or self.variant.at_pivot
-        return self.sketch.costs(self.made.tuning_rows, keeps_bars)
+        return self.sketch.costs(self.counts.tuning_rows, keeps_bars)
 
     def lines(self) -> Iterator[str]:
         """For the user."""
-        model, made, sketch, machine = self.model, self.made, self.sketch, self.machine
+        model, counts, sketch, machine = self.model, self.counts, self.sketch, self.machine
         count = f"{self.pictures} pictures" if self.pictures > 1 else "a picture"
         dtype = str(machine.dtype).removeprefix("torch.")
         yield (
@@ -127,33 +127,33 @@ class Estimate:
         )
         values = sum(value.numel() for value in sketch.values())
         yield f"  psi: {values:,} values a step, at {len(sketch.sites)} self-attentions"
-        slots, what = self._slots()
-        yield f"  slots: {slots} {what}"
+        slots, unit = self._slots()
+        yield f"  slots: {slots} {unit}"
         yield from self._memory(slots)
         psi, bars = self.on_disk()
         yield f"  disk: {in_units(psi + bars)} a picture, of which K-bar and V-bar {in_units(bars)}"
-        least = f"{made.tuning_least} to " if made.tuning_least < made.tuning else ""
-        source = f" and {made.source_rows} of the source" if made.source_rows else ""
+        least = f"{counts.tuning_least} to " if counts.tuning_least < counts.tuning else ""
+        source = f" and {counts.source_rows} of the source" if counts.source_rows else ""
         yield (
-            f"  forwards: inversion {made.inversion}, tuning {least}{made.tuning} ({made.inner_steps} with a "
-            f"backward at most), the edits {made.edit}"
+            f"  forwards: inversion {counts.inversion}, tuning {least}{counts.tuning} ({counts.inner_steps} "
+            f"with a backward at most), the edits {counts.edit}"
         )
         yield (
-            f"  rows of a forward: inversion {made.inversion_rows}, tuning {made.tuning_rows} a slot, edit "
-            f"{made.edit_rows} a target{source}"
+            f"  rows of a forward: inversion {counts.inversion_rows}, tuning {counts.tuning_rows} a slot, "
+            f"edit {counts.edit_rows} a target{source}"
         )
         yield from self._work()
 
     def _slots(self) -> tuple[int, str]:
         model, machine = self.model, self.machine
         optimizer = model.optimizer(self.learned) if self.learned else None
-        count, what = candidates(model, -(-self.pictures // machine.devices), optimizer)
+        count, unit = most_slots(model, -(-self.pictures // machine.devices), optimizer)
         if model.slots != "auto":
-            return int(model.slots), f"for {what}"
+            return int(model.slots), f"for {unit}"
         if count == 1:
-            return 1, f"({what} one after the other)"
+            return 1, f"({unit} one after the other)"
         free = free_bytes(machine.device) - self.costs.weights
-        return fitting(self.costs.slot, free, count), f"of {count} {what} side by side"
+        return fitting(self.costs.slot, free, count), f"of {count} {unit} side by side"
 
     def _memory(self, slots: int) -> Iterator[str]:
         costs, free = self.costs, free_bytes(self.machine.device)
@@ -164,7 +164,7 @@ class Estimate:
             f"{in_units(costs.slot)}, or {decoding}; {in_units(free)} are free"
         )
         if needed > free:
-            yield f"  that is more than is free: {MEMORY.partition(';')[0]}"
+            yield f"  that is more than is free: {MEMORY_ADVICE.partition(';')[0]}"
 
     def on_disk(self) -> tuple[int, int]:
         """The bytes of a picture without K-bar and V-bar, and of those."""
@@ -173,17 +173,17 @@ class Estimate:
         latents = (2 * steps + 1) * sketch.latents(1, torch.float32).nbytes  # the trajectory, and z-tilde
         if self.model.tuning.kv == "replayed":
             return psi + latents, 0
-        shapes = [(self.made.tuning_rows, site.tokens, site.dim) for site in sketch.sites]
+        shapes = [(self.counts.tuning_rows, site.tokens, site.dim) for site in sketch.sites]
         bars = sum(2 * stored_bytes(torch.empty(shape, device=META), dtype) for shape in shapes)
         return psi + latents, bars * steps
 
     def _work(self) -> Iterator[str]:
-        made, costs, tuning = self.made, self.costs, self.model.tuning
-        inversion = made.inversion * made.inversion_rows * costs.row
-        ends = (made.tuning - made.inner_steps) * costs.forward
-        inner_steps = made.inner_steps * costs.inner_step
-        edit = made.edit * made.edit_rows * costs.row
-        source = made.edit * made.source_rows * costs.row
+        counts, costs, tuning = self.counts, self.costs, self.model.tuning
+        inversion = counts.inversion * counts.inversion_rows * costs.row
+        ends = (counts.tuning - counts.inner_steps) * costs.forward
+        inner_steps = counts.inner_steps * costs.inner_step
+        edit = counts.edit * counts.edit_rows * costs.row
+        source = counts.edit * counts.source_rows * costs.row
         yield (
             f"  work: inversion {_flop(inversion)}, tuning {_flop(ends + inner_steps)} at most, "
             f"an edit {_flop(edit + source)}"
@@ -199,7 +199,7 @@ class Estimate:
         """By operations of forwards, and of inner steps with their backward."""
         edits = f"{self.targets} edit{'s' if self.targets > 1 else ''}"
         if (timed := self.sample) is None:
-            whole = clock((forwards + inner_steps) / self.machine.speed)
+            whole = format_seconds((forwards + inner_steps) / self.machine.speed)
             yield (
                 f"  time: about {whole} a picture at most, with {edits}: a guess from products of matrices "
                 f"({_flop(self.machine.speed)}/s), as there is not the memory to time the network; it may be "
@@ -207,7 +207,7 @@ class Estimate:
             )
             return
         parts = zip(timed.forward.spread(forwards), timed.inner_step.spread(inner_steps), strict=True)
-        low, middle, high = (clock(sum(part)) for part in parts)
+        low, middle, high = (format_seconds(sum(part)) for part in parts)
         yield (
             f"  time: about {middle} a picture, with {edits} and all inner steps made; {low} to {high} by "
             "the quickest and the slowest time of the network here; VAE, disk and what else the machine "

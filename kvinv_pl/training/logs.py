@@ -24,19 +24,19 @@ def reporting_write_errors(folder: Path) -> Iterator[list[OSError]]:
     Raises:
         NoRoomError: On a write error in this thread.
     """
-    previous_hook, lost = threading.excepthook, list[OSError]()
+    previous_hook, errors = threading.excepthook, list[OSError]()
 
     def hook(args: threading.ExceptHookArgs) -> None:
         frames = (frame for frame, _ in walk_tb(args.exc_traceback))
         names = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames}
         if isinstance(args.exc_value, OSError) and not names.isdisjoint(WRITERS):
-            lost.append(args.exc_value)
+            errors.append(args.exc_value)
         else:
             previous_hook(args)
 
     threading.excepthook = hook
     try:
-        yield lost
+        yield errors
     except OSError as error:
         raise NoRoomError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; "
@@ -46,7 +46,7 @@ def reporting_write_errors(folder: Path) -> Iterator[list[OSError]]:
         threading.excepthook = previous_hook
 
 
-CHATTY = (
+LIGHTNING_LOGGERS = (
     "lightning.pytorch",
     "lightning.fabric",
     "lightning.pytorch.utilities.rank_zero",
@@ -71,7 +71,7 @@ def without_advice() -> Iterator[None]:
         for message in ADVICE:
             warnings.filterwarnings("ignore", message=message)
         try:
-            for logger in map(logging.getLogger, CHATTY):
+            for logger in map(logging.getLogger, LIGHTNING_LOGGERS):
                 if logger.getEffectiveLevel() < logging.WARNING:  # to set one asks every logger there is
                     levels[logger] = logger.level
                     logger.setLevel(logging.WARNING)

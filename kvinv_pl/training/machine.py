@@ -23,7 +23,7 @@ class Machine:
     """Floating point operations a second."""
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype, devices: int) -> Machine:
+    def measure(cls, device: torch.device, dtype: torch.dtype, devices: int) -> Machine:
         """Guess the speed from products of matrices, for a fifth of a second."""
         side, done = 4096 if device.type == "cuda" else 1024, 0
         a = torch.ones(side, side, device=device, dtype=dtype)

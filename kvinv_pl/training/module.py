@@ -25,10 +25,10 @@ from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.editing.edit import edit_picture
-from kvinv_pl.stages.editing.search import Auto, Search, search_edits, settled
+from kvinv_pl.stages.editing.search import Auto, Search, search_edits, without_auto
 from kvinv_pl.stages.invert import invert_picture, is_inverted
 from kvinv_pl.stages.kinds import at_least_1, plain, require_kind
-from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import (
     IDLE,
     Background,
@@ -182,21 +182,23 @@ class KVInversion(LightningModule):
         retries: int = 1,
     ):
         """Save the settings; the checkpoint is loaded when a stage begins, in the trainer's precision."""
-        asked = {**locals()}
-        given = settled(asked)
-        chosen = {name: value for name, value in defaults_for(checkpoint).items() if given[name] is None}
-        given |= {name: value for name, value in IDLE.items() if given[name] is None} | chosen
+        arguments = {**locals()}
+        options = without_auto(arguments)
+        defaults = IDLE | defaults_for(checkpoint)
+        options |= {name: value for name, value in defaults.items() if options[name] is None}
         super().__init__()
-        self.searching = Search.of(asked)
-        self.chosen = {name: value for name, value in chosen.items() if asked[name] is None}
+        self.search = Search.of(arguments)
+        self.chosen_defaults = {
+            name: value for name, value in defaults_for(checkpoint).items() if arguments[name] is None
+        }
         self.automatic_optimization = False
         self.checkpoint, self.variant, self.optimizer = checkpoint, attention or resolve("full_kv"), optimizer
         self.selection = Selection(
             target_modules, exclude_modules, layers_to_transform, layers_pattern, plain(max_grid)
         )
-        self.editing, self.inverting = EditSettings.of(given), InversionSettings.of(given)
-        self.tuning = TuningSettings.of(given)
-        self.load_options = LoadOptions.from_parameters({**given, "clip_skip": plain(clip_skip)})
+        self.editing, self.inverting = EditSettings.of(options), InversionSettings.of(options)
+        self.tuning = TuningSettings.of(options)
+        self.load_options = LoadOptions.from_parameters({**options, "clip_skip": plain(clip_skip)})
         self.steps, self.slots = plain(steps), plain(slots)
         counts = {"steps": steps, "slots": 1 if slots == "auto" else slots, "clip_skip": clip_skip}
         for name, count in counts.items():
@@ -253,17 +255,17 @@ class KVInversion(LightningModule):
 
     def predict_step(self, batch: Job, batch_idx: int) -> None:
         """One stage of one picture."""
-        image, settings, watch = batch.image, batch.settings, batch.watch
+        image, settings, observers = batch.image, batch.settings, batch.observers
         # what is written here is read by the tuning, where inference tensors would not do
-        with torch.inference_mode(False), watch.failures.of([image]):
-            if isinstance(settings, EditSettings) and self.searching.searches:
+        with torch.inference_mode(False), observers.failures.catching([image]):
+            if isinstance(settings, EditSettings) and self.search.is_active:
                 self.last_edits = search_edits(
-                    self.denoiser, image, settings, self.searching, watch, batch.again
+                    self.denoiser, image, settings, self.search, observers, batch.overwrite
                 )
             elif isinstance(settings, EditSettings):
-                self.last_edits = edit_picture(self.denoiser, image, settings, watch, batch.again)
+                self.last_edits = edit_picture(self.denoiser, image, settings, observers, batch.overwrite)
             elif not is_inverted(self.denoiser, image, settings):
-                invert_picture(self.denoiser, image, settings, watch)
+                invert_picture(self.denoiser, image, settings, observers)
 
     # ---- stage 2: the fit, whose epochs are phases
 
@@ -271,29 +273,24 @@ class KVInversion(LightningModule):
         """What psi depends on, besides the trajectory."""
         return self.tuning.record(self.denoiser.cps, self.selection.max_grid, self.configure_optimizers())
 
-    def passes(self, images: list[SourceImage], slots: int, watch: Watch) -> tuple[Pass, ...]:
+    def passes(self, images: list[SourceImage], slots: int, observers: Observers) -> tuple[Pass, ...]:
         """The passes over the timesteps of these pictures, of one latent size, in order."""
-        return self._planner(images, slots, watch).passes()
+        return self._planner(images, slots, observers).passes()
 
     def prepare(
-        self,
-        images: list[SourceImage],
-        slots: int,
-        watch: Watch,
-        attempt: int = 0,
-        which: Pass = "roll-out",
+        self, images: list[SourceImage], slots: int, observers: Observers, attempt: int, which: Pass
     ) -> Tuning:
         """Prepare a pass over pictures of one latent size; its plan has the phases that remain."""
         current = Attempt(attempt, self.tuning)
-        planner = self._planner(images, slots, watch)
+        planner = self._planner(images, slots, observers)
         precision = precision_of(self.denoiser.backbone.unet.dtype)
         editing = {**self.editing.for_run(), "precision": precision}
-        taken, plan = planner.plan(current, which, self.tuning_record, editing)
-        self._fit = Tuning(self.denoiser, current, which, taken, plan, watch)
+        attempt_images, plan = planner.plan(current, which, self.tuning_record, editing)
+        self._fit = Tuning(self.denoiser, current, which, attempt_images, plan, observers)
         return self._fit
 
-    def _planner(self, images: list[SourceImage], slots: int, watch: Watch) -> Planner:
-        return Planner(self.denoiser, self.tuning, images, slots, watch.failures)
+    def _planner(self, images: list[SourceImage], slots: int, observers: Observers) -> Planner:
+        return Planner(self.denoiser, self.tuning, images, slots, observers.failures)
 
     def configure_optimizers(self) -> Optimizer | None:
         """One optimiser for the live psi; none for a variant that learns nothing."""

@@ -12,7 +12,7 @@ from kvinv_pl.optimizers import needs_closure
 
 COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 AUTO = "auto"
-LEAST = 2.0**-24
+LEAST_LOSS_SCALE = 2.0**-24
 """Of a scale of the loss: what overflows even there is not finite at any."""
 
 
@@ -36,17 +36,17 @@ def overflows(plugin: Precision) -> Callable[[], bool]:
     def overflowed() -> bool:
         nonlocal scale
         before, scale = scale, 0.0 if scaler is None else scaler.get_scale()
-        return LEAST <= scale < before
+        return LEAST_LOSS_SCALE <= scale < before
 
     return overflowed
 
 
 def refuse_loss_scaling(optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> None:
     """Refuse an optimiser that evaluates the loss itself, where 16-mixed would scale it."""
-    made = optimizer([nn.Parameter(torch.zeros(1))])
-    if needs_closure(made):
+    instance = optimizer([nn.Parameter(torch.zeros(1))])
+    if needs_closure(instance):
         raise UserError(
-            f"precision: 16-mixed scales the loss, and {type(made).__name__} evaluates it itself: "
+            f"precision: 16-mixed scales the loss, and {type(instance).__name__} evaluates it itself: "
             "use bf16-mixed or 32-true"
         )
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from kvinv_pl.data.source_image import SourceImage, Stage
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.progress import Progress, Watch
+from kvinv_pl.stages.progress import Observers, Progress
 from kvinv_pl.stages.settings import EditSettings, InversionSettings
 from kvinv_pl.stages.tuning.certificate import next_attempt
 from kvinv_pl.stages.tuning.tune import Tuning
@@ -90,10 +90,10 @@ class KVTrainer(Trainer):
         )
         check_precision(precision, accelerator)
         self._chooses_precision = precision == AUTO  # once the checkpoint is known
-        settled: Any = "32-true" if self._chooses_precision else precision
+        initial_precision: Any = "32-true" if self._chooses_precision else precision
         with without_advice(), slurm_in_one_line():
             super().__init__(
-                accelerator=accelerator, devices=devices, precision=settled,
+                accelerator=accelerator, devices=devices, precision=initial_precision,
                 logger=False if isinstance(logger, bool) else logger,
                 callbacks=callbacks, fast_dev_run=fast_dev_run, max_epochs=-1, deterministic=deterministic,
                 profiler=profiler, default_root_dir=default_root_dir, enable_checkpointing=False,
@@ -104,7 +104,7 @@ class KVTrainer(Trainer):
         self._log_to_run = logger is True and not fast_dev_run
         self._logged_in: Path | None = None
         self._quiet = quiet
-        self.watch = Watch(Progress(quiet=quiet), x_0_every=x_0_every)
+        self.observers = Observers(Progress(quiet=quiet), x_0_every=x_0_every)
 
     @property
     def ranks(self) -> Ranks:
@@ -159,15 +159,12 @@ class KVTrainer(Trainer):
         """Estimate what all stages need: slots, memory, disk, forward passes and time; nothing is tuned."""
         device = self.strategy.root_device
         chosen = precision_for(model.checkpoint, device) if self._chooses_precision else str(self.precision)
-        machine = Machine.of(device, COMPUTE_DTYPES[chosen], self.ranks.world.local_size)
+        machine = Machine.measure(device, COMPUTE_DTYPES[chosen], self.ranks.world.local_size)
         for line in estimate(model, datamodule, machine) if self.ranks.is_main else ():
             print(line)
 
     def save_checkpoint(
-        self,
-        filepath: str | Path,
-        weights_only: bool | None = None,
-        storage_options: Any = None,
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
         """Do nothing: the state is in the run folder, and the same command resumes from there.
 
@@ -186,28 +183,28 @@ class KVTrainer(Trainer):
         """Check everything first; then take share after share through the stages."""
         if not self.ranks.is_called():  # a rank skips the calls it was not started for
             return
-        self.watch.progress.quiet = self._quiet or not self.ranks.is_main
+        self.observers.progress.quiet = self._quiet or not self.ranks.is_main
         workload = Workload(model, data, stages, bool(self.fast_dev_run), editing)
-        failures = self.watch.failures = workload.failures
+        failures = self.observers.failures = workload.failures
         self.settle_precision(model)
         if "fit" in stages and getattr(self.precision_plugin, "scaler", None) is not None:
             refuse_loss_scaling(model.optimizer)
         with without_advice(), self.ranks.running():
-            shares = self._begin(workload)
+            shares = self._make_shares(workload)
             # all ranks find these failures
             known_failures = {} if self.ranks.is_main else dict(failures.reasons)
-            with reporting_write_errors(data.out) as lost:
-                for n in self.ranks.mine(len(shares)):
+            with reporting_write_errors(data.out) as log_errors:
+                for n in self.ranks.claim_shares(len(shares)):
                     slots, members = shares[n]
                     images = [data.images[member] for member in members]
                     with workload.locked(images):
                         self._run_share(workload, slots, images)
             self.ranks.report(failures.reasons)
-        if lost:
-            Progress().note(f"some logs were lost: {lost[0].strerror or lost[0]}")
+        if log_errors:
+            Progress().note(f"some logs were lost: {log_errors[0].strerror or log_errors[0]}")
         failures.reasons |= self.ranks.reported
         for line in workload.results(with_quality=self.ranks.world.size > 1):  # others' lines are not shown
-            self.watch.progress.note(line)
+            self.observers.progress.note(line)
         if self.ranks.was_started:
             raise SystemExit(0)  # the starter shows what failed, and continues the program
         if self.ranks.is_one_of_many and len(failures.reasons) < failures.total:
@@ -216,7 +213,7 @@ class KVTrainer(Trainer):
             return  # an exit code would end the other ranks
         failures.raise_failures()
 
-    def _begin(self, workload: Workload) -> Shares:
+    def _make_shares(self, workload: Workload) -> Shares:
         """Load the model; return the shares, which the main rank computes for the ranks it started."""
         model, ranks, dtype = workload.model, self.ranks, COMPUTE_DTYPES[str(self.precision)]
         if ranks.was_started:
@@ -229,13 +226,13 @@ class KVTrainer(Trainer):
         model.load_backbone(dtype)
         # independent ranks must compute the same shares, so free memory must not matter to them
         shares = workload.shares(
-            None if ranks.is_one_of_many else ranks.world.local_size, ranks.device, self.watch.progress
+            None if ranks.is_one_of_many else ranks.world.local_size, ranks.device, self.observers.progress
         )
         ranks.publish_shares(shares)
         for line in workload.notes() if ranks.is_main else ():
             log.warning("%s", line)  # quiet or not
         for line in workload.choices(str(self.precision) if self._chooses_precision else None):
-            self.watch.progress.note(line)
+            self.observers.progress.note(line)
         return shares
 
     # ---- the stages of pictures side by side
@@ -245,11 +242,11 @@ class KVTrainer(Trainer):
         failures = workload.failures
         if "invert" in workload.stages:
             self._predict(workload, images, workload.model.inverting)
-            for image in failures.left(images):
-                with failures.of([image]):
+            for image in failures.remaining(images):
+                with failures.catching([image]):
                     image.remember_targets()
         if "fit" in workload.stages:
-            with failures.of(images):
+            with failures.catching(images):
                 self._fit(workload, slots, images)
         if "edit" in workload.stages and not self.fast_dev_run:
             self._predict(workload, images, workload.editing)
@@ -258,38 +255,38 @@ class KVTrainer(Trainer):
         self, workload: Workload, images: list[SourceImage], settings: InversionSettings | EditSettings
     ) -> None:
         """Stage 1 or 3 of the pictures that are left, one after the other."""
-        if left := workload.failures.left(images):
-            jobs = workload.data.jobs(left, settings, self.watch)
+        if left := workload.failures.remaining(images):
+            jobs = workload.data.jobs(left, settings, self.observers)
             self.predict(workload.model, jobs, return_predictions=False)
 
     def _fit(self, workload: Workload, slots: int, images: list[SourceImage]) -> None:
         """Tune pictures side by side; retry those that do not pass."""
         model, failures, attempt = workload.model, workload.failures, 0
-        self._open_log(workload.data)
+        self._set_loggers(workload.data)
         fit: Tuning | None = None
         while attempt is not None:
-            for which in model.passes(images, slots, self.watch):
-                fit = model.prepare(images, slots, self.watch, attempt, which)
+            for which in model.passes(images, slots, self.observers):
+                fit = model.prepare(images, slots, self.observers, attempt, which)
                 self._tune(fit, workload)
                 if which == "pivots" and fit.plan:
-                    self.watch.progress.finish()
+                    self.observers.progress.finish()
                 if self.fast_dev_run:
                     return
             assert fit is not None
             fit.results.certify_rest(fit.images)
             if not model.denoiser.learns:
                 return  # a retry would give the same
-            due = [next_attempt(image.store, model.tuning) for image in failures.left(images)]
+            due = [next_attempt(image.store, model.tuning) for image in failures.remaining(images)]
             attempt = min((number for number in due if number is not None), default=None)
 
-    def _open_log(self, data: SourceImages) -> None:
+    def _set_loggers(self, data: SourceImages) -> None:
         """Set the loggers of a fit: those given, or TensorBoard under the run folder."""
         if self._log_to_run and (not self.loggers or self._logged_in not in (None, data.out)):
             world = self.ranks.world  # a folder of logs for each, where there are several
             version = f"rank{world.rank}" if world.size > 1 else ""
             self.loggers = [TensorBoardLogger(data.out, name="logs", version=version)]
             self._logged_in = data.out
-        self.watch.loggers = self.loggers
+        self.observers.loggers = self.loggers
 
     def _tune(self, fit: Tuning, workload: Workload) -> None:
         """Lightning's fit, whose epochs are the phases of the plan."""

@@ -12,12 +12,12 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.models.input_warnings import skipped_timesteps, truncated_prompts, unknown_words
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import EditSettings
-from kvinv_pl.training.admission import check, choose_slots
+from kvinv_pl.training.admission import check_image, choose_slots
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.devices.work_queue import Shares
 from kvinv_pl.training.module import KVInversion
 
-HELD = 8
+KEPT_LOADED = 8
 """Pictures that stay in memory from the check to their turn; more of them are read a second time."""
 
 
@@ -57,9 +57,9 @@ class Workload:
         groups: dict[tuple[int, int, bool], list[int]] = {}
         for n, image in enumerate(self.data.images[:1] if self.dry_run else self.data.images):
             if image not in self.failures:
-                with self.failures.of([image]):
+                with self.failures.catching([image]):
                     groups.setdefault(self._check(image, self.data.overwrite), []).append(n)
-            if n >= HELD:
+            if n >= KEPT_LOADED:
                 image.close()
         if len(self.failures.reasons) == self.failures.total:
             self.failures.raise_failures()
@@ -85,7 +85,7 @@ class Workload:
             ("negative prompt", text) for text in (self.model.inverting.negative, self.editing.negative)
         ]
         same, without = list[str](), list[str]()
-        for image in self.failures.left(self.data.images):
+        for image in self.failures.remaining(self.data.images):
             if not image.source.strip():
                 without.append(image.label)
             if image.source in image.targets:
@@ -108,7 +108,7 @@ class Workload:
         """
         chosen = list[str]()
         if self.editing is self.model.editing and self.stages != ["invert"]:
-            chosen += [f"{name.replace('_', ' ')} {w:g}" for name, w in self.model.chosen.items()]
+            chosen += [f"{name.replace('_', ' ')} {w:g}" for name, w in self.model.chosen_defaults.items()]
         chosen += [f"precision {precision}"] if precision else []
         lines = [f"chosen by checkpoint and device: {', '.join(chosen)}"] if chosen else []
         denoiser = self.model.denoiser
@@ -119,7 +119,7 @@ class Workload:
     def results(self, with_quality: bool) -> Iterator[str]:
         """Lines for the user: where to look, with what quality where that was not shown, and what helps."""
         tries, required = 0, self.model.tuning.required_psnr
-        for image in self.failures.left(self.data.images):
+        for image in self.failures.remaining(self.data.images):
             folder = image.store.folder
             names = ("sheet.png", "reconstruction.png", "run.json")
             found = next((file for name in names if (file := folder / name).exists()), folder)
@@ -151,14 +151,14 @@ class Workload:
         try:
             with ExitStack() as locks:
                 for image in images:
-                    with self.failures.of([image]):
+                    with self.failures.catching([image]):
                         locks.enter_context(image.store.lock())
                         if self.data.overwrite and self._is_stale(image):
                             image.store.clear()
                         elif image.store.has_run():
                             image.store.settle()
                 yield
-                for image in self.failures.left(images) if "fit" in self.stages else ():
+                for image in self.failures.remaining(images) if "fit" in self.stages else ():
                     self._quality[image] = _quality_of(image)  # read already, while it is held
         finally:
             for image in images:
@@ -175,11 +175,11 @@ class Workload:
         replaceable = overwrite and image.path is not None and image.store.has_run()
         with image.store.read_once():
             try:
-                return check(self.model, image, stage, self.editing)
+                return check_image(self.model, image, stage, self.editing)
             except UserError:
                 if not replaceable:
                     raise
-                return check(self.model, image, stage, self.editing, anew=True)
+                return check_image(self.model, image, stage, self.editing, replace_run=True)
 
     def _is_stale(self, image: SourceImage) -> bool:
         """Whether the run folder holds another run."""

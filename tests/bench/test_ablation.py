@@ -15,7 +15,7 @@ from kvinv_pl.bench.bench import Setup
 from kvinv_pl.bench.benchmarks.cases import drawn_world
 from kvinv_pl.bench.reports.pareto import findings, pareto_table
 from kvinv_pl.bench.tables.table import Report
-from kvinv_pl.stages.editing.judging import unbeaten
+from kvinv_pl.stages.editing.judge import pareto_optimal
 
 QUICK = {"inner_steps": 1, "required_psnr": 0.0}
 
@@ -66,8 +66,8 @@ def test_a_place_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 def test_the_front_has_what_no_other_beats() -> None:
     points = [(0.0, 9.0), (5.0, 5.0), (5.0, 4.0), (9.0, 0.0), (4.0, 4.0), (math.nan, 10.0)]
-    assert unbeaten(points) == [0, 1, 3]
-    assert unbeaten([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
+    assert pareto_optimal(points) == [0, 1, 3]
+    assert pareto_optimal([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
 
 
 def test_the_papers_findings_are_told_by_their_figures() -> None:

@@ -169,7 +169,7 @@ def test_a_rank_that_fails_is_no_fault_of_the_picture_in_hand(
     trainer = fits.trainer()
     with pytest.raises(RankFailedError):
         trainer.fit(module, datamodule=SourceImages(str(folder), SOURCE, out=str(folder.parent / "out")))
-    assert begun == [0] and len(trainer.watch.failures.reasons) == 1  # of what is no picture
+    assert begun == [0] and len(trainer.observers.failures.reasons) == 1  # of what is no picture
 
 
 def test_a_picture_in_use_is_left_to_whoever_uses_it(folder: Path) -> None:
@@ -222,19 +222,19 @@ def test_out_of_memory_of_any_device_is_the_matter_of_the_picture_that_is_too_la
 ) -> None:
     small, large = (SourceImage(name, RunStore(name), Path(name), "", []) for name in ("small", "large"))
     failures = Failures(2)
-    with failures.of([large]):
+    with failures.catching([large]):
         allocate()
-    assert failures.left([small, large]) == [small]
+    assert failures.remaining([small, large]) == [small]
     assert re.match(rf"out of memory \({said}.*\): take a smaller working size", failures.reasons["large"])
     with pytest.raises(SomeFailedError):
         failures.raise_failures()
-    with pytest.raises(UserError, match=r"^out of memory"), Failures(1).of([large]):
+    with pytest.raises(UserError, match=r"^out of memory"), Failures(1).catching([large]):
         allocate()
 
 
 def test_another_error_of_a_library_is_no_matter_of_memory() -> None:
     image = SourceImage("a", RunStore("a"), Path("a"), "", [])
-    with pytest.raises(RuntimeError, match="size of tensor"), Failures(2).of([image]):
+    with pytest.raises(RuntimeError, match="size of tensor"), Failures(2).catching([image]):
         _ = torch.ones(2) + torch.ones(3)
 
 

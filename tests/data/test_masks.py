@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kvinv_pl.data.images.geometry import Geometry, as_pixels, fit_geometry
-from kvinv_pl.data.images.masks import fitted, open_mask, shown
+from kvinv_pl.data.images.masks import fit_mask, open_mask, tint_subject
 from kvinv_pl.errors import UserError
 from kvinv_pl.menagerie import Animal
 from kvinv_pl.models.prompts import mask_from_word, word_positions
@@ -139,7 +139,7 @@ def test_of_several_labels_the_brightest_is_said(tmp_path: Path) -> None:
     values[:4], values[4:8] = 1, 3
     Image.fromarray(values).save(tmp_path / "mask.png")
     with pytest.raises(UserError, match="got only values up to 3 of 255"):
-        fitted(open_mask(tmp_path / "mask.png").image, WHOLE, "it")
+        fit_mask(open_mask(tmp_path / "mask.png").image, WHOLE, "it")
 
 
 def test_a_mask_is_upright_like_its_picture(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_mask_is_upright_like_its_picture(tmp_path: Path) -> None:
 
 def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
     geometry = fit_geometry(SIZE, (24, 24), 8, "keep")
-    mask = fitted(grey(subject()), geometry, "it")
+    mask = fit_mask(grey(subject()), geometry, "it")
     assert mask.shape == (24, 40) and mask.min() == 0 and mask.max() == 1
     assert abs(float(mask.mean()) - subject().mean()) < 0.02
 
@@ -175,7 +175,7 @@ def test_a_mask_lies_over_the_pixels_of_the_model() -> None:
 )
 def test_a_mask_of_another_size_an_empty_and_a_full_one_are_refused(mask: Image.Image, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        fitted(mask, WHOLE, "it")
+        fit_mask(mask, WHOLE, "it")
 
 
 def test_a_subject_outside_the_crop_is_refused() -> None:
@@ -183,13 +183,13 @@ def test_a_subject_outside_the_crop_is_refused() -> None:
     mask.paste(255, (0, 0, 3, 12))
     geometry = fit_geometry(SIZE, (12, 12), 4, "crop")
     with pytest.raises(UserError, match=r"it is empty: .* in the part of the picture that is used"):
-        fitted(mask, geometry, "it")
-    assert fitted(mask, WHOLE, "it").any()
+        fit_mask(mask, geometry, "it")
+    assert fit_mask(mask, WHOLE, "it").any()
 
 
 def test_a_mask_is_shown_by_a_tint_on_the_subject_alone() -> None:
     picture = Image.effect_noise(SIZE, 80).convert("RGB")
-    before, after = np.array(picture), np.array(shown(picture, grey(subject())))
+    before, after = np.array(picture), np.array(tint_subject(picture, grey(subject())))
     np.testing.assert_array_equal(after[~subject()], before[~subject()])
     assert (after[subject()] != before[subject()]).any(-1).all()
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kvinv_pl.data.runs.edits import Edits
-from kvinv_pl.data.runs.files import FORMAT, DamagedError, read_packed, write_tensors
-from kvinv_pl.data.runs.layout import DTYPES, laid_out
+from kvinv_pl.data.runs.files import FORMAT, DamagedError, read_tensors, write_tensors
+from kvinv_pl.data.runs.layout import DTYPES, serialize
 from kvinv_pl.data.runs.lock import InUseError
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
@@ -343,7 +343,7 @@ def test_what_is_written_is_read_whatever_its_type(tmp_path: Path) -> None:
         for shape in ((2, 3), (0,), ()):
             given = torch.ones(shape).to(dtype)
             write_tensors(tmp_path / "0.safetensors", "step 0", {"x": given}, {"type": name})
-            found = read_packed(tmp_path / "0.safetensors", "step 0")
+            found = read_tensors(tmp_path / "0.safetensors", "step 0")
             assert found.info == {"type": name} and found.tensors().keys() == {"x"}
             assert found.tensors()["x"].dtype == dtype and found.tensors()["x"].shape == given.shape
             assert torch.equal(found.tensors()["x"].to(torch.complex64), given.to(torch.complex64))
@@ -353,12 +353,14 @@ def test_a_step_is_serialised_once_into_what_safetensors_itself_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, kept, calls = psi(), {SITE: (torch.randn(2, 6, 8), torch.randn(2, 6, 8))}, list[int]()
-    monkeypatch.setattr("kvinv_pl.data.runs.files.laid_out", lambda *args: calls.append(1) or laid_out(*args))
+    monkeypatch.setattr(
+        "kvinv_pl.data.runs.files.serialize", lambda *args: calls.append(1) or serialize(*args)
+    )
     store = RunStore(tmp_path)
     store.save_step(0, given, Z, kept, {"told": 'ünï "quoted" \\ \n'}, "int8")
     assert len(calls) == 1
     file = tmp_path / "steps" / "0.safetensors"
-    theirs, mine = load_file(file), read_packed(file, "step 0").tensors()
+    theirs, mine = load_file(file), read_tensors(file, "step 0").tensors()
     assert theirs.keys() == mine.keys() and all(torch.equal(theirs[name], mine[name]) for name in mine)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

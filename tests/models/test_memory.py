@@ -15,7 +15,7 @@ from kvinv_pl.models.costs import memory
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.module import KVInversion
-from kvinv_pl.training.workload import HELD, Workload
+from kvinv_pl.training.workload import KEPT_LOADED, Workload
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_of_many_pictures_few_are_held_until_their_turn(module: KVInversion, tmp
     shares = Workload(module, data, ["invert"], dry_run=False).shares(
         1, torch.device("cpu"), Progress(quiet=True)
     )
-    assert len(shares) == 12 and sum(work._opened is not None for work in data.images) == HELD < 12
+    assert len(shares) == 12 and sum(work._loaded is not None for work in data.images) == KEPT_LOADED < 12
 
 
 def test_every_device_has_pictures(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.editing.background import kept, subject_of_source
+from kvinv_pl.stages.editing.background import blend_background, source_subject
 from kvinv_pl.training.datamodule import SourceImages
 
 
@@ -24,7 +24,7 @@ def test_away_from_both_subjects_the_latents_are_the_sources_and_on_them_the_edi
     in_source[..., 1, 1] = True
     in_edit = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     in_edit[:, :, 6, 6] = 2.0
-    out = kept(z, source, in_source, in_edit)
+    out = blend_background(z, source, in_source, in_edit)
     edits = torch.zeros(8, 8, dtype=torch.bool)
     edits[0:3, 0:3] = edits[5:8, 5:8] = True  # a token's margin around each
     assert torch.equal(out[..., edits], z[..., edits])
@@ -38,7 +38,7 @@ def test_each_edit_has_its_subject_where_its_own_map_says() -> None:
     in_edit = torch.zeros(3, 1, 8, 8)
     for n in range(3):
         in_edit[n, 0, 2 * n + 2, 6] = 1.0
-    out = kept(z, source, in_source, in_edit)
+    out = blend_background(z, source, in_source, in_edit)
     for n in range(3):
         assert torch.equal(out[n, :, 2 * n + 2, 6], z[n, :, 2 * n + 2, 6])
     assert torch.equal(out[0, :, 6, 6], source[0, :, 6, 6])
@@ -53,7 +53,7 @@ def test_a_subject_smaller_than_a_token_still_has_a_place(
     mask = torch.zeros(64, 64)
     mask[0, 0] = 1.0
     monkeypatch.setattr("kvinv_pl.stages.editing.background.mask_of", lambda store: mask)
-    found = subject_of_source(module.denoiser, store, fits.SOURCE, "cat")
+    found = source_subject(module.denoiser, store, fits.SOURCE, "cat")
     assert found.sum() == 1 and found[0, 0, 0, 0]
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import generator
-from kvinv_pl.stages.curriculum import at_pivots, batches, first_missing, missing_at_pivots, roll_out
+from kvinv_pl.stages.curriculum import at_pivots, first_missing, make_batches, missing_at_pivots, roll_out
 from kvinv_pl.stages.settings import TuningSettings
 from kvinv_pl.stages.tuning.slot_keeper import SlotKeeper
 from kvinv_pl.training.module import KVInversion
@@ -19,7 +19,7 @@ def test_a_picture_goes_on_at_its_first_missing_step_whatever_lies_after_it() ->
 def test_every_unfinished_step_of_every_picture_is_exactly_one_phase() -> None:
     done = [{0, 1}, set(), {0, 1, 2, 3}, {0, 1}, {0}]
     for slots in (1, 2, 3):
-        made = batches(done, 4, slots)
+        made = make_batches(done, 4, slots)
         covered = [
             (member, step)
             for phase in roll_out(made, 4)
@@ -33,7 +33,7 @@ def test_every_unfinished_step_of_every_picture_is_exactly_one_phase() -> None:
 
 
 def test_pictures_side_by_side_go_on_at_the_same_step_each_in_its_slot_beside_copies() -> None:
-    made = batches([set(), {0, 1}, set(), {0, 1, 2}, set()], 3, 2)
+    made = make_batches([set(), {0, 1}, set(), {0, 1, 2}, set()], 3, 2)
     assert [(batch.members, batch.active, batch.first) for batch in made] == [
         ((0, 0), (True, False), 0),
         ((1, 1), (False, True), 2),
@@ -43,21 +43,21 @@ def test_pictures_side_by_side_go_on_at_the_same_step_each_in_its_slot_beside_co
 
 
 def test_a_picture_that_is_one_step_ahead_makes_that_step_again_beside_the_others() -> None:
-    made = batches([{0, 1}, {0}, {0, 1, 2}], 3, 3)
+    made = make_batches([{0, 1}, {0}, {0, 1, 2}], 3, 3)
     assert [(batch.members, batch.active, batch.first) for batch in made] == [
         ((0, 1, 0), (True, True, False), 1)
     ]
-    assert batches([{0, 1}, {0, 1, 2}], 3, 2)[0].active == (True, True)  # the last step of both
-    assert batches([{0, 1}, None], 3, 2)[0].active == (True, False)  # a picture that is to be left
+    assert make_batches([{0, 1}, {0, 1, 2}], 3, 2)[0].active == (True, True)  # the last step of both
+    assert make_batches([{0, 1}, None], 3, 2)[0].active == (True, False)  # a picture that is to be left
 
 
 def test_the_phases_of_a_batch_follow_each_other_from_noise_to_picture() -> None:
-    made = batches([{0}, set()], 3, 1)
+    made = make_batches([{0}, set()], 3, 1)
     phases = [(phase.members, phase.steps, phase.enters) for phase in roll_out(made, 3)]
     assert phases == [
         ((0,), (1,), True), ((0,), (2,), False), ((1,), (0,), True), ((1,), (1,), False), ((1,), (2,), False)
     ]  # fmt: skip
-    assert roll_out(batches([{0, 1, 2}], 3, 1), 3) == []
+    assert roll_out(make_batches([{0, 1, 2}], 3, 1), 3) == []
 
 
 def settings(tolerance: float, growth: float) -> TuningSettings:
@@ -171,9 +171,9 @@ def test_in_which_slot_a_timestep_is_does_not_follow_from_what_is_done() -> None
 
 
 def test_at_the_pivots_only_what_the_batches_have_yet_to_roll_out_is_missing() -> None:
-    made = batches([{0, 1}, {0}, {0, 1, 2}, None], 3, 4)
+    made = make_batches([{0, 1}, {0}, {0, 1, 2}, None], 3, 4)
     there = [{0, 1, 2}, {2}, set[int](), set[int]()]
     assert missing_at_pivots(made, there, 3, carry=False) == [set(), {1}, set(), set()]
     assert missing_at_pivots(made, there, 3, carry=True) == [set(), {0, 1}, set(), set()]
-    alone = batches([set(), {0, 1, 2}], 3, 1)
+    alone = make_batches([set(), {0, 1, 2}], 3, 1)
     assert missing_at_pivots(alone, [{1}, set()], 3, carry=True) == [{0, 2}, set()]

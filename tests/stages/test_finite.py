@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from kvinv_pl.data.runs import files
-from kvinv_pl.data.runs.layout import Head
+from kvinv_pl.data.runs.layout import Header
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import SomeFailedError, UserError
 from kvinv_pl.stages.editing import edit
@@ -82,7 +82,7 @@ def test_a_trajectory_of_an_older_version_that_is_not_finite_is_made_again(
     z = store.trajectory()
     z[2:] = torch.nan
     data = save({"z": z}, {"format": "1", "kind": "trajectory", "info": "{}"})
-    head = Head.of(data)
+    head = Header.of(data)
     files.write_atomically(
         store.folder / "trajectory.safetensors", head.signed(head.digest(data[head.end :])), data[head.end :]
     )

@@ -117,11 +117,13 @@ def test_every_operator_of_a_run_is_there_for_mps(
 
 
 def test_psi_is_packed_by_operators_that_mps_has(native: Native) -> None:
-    from kvinv_pl.data.runs.layout import laid_out
-    from kvinv_pl.data.runs.tensors import DTYPES, of_step
+    from kvinv_pl.data.runs.layout import serialize
+    from kvinv_pl.data.runs.tensors import DTYPES, step_tensors
 
     bars = torch.randn(2, 4, 3)
     for dtype in DTYPES:
         with Seen() as seen:
-            laid_out(of_step({"up.k_hat": bars, "up.gamma": bars[:1, :1]}, bars, {"up": (bars, bars)}, dtype))
+            serialize(
+                step_tensors({"up.k_hat": bars, "up.gamma": bars[:1, :1]}, bars, {"up": (bars, bars)}, dtype)
+            )
         assert not [name for name in sorted(seen.names) if not native.has_mps(name)]

@@ -145,9 +145,9 @@ def test_ranks_that_cannot_ask_one_another_have_the_same_shares_whatever_fits_in
     monkeypatch.setattr(Ranks, "is_one_of_many", True)
     data = SourceImages(str(two), SOURCE, out=str(tmp_path / "out"))
     workload = Workload(fits.model(**PIVOT, slots="auto"), data, ["invert", "fit"], dry_run=False)
-    assert fits.trainer()._begin(workload) == [(3, [0]), (3, [1])]
+    assert fits.trainer()._make_shares(workload) == [(3, [0]), (3, [1])]
     monkeypatch.undo()
-    assert fits.trainer()._begin(workload) == [(6, [0, 1])]
+    assert fits.trainer()._make_shares(workload) == [(6, [0, 1])]
 
 
 def test_every_device_has_pictures_to_roll_out(two: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_quiet_is_quiet(clock: Callable[[float], None]) -> None:
     ],
 )
 def test_time_as_a_person_says_it(seconds: float, said: str) -> None:
-    assert progress.clock(seconds) == said
+    assert progress.format_seconds(seconds) == said
 
 
 @pytest.fixture(scope="module")

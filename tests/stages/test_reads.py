@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
     for where, name in (
         (run_store, "read_json"),
-        (run_store, "read_packed"),
+        (run_store, "read_tensors"),
         (source_image, "open_picture"),
         (source_image, "open_mask"),
     ):

@@ -21,7 +21,7 @@ from kvinv_pl.data.images.sheet import BORDER, MARK, SIDES
 from kvinv_pl.data.runs.edits import Edits, search_of
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.editing.judging import Candidate, front, own_agreement, ranked
+from kvinv_pl.stages.editing.judge import Candidate, denoising_agreement, pareto_front, ranked
 from kvinv_pl.stages.editing.search import GRIDS, Search
 from kvinv_pl.training.datamodule import SourceImages
 
@@ -56,7 +56,7 @@ def test_of_those_that_do_what_the_target_says_the_earliest_and_most_like_the_so
     still, late = candidate(0.01, 50, start=0.0), candidate(0.1, 40, start=0.3)
     early, wilder = candidate(0.08, 20, start=0.1), candidate(0.09, 15, start=0.1)
     assert ranked([late, wilder, still, early]) == [early, wilder, late, still]
-    assert front([idle, halfway, done, wild, candidate(0.05, 15)]) == [idle, halfway, done, wild]
+    assert pareto_front([idle, halfway, done, wild, candidate(0.05, 15)]) == [idle, halfway, done, wild]
 
 
 def test_colours_are_shared_wherever_they_are() -> None:
@@ -70,13 +70,13 @@ def test_colours_are_shared_wherever_they_are() -> None:
 def test_what_is_auto_is_tried_and_the_rest_is_as_asked() -> None:
     module = fits.model(start="auto", guidance="auto", mixing="concat")
     assert (module.editing.start, module.editing.guidance, module.tuning.guidance) == (0.0, 7.5, 7.5)
-    tried = module.searching.grid(module.editing)
+    tried = module.search.grid(module.editing)
     assert len(tried) == len(GRIDS["start"]) * len(GRIDS["guidance"])
     assert {each.guidance for each in tried} == {4.5, 7.5, 10.5}
     assert all(each.mixing == "concat" and each.sharpness == 1 for each in tried)
-    assert not fits.model().searching.searches
+    assert not fits.model().search.is_active
     one = fits.model(candidates=3)
-    assert [each.start for each in one.searching.grid(one.editing)] == list(GRIDS["start"])
+    assert [each.start for each in one.search.grid(one.editing)] == list(GRIDS["start"])
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_the_model_itself_agrees_with_the_prompt_that_predicts_the_noise_better(
     backbone = module.load_backbone(torch.float32)
     height, width = backbone.sample_size
     z_0 = backbone.encode(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    there = own_agreement(module.denoiser, z_0, fits.SOURCE, fits.TARGET)
-    back = own_agreement(module.denoiser, z_0, fits.TARGET, fits.SOURCE)
+    there = denoising_agreement(module.denoiser, z_0, fits.SOURCE, fits.TARGET)
+    back = denoising_agreement(module.denoiser, z_0, fits.TARGET, fits.SOURCE)
     assert there != 0 and (there > 0) != (back > 0)
-    assert own_agreement(module.denoiser, z_0, fits.SOURCE, fits.SOURCE) == 0
-    assert own_agreement(module.denoiser, z_0, fits.SOURCE, fits.TARGET) == there
+    assert denoising_agreement(module.denoiser, z_0, fits.SOURCE, fits.SOURCE) == 0
+    assert denoising_agreement(module.denoiser, z_0, fits.SOURCE, fits.TARGET) == there
 
 
 def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: Path) -> None:
@@ -175,7 +175,7 @@ def test_edits_that_a_search_finds_are_counted_in_one_line(
         lines = list[str]()
         data = SourceImages(run=str(run), targets=[target])
         trainer = fits.trainer(quiet=False)
-        monkeypatch.setattr(trainer.watch.progress, "note", lines.append)
+        monkeypatch.setattr(trainer.observers.progress, "note", lines.append)
         trainer.edit(fits.model(start=start), data)
         found = [line for line in lines if "exist" in line]
         assert len(found) == min(wanted, 1)
@@ -198,4 +198,4 @@ def test_a_clip_judges_in_place_of_the_model(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_idle_search_is_none() -> None:
-    assert not Search((), 1, None).searches
+    assert not Search((), 1, None).is_active

@@ -160,8 +160,8 @@ def test_what_is_read_is_guided_against_a_forward_that_attends_to_itself(
     tuned: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = list[int]()
-    forward = Reader.alone
-    monkeypatch.setattr(Reader, "alone", lambda self, z, t: (alone.append(len(z)), forward(self, z, t))[1])
+    eps = Reader.eps_alone
+    monkeypatch.setattr(Reader, "eps_alone", lambda self, z, t: (alone.append(len(z)), eps(self, z, t))[1])
     (plain,) = fits.edit(tuned)
     assert not alone and "reading_guidance" not in records(tuned)[-1]
     (stored,), (replayed,) = (fits.edit(tuned, kv=kv, reading_guidance=3.0) for kv in ("stored", "replayed"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvinv_pl.data.failures import Failures
 from kvinv_pl.data.runs import files, layout
 from kvinv_pl.data.runs.files import TEMPORARY
-from kvinv_pl.data.runs.layout import Packed
+from kvinv_pl.data.runs.layout import TensorFile
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.data.writer import Writer
@@ -84,8 +84,8 @@ def test_a_step_of_an_edit_is_one_copy_and_two_steps_are_read_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, moved, ahead = fits.finished(tmp_path / "run"), list[str](), list[int]()
-    on, eps = Packed.on, Reader.eps
-    monkeypatch.setattr(Packed, "on", lambda self, device: moved.append(str(device)) or on(self, device))
+    on, eps = TensorFile.on, Reader.eps
+    monkeypatch.setattr(TensorFile, "on", lambda self, device: moved.append(str(device)) or on(self, device))
     monkeypatch.setattr(
         Reader, "eps", lambda self, *args: ahead.append(len(self._prefetched)) or eps(self, *args)
     )
@@ -160,18 +160,18 @@ def test_a_file_that_cannot_be_written_fails_its_picture_alone() -> None:
         raise UserError("psi is not finite")
 
     with writer.running():
-        writer.of(bad)(refuse)
-        writer.of(good)(lambda: written.append(1))
+        writer.submitter(bad)(refuse)
+        writer.submitter(good)(lambda: written.append(1))
     assert written == [1] and failures.reasons == {"bad": "psi is not finite"}
     with pytest.raises(UserError, match="psi is not finite"):
-        writer.of(bad)(refuse)  # at once, outside
+        writer.submitter(bad)(refuse)  # at once, outside
 
 
 def test_what_was_handed_on_is_written_before_an_error_goes_on() -> None:
     image, begun, written = SourceImage("a", RunStore("a"), Path("a"), "", []), threading.Event(), list[int]()
     writer = Writer(Failures())
     with pytest.raises(KeyboardInterrupt), writer.running():
-        writer.of(image)(lambda: written.append(int(begun.wait(20))))
+        writer.submitter(image)(lambda: written.append(int(begun.wait(20))))
         begun.set()
         raise KeyboardInterrupt
     assert written == [1]

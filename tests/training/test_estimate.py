@@ -16,13 +16,13 @@ from kvinv_plugins.low_rank import LowRank  # pyright: ignore[reportMissingImpor
 from kvinv_plugins.masked import Masked  # pyright: ignore[reportMissingImports]
 
 from kvinv_pl.cli.arguments import option_types
-from kvinv_pl.data.failures import MEMORY
+from kvinv_pl.data.failures import MEMORY_ADVICE
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.costs import memory, timing
 from kvinv_pl.models.costs.meta_model import TOKENS, prompt_tokens
 from kvinv_pl.models.costs.timing import NetworkTimings, Timings, time_network
-from kvinv_pl.stages.forwards import forwards
-from kvinv_pl.stages.progress import clock
+from kvinv_pl.stages.forwards import count_forwards
+from kvinv_pl.stages.progress import format_seconds
 from kvinv_pl.training import estimate
 from kvinv_pl.training.datamodule import SourceImages
 from kvinv_pl.training.estimate import Estimate
@@ -55,10 +55,10 @@ def test_the_forwards_and_the_disk_that_are_planned_are_those_of_a_fit_and_an_ed
     store = fits.fit(fits.picture(tmp_path / "cat.png"), tmp_path / "out", module)
     fits.edit(store, TARGET, module=module)
     hook.remove()
-    made = forwards(3, module.inverting, module.tuning, module.editing, module.denoiser.cps[0])
-    assert len(rows) == made.inversion + made.tuning + made.edit
-    edited = made.edit * (made.edit_rows + made.source_rows)
-    assert sum(rows) == made.inversion * made.inversion_rows + made.tuning * made.tuning_rows + edited
+    counts = count_forwards(3, module.inverting, module.tuning, module.editing, module.denoiser.cps[0])
+    assert len(rows) == counts.inversion + counts.tuning + counts.edit
+    edited = counts.edit * (counts.edit_rows + counts.source_rows)
+    assert sum(rows) == counts.inversion * counts.inversion_rows + counts.tuning * counts.tuning_rows + edited
 
     files = [store.folder / "trajectory.safetensors", *(store.folder / "steps").iterdir()]
     names = sum(len(store.step(i).psi) + 4 * len(module.denoiser.cps) + 2 for i in range(3)) * 250
@@ -77,7 +77,7 @@ def test_the_memory_that_is_planned_for_a_slot_is_what_a_fit_reckons_with(kv: An
 
 def test_the_advice_on_out_of_memory_names_options_that_take_less() -> None:
     kinds = option_types({"trainer.": KVTrainer, "model.": KVInversion, "data.": SourceImages})
-    assert {flag.removeprefix("--") for flag in re.findall(r"--[\w.]+", MEMORY)} <= kinds.keys()
+    assert {flag.removeprefix("--") for flag in re.findall(r"--[\w.]+", MEMORY_ADVICE)} <= kinds.keys()
     before = planned()
     for less in (planned(size=12), planned(max_grid=4), planned(attention=LowRank), planned(kv="replayed")):
         assert less.costs.slot < before.costs.slot and sum(less.on_disk()) < sum(before.on_disk())
@@ -111,12 +111,14 @@ def test_the_network_is_timed_where_it_is_planned_for_or_at_less_where_that_take
 
 def test_the_time_that_is_planned_is_that_of_what_was_timed_times_its_count() -> None:
     plan = Estimate(fits.model(), (16, 16), 1, 2, HERE)
-    made, costs = plan.made, plan.costs
+    counts, costs = plan.counts, plan.costs
     timed = Timings([60.0, 30.0, 120.0], costs.forward), Timings([600.0, 300.0, 1200.0], costs.inner_step)
     plan.__dict__["sample"] = NetworkTimings((4, 4), *timed)
-    rows = made.inversion * made.inversion_rows + 2 * made.edit * made.edit_rows
-    forwards = made.tuning - made.inner_steps + rows * costs.row / costs.forward
-    low, middle, high = (clock(part * (forwards + 10 * made.inner_steps)) for part in (30, 60, 120))
+    rows = counts.inversion * counts.inversion_rows + 2 * counts.edit * counts.edit_rows
+    forwards = counts.tuning - counts.inner_steps + rows * costs.row / costs.forward
+    low, middle, high = (
+        format_seconds(part * (forwards + 10 * counts.inner_steps)) for part in (30, 60, 120)
+    )
     time, how = (line for line in plan.lines() if line.startswith(("  time", "  timed")))
     assert f"about {middle} a picture, with 2 edits and all inner steps made; {low} to {high} by" in time
     assert "a forward 60 s, an inner step 600 s, at latents of 4 x 4, scaled up by operations" in how

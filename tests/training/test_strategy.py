@@ -162,7 +162,7 @@ def test_shares_are_each_one_ranks_alone_under_torchrun(environment: dict[str, s
         ranks = trainer(2, num_nodes=2).ranks
         assert (ranks.world.rank, ranks.world.local_rank, ranks.world.size) == (rank, rank % 2, 4)
         assert ranks.is_one_of_many and ranks.is_main == (rank == 0)
-        taken += ranks.mine(7)
+        taken += ranks.claim_shares(7)
     assert sorted(taken) == [*range(7)]
 
 
@@ -173,7 +173,7 @@ def test_ranks_are_those_of_slurm_in_a_job_of_slurm(environment: dict[str, str])
     }  # fmt: skip
     ranks = trainer(2, num_nodes=2).ranks
     assert (ranks.world.rank, ranks.world.local_rank, ranks.world.size) == (3, 1, 4)
-    assert [*ranks.mine(9)] == [3, 7]
+    assert [*ranks.claim_shares(9)] == [3, 7]
 
 
 def test_ranks_of_one_machine_begin_with_one_each_and_take_what_is_free(
@@ -183,7 +183,7 @@ def test_ranks_of_one_machine_begin_with_one_each_and_take_what_is_free(
     shares = list[Iterator[int]]()
     for rank in range(2):
         environment["LOCAL_RANK"] = str(rank)
-        shares.append(trainer(2).ranks.mine(6))
+        shares.append(trainer(2).ranks.claim_shares(6))
     one, other = shares
     assert [next(other), next(other), next(one), next(other), next(one)] == [1, 2, 0, 3, 4]
     assert [*one, *other] == [5]
@@ -297,7 +297,7 @@ def test_many_machines_that_nobody_tells_apart_are_refused(environment: dict[str
     with pytest.raises(UserError, match="num_nodes: got 2, but this machine's rank is unknown"):
         trainer(1, num_nodes=2)
     environment["NODE_RANK"] = "1"
-    assert [*trainer(1, num_nodes=2).ranks.mine(4)] == [1, 3]
+    assert [*trainer(1, num_nodes=2).ranks.claim_shares(4)] == [1, 3]
 
 
 def test_the_model_stays_on_its_device_and_nothing_is_reduced() -> None:

@@ -66,4 +66,4 @@ def _show_mask(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Any]
     """The mask, and the picture with the subject tinted."""
     share = mask.histogram()[255] / (mask.width * mask.height)
     label = f"The subject: {share:.0%} of the picture"
-    return mask, gr.Image(masks.shown(image, mask), visible=True, label=label)
+    return mask, gr.Image(masks.tint_subject(image, mask), visible=True, label=label)

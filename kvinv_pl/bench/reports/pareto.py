@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from kvinv_pl.bench.ablation import LIKENESS, Cell
 from kvinv_pl.bench.tables.table import Mean, Report, markdown
-from kvinv_pl.stages.editing.judging import unbeaten
+from kvinv_pl.stages.editing.judge import pareto_optimal
 
 ACTION, ANIMAL, QUALITY = "right action %", "same animal %", "animal dB"
 
@@ -15,7 +15,9 @@ def pareto_table(report: Report) -> str:
         return ""
     rows = list(report.rows)
     points = [(report.mean(row, ACTION).value, report.mean(row, ANIMAL).value) for row in rows]
-    lines = [[rows[n], report.mean(rows[n], ACTION), report.mean(rows[n], ANIMAL)] for n in unbeaten(points)]
+    lines = [
+        [rows[n], report.mean(rows[n], ACTION), report.mean(rows[n], ANIMAL)] for n in pareto_optimal(points)
+    ]
     return markdown([ACTION, ANIMAL], lines)
 
 

@@ -62,7 +62,7 @@ def mask(
     else:
         found = subject_mask.at_points(picture.image, points, edges, sam or "menagerie")
     share = found.histogram()[255] / (found.width * found.height)
-    shown = [picture.image, masks.shown(picture.image, found)]
+    shown = [picture.image, masks.tint_subject(picture.image, found)]
     page = sheet(shown, [Path(image).name, f"mask: {share:.0%} of it"])
     print(write_png(file, found))
     print(write_png(file.with_name(f"{file.stem}-shown.png"), page))

@@ -50,7 +50,7 @@ def _grey(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 if highest == 1 and not deep else 1)).astype(np.uint8))
 
 
-def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h w"]:
+def fit_mask(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h w"]:
     """The mask over the model's pixels, in 0..1; refused if empty, full or not of its picture's size."""
     if mask.size != geometry.original:
         expected, got = ("{}x{}".format(*size) for size in (geometry.original, mask.size))
@@ -67,7 +67,7 @@ def fitted(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, "h
     return pixels
 
 
-def shown(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture with the subject tinted."""
+def tint_subject(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Blend TINT over the white of the mask."""
     tinted = Image.blend(image.convert("RGB"), Image.new("RGB", image.size, TINT), 0.6)
     return Image.composite(tinted, image.convert("RGB"), mask.convert("L"))

@@ -19,7 +19,7 @@ NO_FORMAT = (
     "expected JPEG, PNG, WebP, TIFF or the like, got no such format; save it as one of them, or a list of "
     "pictures as .csv, .tsv or .jsonl"
 )
-_TURNS = {
+_TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,11 +28,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
-"""What the files of iPhones say after "ftyp"."""
-_NO_PICTURES = {"MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+"""The brands of HEIF after "ftyp", as the files of iPhones have them."""
+_HEADER_ONLY = {"MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
 """Formats of which pillow reads the first bytes alone."""
-_MODES = {"1": "black and white", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette"}
+_MODE_NAMES = {"1": "black and white", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def read_picture(
     """
     path = Path(path)
     if not os.path.isfile(path):
-        found = "a folder" if path.is_dir() else "something else" if os.path.exists(path) else "nothing"
-        raise UserError(f"expected a picture file at {path}, found {found}: check the path")
+        what = "a folder" if path.is_dir() else "something else" if os.path.exists(path) else "nothing"
+        raise UserError(f"expected a picture file at {path}, found {what}: check the path")
     notes: list[str] = []
     too_large = UserError(f"{path} has more than {MOST_PIXELS // 1_000_000} million pixels: make it smaller")
     with warnings.catch_warnings():
@@ -95,7 +95,7 @@ def is_picture(path: Path) -> bool:
         warnings.simplefilter("ignore")
         try:
             with Image.open(path) as opened:
-                return opened.format not in _NO_PICTURES
+                return opened.format not in _HEADER_ONLY
         except Image.DecompressionBombError:
             return True
         except Exception:  # as below
@@ -108,7 +108,7 @@ def _is_heif(path: Path) -> bool:
             begin = file.read(12)
     except OSError:
         return False
-    return begin[4:8] == b"ftyp" and begin[8:] in _HEIF
+    return begin[4:8] == b"ftyp" and begin[8:] in _HEIF_BRANDS
 
 
 def _open(path: Path) -> Image.Image:
@@ -137,10 +137,10 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     except Exception:  # as above
         notes.append("its EXIF data is broken and was ignored")
         return image
-    if orientation not in _TURNS:
+    if orientation not in _TRANSPOSE_OF_ORIENTATION:
         return image
     notes.append(f"turned upright (EXIF orientation {orientation})")
-    return image.transpose(_TURNS[orientation])
+    return image.transpose(_TRANSPOSE_OF_ORIENTATION[orientation])
 
 
 def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -149,7 +149,7 @@ def _srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _from_deep_grey(image, notes)
     elif image.mode not in ("RGB", "RGBA"):
-        notes.append(f"{_MODES.get(image.mode, image.mode)} turned into RGB")
+        notes.append(f"{_MODE_NAMES.get(image.mode, image.mode)} turned into RGB")
     transparent = image.has_transparency_data
     with_alpha = image.convert("RGBA") if transparent else image
     if image.mode in ("1", "L", "LA"):

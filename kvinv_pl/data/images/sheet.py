@@ -21,31 +21,31 @@ def sheet(
 
     Those that are marked, by their numbers from 0 on, have a border.
     """
-    shown = [_shown(picture) for picture in pictures]
-    texts = [_wrapped(caption, picture.width) for caption, picture in zip(captions, shown, strict=True)]
-    rows = [range(begin, min(begin + across, len(shown))) for begin in range(0, len(shown), across)]
-    pictures_high = [max(shown[n].height for n in row) for row in rows]
+    tiles = [_at_display_size(picture) for picture in pictures]
+    texts = [_wrapped(caption, picture.width) for caption, picture in zip(captions, tiles, strict=True)]
+    rows = [range(begin, min(begin + across, len(tiles))) for begin in range(0, len(tiles), across)]
+    pictures_high = [max(tiles[n].height for n in row) for row in rows]
     texts_high = [LINE * max(texts[n].count("\n") + 1 for n in row) + GAP for row in rows]
-    width = max(sum(shown[n].width + GAP for n in row) for row in rows) + GAP
+    width = max(sum(tiles[n].width + GAP for n in row) for row in rows) + GAP
     page = Image.new("RGB", (width, sum(pictures_high) + sum(texts_high) + GAP * (len(rows) + 1)), "white")
     draw, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), GAP
     for row, picture_high, text_high in zip(rows, pictures_high, texts_high, strict=True):
         left = GAP
         for n in row:
-            page.paste(shown[n], (left, top))
+            page.paste(tiles[n], (left, top))
             if n in marked:
-                right, bottom = left + shown[n].width - 1, top + shown[n].height - 1
+                right, bottom = left + tiles[n].width - 1, top + tiles[n].height - 1
                 around = (left - BORDER, top - BORDER, right + BORDER, bottom + BORDER)
                 draw.rectangle(around, outline=MARK, width=BORDER)
             draw.multiline_text(
-                (left, top + shown[n].height + 4), texts[n], fill="black", font=font, spacing=4
+                (left, top + tiles[n].height + 4), texts[n], fill="black", font=font, spacing=4
             )
-            left += shown[n].width + GAP
+            left += tiles[n].width + GAP
         top += picture_high + text_high + GAP
     return page
 
 
-def _shown(picture: Image.Image) -> Image.Image:
+def _at_display_size(picture: Image.Image) -> Image.Image:
     """A picture in a size to look at; enlarged by a whole number, so that its pixels stay pixels."""
     shortest, longest = SIDES
     scale = min(-(-shortest // min(picture.size)), longest // max(picture.size))

@@ -48,16 +48,16 @@ class Edits:
         What an earlier search has chosen is chosen no more. Every edit keeps its place among the others.
         """
         for record, picture in self.all():
-            found = search_of(record)
+            search = search_of(record)
             if picture in judged:
-                found = judged[picture]
-            elif record["target"] == target and found.get("chosen"):
-                found = {**found, "chosen": False}
-            if found != search_of(record):
+                search = judged[picture]
+            elif record["target"] == target and search.get("chosen"):
+                search = {**search, "chosen": False}
+            if search != search_of(record):
                 file = picture.with_suffix(".json")
                 with explaining_os_errors("write", file):
                     times = file.stat()
-                    write_json(file, {**record, "figures": {**record.get("figures", {}), "search": found}})
+                    write_json(file, {**record, "figures": {**record.get("figures", {}), "search": search}})
                     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     def find(self, slug: str, record: Mapping[str, Any]) -> Path | None:
@@ -87,8 +87,8 @@ def search_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _is_same(file: Path, record: Mapping[str, Any]) -> bool:
     try:
-        found = read_json(file)
+        recorded = read_json(file)
     except UserError:
         return False
     expected = json.loads(json.dumps(dict(record)))
-    return {**found, "figures": None} == {**expected, "figures": None}
+    return {**recorded, "figures": None} == {**expected, "figures": None}

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvinv_pl.data.runs.layout import Head, LaidOut, Packed, laid_out
+from kvinv_pl.data.runs.layout import Header, SerializedTensors, TensorFile, serialize
 from kvinv_pl.errors import NoRoomError, UserError
 
 FORMAT = 1
@@ -80,10 +80,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return record
 
 
-def _check_format(file: Path, found: object) -> None:
-    if str(found) != str(FORMAT):
+def _check_format(file: Path, version: object) -> None:
+    if str(version) != str(FORMAT):
         advice = "use the version of this program that made it, or remove it"
-        raise UserError(f"{file} has format {found}, expected {FORMAT}: {advice}")
+        raise UserError(f"{file} has format {version}, expected {FORMAT}: {advice}")
 
 
 Into = Callable[[Callable[[], None]], None]
@@ -96,11 +96,7 @@ def at_once(write: Callable[[], None]) -> None:
 
 
 def write_tensors(
-    file: Path,
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    info: Mapping[str, Any],
-    into: Into = at_once,
+    file: Path, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], into: Into = at_once
 ) -> None:
     """Write tensors as safetensors, with `kind`, `info` and a digest of everything in the header.
 
@@ -108,12 +104,12 @@ def write_tensors(
     is not finite.
     """
     metadata = {"format": str(FORMAT), "kind": kind, "info": json.dumps(dict(info))}
-    into(partial(_write, file, metadata, laid_out(tensors)))
+    into(partial(_write, file, metadata, serialize(tensors)))
 
 
-def _write(file: Path, metadata: dict[str, str], laid: LaidOut) -> None:
+def _write(file: Path, metadata: dict[str, str], serialized: SerializedTensors) -> None:
     """The slow parts release the GIL."""
-    for name, tensor in laid.tensors():
+    for name, tensor in serialized.tensors():
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         checked = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite knows no 8-bit floats
@@ -122,8 +118,8 @@ def _write(file: Path, metadata: dict[str, str], laid: LaidOut) -> None:
                 f"{metadata['kind']} was not written to {file}: {name} is not finite; use a lower learning "
                 "rate or guidance scale, or precision 32-true"
             )
-    head, data = Head(metadata, laid.table), laid.bytes()
-    write_atomically(file, head.signed(head.digest(data)), data)
+    header, data = Header(metadata, serialized.table), serialized.bytes()
+    write_atomically(file, header.signed(header.digest(data)), data)
 
 
 def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -144,7 +140,7 @@ def read_header(file: Path, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, info
 
 
-def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
+def read_tensors(file: Path, kind: str, pinned: bool = False) -> TensorFile:
     """Read a file of this kind, and check its digest; raises DamagedError if it does not match.
 
     `pinned` is for what goes on to a GPU of CUDA. The slow parts release the GIL.
@@ -156,12 +152,12 @@ def read_packed(file: Path, kind: str, pinned: bool = False) -> Packed:
         content = memoryview(cast(Any, data.numpy()))
         opened.readinto(content)
     try:
-        head = Head.of(content)
+        header = Header.of(content)
     except ValueError as error:  # it has changed since
         raise _damaged(file, str(error)) from error
-    if head.digest(content[head.end :]) != head.metadata.get("digest"):
+    if header.digest(content[header.end :]) != header.metadata.get("digest"):
         raise _damaged(file, "its digest does not match its content")
-    return Packed(info, data[head.end :], head.table)
+    return TensorFile(info, data[header.end :], header.table)
 
 
 def shapes_in(file: Path, kind: str) -> dict[str, tuple[int, ...]]:

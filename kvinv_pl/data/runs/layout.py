@@ -27,26 +27,26 @@ Table = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class SerializedTensors:
     """Tensors one after the other, as a file has them, on their way to the host."""
 
     table: Table
     _data: Tensor
-    _arrive: Callable[[], object]
+    _wait: Callable[[], object]
 
     def bytes(self) -> memoryview:
         """The bytes, once they are there."""
-        self._arrive()
+        self._wait()
         return memoryview(cast(Any, self._data.numpy()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name, once it is there."""
-        self._arrive()
+        self._wait()
         for name, at in self.table.items():
             yield name, view(self._data, at)
 
 
-def laid_out(tensors: Mapping[str, Tensor]) -> LaidOut:
+def serialize(tensors: Mapping[str, Tensor]) -> SerializedTensors:
     """The tensors, copied; those given may change afterwards. On a GPU of CUDA nothing waits for it."""
     table, parts, begin = Table(), list[Tensor](), 0
     for name in sorted(tensors, key=lambda name: (RANK[tensors[name].dtype], name)):
@@ -56,7 +56,8 @@ def laid_out(tensors: Mapping[str, Tensor]) -> LaidOut:
         table[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
         parts.append(tensor.reshape(-1).contiguous().view(torch.uint8))
         begin = end
-    return LaidOut(table, *to_host(torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)))
+    data = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    return SerializedTensors(table, *to_host(data))
 
 
 def to_host(data: Tensor) -> tuple[Tensor, Callable[[], object]]:
@@ -79,7 +80,7 @@ def view(data: Tensor, at: Mapping[str, Any]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Head:
+class Header:
     """The header of a safetensors file."""
 
     metadata: dict[str, str]
@@ -88,7 +89,7 @@ class Head:
     """Where the tensors begin."""
 
     @classmethod
-    def of(cls, data: bytes | memoryview) -> Head:
+    def of(cls, data: bytes | memoryview) -> Header:
         """Parse the header; raises ValueError if there is none."""
         end = 8 + int.from_bytes(data[:8], "little")
         table = json.loads(bytes(data[8:end]))
@@ -112,7 +113,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Packed:
+class TensorFile:
     """A file of tensors that has been read, and checked against its digest."""
 
     info: dict[str, Any]
@@ -128,6 +129,6 @@ class Packed:
         """
         return {name: view(self._data, at) for name, at in self._table.items() if name.startswith(prefix)}
 
-    def on(self, device: torch.device | str) -> Packed:
+    def on(self, device: torch.device | str) -> TensorFile:
         """The same on a device, by one copy; from pinned memory nothing waits for it."""
         return replace(self, _data=self._data.to(device, non_blocking=True))

@@ -28,7 +28,7 @@ from kvinv_pl.data.runs.files import (
     last_row,
     read_header,
     read_json,
-    read_packed,
+    read_tensors,
     shapes_in,
     write_json,
     write_png,
@@ -36,7 +36,7 @@ from kvinv_pl.data.runs.files import (
 )
 from kvinv_pl.data.runs.lock import locked
 from kvinv_pl.data.runs.records import first_difference, geometry_of
-from kvinv_pl.data.runs.tensors import Bars, Step, of_step, pack, unpack
+from kvinv_pl.data.runs.tensors import Bars, Step, pack, step_tensors, unpack
 from kvinv_pl.errors import UserError
 
 
@@ -55,22 +55,20 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Name the folder; it is created by the first write."""
-        self.folder = self._place = Path(folder)
+        self.folder = self._attempt_folder = Path(folder)
         self._memory = _Memory()
 
-    @property
-    def _steps(self) -> Path:
-        return self._place / "steps"
+    def _step(self, i: int) -> Path:
+        return self._attempt_folder / "steps" / f"{i}.safetensors"
 
-    @property
-    def _pivot(self) -> Path:
-        return self._place / "pivot"
+    def _pivot(self, i: int) -> Path:
+        return self._attempt_folder / "pivot" / f"{i}.safetensors"
 
     def at_attempt(self, number: int) -> RunStore:
         """The same run with the phases of a later attempt at tuning, in its own folder; 0: the first."""
         other = RunStore(self.folder)
         other._memory = self._memory
-        other._place = self.folder / "attempts" / str(number) if number else self.folder
+        other._attempt_folder = self.folder / "attempts" / str(number) if number else self.folder
         return other
 
     def settle(self) -> None:
@@ -81,22 +79,21 @@ class RunStore:
         reconstruction = self.read_run().get("reconstruction")
         if reconstruction is None:
             return
-        self._drop("pivot")
-        kept = reconstruction["kept"]
-        better = self.at_attempt(kept)._steps
-        if kept and better.exists():
+        self._remove("pivot")
+        kept = self.folder / "attempts" / str(reconstruction["kept"]) / "steps"
+        if reconstruction["kept"] and kept.exists():
             with explaining_os_errors("write", self.folder):
                 shutil.rmtree(self.folder / "steps", ignore_errors=True)
-                os.replace(better, self.folder / "steps")
+                os.replace(kept, self.folder / "steps")
             self.drop_attempts()
         for number in range(1, len(reconstruction["attempts"])):  # left by a crash
-            self._drop(f"attempts/{number}")
+            self._remove(f"attempts/{number}")
 
     def drop_attempts(self) -> None:
         """Remove the files of later attempts at tuning."""
-        self._drop("attempts")
+        self._remove("attempts")
 
-    def _drop(self, name: str) -> None:
+    def _remove(self, name: str) -> None:
         with explaining_os_errors("remove", self.folder / name):
             if (self.folder / name).exists():
                 shutil.rmtree(self.folder / name)
@@ -180,7 +177,7 @@ class RunStore:
         """z-hat_0 ... z-hat_T, fp32, on the CPU; raises UserError where it is missing or damaged."""
         z = self._memory.trajectory
         if z is None:
-            z = read_packed(self.folder / "trajectory.safetensors", "trajectory").tensors()["z"]
+            z = read_tensors(self.folder / "trajectory.safetensors", "trajectory").tensors()["z"]
         if self._memory.users:
             self._memory.trajectory = z
         return z
@@ -200,11 +197,11 @@ class RunStore:
         Psi, K-bar and V-bar are rounded to `dtype`, if one is given; z-tilde is always fp32. The tensors may
         be on any device, and change afterwards; `into` takes the writing, to be done now or later.
         """
-        write_tensors(self._step(i), f"step {i}", of_step(psi, z, kv, dtype), info, into)
+        write_tensors(self._step(i), f"step {i}", step_tensors(psi, z, kv, dtype), info, into)
 
     def step(self, i: int, pinned: bool = False) -> Step:
         """Phase i, on the CPU, pinned for a GPU or not; raises UserError where it is missing or damaged."""
-        return Step(read_packed(self._step(i), f"step {i}", pinned))
+        return Step(read_tensors(self._step(i), f"step {i}", pinned))
 
     def save_pivot(
         self,
@@ -215,12 +212,12 @@ class RunStore:
         into: Into = at_once,
     ) -> None:
         """Write psi_t of step i (from noise) as tuned at its pivot, rounded to `dtype` if one is given."""
-        write_tensors(self._pivot / f"{i}.safetensors", f"pivot {i}", pack(psi, dtype), info, into)
+        write_tensors(self._pivot(i), f"pivot {i}", pack(psi, dtype), info, into)
 
     def pivot(self, i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Psi_t and the `info` of step i as tuned at its pivot; raises UserError if missing or damaged."""
-        found = read_packed(self._pivot / f"{i}.safetensors", f"pivot {i}")
-        return unpack(found.tensors()), found.info
+        file = read_tensors(self._pivot(i), f"pivot {i}")
+        return unpack(file.tensors()), file.info
 
     def step_info(self, i: int) -> dict[str, Any]:
         """The `info` of phase i, from the file's header alone."""
@@ -228,11 +225,11 @@ class RunStore:
 
     def done(self) -> set[int]:
         """Phases with a complete file, by its header; a truncated file is not done."""
-        return _whole(self._steps, "step")
+        return _whole(self._attempt_folder / "steps", "step")
 
     def done_at_pivots(self) -> set[int]:
         """Steps whose psi_t is tuned at the pivot, and not yet dropped."""
-        return _whole(self._pivot, "pivot")
+        return _whole(self._attempt_folder / "pivot", "pivot")
 
     def has_begun(self) -> bool:
         """Whether any psi_t is stored."""
@@ -247,14 +244,11 @@ class RunStore:
             for name in ("source", "reconstruction", "sheet", "candidates", "mask"):
                 (self.folder / f"{name}.png").unlink(missing_ok=True)
             for name in ("steps", "pivot", "attempts", "edits"):
-                self._drop(name)
+                self._remove(name)
 
     def edits(self) -> list[tuple[dict[str, Any], Path]]:
         """Every edit's record and picture, oldest first."""
         return Edits(self.folder).all()
-
-    def _step(self, i: int) -> Path:
-        return self._steps / f"{i}.safetensors"
 
     def save_picture(self, name: str, picture: Image.Image) -> Path:
         """Write <name>.png."""
@@ -263,5 +257,5 @@ class RunStore:
 
 def _whole(folder: Path, kind: str) -> set[int]:
     """The numbers of the complete files of this kind."""
-    numbered = [file for file in folder.glob("*.safetensors") if re.fullmatch(r"0|[1-9][0-9]*", file.stem)]
+    numbered = (file for file in folder.glob("*.safetensors") if re.fullmatch(r"0|[1-9][0-9]*", file.stem))
     return {int(file.stem) for file in numbered if is_whole(file, f"{kind} {file.stem}")}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.data.runs.layout import Packed
+from kvinv_pl.data.runs.layout import TensorFile
 from kvinv_pl.errors import UserError
 
 StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
@@ -31,7 +31,7 @@ def quantized(name: str, x: Float[Tensor, "*shape"], dtype: str) -> dict[str, Te
 
     Its last axes are tokens and channels. What has a single token (lambda and gamma), or no such axes, is
     next to nothing, and stays in fp32 where the rest is int8. Integers stay as they are. What is
-    too large for a floating dtype becomes infinite: see `too_large`.
+    too large for a floating dtype becomes infinite: see `overflowing_rows`.
     """
     if not x.is_floating_point():
         return {name: x}
@@ -44,8 +44,8 @@ def quantized(name: str, x: Float[Tensor, "*shape"], dtype: str) -> dict[str, Te
     return {name: levels.to(torch.int8), name + SCALE: scale}
 
 
-def too_large(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
-    """The rows in which something is finite and too large for a floating dtype, each with what to say of it.
+def overflowing_rows(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
+    """The rows in which something is finite and too large for a floating dtype, each with an error message.
 
     There is one wait for the device; none for int8, which holds everything, nor for float32 in float32.
     """
@@ -59,30 +59,24 @@ def too_large(named: Mapping[str, Tensor], dtype: str) -> dict[int, str]:
     }
     if not values:
         return {}
-    lost = [
+    overflows = [
         (x.isfinite() & ~x.to(DTYPES[dtype]).isfinite()).reshape(len(x), -1).any(1) for x in values.values()
     ]
-    found = dict[int, str]()
-    for of_rows, (name, x) in zip(torch.stack(lost).tolist(), values.items(), strict=True):
-        for row, is_lost in enumerate(of_rows):
-            if is_lost and row not in found:
-                found[row] = (
+    messages = dict[int, str]()
+    for of_rows, (name, x) in zip(torch.stack(overflows).tolist(), values.items(), strict=True):
+        for row, overflowed in enumerate(of_rows):
+            if overflowed and row not in messages:
+                messages[row] = (
                     f"{name}: expected values within {most:g}, the most that "
                     f"store_dtype {dtype} can hold, got up to {float(x[row].abs().max()):g}; "
                     "use store_dtype bfloat16 or float32"
                 )
-    return found
+    return messages
 
 
 def stored_bytes(x: Float[Tensor, "*shape"], dtype: str) -> int:
-    """The bytes of x as stored, with its scales; from its shape alone, as `quantized` stores it."""
-    if not x.is_floating_point():
-        return x.nbytes
-    if dtype != "int8":
-        return x.numel() * DTYPES[dtype].itemsize
-    if x.ndim < 2 or x.shape[-2] == 1:
-        return x.numel() * 4
-    return x.numel() + x.numel() // x.shape[-2] * 4
+    """The bytes of x as `quantized` stores it, with its scales; from its shape and type alone."""
+    return sum(stored.nbytes for stored in quantized("x", x.to("meta"), dtype).values())
 
 
 def dequantized(stored: dict[str, Tensor], name: str) -> Tensor:
@@ -110,7 +104,7 @@ class Step:
     they take.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: TensorFile) -> None:
         self.info: dict[str, Any] = packed.info
         """The figures of the phase."""
         self._packed = packed
@@ -139,7 +133,7 @@ class Step:
         return Step(self._packed.on(device))
 
 
-def of_step(
+def step_tensors(
     psi: Mapping[str, Tensor], z: Float[Tensor, "c h w"], kv: Mapping[str, Bars] | None, dtype: str | None
 ) -> dict[str, Tensor]:
     """The tensors of a phase's file.
@@ -156,12 +150,12 @@ def of_step(
     return {"z": z.float(), **pack(named, dtype)}
 
 
-def pack(given: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+def pack(values: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
     """Tensors by name as they are stored, rounded to `dtype`, if one is given and can hold them."""
-    if dtype and (said := too_large({name: value[None] for name, value in given.items()}, dtype)):
-        raise UserError(said[0])
+    if dtype and (errors := overflowing_rows({name: x[None] for name, x in values.items()}, dtype)):
+        raise UserError(errors[0])
     tensors: dict[str, Tensor] = {}
-    for name, value in given.items():
+    for name, value in values.items():
         tensors |= quantized(name, value, dtype) if dtype else {name: value}
     return tensors
 

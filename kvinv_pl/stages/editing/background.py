@@ -13,7 +13,7 @@ from kvinv_pl.stages.invert import mask_of
 MARGIN = 1  # tokens around a subject that are the edit's as well: maps are no sharper
 
 
-def subject_of_source(denoiser: Denoiser, store: RunStore, source: str, word: str) -> Bool[Tensor, "1 1 h w"]:
+def source_subject(denoiser: Denoiser, store: RunStore, source: str, word: str) -> Bool[Tensor, "1 1 h w"]:
     """Where the source has the subject, on the latents' grid: by its mask, or by attention to its word."""
     z_0 = store.trajectory()[:1].to(denoiser.device)
     grid = (z_0.shape[-2], z_0.shape[-1])
@@ -25,7 +25,7 @@ def subject_of_source(denoiser: Denoiser, store: RunStore, source: str, word: st
     return (seen > (seen.min() + seen.max()) / 2)[None, None]
 
 
-def kept(
+def blend_background(
     z: Float[Tensor, "edits c h w"],
     source: Float[Tensor, "1 c h w"],
     in_source: Bool[Tensor, "1 1 h w"],

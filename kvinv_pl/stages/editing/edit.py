@@ -24,11 +24,11 @@ from kvinv_pl.models.input_warnings import refuse_same_prompts
 from kvinv_pl.models.prompts import subject_positions, word_positions
 from kvinv_pl.stages.editing.reader import Reader
 from kvinv_pl.stages.invert import is_tuned, mask_of
-from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import IDLE, EditSettings
 
 
-def refuse_unreadable(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
+def check_edits(denoiser: Denoiser, image: SourceImage, settings: EditSettings) -> None:
     """Refuse, before tuning starts, edits that do not work with the model or the attached variant."""
     reading, subject = settings.reading, settings.subject
     refuse_same_prompts(denoiser.backbone, image.source, image.targets)
@@ -56,14 +56,14 @@ def edit_picture(
     denoiser: Denoiser,
     image: SourceImage,
     settings: EditSettings,
-    watch: Watch,
-    again: bool = False,
-    there: list[Path] | None = None,
+    observers: Observers,
+    overwrite: bool = False,
+    existing_paths: list[Path] | None = None,
 ) -> list[Path]:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
 
-    An edit that exists with the same settings is not rendered again, unless `again`; the user is told, unless
-    its path can go to `there`.
+    An edit that exists with the same settings is not rendered again, unless `overwrite`; the user is told, or
+    its path is added to `existing_paths`.
     """
     store, table, began = image.store, denoiser.table, time.perf_counter()
     edits = Edits(store.folder)
@@ -91,38 +91,38 @@ def edit_picture(
         }
         for target in image.targets
     }  # fmt: skip
-    existing = {} if again else {target: edits.find(target, record) for target, record in records.items()}
+    existing = {} if overwrite else {target: edits.find(target, record) for target, record in records.items()}
     paths = {target: path for target, path in existing.items() if path is not None}
-    if there is None:
-        note_existing(image, list(paths.values()), watch)
+    if existing_paths is None:
+        note_existing(image, list(paths.values()), observers)
     else:
-        there += paths.values()
+        existing_paths += paths.values()
     targets = [target for target in records if target not in paths]
     if not targets:
-        store.save_picture("sheet", sheet_of(store))  # after a kill it may be outdated
+        store.save_picture("sheet", run_sheet(store))  # after a kill it may be outdated
         return [paths[target] for target in image.targets]
     if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
         edited_at = settings.guide.source_scale
-        watch.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
+        observers.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
     changed = list[int]()
 
     def sampled(batch: list[str]) -> Float[Tensor, "edits c h w"]:
         reader = Reader(denoiser, store, batch, settings)
 
         def after(i: int, z: Tensor) -> Tensor:
-            z = reader.keep(i, z)
-            other = watch.after_step(i, int(table.timesteps[i]), z) if watch.after_step else None
+            z = reader.restore_background(i, z)
+            other = observers.after_step(i, int(table.timesteps[i]), z) if observers.after_step else None
             if other is not None and other is not z:
                 changed.append(i)
                 z = other.to(z)
-            watch.progress.advance(f"timestep {int(table.timesteps[i])}")
+            observers.progress.advance(f"timestep {int(table.timesteps[i])}")
             return z
 
-        watch.progress.begin("editing", image.name, len(table))
+        observers.progress.begin("editing", image.name, len(table))
         z_T = trajectory[-1:].to(denoiser.device).expand(len(batch), -1, -1, -1)
         with reader.prefetching():
             return edit(
-                reader.eps, z_T, table, reader.psi, settings.guide, settings.start, after, reader.alone
+                reader.eps, z_T, table, reader.psi, settings.guide, settings.start, after, reader.eps_alone
             )
 
     z_0 = in_batches(targets, sampled)
@@ -131,27 +131,27 @@ def edit_picture(
     decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
     edited = [to_image(pixels.cpu(), geometry) for pixels in decoded]
     # what a callback has changed, the same settings alone would not give
-    unlike = {"steps_changed_by_a_callback": changed} if changed else {}
+    changed_steps = {"steps_changed_by_a_callback": changed} if changed else {}
     seconds = round((time.perf_counter() - began) / len(targets), 2)
     rendered = [target for target, is_finite in zip(targets, finite, strict=True) if is_finite]
     for target, picture in zip(rendered, edited, strict=True):
         paths[target] = edits.save(
-            target, picture, {**records[target], **unlike, "figures": {"seconds": seconds}}
+            target, picture, {**records[target], **changed_steps, "figures": {"seconds": seconds}}
         )
-    store.save_picture("sheet", sheet_of(store))
-    watch.progress.finish()
+    store.save_picture("sheet", run_sheet(store))
+    observers.progress.finish()
     if lost := [target for target in targets if target not in rendered]:
         advice = "use a lower guidance scale, or precision 32-true"
         raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
     return [paths[target] for target in image.targets]
 
 
-def note_existing(image: SourceImage, paths: list[Path], watch: Watch) -> None:
+def note_existing(image: SourceImage, paths: list[Path], observers: Observers) -> None:
     """Tell the user, in one line, which edits are not rendered again."""
     if paths:
         first, *more = paths
         which = f"{first} and {len(more)} more exist" if more else f"{first} exists"
-        watch.progress.note(f"{image.name}: {which} with these settings; --overwrite renders again")
+        observers.progress.note(f"{image.name}: {which} with these settings; --overwrite renders again")
 
 
 def in_batches(
@@ -170,23 +170,22 @@ def in_batches(
     return torch.cat([in_batches(batch, sampled) for batch in (targets[:half], targets[half:])])
 
 
-def sheet_of(store: RunStore) -> Image.Image:
+def run_sheet(store: RunStore) -> Image.Image:
     """The source, the reconstruction and every edit of the run folder on one sheet; the chosen are marked."""
-    run, done = store.read_run(), store.edits()
-    files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in done]]
+    run, edits = store.read_run(), store.edits()
+    files = [store.folder / "source.png", store.folder / "reconstruction.png", *[file for _, file in edits]]
     quality = run["reconstruction"]["psnr_to_round_trip"]
     captions = [f"source\n{run['source']}", f"reconstruction\n{quality:.1f} dB to the VAE round trip"]
-    for record, _ in done:
-        how = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
-        for name in IDLE:
-            value = record.get(name)
-            shown = f"{value:g}" if isinstance(value, float) else value
-            how += f", {name.replace('_', ' ')} {shown}" if name in record else ""
-        if found := search_of(record):
-            how += f"\nagreement {found['agreement']:.3g}, likeness {found['likeness']:.3g}"
-        first = f"{CHOSEN}\n" if found.get("chosen") else ""
-        captions.append(f"{first}{record['target']}\n{how}")
-    marked = [
-        n for n, (record, _) in enumerate(done, len(files) - len(done)) if search_of(record).get("chosen")
-    ]
+    marked = list[int]()
+    for record, _ in edits:
+        details = f"{record['reading']}, start {record['start']:g}, guidance {record['guidance']:g}"
+        for name in (name for name in IDLE if name in record):
+            value = record[name]
+            details += f", {name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+        if search := search_of(record):
+            details += f"\nagreement {search['agreement']:.3g}, likeness {search['likeness']:.3g}"
+        if search.get("chosen"):
+            marked.append(len(captions))
+        mark = f"{CHOSEN}\n" if search.get("chosen") else ""
+        captions.append(f"{mark}{record['target']}\n{details}")
     return sheet([open_picture(file).image for file in files], captions, marked=marked)

@@ -18,7 +18,7 @@ from kvinv_pl.data.runs.tensors import Step
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import START, subject_positions, subject_words
 from kvinv_pl.models.text.prompt_reader import as_long
-from kvinv_pl.stages.editing.background import kept, subject_of_source
+from kvinv_pl.stages.editing.background import blend_background, source_subject
 from kvinv_pl.stages.settings import EditSettings
 
 
@@ -41,11 +41,7 @@ class Reader:
     """The network under the target prompts with what was tuned; steps are prefetched."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        store: RunStore,
-        targets: Sequence[str],
-        settings: EditSettings,
+        self, denoiser: Denoiser, store: RunStore, targets: Sequence[str], settings: EditSettings
     ) -> None:
         """Embed the prompts, one edit for each target; the run is tuned to the end, psi one slot wide."""
         self.denoiser, self.store, self.settings = denoiser, store, settings
@@ -56,7 +52,7 @@ class Reader:
         tuning, source = run["tuning"], run["source"]
         # of K-bar and V-bar, tuning has the source's branch last, behind the negative prompt's if it ran that
         tuned = [tuning["negative"], source][-branches_at(tuning["guidance"]) :]
-        self.reads = [0 if branch == "negative" else len(tuned) - 1 for branch in self.branches]
+        self.kv_rows = [0 if branch == "negative" else len(tuned) - 1 for branch in self.branches]
         # rows of the U-Net: edit after edit, each with all of its branches
         prompts = [{"negative": negative, "source": source, "target": target} for target in targets]
         self.contexts = denoiser.backbone.embed(
@@ -72,7 +68,7 @@ class Reader:
         self._source_z: Float[Tensor, "1 c h w"] | None = None
         if keeps:
             words = subject_words(denoiser.backbone, source, targets, settings.subject)
-            self._in_source = subject_of_source(denoiser, store, source, words[0])
+            self._in_source = source_subject(denoiser, store, source, words[0])
         if follows or keeps:
             found = subject_positions(denoiser.backbone, source, targets, settings.subject)
             others: list[list[int]] = [[]] * (len(self.branches) - 1)
@@ -110,7 +106,7 @@ class Reader:
         least, most = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
         return ((seen - least) / (most - least).clamp_min(1e-12))[:, None]
 
-    def keep(self, i: int, z: Float[Tensor, "edits c h w"]) -> Float[Tensor, "edits c h w"]:
+    def restore_background(self, i: int, z: Float[Tensor, "edits c h w"]) -> Float[Tensor, "edits c h w"]:
         """The latents after step i, with the source's background where the settings ask for it."""
         if self._in_source is None or i < self.first or self._source_z is None:
             return z
@@ -118,7 +114,7 @@ class Reader:
         if in_edit is None:
             return z
         each = in_edit[len(self.branches) - 1 :: len(self.branches)]
-        return kept(z, self._source_z, self._in_source, each)
+        return blend_background(z, self._source_z, self._in_source, each)
 
     def eps(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "branches edits c h w"]:
         """The output of every branch of every edit."""
@@ -133,7 +129,7 @@ class Reader:
             eps = self.denoiser.backbone.predict(rows, times, contexts)[extra:]
         return eps.unflatten(0, (-1, count)).transpose(0, 1)
 
-    def alone(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "edits c h w"]:
+    def eps_alone(self, z: Float[Tensor, "edits c h w"], t: Tensor) -> Float[Tensor, "edits c h w"]:
         """The output of the target branch of every edit, which attends to itself outside `psi`."""
         contexts = self.contexts[len(self.branches) - 1 :: len(self.branches)]
         unseen = self._maps.paused() if self._maps else nullcontext()
@@ -174,8 +170,8 @@ class Reader:
         self._prefetch(i + 1)
         self._at, attachment = i, self._attachment
         if self._in_source is not None:
-            here = step if read == i else self.store.step(i).on(self.denoiser.device)
-            self._source_z = here.z[None]
+            source_step = step if read == i else self.store.step(i).on(self.denoiser.device)
+            self._source_z = source_step.z[None]
         if i == self.first and self._positions is not None:
             self._record_maps(self._positions)
         if self.settings.reading == "frozen" and self.source is None:
@@ -189,7 +185,7 @@ class Reader:
 
     def _stored(self, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
         kv = step.kv or {}
-        return {path: (k[self.reads, None], v[self.reads, None]) for path, (k, v) in kv.items()}
+        return {path: (k[self.kv_rows, None], v[self.kv_rows, None]) for path, (k, v) in kv.items()}
 
     @contextmanager
     def _replayed(self, source: Source, i: int, step: Step, attachment: Attachment) -> Iterator[None]:
@@ -200,7 +196,7 @@ class Reader:
             source.z = self._trajectory[len(table) - read][None].to(self.denoiser.device)
         elif i == self.first:
             source.z = self.store.step(read - 1).z[None].to(self.denoiser.device)
-        with attachment.replaying(len(source.contexts), self.reads):
+        with attachment.replaying(len(source.contexts), self.kv_rows):
             yield
         if self._read_at(i + 1) != read:
             source.z = step.z[None]  # z-tilde of the next step

@@ -17,10 +17,10 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.vision.clip import Clip
-from kvinv_pl.stages.editing.edit import edit_picture, note_existing, sheet_of
-from kvinv_pl.stages.editing.judging import Candidate, Judging, front, ranked
+from kvinv_pl.stages.editing.edit import edit_picture, note_existing, run_sheet
+from kvinv_pl.stages.editing.judge import Candidate, EditJudge, pareto_front, ranked
 from kvinv_pl.stages.kinds import at_least_1
-from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import EditSettings
 
 Auto = Literal["auto"]
@@ -30,8 +30,8 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "sharpness": (1.0, 1.5, 2.0),
 }
 """What is tried of a setting that is auto; of guidance, times its default."""
-WITHOUT: Mapping[str, float | None] = {"start": 0.0, "guidance": None, "sharpness": 1.0}
-"""What a setting that is auto is elsewhere, in tuning for one."""
+VALUE_OF_AUTO: Mapping[str, float | None] = {"start": 0.0, "guidance": None, "sharpness": 1.0}
+"""What a setting that is auto is outside of a search, in tuning for one."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Search:
     clip: str | None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Search:
+    def of(cls, options: Mapping[str, Any]) -> Search:
         """From the parameters of KVInversion, by their names."""
-        at_least_1("candidates", given["candidates"])
-        auto = tuple(name for name in GRIDS if given[name] == "auto")
-        if "sharpness" in auto and given["reading"] != "frozen":
-            raise UserError(f"sharpness: expected 1 with reading {given['reading']}, got auto")
-        found = cls(auto, given["candidates"], given["judge"])
-        if given["judge"] is not None and not found.searches:
+        at_least_1("candidates", options["candidates"])
+        auto = tuple(name for name in GRIDS if options[name] == "auto")
+        if "sharpness" in auto and options["reading"] != "frozen":
+            raise UserError(f"sharpness: expected 1 with reading {options['reading']}, got auto")
+        search = cls(auto, options["candidates"], options["judge"])
+        if options["judge"] is not None and not search.is_active:
             raise UserError("judge: expected a search with it: give --start auto or --model.candidates N")
-        return found
+        return search
 
     @property
-    def searches(self) -> bool:
-        """Whether anything is tried."""
+    def is_active(self) -> bool:
+        """Whether edits are tried in more than one way."""
         return bool(self.auto) or self.candidates > 1
 
     def grid(self, settings: EditSettings) -> list[EditSettings]:
@@ -69,11 +69,10 @@ class Search:
         return [replace(settings, **dict(zip(names, values, strict=True))) for values in tried]
 
 
-def settled(given: Mapping[str, Any]) -> dict[str, Any]:
+def without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of KVInversion with a value in the place of every auto."""
-    return {
-        name: WITHOUT[name] if value == "auto" and name in GRIDS else value for name, value in given.items()
-    }
+    auto = [name for name in GRIDS if options[name] == "auto"]
+    return {**options, **{name: VALUE_OF_AUTO[name] for name in auto}}
 
 
 def search_edits(
@@ -81,8 +80,8 @@ def search_edits(
     image: SourceImage,
     settings: EditSettings,
     search: Search,
-    watch: Watch,
-    again: bool = False,
+    observers: Observers,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Edit in every way of the grid, show the best, and return the chosen edit of each target.
 
@@ -90,58 +89,59 @@ def search_edits(
     the source, and the chosen one is marked there and on the sheet.
     """
     clip = None if search.clip is None else Clip.load(search.clip, denoiser.device)
-    judging, names = Judging(denoiser, image, clip), search.auto or ("start",)
-    there = list[Path]()
+    judge, names = EditJudge(denoiser, image, clip), search.auto or ("start",)
+    existing = list[Path]()
     tried = [
-        (each, edit_picture(denoiser, image, each, watch, again, there)) for each in search.grid(settings)
+        (each, edit_picture(denoiser, image, each, observers, overwrite, existing))
+        for each in search.grid(settings)
     ]
-    note_existing(image, there, watch)
+    note_existing(image, existing, observers)
     chosen = list[Path]()
-    shown: list[tuple[Image.Image, str]] = []
+    tiles: list[tuple[Image.Image, str]] = []
     marked, edits = list[int](), Edits(image.store.folder)
     for n, target in enumerate(image.targets):
-        found = [judging.candidate(each, paths[n], target) for each, paths in tried]
-        order = ranked(found)
-        for line in _lines(image, target, found, order[0], names):
-            watch.progress.note(line)
+        candidates = [judge.candidate(each, paths[n], target) for each, paths in tried]
+        order = ranked(candidates)
+        for line in _summary(image, target, candidates, order[0], names):
+            observers.progress.note(line)
         chosen.append(order[0].file)
-        edits.note_search(target, {each.file: _note(each, search, order[0]) for each in found})
-        marked.append(len(shown) + 1)  # behind the source
-        shown += list(_shown(image, target, order[: search.candidates], names))
-    pictures, captions = zip(*shown, strict=True)
+        edits.note_search(target, {each.file: _search_record(each, search, order[0]) for each in candidates})
+        marked.append(len(tiles) + 1)  # behind the source
+        tiles += list(_tiles(image, target, order[: search.candidates], names))
+    pictures, captions = zip(*tiles, strict=True)
     page = sheet(pictures, captions, search.candidates + 1, marked)
     image.store.save_picture("candidates", page)
-    image.store.save_picture("sheet", sheet_of(image.store))  # of each edit's making, without the choice
+    image.store.save_picture("sheet", run_sheet(image.store))  # of each edit's making, without the choice
     if search.candidates > 1:
-        watch.progress.note(f"look at {image.store.folder / 'candidates.png'}")
+        observers.progress.note(f"look at {image.store.folder / 'candidates.png'}")
     return chosen
 
 
-def _lines(
-    image: SourceImage, target: str, found: Sequence[Candidate], best: Candidate, names: Sequence[str]
+def _summary(
+    image: SourceImage, target: str, candidates: Sequence[Candidate], best: Candidate, names: Sequence[str]
 ) -> Iterator[str]:
     yield (
-        f"{image.name}, {target!r}: tried {len(found)} settings; of those with at least half of the best "
-        "agreement the earliest start is chosen, and of several the most alike"
+        f"{image.name}, {target!r}: tried {len(candidates)} settings; of those with at least half of the "
+        "best agreement the earliest start is chosen, and of several the most alike"
     )
     figures = "agreement {0.agreement:.3g}, likeness {0.likeness:.3g}"
-    yield f"  chosen: {best.named(names)}, {figures.format(best)}: {best.file}"
+    yield f"  chosen: {best.describe(names)}, {figures.format(best)}: {best.file}"
     yield "  with no other better in both agreement and likeness:"
-    for each in front(found):
-        yield f"    {each.named(names)}: {figures.format(each)}"
+    for each in pareto_front(candidates):
+        yield f"    {each.describe(names)}: {figures.format(each)}"
 
 
-def _shown(
+def _tiles(
     image: SourceImage, target: str, best: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[Image.Image, str]]:
     yield open_picture(image.store.folder / "source.png").image, f"source\nto become: {target}"
     for n, each in enumerate(best):
         figures = f"agreement {each.agreement:.3g}\nlikeness {each.likeness:.3g}"
         first = "" if n else f"{CHOSEN}\n"
-        yield open_picture(each.file).image, f"{first}{each.named(names)}\n{figures}"
+        yield open_picture(each.file).image, f"{first}{each.describe(names)}\n{figures}"
 
 
-def _note(each: Candidate, search: Search, best: Candidate) -> dict[str, Any]:
+def _search_record(each: Candidate, search: Search, best: Candidate) -> dict[str, Any]:
     """What the record of an edit says of the search, among its figures."""
     return {
         "chosen": each.file == best.file,

@@ -27,21 +27,18 @@ def certify(denoiser: Denoiser, store: RunStore, attempt: Attempt) -> dict[str, 
     """
     picture, figures = _measure(denoiser, store)
     run, number, required = store.read_run(), attempt.number, attempt.settings.required_psnr
-    before = run.get("reconstruction") if number else None
-    attempts = [*(before["attempts"][:number] if before else [])]
-    at_most, reached = attempt.inner_steps_at_most, figures["psnr_to_round_trip"]
-    attempts.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": reached})
-    best = before if before and before["psnr_to_round_trip"] >= reached else None
+    previous = run.get("reconstruction") if number else None
+    attempts = [*(previous["attempts"][:number] if previous else [])]
+    at_most, psnr_reached = attempt.inner_steps_at_most, figures["psnr_to_round_trip"]
+    attempts.append({"inner_steps_at_most": at_most, "psnr_to_round_trip": psnr_reached})
+    best = previous if previous and previous["psnr_to_round_trip"] >= psnr_reached else None
     record = {**(best or figures), "attempts": attempts, "kept": best["kept"] if best else number}
     record |= {"psnr_demanded": required, "passed": record["psnr_to_round_trip"] >= required}
     record["retries"] = attempt.settings.retries
-    if best:
-        store.write_run({**run, "reconstruction": record})
-        store.drop_attempts()
-        return record
-    store.save_picture("reconstruction", picture)
+    if not best:
+        store.save_picture("reconstruction", picture)
     store.write_run({**run, "reconstruction": record})  # now the attempt counts
-    store.settle()
+    (store.drop_attempts if best else store.settle)()
     return record
 
 
@@ -49,8 +46,8 @@ def next_attempt(store: RunStore, settings: TuningSettings) -> int | None:
     """The number of the next attempt; None if the picture has passed, or there are no more retries."""
     record = store.read_run()["reconstruction"]
     count = len(record["attempts"])
-    reached = record["psnr_to_round_trip"] >= settings.required_psnr
-    return None if reached or count > settings.retries else count
+    passed = record["psnr_to_round_trip"] >= settings.required_psnr
+    return None if passed or count > settings.retries else count
 
 
 def _measure(denoiser: Denoiser, store: RunStore) -> tuple[Image.Image, dict[str, Any]]:
@@ -119,6 +116,6 @@ class Attempt:
         """Optimiser steps for one timestep at most, before z-tilde rolls out for good."""
         return self.settings.inner_steps * 2**self.number
 
-    def logged_as(self, image: SourceImage) -> str:
+    def log_name(self, image: SourceImage) -> str:
         """The name of a picture in the logs; later attempts have curves of their own."""
         return image.store.folder.name + (f"-attempt-{self.number + 1}" if self.number else "")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvinv_pl.data.failures import Failures
-from kvinv_pl.data.runs.tensors import Step, rounded, too_large
+from kvinv_pl.data.runs.tensors import Step, overflowing_rows, rounded
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.text.prompt_reader import as_long
@@ -49,20 +49,17 @@ class Slots:
     def enter(self, phase: Phase) -> None:
         """Fill the slots for this phase; its pictures are loaded if it enters them."""
         self.phase = phase
-        if phase.enters:
-            self._fill(phase)
-
-    def _fill(self, phase: Phase) -> None:
+        if not phase.enters:
+            return
         self.lost = ~torch.tensor(phase.active)
-        wanted = {phase.members[slot]: image for slot, image in self.active()}
-        self._loaded = {number: member for number, member in self._loaded.items() if number in wanted}
-        for number, image in wanted.items():
-            with self.failures.of([image]):
+        entering = {phase.members[slot]: image for slot, image in self.active()}
+        self._loaded = {number: member for number, member in self._loaded.items() if number in entering}
+        for number, image in entering.items():
+            with self.failures.catching([image]):
                 if number not in self._loaded:
                     self._loaded[number] = self._load(image)
-        filled = [slot for slot, _ in self.active()]
-        self.lost |= torch.tensor([slot not in filled for slot in range(len(phase.members))])
-        if filled:
+        self.drop_failed()
+        if filled := [slot for slot, _ in self.active()]:
             spare = self._loaded[phase.members[filled[0]]]
             self.members = [self._loaded.get(number, spare) for number in phase.members]
             self.contexts = torch.stack(as_long([member.contexts for member in self.members]), 1)
@@ -78,8 +75,8 @@ class Slots:
     def active(self) -> list[tuple[int, SourceImage]]:
         """The slots that count, and the pictures in them: neither padding nor failed."""
         pairs = enumerate(zip(self.phase.members, self.phase.active, strict=True))
-        found = [(slot, self.images[member]) for slot, (member, active) in pairs if active]
-        return [(slot, image) for slot, image in found if image not in self.failures]
+        images = [(slot, self.images[member]) for slot, (member, active) in pairs if active]
+        return [(slot, image) for slot, image in images if image not in self.failures]
 
     def levels(self, steps: Sequence[int]) -> Float[Tensor, "slots c h w"]:
         """z-hat of every slot after so many steps from noise: the pivot it starts from, or is to reach."""
@@ -98,7 +95,7 @@ class Slots:
         """Load z-tilde at the step at which the roll-out resumes, and psi of the step before."""
         self.z = self.levels([0] * len(self.members))
         for slot, image in self.active() if first else []:
-            with self.failures.of([image]):
+            with self.failures.catching([image]):
                 before: Step = image.store.step(first - 1)
                 self.z[slot] = before.z.to(self.denoiser.device)
                 self.denoiser.read(before.psi, slot)
@@ -114,7 +111,7 @@ class Slots:
         learned = {f"{cp.site.path}.{name}" for cp in self.denoiser.cps for name, _ in cp.named_parameters()}
         for slot, image in self.active():
             i = self.phase.steps[slot]
-            with self.failures.of([image]):
+            with self.failures.catching([image]):
                 psi, info = image.store.pivot(i)
                 if carry and i:
                     previous, current = image.store.pivot(i - 1)[0], self.denoiser.values()
@@ -128,10 +125,10 @@ class Slots:
     def round(self, dtype: str) -> None:
         """Round psi as it is stored; a picture whose psi the store cannot hold has failed."""
         values = self.denoiser.values()
-        said = too_large(values, dtype)
+        messages = overflowing_rows(values, dtype)
         for slot, image in self.active():
-            if slot in said:
-                self.failures.note(image.label, said[slot])
+            if slot in messages:
+                self.failures.note(image.label, messages[slot])
         self.drop_failed()
         for value in values.values():
             rows = value.view(len(value), 1, -1) if value.ndim < 3 else value  # each slot by itself
@@ -140,4 +137,4 @@ class Slots:
     def drop_failed(self) -> None:
         """Mark the slots of pictures that have failed since."""
         filled = [slot for slot, _ in self.active()]
-        self.lost |= torch.tensor([slot not in filled for slot in range(len(self.members))])
+        self.lost |= torch.tensor([slot not in filled for slot in range(len(self.phase.members))])

@@ -12,7 +12,7 @@ from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.optimizers import needs_closure, reads_residuals
 from kvinv_pl.stages.curriculum import Pass, Phase
-from kvinv_pl.stages.progress import Watch
+from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.tuning.certificate import Attempt
 from kvinv_pl.stages.tuning.results import Results
 from kvinv_pl.stages.tuning.slot_keeper import SlotKeeper
@@ -32,7 +32,7 @@ class Tuning:
         which: Pass,
         images: Sequence[SourceImage],
         plan: Sequence[Phase],
-        watch: Watch,
+        observers: Observers,
     ) -> None:
         """Take the network with psi attached, as many slots wide as the phases of `plan` are.
 
@@ -40,9 +40,9 @@ class Tuning:
         """
         self.denoiser, self.attempt, self.settings = denoiser, attempt, attempt.settings
         self.images, self.plan, self.rolls_out = list(images), list(plan), which == "roll-out"
-        self.watch, self.progress, self.failures = watch, watch.progress, watch.failures
+        self.observers, self.progress, self.failures = observers, observers.progress, observers.failures
         self.inner_steps = attempt.inner_steps(which)
-        self.results = Results(denoiser, attempt, watch)
+        self.results = Results(denoiser, attempt, observers)
         self._slots = Slots(denoiser, self.images, self.settings.negative, self.failures)
 
     @property
@@ -61,7 +61,7 @@ class Tuning:
         self.denoiser.cache.clear()
         self._first_errors: Tensor | None = None
         self._steps = torch.tensor(steps)
-        self._used = self._used_at_pivots = torch.zeros(width, dtype=torch.long)
+        self._steps_taken = self._steps_taken_at_pivots = torch.zeros(width, dtype=torch.long)
         slots.enter(self._phase)
         if self._phase.enters and (self.rolls_out or n == 0):
             self._announce()
@@ -82,7 +82,7 @@ class Tuning:
         elif self._phase.enters:
             slots.resume(steps[0])
         if self.rolls_out and "pivots" in self.settings.passes(self.denoiser.learns):
-            self._used_at_pivots = torch.tensor(slots.settle(self.settings.carry))
+            self._steps_taken_at_pivots = torch.tensor(slots.settle(self.settings.carry))
         elif not self.rolls_out or steps[0] == 0 or not self.settings.carry:
             slots.start(self.attempt.seed)
 
@@ -109,7 +109,7 @@ class Tuning:
 
         It is made again as long as it has `overflowed`, and was left out: a phase has few.
         """
-        with self.denoiser.attached().blend(), self._front():
+        with self.denoiser.attached().blend(), self._cached_features():
             z = self._reconstruct()
             means = self._means(squared_errors(self._pivot, z))
             self._drop_unless_finite(means)
@@ -118,44 +118,44 @@ class Tuning:
             if self._keeper.all_stopped:
                 return
             running = ~self._keeper.stopped
-            self._used += running
+            self._steps_taken += running
             self.progress.show(
-                f"{self._where()}, inner step {count}, loss {float(means[running].mean()):.2e}"
+                f"{self._timesteps()}, inner step {count}, loss {float(means[running].mean()):.2e}"
             )
             active = None if bool(running.all()) else running.to(self.denoiser.device)
 
-            values, known = list(self.denoiser.psi.parameters()), [z]
-            at = [value._version for value in values]
+            values, computed = list(self.denoiser.psi.parameters()), [z]
+            versions = [value._version for value in values]
 
             def residuals() -> Tensor:
                 # an optimiser begins at the present psi, whose reconstruction is computed already
-                fresh = known and at == [value._version for value in values]
-                z = known.pop() if fresh else self._reconstruct()
-                missed = (z - self._pivot).flatten(1)
-                return missed if active is None else torch.where(active[:, None], missed, 0)
+                is_computed = computed and versions == [value._version for value in values]
+                z = computed.pop() if is_computed else self._reconstruct()
+                errors = (z - self._pivot).flatten(1)
+                return errors if active is None else torch.where(active[:, None], errors, 0)
 
-            def lowered() -> Tensor:
+            def closure() -> Tensor:
                 optimizer.zero_grad()
                 total = residuals().square().sum()
                 backward(total)
                 return total.detach()
 
             if needs_closure(optimizer):
-                optimizer.step(residuals if reads_residuals(optimizer) else lowered)
+                optimizer.step(residuals if reads_residuals(optimizer) else closure)
             else:
-                self._descend(optimizer, lowered)
+                self._descend(optimizer, closure)
                 while overflowed():
-                    self._descend(optimizer, lowered)
+                    self._descend(optimizer, closure)
         self._keeper.restore()
 
-    def _descend(self, optimizer: Any, lowered: Callable[[], Tensor]) -> None:
+    def _descend(self, optimizer: Any, closure: Callable[[], Tensor]) -> None:
         """One step of an optimiser that is given gradients."""
-        lowered()
+        closure()
         if bool(self._slots.lost.any()):
             self._keeper.zero_gradients(self._slots.lost)
         optimizer.step()
 
-    def _where(self) -> str:
+    def _timesteps(self) -> str:
         first, last = (int(t) for t in self.denoiser.table.timesteps[self._steps[[0, -1]]])
         return f"timestep {first}" if first == last else f"timesteps {first} to {last}"
 
@@ -164,7 +164,7 @@ class Tuning:
         eps = self.denoiser.guided_prediction(self._slots.contexts, self.settings.guidance)
         return reconstruct(eps, self._slots.z if z is None else z, self.denoiser.table, self._steps)
 
-    def _front(self) -> AbstractContextManager[None]:
+    def _cached_features(self) -> AbstractContextManager[None]:
         """What comes before the first upgraded layer stays while z-tilde does."""
         return self.denoiser.cache.reuse(self._slots.z, self._slots.contexts)
 
@@ -204,27 +204,27 @@ class Tuning:
         before = slots.z
         kv = self._advance()
         self.denoiser.cache.clear()
-        ends = self._means(squared_errors(self._pivot, slots.z))
-        self._drop_unless_finite(ends)
+        last_errors = self._means(squared_errors(self._pivot, slots.z))
+        self._drop_unless_finite(last_errors)
         if bool(slots.lost.any()):
             lost = slots.lost.to(self.denoiser.device)
             slots.z = torch.where(lost[:, None, None, None], self._pivot, slots.z)
-        begins = ends if self._first_errors is None else self._first_errors
-        made = 1 if self.rolls_out else sum(self._phase.active)
-        loss = float(ends[~slots.lost].mean())
+        first_errors = last_errors if self._first_errors is None else self._first_errors
+        finished = 1 if self.rolls_out else sum(self._phase.active)
+        loss = float(last_errors[~slots.lost].mean())
         if not dry_run:
-            self._settle()
+            self._flush()
         for slot, image in slots.active() if not dry_run else ():
             i = self._phase.steps[slot]
             figures = {
-                "loss_start": float(begins[slot]),
-                "loss_end": float(ends[slot]),
-                "inner_steps": int(self._used[slot]),
+                "loss_start": float(first_errors[slot]),
+                "loss_end": float(last_errors[slot]),
+                "inner_steps": int(self._steps_taken[slot]),
             }
             if self.rolls_out and self.settings.curriculum == "pivot":
-                figures["inner_steps_at_pivot"] = int(self._used_at_pivots[slot])
+                figures["inner_steps_at_pivot"] = int(self._steps_taken_at_pivots[slot])
             psi = {name: value[slot] for name, value in self.denoiser.values().items()}
-            with self.failures.of([image]):
+            with self.failures.catching([image]):
                 if self.rolls_out:
                     bars = {path: (k[:, slot], v[:, slot]) for path, (k, v) in kv.items()}
                     stored = bars if self.settings.kv == "stored" else None
@@ -232,20 +232,20 @@ class Tuning:
                     self.results.write(image, i, psi, stored, figures, z_from, z_to)
                 else:
                     self.results.write_at_pivot(image, i, psi, figures)
-        self.progress.advance(f"loss {loss:.2e}", made)  # now it is done: who is told may stop here
+        self.progress.advance(f"loss {loss:.2e}", finished)  # now it is done: who is told may stop here
         if not dry_run and self.rolls_out and self._phase.steps[0] == len(self.denoiser.table) - 1:
-            self._settle()
+            self._flush()
             self.results.certify([image for _, image in slots.active()])
 
     def _advance(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Move z-tilde on with psi as it is stored; the K-bar and V-bar that an edit reads, if stored."""
         attachment, slots = self.denoiser.attached(), self._slots
         if not self.denoiser.at_pivot and self.settings.kv == "replayed":
-            with attachment.blend(), self._front():
+            with attachment.blend(), self._cached_features():
                 slots.z = self._reconstruct()
             return {}
         if not self.denoiser.at_pivot:
-            with attachment.blend(record=True) as kv, self._front():
+            with attachment.blend(record=True) as kv, self._cached_features():
                 slots.z = self._reconstruct()
             return kv
         with attachment.blend(record=True) as kv:
@@ -254,7 +254,7 @@ class Tuning:
             slots.z = self._reconstruct()
         return kv
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         """Wait for the files of the phase before; a picture of which one cannot be written has failed."""
-        self.results.writer.settle()
+        self.results.writer.flush()
         self._slots.drop_failed()

@@ -136,7 +136,7 @@ class Ranks:
             stop(self._started[needed:])
             self._started = self._started[:needed]
 
-    def mine(self, shares: int) -> Iterator[int]:
+    def claim_shares(self, shares: int) -> Iterator[int]:
         """Claim shares of the work, one after the other."""
         world, queue = self.world, self._queue
         of_rank = self._of_node(shares) if queue else range(world.rank, shares, world.size)
@@ -191,7 +191,7 @@ class Ranks:
             rank.poll() == 0 and self._queue is not None and self._queue.has_reported(local_rank)
         )
 
-    def check_often(self) -> None:
+    def check_periodically(self) -> None:
         """Check signals, and the other ranks a few times a second."""
         self._stop_request.check()
         if self._last_check + 0.2 < (now := time.monotonic()):

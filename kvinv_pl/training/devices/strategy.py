@@ -67,7 +67,7 @@ class ImageParallelStrategy(SingleDeviceStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check signals and the other ranks."""
-        self.ranks.check_often()
+        self.ranks.check_periodically()
 
     def teardown(self) -> None:
         """Leave the model on its device: the next pictures need it there."""

@@ -20,13 +20,14 @@ from kvinv_pl.models.denoiser import Denoiser, generator
 from kvinv_pl.models.vision.clip import Clip
 from kvinv_pl.stages.settings import EditSettings
 
-ENOUGH = 0.5  # of the best edit's agreement: an edit that has as much has done what the target says
-LEVELS, NOISES = (0.35, 0.5, 0.65, 0.8), 2  # shares of the noise schedule, and how often each is drawn
+LEAST_SHARE = 0.5  # of the best edit's agreement: an edit that has as much has done what the target says
+LEVELS = (0.35, 0.5, 0.65, 0.8)  # shares of the noise schedule
+NOISES = 2  # at each level
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One edit and what is thought of it."""
+    """One edit, and the two figures that it is chosen by."""
 
     settings: EditSettings
     file: Path
@@ -35,46 +36,46 @@ class Candidate:
     likeness: float
     """To the source picture, wherever its subject has moved."""
 
-    def named(self, names: Sequence[str]) -> str:
-        """Its settings in words."""
+    def describe(self, names: Sequence[str]) -> str:
+        """Its values of these settings, as start 0.3, guidance 3."""
         return ", ".join(f"{name} {getattr(self.settings, name):g}" for name in names)
 
 
-def ranked(found: Sequence[Candidate]) -> list[Candidate]:
+def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The best first: of those that do what the target says, the earliest and then the most like the source.
 
     An early start keeps more of the subject, and costs at most the action (the paper's Fig. 6), which is seen
     to before.
     """
-    bar = max(0.0, ENOUGH * max(each.agreement for each in found))
-    done = [each for each in found if each.agreement > 0 and each.agreement >= bar]
-    others = [each for each in found if each not in done]
+    least = max(0.0, LEAST_SHARE * max(each.agreement for each in candidates))
+    succeeded = [each for each in candidates if each.agreement > 0 and each.agreement >= least]
+    others = [each for each in candidates if each not in succeeded]
     return [
-        *sorted(done, key=lambda each: (each.settings.start, -each.likeness)),
+        *sorted(succeeded, key=lambda each: (each.settings.start, -each.likeness)),
         *sorted(others, key=lambda each: -each.agreement),
     ]
 
 
-def front(found: Sequence[Candidate]) -> list[Candidate]:
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other beats in both, from the most like the source on."""
-    return [found[n] for n in unbeaten([(each.agreement, each.likeness) for each in found])]
+    return [candidates[n] for n in pareto_optimal([(each.agreement, each.likeness) for each in candidates])]
 
 
-def unbeaten(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_optimal(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points that no other is better than in one and as good in the other, by their first figure.
 
     Those with NaN are none.
     """
 
-    def beaten(a: tuple[float, float]) -> bool:
+    def is_dominated(a: tuple[float, float]) -> bool:
         return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
 
     known = [n for n, point in enumerate(points) if not any(map(math.isnan, point))]
-    return sorted((n for n in known if not beaten(points[n])), key=lambda n: points[n][0])
+    return sorted((n for n in known if not is_dominated(points[n])), key=lambda n: points[n][0])
 
 
 @torch.no_grad()
-def own_agreement(denoiser: Denoiser, z_0: Float[Tensor, "1 c h w"], source: str, target: str) -> float:
+def denoising_agreement(denoiser: Denoiser, z_0: Float[Tensor, "1 c h w"], source: str, target: str) -> float:
     """Which prompt predicts the noise in a picture better (Li et al., 2023), by the model itself.
 
     That is (error under the source - error under the target) / error under the source, squared errors.
@@ -91,8 +92,8 @@ def own_agreement(denoiser: Denoiser, z_0: Float[Tensor, "1 c h w"], source: str
 
 
 @dataclass(frozen=True)
-class Judging:
-    """One picture's edits under a judge."""
+class EditJudge:
+    """Measures the edits of one image: by CLIP, or without it by the model itself."""
 
     denoiser: Denoiser
     image: SourceImage
@@ -106,11 +107,11 @@ class Judging:
         """An edit with its two figures: by CLIP's directions, or by the model's errors and by colours."""
         edited, source = open_picture(file).image, self.image.source
         if self.clip is not None:
-            seen = self.clip.of_picture(edited)
-            towards = self.clip.of_text(target) - self.clip.of_text(source)
-            likeness = 100 * float(seen @ self.clip.of_picture(self._source))
-            return Candidate(settings, file, 100 * float(seen @ towards), likeness)
+            embedding = self.clip.of_picture(edited)
+            direction = self.clip.of_text(target) - self.clip.of_text(source)
+            likeness = 100 * float(embedding @ self.clip.of_picture(self._source))
+            return Candidate(settings, file, 100 * float(embedding @ direction), likeness)
         geometry = Geometry(edited.size, self.image.store.geometry().resized)
         z_0 = self.denoiser.backbone.encode(to_pixels(edited, geometry)[None].to(self.denoiser.device))
-        agreement = own_agreement(self.denoiser, z_0, source, target)
+        agreement = denoising_agreement(self.denoiser, z_0, source, target)
         return Candidate(settings, file, agreement, shared_colours(self._source, edited))
