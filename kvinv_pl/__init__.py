@@ -18,7 +18,7 @@ _WHERE = {
     "SourceImages": "training.datamodule",
     "KVInversion": "training.module",
     "KVInversionPipeline": "app.pipeline",
-    "RunStore": "data.run_store",
+    "RunStore": "data.runs.run_store",
 }
 
 
