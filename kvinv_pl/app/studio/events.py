@@ -54,13 +54,9 @@ def wire(
     right["stop"].click(show_errors(of_run.stop), run, None, api_name="stop", **quiet)
     clicked, given = [right["edit"].click, target.submit], [run, target]
     edited = gr.on(
-        clicked,
-        show_errors(of_run.edit),
-        [*given, *knobs],
-        [progress, right["picked"]],
-        api_name="edit",
-        **quiet,
-    )
+        clicked, show_errors(of_run.edit), [*given, *knobs], [progress, right["picked"]],
+        api_name="edit", **quiet,
+    )  # fmt: skip
     tried = right["several"].click(
         show_errors(of_run.several), [*given, right["vary"], right["values"], *knobs],
         [progress, right["picked"]],
