@@ -135,13 +135,13 @@ def _save_run(run: Path, target: Path) -> None:
     if target.exists() and any(target.iterdir()):
         raise UserError(f"save_directory: expected an empty or new folder, got {target}, which is not empty")
     passing = shutil.ignore_patterns(".lock*", "logs", f"*{TEMPORARY}")
-    beside = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     with explaining_os_errors("write", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copytree(run, beside, ignore=passing)
+            shutil.copytree(run, temporary, ignore=passing)
             if target.exists():  # which Windows would not replace, empty as it is
                 target.rmdir()
-            os.replace(beside, target)
+            os.replace(temporary, target)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)

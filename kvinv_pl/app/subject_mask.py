@@ -20,11 +20,7 @@ def at_points(
 
 
 def of_word(
-    image: Image.Image,
-    word: str,
-    source: str,
-    checkpoint: str = "menagerie",
-    options: LoadOptions = DEFAULTS,
+    image: Image.Image, word: str, source: str, checkpoint: str = "menagerie", options: LoadOptions = DEFAULTS
 ) -> Image.Image:
     """The mask from the model's own attention to a word of the prompt, in the picture's size."""
     backbone = Backbone.load(checkpoint, options=options)

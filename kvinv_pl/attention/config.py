@@ -18,8 +18,8 @@ def variant_config(cp: CPAttention) -> dict[str, Any]:
     # an option that makes a variant is a wrapped variant
     options: dict[str, Any] = {}
     for name, value in cp.options.items():
-        made: Any = value(cp.site) if callable(value) else None
-        options[name] = value if made is None else variant_config(made)
+        inner: Any = value(cp.site) if callable(value) else None
+        options[name] = value if inner is None else variant_config(inner)
     return {"class_path": class_path(type(cp)), "init_args": options}
 
 

@@ -34,8 +34,8 @@ def controlled(
     with ExitStack() as hooks:
         try:
             for path, layer in attentions.items():
-                made: Any = partial(_controlled, path, grids, partial(control.attend, i))
-                layer.processor = made  # set_processor would register a module's hooks, and print
+                processor: Any = partial(_controlled, path, grids, partial(control.attend, i))
+                layer.processor = processor  # set_processor would register a module's hooks, and print
             for path in control.convolutions:
                 hooks.enter_context(layers[path].register_forward_hook(partial(changed, path)))
             yield

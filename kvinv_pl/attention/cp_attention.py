@@ -41,13 +41,13 @@ class CPAttention(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Save the arguments as `options`, so that variants need not."""
-        made = super().__new__(cls)
+        instance = super().__new__(cls)
         if args or kwargs:  # copying and unpickling pass none
-            given = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
+            given = inspect.signature(cls.__init__).bind(instance, *args, **kwargs)
             given.apply_defaults()
             _, _, *options = given.arguments.items()  # self and site
-            made.__dict__["options"] = dict(options)
-        return made
+            instance.__dict__["options"] = dict(options)
+        return instance
 
     def __init__(self, site: Site):
         """Take the place in the U-Net: `site.slots`, `site.tokens`, `site.dim`, `site.heads`, `site.grid`."""

@@ -114,8 +114,8 @@ def recording_maps(
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, context, bias = (given.get(name) for name in names)
         if isinstance(module, Attention) and isinstance(x, Tensor) and isinstance(context, Tensor):
-            seen = _attention(module, x, context, bias, positions, against)
-            maps.layers[path] = seen.unflatten(1, grid_of(path, x.shape[1], inputs))
+            attention = _attention(module, x, context, bias, positions, against)
+            maps.layers[path] = attention.unflatten(1, grid_of(path, x.shape[1], inputs))
 
     around = {path.rsplit(".", depth)[0] for path in chosen for depth in range(1, path.count(".") + 1)}
     with ExitStack() as hooks:

@@ -70,8 +70,8 @@ class CPProcessor:
                 return project_tokens(attn, x, layer, norm).unflatten(0, (-1, self.site.slots))
 
             def keys_values(branches: int | None = None) -> KV:
-                own = x if branches is None else x[: branches * self.site.slots]
-                return project(own, attn.to_k, attn.norm_k), project(own, attn.to_v)
+                part = x if branches is None else x[: branches * self.site.slots]
+                return project(part, attn.to_k, attn.norm_k), project(part, attn.to_v)
 
             q = project(x, attn.to_q, attn.norm_q)
             bias = attention_mask

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from kvinv_pl.attention.cp_attention import CPAttention
 from kvinv_pl.errors import UserError, near
@@ -21,36 +21,64 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One registered attention variant: its class, or why it could not be imported."""
+class Registered:
+    """A class that an entry point names, or why it could not be imported."""
 
     name: str
-    cls: type[CPAttention] | None
+    cls: type[Any] | None
     distribution: str
     error: str | None = None
 
     @property
+    def text(self) -> str:
+        """The docstring before its Args."""
+        return inspect.cleandoc(self.cls.__doc__ or "").partition("Args:\n")[0].strip() if self.cls else ""
+
+    @property
     def summary(self) -> str:
-        """The first line of its docstring."""
-        return ((self.cls and self.cls.__doc__) or "").strip().partition("\n")[0]
+        """The first line of the docstring."""
+        return self.text.partition("\n")[0]
+
+
+class Variant(Registered):
+    """One attention variant."""
+
+    cls: type[CPAttention] | None
+
+
+Kind = TypeVar("Kind", bound=Registered)
 
 
 def variants() -> dict[str, Variant]:
     """Every variant in the entry-point group `kvinv_pl.attention`, by name; two of one name are an error."""
-    return {point.name: _load(point) for point in entry_points_of(GROUP, "attention variants")}
+    return load_group(Variant, GROUP, "attention variants", is_variant, "is not a subclass of CPAttention")
 
 
-def entry_points_of(group: str, what: str) -> list[EntryPoint]:
-    """The entry points of a group in the order of their names; two of one name are an error."""
+def load_group(
+    kind: type[Kind], group: str, what: str, wanted: Callable[[type], bool], otherwise: str
+) -> dict[str, Kind]:
+    """The classes of an entry-point group by their names, in order; two of one name are an error.
+
+    `wanted` says which classes may be, and `otherwise` what is wrong with the others.
+    """
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         other = points.setdefault(point.name, point)
         if other is not point:
             raise UserError(
-                f"two {what} are named {point.name!r}: {other.value} of {distribution_of(other)} and "
-                f"{point.value} of {distribution_of(point)}; uninstall one of them, or have it renamed"
+                f"two {what} are named {point.name!r}: {other.value} of {_distribution(other)} and "
+                f"{point.value} of {_distribution(point)}; uninstall one of them, or have it renamed"
             )
-    return [points[name] for name in sorted(points)]
+    found: dict[str, Kind] = {}
+    for name, point in sorted(points.items()):
+        try:
+            cls, error = point.load(), None
+        except (Exception, SystemExit) as exception:  # other people's modules may raise anything on import
+            cls, error = None, f"{point.value} cannot be imported ({_reason(exception)})"
+        if error is None and not (isinstance(cls, type) and wanted(cls)):
+            cls, error = None, f"{point.value} {otherwise}"
+        found[name] = kind(name, cls, _distribution(point), error)
+    return found
 
 
 def load_all() -> dict[str, Variant]:
@@ -147,8 +175,8 @@ def find_class(target: str, wanted: Callable[[type], bool] = is_variant) -> type
             raise UserError(f"{place} has the name of another module, {module.__file__}: rename the file")
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and wanted(cls)):
-        own = {key: value for key, value in vars(module).items() if isinstance(value, type)}
-        defined = [key for key, value in own.items() if value.__module__ == module.__name__ and wanted(value)]
+        classes = [(key, value) for key, value in vars(module).items() if isinstance(value, type)]
+        defined = [key for key, value in classes if value.__module__ == module.__name__ and wanted(value)]
         raise UserError(f"{place} has no variant {name!r}; expected one of {', '.join(defined) or '(none)'}")
     return cls
 
@@ -160,26 +188,12 @@ def _import(name: str, folder: Path) -> ModuleType:
     try:
         return import_module(name)
     except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{name} cannot be imported ({reason})") from error
+        raise UserError(f"{name} cannot be imported ({_reason(error)})") from error
 
 
-def _load(point: EntryPoint) -> Variant:
-    cls, error = load_entry_point(point)
-    if error is None and not (isinstance(cls, type) and is_variant(cls)):
-        cls, error = None, f"{point.value} is not a subclass of CPAttention"
-    return Variant(point.name, cls, distribution_of(point), error)
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def load_entry_point(point: EntryPoint) -> tuple[Any, str | None]:
-    """What an entry point names, or why it cannot be imported."""
-    try:
-        return point.load(), None
-    except (Exception, SystemExit) as error:  # other people's modules may raise anything on import
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return None, f"{point.value} cannot be imported ({reason})"
-
-
-def distribution_of(point: EntryPoint) -> str:
-    """The distribution that an entry point comes from."""
+def _distribution(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

@@ -194,10 +194,10 @@ def _expanded(words: str | list[str] | None, paths: list[str]) -> str | list[str
     """Replace presets by their paths; everything else is unchanged."""
     if words is None or (isinstance(words, str) and words not in PRESETS):
         return words
-    spelled: list[str] = []
+    expanded: list[str] = []
     for word in [words] if isinstance(words, str) else words:
-        spelled += [path for path in paths if PRESETS[word].match(path)] if word in PRESETS else [word]
-    return spelled
+        expanded += [path for path in paths if PRESETS[word].match(path)] if word in PRESETS else [word]
+    return expanded
 
 
 def _peft_chooses(config: SimpleNamespace, path: str) -> bool:

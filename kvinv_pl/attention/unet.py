@@ -31,7 +31,7 @@ def decoder_layers(paths: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Its layers by the module paths of a U-Net: the last convolution, and the self-attentions after it."""
     found = [(path, CONVOLUTION.fullmatch(path)) for path in paths]
     layers = {
-        path: rf"{named['block']}\.attentions\.{named['layer']}\..*\.attn1" for path, named in found if named
+        path: rf"{match['block']}\.attentions\.{match['layer']}\..*\.attn1" for path, match in found if match
     }
     return [
         (path, [other for other in paths if re.fullmatch(after, other)]) for path, after in layers.items()

@@ -110,8 +110,8 @@ class Bench:
 
     def _earlier_rows(self) -> dict[str, int | None]:
         """The rows that are in the folder and were not asked for now, as `_every_row` has them."""
-        asked = {row.text for row in self.rows}
-        return {name: count for name, count in self.records.rows().items() if name not in asked}
+        current = {row.text for row in self.rows}
+        return {name: count for name, count in self.records.rows().items() if name not in current}
 
     def _compute(self, name: str, case: Case, draw: Callable[[Case], None]) -> None:
         """Compute one case; whatever a method raises, and the end of its process, is this case's alone."""
@@ -134,14 +134,14 @@ class Bench:
         encoded = Encoded.encode(model, picture)
         trip, plain = encoded.decode(encoded.z_0), self._sampling(row.text, encoded, case.target)
         inversion, editor = row.make_methods()
-        own = any("guidance" in given for given in (row.settings, *row.options.values()))
-        guidance = None if own else self.setup.guidance
+        sets_guidance = any("guidance" in given for given in (row.settings, *row.options.values()))
+        guidance = None if sets_guidance else self.setup.guidance
         with measure_cost(encoded.denoiser.device) as cost:
-            made = apply_method(model, picture, case.source, case.target, inversion, editor, None, guidance)
+            result = apply_method(model, picture, case.source, case.target, inversion, editor, None, guidance)
         metrics = {"seconds": cost.seconds, **cost.relative_to(plain)}
-        if made.reconstruction is not None:
-            metrics["reconstruction dB"] = psnr(as_pixels(made.reconstruction), as_pixels(trip))
-        self.records.save(row.text, case.name, made.edited, metrics)
+        if result.reconstruction is not None:
+            metrics["reconstruction dB"] = psnr(as_pixels(result.reconstruction), as_pixels(trip))
+        self.records.save(row.text, case.name, result.edited, metrics)
 
     def _sampling(self, row: str, encoded: Encoded, target: str) -> Cost:
         """What plain sampling costs, once a row and size, as the load changes."""
@@ -177,8 +177,8 @@ class Bench:
         """
         columns = [*(column for metric in self.data.metrics for column in metric.columns), *COSTS]
         rows, failed, unmeasured = {}, {}, {}
-        asked, earlier = {name: count for name, count, _ in self._every_row()}, self._earlier_rows()
-        for name, count in {**asked, **earlier}.items():
+        current, earlier = {name: count for name, count, _ in self._every_row()}, self._earlier_rows()
+        for name, count in {**current, **earlier}.items():
             records = {case.name: self.records.read(name, case.name) for case in self.data.first(count)}
             if name in earlier:
                 records = {case: record for case, record in records.items() if record is not None}

@@ -1,12 +1,10 @@
 """The registry of methods, which are found by their entry points."""
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from importlib.metadata import EntryPoint
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
-from kvinv_pl.attention.registry import distribution_of, entry_points_of, load_entry_point
+from kvinv_pl.attention.registry import Registered, load_group
 from kvinv_pl.errors import UserError, near
 
 GROUP = "kvinv_pl.methods"
@@ -21,24 +19,13 @@ UNSUPPORTED = {
 """Methods that are asked for and have no file, and why; the table in docs/methods.md says more."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """One registered method: its class, or why it could not be imported."""
-
-    name: str
-    cls: type[Any] | None
-    distribution: str
-    error: str | None = None
+class Method(Registered):
+    """One registered method."""
 
     @property
     def kind(self) -> Kind | None:
         """Whether it is an inversion, an edit or a whole, to be used alone."""
         return next((kind for has, kind in KINDS.items() if hasattr(self.cls, has)), None)
-
-    @property
-    def text(self) -> str:
-        """The docstring before its Args."""
-        return inspect.cleandoc(self.cls.__doc__ or "").partition("\nArgs:")[0].strip() if self.cls else ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -54,18 +41,18 @@ def is_method(cls: type) -> bool:
 
 def methods() -> dict[str, Method]:
     """Every method in the entry-point group `kvinv_pl.methods`, by name; two of one name are an error."""
-    return {point.name: _load(point) for point in entry_points_of(GROUP, "methods")}
+    return load_group(Method, GROUP, "methods", is_method, f"has neither of {', '.join(KINDS)}")
 
 
-def unknown_method(name: str, what: str, listed: Mapping[str, Method]) -> UserError:
+def unknown_method(name: str, what: str, known: Mapping[str, Method]) -> UserError:
     """No method has this name; of one that is missed, why it is not here."""
     if (why := UNSUPPORTED.get(name)) is not None:
         return UserError(
             f"{name} is not among the methods, since {why} (docs/methods.md has a table of such): "
             "leave it out, or give a method that `kvinv methods` lists"
         )
-    shown = ", ".join(key for key, method in listed.items() if method.kind)
-    return UserError(f"no {what} {name!r}: expected one of {shown}{near(name, list(listed))}")
+    shown = ", ".join(key for key, method in known.items() if method.kind)
+    return UserError(f"no {what} {name!r}: expected one of {shown}{near(name, list(known))}")
 
 
 def make(name: str, *kinds: Kind, **options: Any) -> Any:
@@ -80,10 +67,3 @@ def make(name: str, *kinds: Kind, **options: Any) -> Any:
         expected = ", ".join(method.options) or "none"
         raise UserError(f"{name} has no option {unknown[0]!r}: expected {expected}")
     return method.cls(**options)
-
-
-def _load(point: EntryPoint) -> Method:
-    cls, error = load_entry_point(point)
-    if error is None and not (isinstance(cls, type) and is_method(cls)):
-        cls, error = None, f"{point.value} has neither of {', '.join(KINDS)}"
-    return Method(point.name, cls, distribution_of(point), error)

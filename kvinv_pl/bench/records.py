@@ -40,10 +40,10 @@ class Records:
         if known != {**known, **plain}:
             write_json(file, {**known, **plain})
 
-    def add_rows(self, asked: Mapping[str, int | None]) -> None:
+    def add_rows(self, rows: Mapping[str, int | None]) -> None:
         """Note the rows that are asked for, each with its number of cases at most, behind those noted."""
         known = self.rows()
-        if known != (rows := {**known, **asked}):
+        if known != (rows := {**known, **rows}):
             write_json(self.folder / "rows.json", rows)
 
     def rows(self) -> dict[str, int | None]:

@@ -48,9 +48,9 @@ class Row:
         options, settings = dict[str, dict[str, Any]](), dict[str, Any]()
         known = methods()
         for method, given in calls:
-            own = known[method].options if method in known else {}
-            options[method] = {key: value for key, value in given.items() if key in own}
-            settings |= {key: value for key, value in given.items() if key not in own}
+            method_options = known[method].options if method in known else {}
+            options[method] = {key: value for key, value in given.items() if key in method_options}
+            settings |= {key: value for key, value in given.items() if key not in method_options}
         (editor, _), *before = reversed(calls)
         inversion = before[0][0] if before else None
         found = cls(name.strip(), editor, inversion, options, settings, int(count) if at else None)

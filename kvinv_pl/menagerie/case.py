@@ -10,7 +10,8 @@ from PIL import Image
 
 from kvinv_pl.menagerie.analysis.truth import Truth
 from kvinv_pl.menagerie.classifier import Classifier, nearest_action
-from kvinv_pl.menagerie.drawn.world import ACTIONS, Animal
+from kvinv_pl.menagerie.drawn.twice import another_action
+from kvinv_pl.menagerie.drawn.world import Animal
 from kvinv_pl.menagerie.identity import SCENERY, Identity, compare
 
 
@@ -26,8 +27,7 @@ class Case:
     def of_seed(cls, seed: int) -> Case:
         """The case of a seed: the target is any of the other four actions."""
         animal = Animal.sample(seed)
-        others = [action for action in ACTIONS if action != animal.action]
-        return cls(animal, others[int(np.random.default_rng(seed + 1).integers(len(others)))])
+        return cls(animal, another_action(animal.action, np.random.default_rng(seed + 1)))
 
     def identity(self, picture: Image.Image) -> Identity:
         """Whether the picture shows the same animal in the target action."""

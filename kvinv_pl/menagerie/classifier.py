@@ -79,21 +79,21 @@ class Classifier(nn.Module):
     def names(self, pictures: Sequence[Image.Image]) -> list[dict[str, str]]:
         """What each picture shows, as `{"species": "cat", "colour": "red", ...}`; any sizes."""
         weight = next(self.parameters())
-        named = []
+        labels = []
         for picture in pictures:
             rgb = torch.from_numpy(np.array(picture.convert("RGB"))).to(weight.device).permute(2, 0, 1)
             scores = self(rgb[None].to(weight.dtype) / 127.5 - 1)
-            named.append({name: WORDS[name][int(row.argmax())] for name, row in scores.items()})
-        return named
+            labels.append({name: WORDS[name][int(row.argmax())] for name, row in scores.items()})
+        return labels
 
 
 def accuracy(
     classifier: Classifier, pictures: Sequence[Image.Image], animals: Sequence[Animal]
 ) -> dict[str, float]:
     """For every head, the share of pictures that it names correctly (0 to 1)."""
-    named = classifier.names(pictures)
+    labels = classifier.names(pictures)
     right = {
-        name: [word[name] == getattr(animal, name) for word, animal in zip(named, animals, strict=True)]
+        name: [word[name] == getattr(animal, name) for word, animal in zip(labels, animals, strict=True)]
         for name in WORDS
     }
     return {name: sum(hits) / max(1, len(hits)) for name, hits in right.items()}

@@ -75,17 +75,9 @@ class Identity:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why it is not the same animal, in words; nothing where it is."""
-        low = [
-            f"{name} {getattr(self, name):.2f} < {bar}"
-            for name, bar in AT_LEAST.items()
-            if not self.passes(name)
-        ]
-        high = [
-            f"{name} {getattr(self, name):.2f} > {bar}"
-            for name, bar in AT_MOST.items()
-            if not self.passes(name)
-        ]
-        return (*low, *high)
+        bars = [("<", *item) for item in AT_LEAST.items()] + [(">", *item) for item in AT_MOST.items()]
+        failed = [bar for bar in bars if not self.passes(bar[1])]
+        return tuple(f"{name} {getattr(self, name):.2f} {sign} {bar}" for sign, name, bar in failed)
 
     def passes(self, name: str) -> bool:
         """Whether this figure is within its tolerance."""

@@ -45,8 +45,8 @@ def load(checkpoint: str | Pipeline, dtype: torch.dtype, options: LoadOptions = 
         added, tokens = add_embeddings(words, found.tokenizer, found.text_encoder, options.allow_pickle)
     digests |= {**merged, **added}
     scheduler = dict(found.scheduler_config)
-    own = {"prediction_type": options.prediction_type, "timestep_spacing": options.timestep_spacing}
-    scheduler |= {option: chosen for option, chosen in own.items() if chosen is not None}
+    overrides = {"prediction_type": options.prediction_type, "timestep_spacing": options.timestep_spacing}
+    scheduler |= {option: chosen for option, chosen in overrides.items() if chosen is not None}
     if options.clip_skip != 1:
         _drop_last_layers(found.text_encoder, options.clip_skip)
         digests["clip_skip"] = str(options.clip_skip)

@@ -42,13 +42,13 @@ class ControllableUNet:
 @contextmanager
 def swapped_parameters(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Put these, which gradients may reach, in place of the parameters of the same paths; then undo it."""
-    own = dict(network.named_parameters())
+    originals = dict(network.named_parameters())
     places = {path: path.rpartition(".") for path in weights}
     try:
         for path, (module, _, name) in places.items():
             # past register_parameter, which takes leaves alone
-            network.get_submodule(module)._parameters[name] = weights[path].to(own[path])  # pyright: ignore[reportArgumentType]
+            network.get_submodule(module)._parameters[name] = weights[path].to(originals[path])  # pyright: ignore[reportArgumentType]
         yield
     finally:
         for path, (module, _, name) in places.items():
-            network.get_submodule(module)._parameters[name] = own[path]  # pyright: ignore[reportArgumentType]
+            network.get_submodule(module)._parameters[name] = originals[path]  # pyright: ignore[reportArgumentType]

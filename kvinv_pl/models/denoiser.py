@@ -51,13 +51,13 @@ class Denoiser(nn.Module):
         sites = [Site(site.path, slots, site.grid, site.dim, site.heads) for site in self._found[grid]]
         if self.attachment is None or [cp.site for cp in self.cps] != sites:
             self.release()
-            made = {site.path: self.variant(site) for site in sites}
+            variants = {site.path: self.variant(site) for site in sites}
             # a ModuleDict's keys have no dots
-            self.psi = nn.ModuleDict({path.replace(".", "/"): cp for path, cp in made.items()}).to(
+            self.psi = nn.ModuleDict({path.replace(".", "/"): cp for path, cp in variants.items()}).to(
                 self.device
             )
-            self.attachment = attach(self.backbone.unet, made)
-            self.cache = FeatureCache(self.backbone.unet, made.values())
+            self.attachment = attach(self.backbone.unet, variants)
+            self.cache = FeatureCache(self.backbone.unet, variants.values())
         self.attachment.check()
         return self.attachment
 

@@ -156,9 +156,9 @@ def _replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
             module.forward = forward
         yield
     finally:
-        for module, own in before.items():
-            if own is not None:  # an instance's own forward, as other libraries put there
-                module.forward = own
+        for module, original in before.items():
+            if original is not None:  # an instance's own forward, as other libraries put there
+                module.forward = original
             elif "forward" in vars(module):
                 del module.forward
 

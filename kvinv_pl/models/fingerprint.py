@@ -19,16 +19,16 @@ SAMPLE = 32
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
     """A digest of names, shapes, adapters and a sample of every weight; on every device the same."""
-    own: Any = getattr(model, "_orig_mod", model)  # of a compiled one
-    if not isinstance(own, nn.Module):
+    network: Any = getattr(model, "_orig_mod", model)  # of a compiled one
+    if not isinstance(network, nn.Module):
         return ""
     lines, samples = list[str](), list[Tensor]()
-    for name, value in own.state_dict(keep_vars=True).items():
+    for name, value in network.state_dict(keep_vars=True).items():
         lines.append(f"{name} {value.dtype} {tuple(value.shape)}")
         if value.numel() and not value.is_meta:
             apart = max(1, value.numel() // SAMPLE)
             samples.append(value.reshape(-1)[: apart * SAMPLE : apart].float())
-    for path, layer in own.named_modules():
+    for path, layer in network.named_modules():
         if "base_layer" in layer._modules:  # of peft
             state = ("merged", "disable_adapters", "active_adapters", "scaling")
             lines.append(f"{path} {[getattr(layer, name, None) for name in state]}")

@@ -60,8 +60,8 @@ def mask_from_word(
         word: which word of the prompt; it may be several in a row.
     """
     z_0 = backbone.encode(pixels[None].to(backbone.alphas_cumprod.device))
-    seen = attention_to_word(backbone, z_0, prompt, word, (pixels.shape[1], pixels.shape[2])).cpu()
-    return (seen > (seen.min() + seen.max()) / 2).float()
+    attention = attention_to_word(backbone, z_0, prompt, word, (pixels.shape[1], pixels.shape[2])).cpu()
+    return (attention > (attention.min() + attention.max()) / 2).float()
 
 
 @torch.no_grad()
@@ -77,10 +77,10 @@ def attention_to_word(
     paths = in_decoder(cross_attentions(backbone.unet))
     with recording_maps(backbone.unet, [positions], START, paths) as maps:
         backbone.predict(z_t, t, backbone.embed([prompt]).expand(len(t), -1, -1))
-    seen = maps.current(grid)
-    if seen is None:
+    attention = maps.current(grid)
+    if attention is None:
         raise UserError("this checkpoint has no cross-attention to read a mask from: give a mask or use SAM")
-    return require_finite(seen.mean(0), "the model's attention to the word", backbone.unet.dtype)
+    return require_finite(attention.mean(0), "the model's attention to the word", backbone.unet.dtype)
 
 
 def subject_of(source: str, target: str) -> str:

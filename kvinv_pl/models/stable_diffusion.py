@@ -66,10 +66,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        checkpoint: str | Pipeline,
-        dtype: torch.dtype = torch.float32,
-        options: LoadOptions = DEFAULTS,
+        cls, checkpoint: str | Pipeline, dtype: torch.dtype = torch.float32, options: LoadOptions = DEFAULTS
     ) -> Backbone:
         """Load a folder as diffusers saves it, a file, a hub id, "menagerie", or a pipeline in memory."""
         return cls(**vars(load(checkpoint, dtype, options)), prompt_syntax=options.prompt_syntax)
@@ -171,12 +168,12 @@ def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
     if (spacing := config.get("timestep_spacing", "leading")) not in get_args(Spacing):
         known = ", ".join(get_args(Spacing))
         raise UserError(f"the scheduler says timestep_spacing {spacing!r}, expected one of {known}")
-    own = dict[str, Any](clip_sample=False, thresholding=False)
+    overrides = dict[str, Any](clip_sample=False, thresholding=False)
     if (betas := config.get("beta_schedule", "linear")) == "sigmoid":  # of DDPM's, which DDIM lacks
-        theirs: Any = DDPMScheduler.from_config(dict(config))
-        own["trained_betas"] = theirs.betas.tolist()
+        ddpm: Any = DDPMScheduler.from_config(dict(config))
+        overrides["trained_betas"] = ddpm.betas.tolist()
     elif betas not in BETA_SCHEDULES:
         raise UserError(
             f"the scheduler says beta_schedule {betas!r}, expected {', '.join(BETA_SCHEDULES)} or sigmoid"
         )
-    return try_read(Path("scheduler"), partial(DDIMScheduler.from_config, dict(config), **own))
+    return try_read(Path("scheduler"), partial(DDIMScheduler.from_config, dict(config), **overrides))

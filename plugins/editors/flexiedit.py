@@ -65,15 +65,16 @@ class FlexiEdit:
             raise UserError(f"layer: expected 0 to {len(every) - 1}, got {layer}")
         where = self._inside(scene) if self.region is None else boxed(self.region, scene.z_0)
         refined = damped(inverted.start, where, self.alpha, self.cutoff, self.seed)
-        again = max(len(scene.table) - int(self.reinversion * len(scene.table) + 0.5), inverted.first)
+        steps = len(scene.table)
+        first_reinverted = max(steps - int(self.reinversion * steps + 0.5), inverted.first)
         begins = {inverted.first: refined}
         z = sample(scene, inverted, Retarget(begins))[1:]
         eps = scene.eps(1.0)
         with scene.model.weighed(inverted.weights):
-            for i in reversed(range(again, len(scene.table))):
+            for i in reversed(range(first_reinverted, len(scene.table))):
                 t = scene.table.timesteps[i : i + 1].to(z.device)
                 z = scene.table.back(z, eps(z, t), i)
-        return Retarget({**begins, again: z}, every[layer:], again)
+        return Retarget({**begins, first_reinverted: z}, every[layer:], first_reinverted)
 
     def _inside(self, scene: Scene) -> Float[Tensor, "1 1 h w"]:
         """Where the picture attends to the words that the target alone has; everywhere if there are none."""
@@ -82,12 +83,12 @@ class FlexiEdit:
         places = [place for place, token in zip(flat, tokens, strict=True) if token not in known]
         if not places:
             return torch.ones_like(scene.z_0[:, :1])
-        seen, last = RecordedAttention(scene.model.cross_attentions, places), len(scene.table) - 1
+        recorded, last = RecordedAttention(scene.model.cross_attentions, places), len(scene.table) - 1
         t = scene.table.timesteps[last:].to(scene.z_0.device)
-        with scene.model.controlled(last, seen):
+        with scene.model.controlled(last, recorded):
             scene.model.predict(scene.z_0.expand(2, -1, -1, -1), t, scene.contexts[2].expand(1, 2, -1, -1))
         size = (scene.z_0.shape[-2], scene.z_0.shape[-1])
-        mean = torch.stack([F.interpolate(found, size, mode="bilinear") for found in seen.maps]).mean(0)
+        mean = torch.stack([F.interpolate(found, size, mode="bilinear") for found in recorded.maps]).mean(0)
         return ((mean - mean.min()) / (mean.max() - mean.min()).clamp_min(1e-12) > self.threshold).float()
 
 
@@ -138,7 +139,7 @@ def damped(
     """Inside the mask, low frequencies, high ones times alpha, and noise times 1 - alpha."""
     y, x = (torch.fft.fftfreq(side, 0.5, device=z.device).float() for side in z.shape[-2:])
     low = torch.exp(-(y[:, None].square() + x.square()) / (2 * cutoff**2))
-    kept = torch.fft.ifft2(torch.fft.fft2(z.float()) * (low + alpha * (1 - low))).real
+    filtered = torch.fft.ifft2(torch.fft.fft2(z.float()) * (low + alpha * (1 - low))).real
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
-    noise = noise * (kept.max() - kept.min()) / (noise.max() - noise.min())
-    return torch.where(where > 0, kept + (1 - alpha) * noise, z)
+    noise = noise * (filtered.max() - filtered.min()) / (noise.max() - noise.min())
+    return torch.where(where > 0, filtered + (1 - alpha) * noise, z)

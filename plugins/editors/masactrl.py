@@ -110,8 +110,9 @@ class MaskedMutualAttention(MutualAttention):
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
         """Keep a map of the words, or attend within foreground and background."""
         if at.cross:
-            seen = at.probabilities(at.q, at.k)[-1].mean(1)
-            maps = [seen[row][:, places].mean(-1).view(at.grid) for row, places in enumerate(self.positions)]
+            attention = at.probabilities(at.q, at.k)[-1].mean(1)
+            words = enumerate(self.positions)
+            maps = [attention[row][:, places].mean(-1).view(at.grid) for row, places in words]
             self._maps.setdefault(at.grid, []).append(torch.stack(maps))
             return at.attend(at.q, at.k, at.v)
         if i < self.first or not self._maps:
@@ -121,6 +122,6 @@ class MaskedMutualAttention(MutualAttention):
         # a query and a key on one side; a side that the source lacks is read as a whole
         alike = target[:, None] == source[None]
         alike = alike | ~alike.any(1, keepdim=True)
-        own = torch.ones_like(alike)
-        mask = torch.stack([own, alike])[None]
+        same_query = torch.ones_like(alike)
+        mask = torch.stack([same_query, alike])[None]
         return at.attend(at.q, at.k[:, :1].expand_as(at.k), at.v[:, :1].expand_as(at.v), mask)

@@ -66,14 +66,14 @@ class PromptToPrompt:
         prompts = (scene.source, scene.target)
         source, target = (Tokens.of(scene.model, prompt) for prompt in prompts)
         replaced = self.kind == "replace" or (self.kind == "auto" and source.words == target.words)
-        tokens, own = replacement(source, target) if replaced else refinement(source, target)
+        tokens, keeps_own = replacement(source, target) if replaced else refinement(source, target)
         weights, positions = torch.ones(target.length), None
         if self.words is not None:
             positions = [scene.model.positions(*pair) for pair in zip(prompts, self.words, strict=True)]
             weights[positions[1]] = self.weight
         # of two prompts of several chunks, each is repeated until both are of one length
-        here, there = (scene.contexts.shape[1] // prompt.length for prompt in (source, target))
-        found = tokens.repeat(here, there) / there, own.repeat(there), weights.repeat(there)
+        rows, columns = (scene.contexts.shape[1] // prompt.length for prompt in (source, target))
+        found = tokens.repeat(rows, columns) / columns, keeps_own.repeat(columns), weights.repeat(columns)
         *mixing, weights = (part.to(scene.z_0.device) for part in found)
         both = self.negative and inverted.negative is not None
         return EditedMaps(self, scene, mixing, weights, positions, both)
@@ -94,7 +94,7 @@ class EditedMaps(Control):
         """Count the steps; `positions` are those of the words of local blend, `both` means the branches."""
         self.attentions = (*scene.model.self_attentions, *scene.model.cross_attentions)
         self.steps, self.chosen, self.side = len(scene.table), chosen, scene.z_0.shape[-1]
-        self.tokens, self.own = mixing
+        self.tokens, self.keeps_own = mixing
         self.weights, self.positions = weights, positions
         self.branches = slice(None) if both else slice(-1, None)
         self._seen: dict[tuple[int, int], Tensor] = {}
@@ -112,18 +112,19 @@ class EditedMaps(Control):
         return at.attend(q, k, at.v)
 
     def _cross(self, i: int, at: Attending) -> Tensor:
-        seen = at.probabilities(at.q, at.k).clone()
-        source, target = seen[-1]
+        attention = at.probabilities(at.q, at.k).clone()
+        source, target = attention[-1]
         if i < self.chosen.cross * self.steps:
-            target = source @ self.tokens + target * self.own
-            seen[self.branches, 1] = seen[self.branches, 0]  # where both prompts are one
-        seen[-1, 1] = target * self.weights
+            target = source @ self.tokens + target * self.keeps_own
+            attention[self.branches, 1] = attention[self.branches, 0]  # where both prompts are one
+        attention[-1, 1] = target * self.weights
         if self.positions is not None:
-            maps = [seen[-1, row].mean(0)[:, places].sum(-1) for row, places in enumerate(self.positions)]
+            words = enumerate(self.positions)
+            maps = [attention[-1, row].mean(0)[:, places].sum(-1) for row, places in words]
             found = torch.stack(maps).view(2, *at.grid)
             self._seen[at.grid] = found + self._seen.get(at.grid, 0)
             self._layers.setdefault(at.grid, set()).add(at.path)
-        return at.read(seen, at.v)
+        return at.read(attention, at.v)
 
     def after(self, i: int, z: Float[Tensor, "2 c h w"]) -> Float[Tensor, "2 c h w"]:
         """Local blend: outside the words of both, z-bar is the source's."""
@@ -187,23 +188,23 @@ def replacement(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"kind: expected refine, got replace: the source has {len(old)} words, the target {len(new)}"
         )
-    mapping, own = _around_words(source, target, to_the_end=True)
-    for here, there in zip(old, new, strict=True):
-        if len(here) == len(there):
-            mapping[here, there] = 1
+    mapping, keeps_own = _around_words(source, target, to_the_end=True)
+    for rows, columns in zip(old, new, strict=True):
+        if len(rows) == len(columns):
+            mapping[rows, columns] = 1
         else:
-            mapping[torch.tensor(here)[:, None], torch.tensor(there)] = 1 / len(there)
-        own[there] = 0
-    return mapping, own
+            mapping[torch.tensor(rows)[:, None], torch.tensor(columns)] = 1 / len(columns)
+        keeps_own[columns] = 0
+    return mapping, keeps_own
 
 
 def refinement(source: Tokens, target: Tokens) -> tuple[Tensor, Tensor]:
     """By the alignment A of the tokens: the source's map of A(j) where there is one, or the target's."""
-    mapping, own = _around_words(source, target, to_the_end=False)
+    mapping, keeps_own = _around_words(source, target, to_the_end=False)
     for a, b in aligned(source.names, target.names):
-        here, there = source.flat[a], target.flat[b]
-        mapping[here, there], own[there] = 1, 0
-    return mapping, own
+        rows, columns = source.flat[a], target.flat[b]
+        mapping[rows, columns], keeps_own[columns] = 1, 0
+    return mapping, keeps_own
 
 
 def _around_words(source: Tokens, target: Tokens, to_the_end: bool) -> tuple[Tensor, Tensor]:
@@ -212,18 +213,18 @@ def _around_words(source: Tokens, target: Tokens, to_the_end: bool) -> tuple[Ten
     The last chunk of a prompt of fewer chunks stands for all that the other has more, so that no attention is
     lost: that to the start is most of it, and is alike in every chunk.
     """
-    mapping, own = torch.zeros(source.length, target.length), torch.ones(target.length)
+    mapping, keeps_own = torch.zeros(source.length, target.length), torch.ones(target.length)
     s, t = len(source.places), len(target.places)
     pairs = [(min(n, s - 1), min(n, t - 1)) for n in range(max(s, t))]
     for a, b in pairs:
-        share = 1 / [here for here, _ in pairs].count(a)
-        here, there = source.ends[a], target.ends[b]
-        reach = len(there) if to_the_end else min(len(here), len(there))
-        ends = ((here[min(n, len(here) - 1)], there[n]) for n in range(reach))
+        share = 1 / [rows for rows, _ in pairs].count(a)
+        rows, columns = source.ends[a], target.ends[b]
+        reach = len(columns) if to_the_end else min(len(rows), len(columns))
+        ends = ((rows[min(n, len(rows) - 1)], columns[n]) for n in range(reach))
         for old, new in ((source.places[a].start - 1, target.places[b].start - 1), *ends):
             mapping[old, new] += share
-            own[new] = 0
-    return mapping, own
+            keeps_own[new] = 0
+    return mapping, keeps_own
 
 
 def aligned(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]]:

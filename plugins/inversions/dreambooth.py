@@ -39,13 +39,13 @@ class DreamBooth(Learning):
         generator = torch.Generator().manual_seed(self.seed)
         attentions = (*scene.model.self_attentions, *scene.model.cross_attentions)
         wanted = {f"{path}.{name}.weight" for path in attentions for name in PROJECTIONS}
-        own = {path: weight for path, weight in scene.model.weights.items() if path in wanted}
-        a = [torch.randn(self.rank, w.shape[1], generator=generator).to(w.device) for w in own.values()]
+        base = {path: weight for path, weight in scene.model.weights.items() if path in wanted}
+        a = [torch.randn(self.rank, w.shape[1], generator=generator).to(w.device) for w in base.values()]
         a = [drawn / self.rank for drawn in a]
-        b = [torch.zeros(w.shape[0], self.rank, device=w.device) for w in own.values()]
+        b = [torch.zeros(w.shape[0], self.rank, device=w.device) for w in base.values()]
 
         def weights() -> dict[str, Tensor]:
-            return {path: w + up @ down for (path, w), down, up in zip(own.items(), a, b, strict=True)}
+            return {path: w + up @ down for (path, w), down, up in zip(base.items(), a, b, strict=True)}
 
         source = scene.contexts[1:2]
         losses = learn(scene, [*a, *b], lambda: (source, weights()), self.steps, self.rate, self.seed)

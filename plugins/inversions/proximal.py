@@ -60,7 +60,7 @@ class ProximalGuidance(Inverted):
 
     chosen: Proximal = field(default_factory=Proximal)
     pivots: Float[Tensor, "levels 1 c h w"] | None = field(default=None, repr=False)
-    kept: Float[Tensor, "2 c h w"] | None = field(default=None, repr=False)
+    thresholded: Float[Tensor, "2 c h w"] | None = field(default=None, repr=False)
     """Of the last step: what the proximal operator left."""
 
     def contexts(self, i: int) -> Float[Tensor, "branches 2 L d"]:
@@ -74,20 +74,21 @@ class ProximalGuidance(Inverted):
         size = difference.abs()
         rank = round(self.chosen.quantile * size.numel())
         least = size.flatten().kthvalue(rank).values if rank else torch.zeros_like(size[0, 0, 0, 0])
-        kept = torch.where(size > least, difference, 0)
+        thresholded = torch.where(size > least, difference, 0)
         if self.chosen.norm == "l1":
-            kept = kept - kept.sign() * least
-        self.kept = kept
+            thresholded = thresholded - thresholded.sign() * least
+        self.thresholded = thresholded
         w = torch.tensor(self.scales, device=out.device).view(2, 1, 1, 1)
-        return out[0] + w * kept
+        return out[0] + w * thresholded
 
     def step(
         self, i: int, z: Float[Tensor, "2 c h w"], out: Float[Tensor, "2 c h w"]
     ) -> Float[Tensor, "2 c h w"]:
         """Inversion guidance: z_{t-1} - rate (z_{t-1} - z*_{t-1}) outside the edited part."""
         moved = super().step(i, z, out)
-        if self.kept is None or self.pivots is None or self.scene.table.timesteps[i] >= self.chosen.until:
+        early = self.scene.table.timesteps[i] >= self.chosen.until
+        if self.thresholded is None or self.pivots is None or early:
             return moved
         r = self.chosen.spread
-        edited = F.max_pool2d((self.kept != 0).float(), 2 * r + 1, 1, r) > 0
+        edited = F.max_pool2d((self.thresholded != 0).float(), 2 * r + 1, 1, r) > 0
         return torch.where(edited, moved, moved + self.chosen.rate * (self.pivots[i + 1] - moved))

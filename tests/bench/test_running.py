@@ -279,11 +279,11 @@ def test_words_of_a_second_chunk_are_aligned_with_those_of_the_first_and_no_atte
             make("prompt_to_prompt", "edit", words=("standing", "running")),
         )
         control: Any = ours.control(scene, ddim.invert(scene))
-        assert scene.contexts.shape[1] == len(control.own) == 48
+        assert scene.contexts.shape[1] == len(control.keeps_own) == 48
         assert control.positions == [[24 + 13], [24 + 13]]  # both chunks end at a comma
-        moved = control.tokens.sum(0) + control.own
+        moved = control.tokens.sum(0) + control.keeps_own
         assert torch.equal(moved, torch.ones(48))
-        assert control.own[1] == 1 and control.tokens[1, 2] == 1  # red is new, and a stands after it
+        assert control.keeps_own[1] == 1 and control.tokens[1, 2] == 1  # red is new, and a stands after it
         for prompts in [(long, long), ("a cat", f"{long} running"), (f"{long} running", "a cat")]:
             pair = encoded.scene(*prompts, 2.0)
             control = make("prompt_to_prompt", "edit").control(pair, ddim.invert(pair))

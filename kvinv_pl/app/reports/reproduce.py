@@ -106,5 +106,5 @@ def _optimizer(record: Mapping[str, Any]) -> dict[str, Any]:
     plain = {
         key: list(p.default) if isinstance(p.default, tuple) else p.default for key, p in parameters.items()
     }
-    own = {key: value for key, value in given.items() if key in plain and value != plain[key]}
-    return {"class_path": f"{module}.{name}", **({"init_args": own} if own else {})}
+    init_args = {key: value for key, value in given.items() if key in plain and value != plain[key]}
+    return {"class_path": f"{module}.{name}", **({"init_args": init_args} if init_args else {})}

@@ -55,8 +55,10 @@ def format_setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(format_setting, value))
     if isinstance(value, Mapping):
-        own = {key: item for key, item in value.items() if key != "class_path"}
+        rest = {key: item for key, item in value.items() if key != "class_path"}
         name = str(value.get("class_path", "")).rpartition(".")[2]
-        rest = ", ".join(f"{key} {format_setting(item)}" for key, item in own.get("init_args", own).items())
-        return f"{name} ({rest})" if name and rest else name or rest
+        shown = ", ".join(
+            f"{key} {format_setting(item)}" for key, item in rest.get("init_args", rest).items()
+        )
+        return f"{name} ({shown})" if name and shown else name or shown
     return "-" if value is None else str(value)

@@ -24,18 +24,22 @@ def wire(
 ) -> None:
     """Connect the parts of both sides to their calls."""
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
-    own: dict[str, Any] = {"api_visibility": "private", **quiet}
+    hidden: dict[str, Any] = {"api_visibility": "private", **quiet}
     picture, source, word, mask, tinted = (
         left[name] for name in ("picture", "source", "word", "mask", "tinted")
     )
     run, target, knobs, progress = (right[name] for name in ("run", "target", "knobs", "progress"))
     names = ("progress", "certificate", "compare", "edits", "frames", "get_picture", "get_settings", "picked")
     results = [right[name] for name in names]
-    taken = [picture, source, left["target"], word, mask, tinted]
-    left["animals"].select(show_errors(of_picture.take), None, taken, **own)
+    picture_outputs = [picture, source, left["target"], word, mask, tinted]
+    left["animals"].select(show_errors(of_picture.take), None, picture_outputs, **hidden)
     picture.select(show_errors(of_picture.point), picture, [mask, tinted], api_visibility="private")
     gr.on(
-        [picture.upload, picture.clear, left["forget"].click], of_picture.unmask, None, [mask, tinted], **own
+        [picture.upload, picture.clear, left["forget"].click],
+        of_picture.unmask,
+        None,
+        [mask, tinted],
+        **hidden,
     )
     left["find"].click(
         show_errors(of_picture.by_word), [picture, word, source], [mask, tinted], api_name="subject"
@@ -45,39 +49,35 @@ def wire(
     )
 
     run.change(show_errors(of_run.choose), run, [target, *knobs, *results], api_name="open", **quiet)
-    right["edits"].select(show_errors(of_run.pick), run, [target, *knobs, *results], **own)
+    right["edits"].select(show_errors(of_run.pick), run, [target, *knobs, *results], **hidden)
     right["resume"].click(show_errors(of_run.resume), run, None, api_name="resume", **quiet)
     right["stop"].click(show_errors(of_run.stop), run, None, api_name="stop", **quiet)
     clicked, given = [right["edit"].click, target.submit], [run, target]
     edited = gr.on(
-        clicked,
-        show_errors(of_run.edit),
-        [*given, *knobs],
-        [progress, right["picked"]],
-        api_name="edit",
-        **quiet,
-    )
+        clicked, show_errors(of_run.edit), [*given, *knobs], [progress, right["picked"]],
+        api_name="edit", **quiet,
+    )  # fmt: skip
     tried = right["several"].click(
         show_errors(of_run.several), [*given, right["vary"], right["values"], *knobs],
         [progress, right["picked"]],
         api_name="candidates", **quiet,
     )  # fmt: skip
     for done in (edited, tried):
-        done.success(show_errors(of_run.refresh), [run, right["picked"]], results, **own)
+        done.success(show_errors(of_run.refresh), [run, right["picked"]], results, **hidden)
     moved = [knob.release for knob in knobs if isinstance(knob, gr.Slider)]
     gr.on(
         [right["vary"].change, run.change, *moved],
         of_run.suggest,
         [right["vary"], *knobs],
         right["values"],
-        **own,
+        **hidden,
     )
     right["pack"].click(show_errors(of_run.pack), run, right["get_run"], api_name="pack")
 
     # a page that was closed finds the work again: it is asked for by the run's name
     seen = right["seen"]
     gr.Timer(TICK).tick(of_run.tick, [run, seen], [progress, seen], api_name="progress", **quiet)
-    seen.change(show_errors(of_run.refresh), run, results, **own)
+    seen.change(show_errors(of_run.refresh), run, results, **hidden)
     blocks.load(of_run.open_page, run, run, api_name="runs", **quiet)
 
 

@@ -64,8 +64,8 @@ def _case(file: Path, key: str, entry: Mapping[str, Any], by_name: bool) -> Imag
     picture = _found(part, (PICTURES,), kind, given)
     masks = next((entry[name] for name in MASK_KEYS if entry.get(name)), None)
     if masks is None:
-        beside = _found(part, MASKS, kind, picture.stem)
-        found = (beside,) if beside.is_file() else ()
+        mask_file = _found(part, MASKS, kind, picture.stem)
+        found = (mask_file,) if mask_file.is_file() else ()
     else:
         found = tuple(
             _found(part, MASKS, kind, str(one)) for one in ([masks] if isinstance(masks, str) else masks)

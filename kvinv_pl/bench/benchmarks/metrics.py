@@ -113,8 +113,8 @@ def lpips(file: str, device: str = "cpu") -> Metric:
         )
         published = sum(float(each.mean()) for each in model.distances(black[0], black[1]))
         where = spread(model.distances(whole[0], whole[1]), (region.shape[0], region.shape[1]))[0, 0]
-        own = float(where.cpu()[torch.from_numpy(~region)].mean())
-        return dict(zip(columns, (1e3 * published, 1e3 * own), strict=True))
+        mean_unedited = float(where.cpu()[torch.from_numpy(~region)].mean())
+        return dict(zip(columns, (1e3 * published, 1e3 * mean_unedited), strict=True))
 
     return Metric("lpips", columns, measure, file)
 

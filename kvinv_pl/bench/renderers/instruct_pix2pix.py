@@ -63,10 +63,10 @@ class InstructPix2Pix:
         geometry = fit_geometry(image.size, loaded.sample_size, loaded.multiple, "keep")
         pixels = to_pixels(image, geometry)[None].to(device, dtype)
         w = self.guidance if guidance is None else guidance
-        made = loaded.edit(
+        edited = loaded.edit(
             pixels, self._prompt(source, target), steps or self.steps, w, self.image_guidance, self.seed
         )
-        return to_image(made[0].cpu(), geometry)
+        return to_image(edited[0].cpu(), geometry)
 
     def _prompt(self, source: str, target: str) -> str:
         try:

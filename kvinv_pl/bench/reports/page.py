@@ -19,11 +19,7 @@ from kvinv_pl.data.images import slider
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LARGEST, SMALL = 384, 160  # pixels a side: what is shown at most, and up to which nothing is lost
-AXES = (
-    ("right action %", "same animal %"),
-    ("CLIP whole", "PIE PSNR"),
-    ("PIE MSE x10^4", "PIE PSNR"),
-)
+AXES = (("right action %", "same animal %"), ("CLIP whole", "PIE PSNR"), ("PIE MSE x10^4", "PIE PSNR"))
 """What methods are weighed by, to the right and upward; the first pair that is known."""
 ABOUT = {
     "row": "the method as it was typed, or pictures that no method makes",

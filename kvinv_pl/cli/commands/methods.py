@@ -22,7 +22,7 @@ def methods(name: str | None = None) -> None:
     for method in sorted(shown, key=lambda method: order.index(method.kind)):
         where = class_path(method.cls) if method.cls else "broken"
         print(f"{method.name:<18}{method.kind or '-':<11}{where}  ({method.distribution})")
-        print(f"{'':<18}{method.error or method.text.partition(chr(10))[0]}")
+        print(f"{'':<18}{method.error or method.summary}")
         if method.cls is not None and name is not None:
             print("\n".join(_details(method)))
 

@@ -48,7 +48,7 @@ def variants(name: str | None = None, checkpoint: str | None = None, allow_pickl
         if variant.cls and decoder_sites:
             print(f"{'':<12}{_psi_size(variant.cls, decoder_sites, checkpoint or 'menagerie')}")
         if variant.cls and name is not None:
-            print("\n".join(_details(variant.name, variant.cls)))
+            print("\n".join(_details(variant, variant.cls)))
     if problem:
         print(problem)
 
@@ -70,11 +70,10 @@ def _psi_size(cls: type[CPAttention], sites: list[Site], checkpoint: str) -> str
     return f"{count:,} values of psi for one timestep on {checkpoint} (decoder)"
 
 
-def _details(name: str, cls: type[CPAttention]) -> list[str]:
-    rest = inspect.cleandoc(cls.__doc__ or "").partition("Args:")[0].strip().partition("\n")[2].strip()
-    lines = [*textwrap.indent(rest, " " * 12).splitlines()]
+def _details(variant: registry.Variant, cls: type[CPAttention]) -> list[str]:
+    lines = textwrap.indent(variant.text.partition("\n")[2].strip(), " " * 12).splitlines()
     options = registry.options(cls)
-    lines += ["", f"options, after --model.attention {name}:" if options else "It has no options."]
+    lines += ["", f"options, after --model.attention {variant.name}:" if options else "It has no options."]
     for option in options:
         required = option.default is inspect.Parameter.empty
         default = "must be given" if required else f"default: {option.default}"
@@ -128,19 +127,15 @@ def sites(
         values[site] = _values(cp)
         psi[site] = _stored(cp.state_dict().values(), store_dtype) * steps / MIB
         bars[site] = _stored([torch.zeros(BRANCHES, site.tokens, site.dim)] * 2, store_dtype) * steps / MIB
-    longest = max(len(site.path) for site in every)
+    row = f"{{}} {{:<{max(len(site.path) for site in every)}}}  {{:>9}}  {{:>6}}  {{:>5}}  {{:>5}}  {{:>13}}"
+    row += "  {:>9}  {:>14}"
     print(f"{checkpoint}: a picture of {width} x {height}, latents of {grid[1]} x {grid[0]}")
-    print(
-        f"  {'path':<{longest}}  {'grid':>9}  {'tokens':>6}  {'width':>5}  {'heads':>5}  {'psi, 1 step':>13}"
-        f"  {'psi, MiB':>9}  {'psi, K, V, MiB':>14}"
-    )
+    heads = ("path", "grid", "tokens", "width", "heads", "psi, 1 step", "psi, MiB", "psi, K, V, MiB")
+    print(row.format(" ", *heads))
     for site in every:
-        shape = f"{site.grid[0]}x{site.grid[1]}"
-        print(
-            f"{'*' if site in chosen else ' '} {site.path:<{longest}}  {shape:>9}  {site.tokens:>6}  "
-            f"{site.dim:>5}  {site.heads:>5}  {values[site]:>13,}  {psi[site]:>9.2f}  "
-            f"{psi[site] + bars[site]:>14.2f}"
-        )
+        shape = (site.path, f"{site.grid[0]}x{site.grid[1]}", site.tokens, site.dim, site.heads)
+        amounts = (f"{values[site]:,}", f"{psi[site]:.2f}", f"{psi[site] + bars[site]:.2f}")
+        print(row.format("*" if site in chosen else " ", *shape, *amounts))
     count, psi_alone, key_values = (sum(of[site] for site in chosen) for of in (values, psi, bars))
     print(f"* {len(chosen)} of {len(every)} chosen: {count:,} values of psi a step; {steps} steps take")
     print(f"  with kv replayed: {psi_alone:.2f} MiB on disk, psi as {store_dtype}")

@@ -72,10 +72,10 @@ def _changes(
             unknown.append(name)
     if unknown or not found:
         raise UserError(_unknown_tensors(path, unknown))
-    named = dict[str, str]()
+    keys = dict[str, str]()
     for key, parts in found.items():
         name, layer = layers[key]
-        if (other := named.setdefault(name, key)) != key:
+        if (other := keys.setdefault(name, key)) != key:
             raise UserError(f"{path} changes {name} twice, as {other} and as {key}: leave one of them out")
         try:
             product = _product(parts)

@@ -31,8 +31,8 @@ class Scales:
         pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
         paths = (path, f"text_model.{path}")  # older text models have this part
         matches = (key for key in pattern for name in paths if re.match(rf"(.*\.)?({key})$", name))
-        own = next(matches, None)  # as peft matches
-        whole = pattern[own] if own is not None else config.get("lora_alpha")
+        matched = next(matches, None)  # as peft matches
+        whole = pattern[matched] if matched is not None else config.get("lora_alpha")
         if whole is None:
             return 1.0
         return float(whole) / (rank**0.5 if config.get("use_rslora") else rank)
@@ -48,12 +48,12 @@ def read_scales(path: Path, metadata: Mapping[str, str], names: Collection[str])
             for model in models
         }
     elif any(name.startswith("base_model.model.") for name in names):
-        beside = path.with_name("adapter_config.json")
-        if not beside.is_file():
+        config_file = path.with_name("adapter_config.json")
+        if not config_file.is_file():
             raise UserError(
                 f"{path} has no adapter_config.json beside it, which says its alpha: put it there"
             )
-        configs = {"": load_json(beside)}
+        configs = {"": load_json(config_file)}
     else:
         configs = {}
     for config in configs.values():

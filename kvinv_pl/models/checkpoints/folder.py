@@ -39,11 +39,7 @@ class Parts:
 
 
 def load_folder(
-    folder: Path,
-    name: str,
-    dtype: torch.dtype,
-    other_vae: AutoencoderKL | None,
-    variant: str | None = None,
+    folder: Path, name: str, dtype: torch.dtype, other_vae: AutoencoderKL | None, variant: str | None = None
 ) -> Parts:
     """The parts of a folder as diffusers saves it, of which a VAE that was chosen takes the place of one."""
     index = read_json(folder, "model_index.json")

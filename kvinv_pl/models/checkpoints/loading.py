@@ -110,11 +110,11 @@ def sha256(folder: Path, files: Iterable[Path]) -> str:
         return hashlib.sha256("".join(pool.map(line, sorted(files))).encode()).hexdigest()
 
 
-def combined(own: str, others: Mapping[str, str]) -> str:
+def combined(base: str, others: Mapping[str, str]) -> str:
     """The digest of a checkpoint with what is added to it; its own, where nothing is."""
     if not others:
-        return own
-    lines = [own, *(f"{name} {value}" for name, value in others.items())]
+        return base
+    lines = [base, *(f"{name} {value}" for name, value in others.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

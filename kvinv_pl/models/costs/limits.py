@@ -52,8 +52,8 @@ def _groups(controller: str) -> Iterator[Path]:
             continue
         top = ROOT / controller if controllers else ROOT
         # in a container, the path may be the host's: of what is not mounted here, there are no files
-        own = PurePosixPath(path.lstrip("/"))
-        yield from (top / group for group in (own, *own.parents))
+        cgroup = PurePosixPath(path.lstrip("/"))
+        yield from (top / group for group in (cgroup, *cgroup.parents))
 
 
 def _number(file: Path, place: int = 0) -> int | None:

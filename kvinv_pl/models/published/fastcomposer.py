@@ -56,8 +56,8 @@ class FastComposer:
         self.name, self.tensors = name, tensors
         joint = self._part("postfuse_module")
         self.joined = self._filled(_Joined(len(joint["layer_norm.weight"])), joint).to(device)
-        seen = self._part("image_encoder")
-        self.encoder: Any = self._filled(_encoder(seen), seen).to(device)
+        encoder_weights = self._part("image_encoder")
+        self.encoder: Any = self._filled(_encoder(encoder_weights), encoder_weights).to(device)
 
     @classmethod
     def load(cls, name: str, device: torch.device) -> FastComposer:
@@ -68,17 +68,17 @@ class FastComposer:
             raise UserError(f"{name} has no weights {lacking[0]}*; expected {NEEDED}, give that")
         return cls(name, tensors, device)
 
-    def weights(self, part: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Its weights of a part, unet or text_encoder, by the names of a network's own."""
-        theirs = self._part(part)
-        named = {name: name.removeprefix("text_model.") for name in own}
-        expected = {short: own[name].shape for name, short in named.items()}
-        if expected != {name: tensor.shape for name, tensor in theirs.items()}:
+        published = self._part(part)
+        short_names = {name: name.removeprefix("text_model.") for name in tensors}
+        expected = {short: tensors[name].shape for name, short in short_names.items()}
+        if expected != {name: tensor.shape for name, tensor in published.items()}:
             raise UserError(
                 f"{self.name} fits another {part} than this model has: its weights are of Stable Diffusion "
                 "1.5; load that, or one that was fine-tuned from it"
             )
-        return {name: theirs[short] for name, short in named.items()}
+        return {name: published[short] for name, short in short_names.items()}
 
     @torch.no_grad()
     def join(self, word: Float[Tensor, " d"], picture: Image.Image) -> Float[Tensor, " d"]:
@@ -98,23 +98,23 @@ class FastComposer:
             if key.startswith(start) and not key.endswith(OLD)
         }
 
-    def _filled(self, net: nn.Module, own: Mapping[str, Tensor]) -> nn.Module:
+    def _filled(self, net: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
-        if shapes != {name: tensor.shape for name, tensor in own.items()}:
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise UserError(f"{self.name} is another network; expected {NEEDED}, give that")
-        net.load_state_dict(own)
+        net.load_state_dict(tensors)
         return net.float().eval().requires_grad_(False)
 
 
-def _encoder(own: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
+def _encoder(tensors: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
     """CLIP's vision encoder in the size that its weights have."""
     start = "vision_model.embeddings."
-    width, _, patch, _ = own[f"{start}patch_embedding.weight"].shape
-    grid = math.isqrt(len(own[f"{start}position_embedding.weight"]))
-    layers = [name for name in own if name.endswith("layer_norm1.weight")]
+    width, _, patch, _ = tensors[f"{start}patch_embedding.weight"].shape
+    grid = math.isqrt(len(tensors[f"{start}position_embedding.weight"]))
+    layers = [name for name in tensors if name.endswith("layer_norm1.weight")]
     config: Any = CLIPVisionConfig(
         hidden_size=width, patch_size=patch, image_size=grid * patch, num_hidden_layers=len(layers),
-        num_attention_heads=max(1, width // HEAD), projection_dim=len(own["visual_projection.weight"]),
-        intermediate_size=len(own["vision_model.encoder.layers.0.mlp.fc1.weight"]),
+        num_attention_heads=max(1, width // HEAD), projection_dim=len(tensors["visual_projection.weight"]),
+        intermediate_size=len(tensors["vision_model.encoder.layers.0.mlp.fc1.weight"]),
     )  # fmt: skip
     return CLIPVisionModelWithProjection(config)

@@ -51,9 +51,9 @@ class InstructPix2PixModel:
                     requires_safety_checker=False,
                 ),
             )
-        seen, wanted = pipeline.unet.config.in_channels, 2 * pipeline.vae.config.latent_channels
-        if seen != wanted:
-            raise UserError(f"{checkpoint} has a U-Net of {seen} input channels, not {wanted}; {NEEDED}")
+        channels, wanted = pipeline.unet.config.in_channels, 2 * pipeline.vae.config.latent_channels
+        if channels != wanted:
+            raise UserError(f"{checkpoint} has a U-Net of {channels} input channels, not {wanted}; {NEEDED}")
         return cls(pipeline.to(device))
 
     @torch.no_grad()

@@ -54,14 +54,14 @@ class Dino:
         size = max(1, int(height * scale)), max(1, int(width * scale))
         resized = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)
         x = ((resized - self.mean) / self.std).to(self.model.device)
-        seen: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def note(layer: nn.Module, given: Any, out: Any) -> None:
-            seen.append(out)
+            outputs.append(out)
 
         with self._keys.register_forward_hook(note):
             self.model(x, interpolate_pos_encoding=True)
-        keys = seen[0][0].float()
+        keys = outputs[0][0].float()
         lengths = keys.norm(dim=1, keepdim=True)
         return keys @ keys.T / (lengths @ lengths.T).clamp_min(1e-8)
 

@@ -55,17 +55,17 @@ class Lpips:
         place = Path(file).expanduser()
         if not place.is_file():
             raise UserError(f"there is no file {place}; {NEEDED}")
-        own = {
+        state_dict = {
             name.removeprefix("features."): tensor
             for name, tensor in _read(place).items()
             if name.startswith("features.")
         }
         features = squeezenet()
         wanted = features.state_dict()
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
             raise UserError(f"{place} is another network; {NEEDED}")
-        features.load_state_dict(own)
+        features.load_state_dict(state_dict)
         weights = [tensor.float().to(device) for _, tensor in sorted(_read(linear).items())]
         return cls(features.to(device), weights)
 

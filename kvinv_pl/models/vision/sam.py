@@ -82,9 +82,9 @@ class Segmenter:
             prompts["input_labels"] = [[[1] * len(points) for points in points_of_each]]
         if box is not None:
             prompts["input_boxes"] = [[list(map(float, box))]]
-        made = self.processor(images=image.convert("RGB"), return_tensors="pt", **prompts)
-        floats = {name: tensor.float() for name, tensor in made.items() if tensor.is_floating_point()}
-        return {name: tensor.to(self.model.device) for name, tensor in {**made, **floats}.items()}
+        inputs = self.processor(images=image.convert("RGB"), return_tensors="pt", **prompts)
+        floats = {name: tensor.float() for name, tensor in inputs.items() if tensor.is_floating_point()}
+        return {name: tensor.to(self.model.device) for name, tensor in {**inputs, **floats}.items()}
 
     def _answers(
         self, inputs: Mapping[str, Tensor], three: bool
@@ -121,8 +121,8 @@ def prominence(masks: Bool[Tensor, "n h w"]) -> Float[Tensor, " n"]:
     middle = torch.exp(-(y[:, None].square() + x.square()) / (2 * MIDDLE**2))
     edge = torch.ones(h, w, device=masks.device)
     edge[1:-1, 1:-1] = 0
-    seen = masks.float()
-    covered, along = (((seen * weight).sum((1, 2)) / weight.sum()) for weight in (middle, edge))
+    shown = masks.float()
+    covered, along = (((shown * weight).sum((1, 2)) / weight.sum()) for weight in (middle, edge))
     return covered * (1 - along).square()
 
 
