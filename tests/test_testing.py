@@ -474,6 +474,11 @@ class Reads:
         return control
 
 
+class Forgets(Reads):
+    def control(self, scene: Scene, inverted: Inverted) -> Control:
+        return None  # pyright: ignore[reportReturnType]
+
+
 class SourceKeys(Control):
     first = 0.0
 
@@ -575,6 +580,8 @@ def test_a_method_is_checked_in_one_call() -> None:
     check_method(Reads, start=0.5)
     with pytest.raises(NonconformingError, match="any guidance and prediction: at guidance 1 of epsilon"):
         check_method(with_control(Infinite))
+    with pytest.raises(NonconformingError, match="control returned NoneType, expected a Control"):
+        check_method(documented(Forgets))
     with pytest.raises(UserError, match=r"Reads cannot be made with begin=1 \(TypeError"):
         method_trials(Reads, begin=1)
     assert len({check.name for check in METHOD_CHECKS}) == len(METHOD_CHECKS)

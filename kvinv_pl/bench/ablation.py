@@ -121,16 +121,16 @@ class Ablation:
         settings, cases = replace(model.model.editing, **cell.settings), self.data.cases
         names = {slug(case.name): case.name for case in cases}
         failed = self._failed.setdefault(str(cell), {})
-        for work in data.images:
-            name = names[work.store.folder.name]
+        for image in data.images:
+            name = names[image.store.folder.name]
             try:
-                if _find_edit(work, settings) is None:
-                    model.trainer().edit(model.model, data.only([work]), settings)
+                if _find_edit(image, settings) is None:
+                    model.trainer().edit(model.model, data.only([image]), settings)
             except StopError:
                 raise
             except UserError as error:
                 failed[name] = str(error)
-            if (file := _find_edit(work, settings)) is not None:
+            if (file := _find_edit(image, settings)) is not None:
                 self._files[str(cell), name] = file
 
     def open(self, cell: str, case: str) -> Image.Image:
@@ -175,28 +175,28 @@ class Ablation:
         """The predicted x_0 on the way (Fig. 3), from every start: of the decoder and the first reading."""
         place = "decoder" if "decoder" in self.places else self.places[0]
         model = self._load(place)
-        for work in self._source_images(place).images[:shown]:
+        for image in self._source_images(place).images[:shown]:
             pictures, captions = list[Image.Image](), list[str]()
-            if not work.store.has_run() or "reconstruction" not in work.store.read_run():
+            if not image.store.has_run() or "reconstruction" not in image.store.read_run():
                 continue
             for start in self.starts:
-                strip = Strip(lambda: model.model.denoiser, work.store, SHOWN_STEPS)
-                Run(model, work.store.folder).edits(
-                    work.targets[:1], after_step=strip.see, reading=self.readings[0], start=start
+                strip = Strip(lambda: model.model.denoiser, image.store, SHOWN_STEPS)
+                Run(model, image.store.folder).edits(
+                    image.targets[:1], after_step=strip.see, reading=self.readings[0], start=start
                 )
                 pictures += [picture for _, picture in strip.pictures]
                 captions += [f"start {start:g}\nt = {t}" for t, _ in strip.pictures]
-            file = self.folder / "strips" / f"{work.store.folder.name}.png"
+            file = self.folder / "strips" / f"{image.store.folder.name}.png"
             yield write_png(file, sheet(pictures, captions, len(pictures) // len(self.starts)))
 
 
-def _find_edit(work: SourceImage, settings: EditSettings) -> Path | None:
+def _find_edit(image: SourceImage, settings: EditSettings) -> Path | None:
     """The picture of an edit with these settings, if it is there."""
     wanted = settings.record()
     found = [
         file
-        for record, file in work.store.edits()
-        if record["target"] in work.targets
+        for record, file in image.store.edits()
+        if record["target"] in image.targets
         and all(record.get(key) == wanted.get(key) for key in {*wanted, *IDLE})
     ]
     return found[-1] if found else None

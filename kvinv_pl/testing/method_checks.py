@@ -34,7 +34,11 @@ def scene_for(method: Any, guidance: float = 5.0, predicts_v: bool = False, mode
 def rows(method: Any, scene: Scene) -> Float[Tensor, "2 c h w"]:
     """Source and target by an inversion without an edit, or by an edit after DDIM inversion."""
     inverted = method.invert(scene) if hasattr(method, "invert") else Inverted(scene, scene.pivots()[0])
+    if not isinstance(inverted, Inverted):
+        raise NonconformingError(f"invert returned {type(inverted).__name__}, expected an Inverted")
     control = method.control(scene, inverted) if hasattr(method, "control") else Control()
+    if not isinstance(control, Control):
+        raise NonconformingError(f"control returned {type(control).__name__}, expected a Control")
     return sample(scene, inverted, control)
 
 

@@ -108,7 +108,7 @@ def huge(file: Path) -> None:
     [
         (lambda file: None, "expected a picture file at"),
         (lambda file: file.mkdir(), "contains no pictures"),
-        (text, "got no such format; save it as one of them, or a list of pictures as .csv"),
+        (text, "got no such format; save it as one of them (a list of pictures is a .csv"),
         (cut, "cannot be read as a picture: image file is truncated; save it again"),
         (dot, "is 1x1, expected 8 pixels a side or more: take a larger one"),
         (huge, "million pixels: make it smaller"),

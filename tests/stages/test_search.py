@@ -110,7 +110,7 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
         *("--model.candidates", 2, "--trainer.accelerator", "cpu"),
     )
     assert answer.code == 0, answer.err
-    assert answer.err.count("with no other better in both agreement and likeness:") == 2
+    assert answer.err.count("  those that no other beats in both:") == 2
     chosen = [line for line in answer.err.splitlines() if line.startswith("  chosen: start ")]
     assert all(", agreement " in line and ", likeness " in line for line in chosen)
     files = [Path(line.rpartition(": ")[2]) for line in chosen]
@@ -118,6 +118,7 @@ def test_an_edit_whose_start_is_auto_shows_its_front_and_leaves_the_sheet(run: P
     starts = {round(record["start"], 2) for record, _ in RunStore(run).edits()}
     assert starts == set(GRIDS["start"]) and len(RunStore(run).edits()) == 2 * len(starts)
     assert "exist" not in answer.err
+    assert f"{len(starts)} edits of each target, in different settings of start" in answer.err
     width, height = fits.opened(run / "candidates.png").size
     assert width > 3 * 192 and height > 2 * 192
 

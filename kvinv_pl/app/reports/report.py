@@ -27,12 +27,12 @@ def write_report(folder: Path, file: Path) -> Path:
     """Write the report of a run folder, or of all runs in a folder, as an HTML file; its path."""
     failed = dict[str, str]()
     runs = list[dict[str, Any]]()
-    for work in images_in(folder, [], failed):
+    for image in images_in(folder, [], failed):
         try:
-            runs.append(_of_run(work, f"run{len(runs) + 1}"))
+            runs.append(_of_run(image, f"run{len(runs) + 1}"))
         except (UserError, KeyError) as error:
             why = f"its run.json lacks {error}" if isinstance(error, KeyError) else str(error)
-            failed[str(work.store.folder)] = why
+            failed[str(image.store.folder)] = why
     if not runs:
         raise UserError("; ".join(failed.values()))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -42,8 +42,8 @@ def write_report(folder: Path, file: Path) -> Path:
     return file
 
 
-def _of_run(work: SourceImage, name: str) -> dict[str, Any]:
-    store, run = work.store, work.store.read_run()
+def _of_run(image: SourceImage, name: str) -> dict[str, Any]:
+    store, run = image.store, image.store.read_run()
     reconstruction, tuned = run.get("reconstruction"), "tuning" in run
     width, height = run["picture"]["size"]
     found: dict[str, Any] = {

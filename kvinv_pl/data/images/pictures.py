@@ -16,8 +16,8 @@ from kvinv_pl.errors import UserError
 SMALLEST_SIDE = 8
 MOST_PIXELS = 100_000_000
 NO_FORMAT = (
-    "expected JPEG, PNG, WebP, TIFF or the like, got no such format; save it as one of them, or a list of "
-    "pictures as .csv, .tsv or .jsonl"
+    "expected JPEG, PNG, WebP, TIFF or the like, got no such format; save it as one of them (a list of "
+    "pictures is a .csv, .tsv or .jsonl)"
 )
 _TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

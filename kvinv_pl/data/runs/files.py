@@ -33,8 +33,11 @@ def explaining_os_errors(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "make room or choose another folder" if verb == "write" else "fix this and try again"
         kind = NoRoomError if error.errno in NO_ROOM else UserError
+        if verb != "write":
+            advice = "fix this and try again"
+        else:
+            advice = "make room or choose another folder" if kind is NoRoomError else "choose another folder"
         raise kind(f"cannot {verb} {path}: {error.strerror or error}; {advice}") from error
 
 

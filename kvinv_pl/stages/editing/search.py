@@ -86,15 +86,16 @@ def search_edits(
     """Edit in every way of the grid, show the best, and return the chosen edit of each target.
 
     All edits stay in the run folder, as any others, with their figures; `candidates.png` has the best beside
-    the source, and the chosen one is marked there and on the sheet.
+    the source, if several are asked for, and the chosen one is marked there and on the sheet.
     """
     clip = None if search.clip is None else Clip.load(search.clip, denoiser.device)
     judge, names = EditJudge(denoiser, image, clip), search.auto or ("start",)
-    existing = list[Path]()
-    tried = [
-        (each, edit_picture(denoiser, image, each, observers, overwrite, existing))
-        for each in search.grid(settings)
-    ]
+    existing, grid = list[Path](), search.grid(settings)
+    observers.progress.note(
+        f"{image.name}: {len(grid)} edits of each target, in different settings of {' and '.join(names)}, to "
+        "choose from"
+    )
+    tried = [(each, edit_picture(denoiser, image, each, observers, overwrite, existing)) for each in grid]
     note_existing(image, existing, observers)
     chosen = list[Path]()
     tiles: list[tuple[Image.Image, str]] = []
@@ -108,11 +109,11 @@ def search_edits(
         edits.note_search(target, {each.file: _search_record(each, search, order[0]) for each in candidates})
         marked.append(len(tiles) + 1)  # behind the source
         tiles += list(_tiles(image, target, order[: search.candidates], names))
-    pictures, captions = zip(*tiles, strict=True)
-    page = sheet(pictures, captions, search.candidates + 1, marked)
-    image.store.save_picture("candidates", page)
     image.store.save_picture("sheet", run_sheet(image.store))  # of each edit's making, without the choice
     if search.candidates > 1:
+        pictures, captions = zip(*tiles, strict=True)
+        page = sheet(pictures, captions, search.candidates + 1, marked)
+        image.store.save_picture("candidates", page)
         observers.progress.note(f"look at {image.store.folder / 'candidates.png'}")
     return chosen
 
@@ -121,12 +122,13 @@ def _summary(
     image: SourceImage, target: str, candidates: Sequence[Candidate], best: Candidate, names: Sequence[str]
 ) -> Iterator[str]:
     yield (
-        f"{image.name}, {target!r}: tried {len(candidates)} settings; of those with at least half of the "
-        "best agreement the earliest start is chosen, and of several the most alike"
+        f"{image.name}, {target!r}: {len(candidates)} edits, judged by their agreement with the target and "
+        "their likeness to the source, of which more is better"
     )
     figures = "agreement {0.agreement:.3g}, likeness {0.likeness:.3g}"
     yield f"  chosen: {best.describe(names)}, {figures.format(best)}: {best.file}"
-    yield "  with no other better in both agreement and likeness:"
+    yield "    (the earliest start with at least half of the best agreement, and of several the most alike)"
+    yield "  those that no other beats in both:"
     for each in pareto_front(candidates):
         yield f"    {each.describe(names)}: {figures.format(each)}"
 
