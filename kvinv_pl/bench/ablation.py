@@ -22,7 +22,7 @@ from kvinv_pl.data.runs.files import write_atomically, write_png
 from kvinv_pl.data.source_image import SourceImage
 from kvinv_pl.errors import SomeFailedError, StopError, UserError
 from kvinv_pl.models.checkpoint import load_on_meta
-from kvinv_pl.stages.editing.strip import Strip
+from kvinv_pl.stages.editing.predicted_x0 import Strip
 from kvinv_pl.stages.progress import Progress
 from kvinv_pl.stages.settings import IDLE, EditSettings
 from kvinv_pl.training.datamodule import SourceImages

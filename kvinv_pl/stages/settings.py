@@ -21,7 +21,7 @@ from kvinv_pl.data.runs.records import optimizer_record
 from kvinv_pl.data.runs.tensors import StoreDtype
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.kinds import (
+from kvinv_pl.stages.validation import (
     above_0,
     at_least_0,
     at_least_1,

@@ -27,7 +27,6 @@ from kvinv_pl.stages.curriculum import Curriculum, Pass
 from kvinv_pl.stages.editing.edit import edit_picture
 from kvinv_pl.stages.editing.search import Auto, Search, search_edits, without_auto
 from kvinv_pl.stages.invert import invert_picture, is_inverted
-from kvinv_pl.stages.kinds import at_least_1, plain, require_kind
 from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import (
     IDLE,
@@ -42,6 +41,7 @@ from kvinv_pl.stages.settings import (
 from kvinv_pl.stages.tuning.certificate import Attempt
 from kvinv_pl.stages.tuning.plan import Planner
 from kvinv_pl.stages.tuning.tune import Tuning
+from kvinv_pl.stages.validation import at_least_1, plain, require_kind
 from kvinv_pl.training.datamodule import Job
 from kvinv_pl.training.precision import overflows, precision_of
 

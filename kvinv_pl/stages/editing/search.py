@@ -19,9 +19,9 @@ from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.vision.clip import Clip
 from kvinv_pl.stages.editing.edit import edit_picture, note_existing, run_sheet
 from kvinv_pl.stages.editing.judge import Candidate, EditJudge, pareto_front, ranked
-from kvinv_pl.stages.kinds import at_least_1
 from kvinv_pl.stages.progress import Observers
 from kvinv_pl.stages.settings import EditSettings
+from kvinv_pl.stages.validation import at_least_1
 
 Auto = Literal["auto"]
 GRIDS: Mapping[str, tuple[float, ...]] = {

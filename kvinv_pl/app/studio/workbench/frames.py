@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from kvinv_pl.data.runs.files import write_png
-from kvinv_pl.stages.editing.strip import Strip
+from kvinv_pl.stages.editing.predicted_x0 import Strip
 
 STUDIO_DIR = ".studio"
 """Of the folder, and of a run: what the page keeps besides."""

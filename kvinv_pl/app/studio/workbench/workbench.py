@@ -20,7 +20,7 @@ from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.data.runs.files import write_atomically, write_png
 from kvinv_pl.data.runs.run_store import RunStore
 from kvinv_pl.errors import UserError
-from kvinv_pl.stages.editing.strip import Strip
+from kvinv_pl.stages.editing.predicted_x0 import Strip
 from kvinv_pl.stages.settings import EditSettings
 
 
