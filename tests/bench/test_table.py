@@ -52,6 +52,11 @@ def report() -> Report:
     return Report(rows, ("dB", "marks", "none"), {"a": "pose", "b": "style"}, "ours", failed)
 
 
+def test_a_csv_of_many_cases_takes_no_interval(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mean, "of", lambda values: pytest.fail("an interval for each line takes minutes"))
+    assert len(report.csv().splitlines()) == 1 + 5 * 2
+
+
 def test_a_mean_has_its_interval_and_leaves_out_what_is_not_known() -> None:
     values = np.random.default_rng(0).normal(2.0, 1.0, 400)
     mean = Mean.of([*values, NAN])

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -96,13 +97,20 @@ class Report:
             a[case].get(column, math.nan) - b[case].get(column, math.nan) for case in a if case in b
         )
 
-    @property
+    @cached_property
     def known_columns(self) -> list[str]:
         """The columns in which any row has a value, or should have one."""
+        measured = {
+            name
+            for scores in self.rows.values()
+            for metrics in scores.values()
+            for name, value in metrics.items()
+            if not math.isnan(value)
+        }
         return [
             name
             for name in self.columns
-            if any(self.mean(row, name).count or self.count_unmeasured(row, name) for row in self.rows)
+            if name in measured or any(self.count_unmeasured(row, name) for row in self.rows)
         ]
 
     def count_unmeasured(self, row: str, column: str, among: Among = every) -> int:
