@@ -301,6 +301,7 @@ class Dies:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_reported_with_its_case_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
