@@ -22,13 +22,15 @@ class LearningAWord(Learning):
         steps: Of Adam.
         rate: Adam's.
         batch: How many timesteps and draws of noise a step looks at.
+        micro_batch: How many of them go through the network at once: more is faster and takes more memory.
     """
 
     word: str = ""
     steps: int
     rate: float
     batch: int
-    counts = ("steps", "batch")
+    micro_batch: int = 1
+    counts = ("steps", "batch", "micro_batch")
     brief = {"steps": 2, "batch": 1, "word": "cat"}  # noqa: RUF012
 
     def worded(self, prompt: str, word: str) -> str:
@@ -58,7 +60,8 @@ class LearningAWord(Learning):
             return model.embed_with(prompts, {learned: vectors}), weights
 
         every = [vectors, *weights.values()]
-        losses = learn(scene, every, given, self.steps, self.rate, self.seed, self.batch)
+        sizes = self.batch, self.micro_batch
+        losses = learn(scene, every, given, self.steps, self.rate, self.seed, *sizes)
         with torch.no_grad():
             read = model.embed_with(["", scene.source, scene.target], {learned: vectors})[1:]
         return Taught(scene, self.noise(scene), weights=weights, read=read.to(scene.contexts), losses=losses)

@@ -143,7 +143,7 @@ class Model(Protocol):
     def predict(
         self, z: Float[Tensor, "rows c h w"], t: Tensor, contexts: Float[Tensor, "branches rows L d"]
     ) -> Float[Tensor, "branches rows c h w"]:
-        """The network's output under every branch's prompts, at one timestep."""
+        """The network's output under every branch's prompts, at one timestep or at each row's."""
         ...
 
     def controlled(self, i: int, control: Control) -> AbstractContextManager[None]:

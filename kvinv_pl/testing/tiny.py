@@ -75,7 +75,7 @@ class TinyModel(ControllableUNet):
         """All branches in one forward."""
         count, rows = len(contexts), len(z)
         given = contexts.expand(-1, rows, -1, -1).flatten(0, 1)
-        out = self.unet(z.repeat(count, 1, 1, 1), t.expand(count * rows), given, return_dict=False)[0]
+        out = self.unet(z.repeat(count, 1, 1, 1), t.expand(rows).repeat(count), given, return_dict=False)[0]
         return out.unflatten(0, (count, rows))
 
 

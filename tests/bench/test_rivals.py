@@ -319,6 +319,29 @@ def test_a_batch_of_learning_is_the_mean_over_its_draws(scene: Scene) -> None:
     assert losses[3] == pytest.approx([sum(losses[1][:3]) / 3, sum(losses[1][3:]) / 3])
 
 
+@pytest.mark.parametrize("name", ["textual_inversion", "custom_diffusion"])
+def test_a_batch_learns_the_same_in_one_forward_or_in_several(
+    name: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, rows = scene.model.predict, list[int]()
+
+    def counted(z: Tensor, *given: Tensor) -> Tensor:
+        rows.append(len(z))
+        return predict(z, *given)
+
+    monkeypatch.setattr(scene.model, "predict", counted)
+    forwards, found = dict[int, list[int]](), dict[int, Any]()
+    for micro_batch in (1, 2, 5):  # 2 leaves one over, 5 is more than there are
+        rows.clear()
+        method = make(name, "inversion", rate=0.01, steps=2, batch=3, micro_batch=micro_batch)
+        found[micro_batch] = method.invert(scene)
+        forwards[micro_batch] = [*rows]
+    assert forwards == {1: [1] * 6, 2: [2, 1] * 2, 5: [3] * 2}
+    for micro_batch in (2, 5):
+        assert found[micro_batch].losses == pytest.approx(found[1].losses, rel=1e-5)
+        torch.testing.assert_close(found[micro_batch].read, found[1].read, rtol=1e-3, atol=1e-4)
+
+
 def test_custom_diffusion_learns_keys_and_values_of_words_and_a_word_before_the_subject(scene: Scene) -> None:
     found = make("custom_diffusion", "inversion", steps=3, batch=1, rate=0.1).invert(scene)
     assert (found.scene.source, found.scene.target) == ("a ktn cat standing", "a ktn cat running")
@@ -366,8 +389,9 @@ def test_imagic_gives_the_target_the_sources_embedding_as_far_as_eta_says(scene:
         ("proximal", {"norm": "l2"}, "norm: expected l0 or l1, got 'l2'"),
         ("imagic", {"text_steps": -1}, "text_steps, network_steps: expected 0 or more, got -1"),
         ("dreambooth", {"rank": 0}, "rank, steps: expected 1 or more, got 0"),
-        ("textual_inversion", {"batch": 0}, "steps, batch: expected 1 or more, got 0"),
-        ("custom_diffusion", {"steps": 0}, "steps, batch: expected 1 or more, got 0"),
+        ("textual_inversion", {"batch": 0}, "steps, batch, micro_batch: expected 1 or more, got 0"),
+        ("textual_inversion", {"micro_batch": 0}, "steps, batch, micro_batch: expected 1 or more, got 0"),
+        ("custom_diffusion", {"steps": 0}, "steps, batch, micro_batch: expected 1 or more, got 0"),
         ("flexiedit", {"region": (0.5, 0.0, 0.2, 1.0)}, "region: expected left < right"),
         ("pix2pix_zero", {"sentences": ((), ("a",))}, "sentences: expected some about the source"),
         ("plug_and_play", {"layer": 4}, "layer: expected 0 to 3, got 4"),
