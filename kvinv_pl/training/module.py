@@ -24,7 +24,7 @@ from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.editing.edit import edit_picture
+from kvinv_pl.stages.editing.edit import edit_picture, note_existing
 from kvinv_pl.stages.editing.search import Auto, Search, search_edits, without_auto
 from kvinv_pl.stages.invert import invert_picture, is_inverted
 from kvinv_pl.stages.progress import Observers
@@ -263,7 +263,9 @@ class KVInversion(LightningModule):
                     self.denoiser, image, settings, self.search, observers, batch.overwrite
                 )
             elif isinstance(settings, EditSettings):
-                self.last_edits = edit_picture(self.denoiser, image, settings, observers, batch.overwrite)
+                edited = edit_picture(self.denoiser, image, settings, observers, batch.overwrite)
+                note_existing(image, edited.existing, observers)
+                self.last_edits = edited.paths
             elif not is_inverted(self.denoiser, image, settings):
                 invert_picture(self.denoiser, image, settings, observers)
 

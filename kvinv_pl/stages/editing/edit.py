@@ -1,8 +1,10 @@
 """Stage 3 of one picture, from its run folder and back into it: edits, and the sheet of them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,22 +53,49 @@ def check_edits(denoiser: Denoiser, image: SourceImage, settings: EditSettings) 
         word_positions(denoiser.backbone, image.source, subject)  # without a mask, it is found by the word
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class EditedPicture:
+    """The edits of one picture with the same settings."""
+
+    paths: list[Path]
+    """Of all targets, in their order."""
+    existing: list[Path]
+    """Those of them that existed and were not rendered again."""
+
+
 def edit_picture(
     denoiser: Denoiser,
     image: SourceImage,
     settings: EditSettings,
     observers: Observers,
     overwrite: bool = False,
-    existing_paths: list[Path] | None = None,
-) -> list[Path]:
-    """Stage 3 of one picture: a picture and a record for each target, and the sheet; their paths.
+) -> EditedPicture:
+    """Stage 3 of one picture: a picture and a record for each target, and the sheet.
 
-    An edit that exists with the same settings is not rendered again, unless `overwrite`; the user is told, or
-    its path is added to `existing_paths`.
+    An edit that exists with the same settings is not rendered again, unless `overwrite`.
     """
-    store, table, began = image.store, denoiser.table, time.perf_counter()
-    edits = Edits(store.folder)
+    store, edits = image.store, Edits(image.store.folder)
+    run = _tuned_run(denoiser, store, settings)
+    records = _records(denoiser, image, settings, run)
+    existing = {} if overwrite else {target: edits.find(target, record) for target, record in records.items()}
+    paths = {target: path for target, path in existing.items() if path is not None}
+    reused = list(paths.values())
+    if targets := [target for target in records if target not in paths]:
+        if (edited_at := settings.guide.source_scale) != (tuned_at := run["tuning"]["guidance"]):
+            observers.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
+        for target, (picture, rendering) in _render(denoiser, image, settings, targets, observers).items():
+            paths[target] = edits.save(target, picture, {**records[target], **rendering})
+    store.save_picture(
+        "sheet", run_sheet(store)
+    )  # with nothing rendered too: after a kill it may be outdated
+    if lost := [target for target in targets if target not in paths]:
+        advice = "use a lower guidance scale, or precision 32-true"
+        raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
+    return EditedPicture([paths[target] for target in image.targets], reused)
+
+
+def _tuned_run(denoiser: Denoiser, store: RunStore, settings: EditSettings) -> dict[str, Any]:
+    """Attach what the run folder was tuned with, and give its run.json; refuse what cannot be edited so."""
     run = store.read_run()
     if not is_tuned(denoiser, store) or not {"tuning", "reconstruction"} <= run.keys():
         raise UserError(f"{store.folder} is not tuned to the end: resume it with `kvinv fit` before editing")
@@ -81,30 +110,33 @@ def edit_picture(
         )
     mask = mask_of(store)
     denoiser.bind(None if mask is None else mask[None])
-    records = {
+    return run
+
+
+def _records(
+    denoiser: Denoiser, image: SourceImage, settings: EditSettings, run: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Of every target all that its edit depends on."""
+    precision = str(denoiser.backbone.unet.dtype).removeprefix("torch.")
+    return {
         target: {
             "target": target, "source": run["source"],
             **settings.record(), "tuned_at": run["tuning"]["guidance"],
             "picture": run["picture"]["sha256"], "model": run["model"]["sha256"],
-            "precision": str(denoiser.backbone.unet.dtype).removeprefix("torch."),
+            "precision": precision,
             "tuning": run["tuning"], "attempt": run["reconstruction"]["kept"],
         }
         for target in image.targets
     }  # fmt: skip
-    existing = {} if overwrite else {target: edits.find(target, record) for target, record in records.items()}
-    paths = {target: path for target, path in existing.items() if path is not None}
-    if existing_paths is None:
-        note_existing(image, list(paths.values()), observers)
-    else:
-        existing_paths += paths.values()
-    targets = [target for target in records if target not in paths]
-    if not targets:
-        store.save_picture("sheet", run_sheet(store))  # after a kill it may be outdated
-        return [paths[target] for target in image.targets]
-    if settings.guide.source_scale != (tuned_at := run["tuning"]["guidance"]):
-        edited_at = settings.guide.source_scale
-        observers.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
-    changed = list[int]()
+
+
+@torch.no_grad()
+def _render(
+    denoiser: Denoiser, image: SourceImage, settings: EditSettings, targets: list[str], observers: Observers
+) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """The edits to these targets that are finite, each with what its rendering adds to its record."""
+    store, table, began = image.store, denoiser.table, time.perf_counter()
+    trajectory, changed = store.trajectory(), list[int]()
 
     def sampled(batch: list[str]) -> Float[Tensor, "edits c h w"]:
         reader = Reader(denoiser, store, batch, settings)
@@ -126,24 +158,20 @@ def edit_picture(
             )
 
     z_0 = in_batches(targets, sampled)
+    observers.progress.finish()
     finite = z_0.isfinite().flatten(1).all(1).tolist()
     geometry = store.geometry()
     decoded = denoiser.backbone.decode(z_0[finite]) if any(finite) else []
-    edited = [to_image(pixels.cpu(), geometry) for pixels in decoded]
-    # what a callback has changed, the same settings alone would not give
-    changed_steps = {"steps_changed_by_a_callback": changed} if changed else {}
-    seconds = round((time.perf_counter() - began) / len(targets), 2)
+    rendering: dict[str, Any] = {
+        "figures": {"seconds": round((time.perf_counter() - began) / len(targets), 2)},
+        # what a callback has changed, the same settings alone would not give
+        **({"steps_changed_by_a_callback": changed} if changed else {}),
+    }
     rendered = [target for target, is_finite in zip(targets, finite, strict=True) if is_finite]
-    for target, picture in zip(rendered, edited, strict=True):
-        paths[target] = edits.save(
-            target, picture, {**records[target], **changed_steps, "figures": {"seconds": seconds}}
-        )
-    store.save_picture("sheet", run_sheet(store))
-    observers.progress.finish()
-    if lost := [target for target in targets if target not in rendered]:
-        advice = "use a lower guidance scale, or precision 32-true"
-        raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")
-    return [paths[target] for target in image.targets]
+    return {
+        target: (to_image(pixels.cpu(), geometry), rendering)
+        for target, pixels in zip(rendered, decoded, strict=True)
+    }
 
 
 def note_existing(image: SourceImage, paths: list[Path], observers: Observers) -> None:

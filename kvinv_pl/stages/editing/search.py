@@ -90,18 +90,18 @@ def search_edits(
     """
     clip = None if search.clip is None else Clip.load(search.clip, denoiser.device)
     judge, names = EditJudge(denoiser, image, clip), search.auto or ("start",)
-    existing, grid = list[Path](), search.grid(settings)
+    grid = search.grid(settings)
     observers.progress.note(
         f"{image.name}: {len(grid)} edits of each target, in different settings of {' and '.join(names)}, to "
         "choose from"
     )
-    tried = [(each, edit_picture(denoiser, image, each, observers, overwrite, existing)) for each in grid]
-    note_existing(image, existing, observers)
+    tried = [(each, edit_picture(denoiser, image, each, observers, overwrite)) for each in grid]
+    note_existing(image, [path for _, edited in tried for path in edited.existing], observers)
     chosen = list[Path]()
     tiles: list[tuple[Image.Image, str]] = []
     marked, edits = list[int](), Edits(image.store.folder)
     for n, target in enumerate(image.targets):
-        candidates = [judge.candidate(each, paths[n], target) for each, paths in tried]
+        candidates = [judge.candidate(each, edited.paths[n], target) for each, edited in tried]
         order = ranked(candidates)
         for line in _summary(image, target, candidates, order[0], names):
             observers.progress.note(line)
