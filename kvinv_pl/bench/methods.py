@@ -12,8 +12,6 @@ Kind = Literal["inversion", "edit", "whole"]
 KINDS: dict[str, Kind] = {"invert": "inversion", "control": "edit", "render": "whole"}
 """What a method is, by the name of the protocol's own function."""
 UNSUPPORTED = {
-    "elite": "beside weights of its own it needs CLIP ViT-L/14 and, of every picture, a mask of the object, "
-    "which no bench hands to a method",
     "neaf": "of what its mixer is made and by which loss it learns is not known to us",
 }
 """Methods that are asked for and have no file, and why; the table in docs/methods.md says more."""

@@ -1,0 +1,128 @@
+"""ELITE (Wei et al., 2023), among the methods."""
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from kvinv_pl.algorithm.learning_a_word import subject
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, sample
+from kvinv_pl.api import KVInverter
+from kvinv_pl.bench.running import Encoded, load_picture
+from kvinv_pl.data.images.geometry import to_image, to_pixels
+from kvinv_pl.data.images.masks import open_mask
+from kvinv_pl.errors import UserError
+from kvinv_pl.models.prompts import mask_from_word
+from kvinv_pl.models.published.elite import Elite
+
+_loaded = lru_cache(maxsize=1)(Elite.load)  # of the row that is computed
+
+
+class LocalReading(Control):
+    """Cross-attentions read the object's patches as well, where they attend to its word."""
+
+    def __init__(
+        self, scene: Scene, loaded: Elite, local: Float[Tensor, "patches e"], place: int, strength: float
+    ) -> None:
+        self.attentions, self.place, self.strength = scene.model.cross_attentions, place, strength
+        weights = loaded.local_weights(scene.model.weights, self.attentions)
+        self._read = {name: F.linear(local, weight.to(local)) for name, weight in weights.items()}
+
+    def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
+        """Of the conditional branch: the words' output, and lambda times that of the patches."""
+        k, v = (self._read[f"{at.path}.{name}.weight"].to(at.q)[None, None] for name in ("to_k", "to_v"))
+        q = at.q[-1:]
+        word = at.probabilities(q, at.k[-1:])[..., self.place, None]
+        word = word / word.amax((2, 3, 4), keepdim=True)  # at its most 1 in a layer's heads
+        out = at.attend(at.q, at.k, at.v).clone()
+        out[-1:] += at.read(at.probabilities(q, k) * word * self.strength, v).to(out)
+        return out
+
+
+@dataclass(frozen=True)
+class EliteEdit:
+    """ELITE (Wei et al., 2023): mapping networks turn the picture into a word, and its object into details.
+
+    Networks that were trained on many photographs give the vector of a word, which stands in the target for
+    the subject's, and keys and values of the object's patches, which are read where the word is. It
+    begins at noise, so that of the picture the subject alone is kept. The model is Stable Diffusion 1.4;
+    steps are DDIM's, where its authors take 100 of LMS. There is no reconstruction.
+
+    Args:
+        global_mapper: Its authors' global_mapper.pt, as a file or on the hub, where it is downloaded.
+        local_mapper: Its authors' local_mapper.pt, likewise.
+        clip: The weights of CLIP ViT-L/14, likewise (1.7 GB).
+        mask: A picture of the same size that is white where the object is; left out, the object is what the
+            model's cross-attention to its word finds.
+        word: The subject's word; default: the last that both prompts have before they differ.
+        token: The word that is written in its place, whose vector is replaced.
+        strength: lambda, how much of the patches is read; 0: the word alone.
+        guidance: Guidance scale of the prompt; published: 5.
+        seed: Seed of the noise.
+    """
+
+    global_mapper: str = "ELITE-library/ELITE/checkpoints/global_mapper.pt"
+    local_mapper: str = "ELITE-library/ELITE/checkpoints/local_mapper.pt"
+    clip: str = "openai/clip-vit-large-patch14/model.safetensors"
+    mask: str = ""
+    word: str = ""
+    token: str = "S"
+    strength: float = 0.8
+    guidance: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse less than nothing."""
+        if self.strength < 0:
+            raise UserError(f"strength: expected 0 or more, got {self.strength}")
+
+    @torch.no_grad()
+    def render(
+        self,
+        model: KVInverter,
+        picture: Image.Image | str | Path,
+        source: str,
+        target: str,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Image.Image:
+        """A picture of the target prompt with the subject, in the size that the picture came in."""
+        image, encoded = load_picture(picture), Encoded.encode(model, picture)
+        scene = encoded.scene(source, target, self.guidance if guidance is None else guidance, steps)
+        word = subject(scene, self.word)
+        scene.model.positions(target, word)  # a word that is not there is refused
+        mask = self._mask(encoded, image, source, word)
+        loaded = _loaded(self.global_mapper, self.local_mapper, self.clip, encoded.denoiser.device)
+        paths, network = scene.model.cross_attentions, scene.model.weights
+        worded = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", self.token, target, count=1)
+        # both rows are of the target: one of them is shown
+        scene = replace(scene, source=worded, target=worded)
+        read = scene.model.embed_with(["", worded, worded], {self.token: loaded.word(image)})[1:]
+        place = scene.model.positions(worded, self.token)[0]
+        local = LocalReading(scene, loaded, loaded.local(image, mask), place, self.strength)
+        start = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(self.seed))
+        weights = loaded.network_weights(network, paths)
+        read = read.to(scene.contexts)
+        inverted = Inverted(scene, start.to(scene.z_0), weights=weights, read=read)
+        return encoded.decode(sample(scene, inverted, local)[1:])
+
+    def _mask(self, encoded: Encoded, image: Image.Image, source: str, word: str) -> Image.Image:
+        """White where the object is, in the picture's size."""
+        if self.mask:
+            mask = open_mask(self.mask).image
+            if mask.size != image.size:
+                wanted, got = ("{}x{}".format(*each.size) for each in (image, mask))
+                raise UserError(f"mask: expected {wanted} pixels, as the picture has, got {got}: {self.mask}")
+            return mask
+        if not source:
+            raise UserError("mask: expected one, or a source prompt, by whose word the object can be found")
+        pixels = to_pixels(image, encoded.geometry).to(encoded.denoiser.device)
+        found = mask_from_word(encoded.denoiser.backbone, pixels, source, word)
+        enlarged = to_image(found.expand(3, -1, -1) * 2 - 1, encoded.geometry)
+        return enlarged.convert("L").point([0] * 128 + [255] * 128)
