@@ -130,7 +130,11 @@ class Editor(Protocol):
 
 @runtime_checkable
 class Renderer(Protocol):
-    """A method that is no pair of inversion and edit: it has a picture rendered by means of its own."""
+    """A method that is no pair of inversion and edit: it has a picture rendered by means of its own.
+
+    One with an attribute `mask_given` that is true is given `mask` besides, a grey picture of the same size,
+    white where the subject is.
+    """
 
     def render(
         self, model: Any, picture: Any, source: str, target: str, steps: int | None, guidance: float | None

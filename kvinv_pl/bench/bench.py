@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from kvinv_pl import api
@@ -11,15 +12,16 @@ from kvinv_pl.bench.benchmarks.cases import THROUGH_VAE, Case, Cases, error_text
 from kvinv_pl.bench.costs import Cost, measure_cost, plain_sampling
 from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.rows import Row
-from kvinv_pl.bench.running import Encoded, apply_method
+from kvinv_pl.bench.running import Encoded, apply_method, takes_mask
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.data.images.geometry import as_pixels, psnr
 from kvinv_pl.errors import StopError
 from kvinv_pl.stages.progress import Progress
 
-COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB")
+COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB", "mask given %")
 """What every row is measured by that is computed by a method: the source as it samples it, against the VAE's
-round trip; its seconds; these over plain sampling's; and memory at its peak, less plain sampling's."""
+round trip; its seconds; these over plain sampling's; memory at its peak, less plain sampling's; and whether
+it was given a mask, if it was."""
 FEW_STEPS, FEW_TRAILING_STEPS = 35, 20  # docs/evaluation.md, "Number of steps"
 """Below so many, many edits of the drawn world miss the action; the second with trailing spacing."""
 PROCESS_ENDED = "its process ended while it was computed"
@@ -136,9 +138,16 @@ class Bench:
         inversion, editor = row.make_methods()
         sets_guidance = any("guidance" in given for given in (row.settings, *row.options.values()))
         guidance = None if sets_guidance else self.setup.guidance
+        mask = None
+        if takes_mask(editor) and case.mask is not None:
+            mask = Image.fromarray(np.uint8(255) * case.mask.astype(np.uint8))
         with measure_cost(encoded.denoiser.device) as cost:
-            result = apply_method(model, picture, case.source, case.target, inversion, editor, None, guidance)
+            result = apply_method(
+                model, picture, case.source, case.target, inversion, editor, None, guidance, mask
+            )
         metrics = {"seconds": cost.seconds, **cost.relative_to(plain)}
+        if mask is not None:
+            metrics["mask given %"] = 100.0
         if result.reconstruction is not None:
             metrics["reconstruction dB"] = psnr(as_pixels(result.reconstruction), as_pixels(trip))
         self.records.save(row.text, case.name, result.edited, metrics)

@@ -16,6 +16,7 @@ from kvinv_pl.api import KVInverter, as_file
 from kvinv_pl.bench.methods import make
 from kvinv_pl.bench.network import Network
 from kvinv_pl.data.images.geometry import Geometry, fit_geometry, to_image, to_pixels
+from kvinv_pl.data.images.masks import open_mask
 from kvinv_pl.data.images.pictures import open_picture
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
@@ -31,6 +32,7 @@ def run_method(
     editor: str | Editor | Renderer = "plain",
     steps: int | None = None,
     guidance: float | None = None,
+    mask: Image.Image | str | Path | None = None,
 ) -> Image.Image:
     """The picture edited by an inversion and an edit, in the size that it came in.
 
@@ -43,12 +45,15 @@ def run_method(
         editor: The same for edits, and for methods that have no inversion.
         steps: Left out, those that the model was loaded with.
         guidance: The scale of the target; left out, the published one of the edit or else of the inversion.
+        mask: White where the subject is, or its path, for methods with the option `mask_given`.
     """
-    chosen = make(editor, "edit", "whole") if isinstance(editor, str) else editor
+    given = {} if mask is None else {"mask_given": True}
+    chosen = make(editor, "edit", "whole", **given) if isinstance(editor, str) else editor
     if isinstance(chosen, Renderer) and inversion is not None:
         raise UserError(f"inversion: expected none with {editor}, which inverts by itself, got {inversion}")
     inverting = make(inversion, "inversion") if isinstance(inversion, str) else inversion
-    return apply_method(model, picture, source, target, inverting, chosen, steps, guidance).edited
+    shown = None if mask is None else load_mask(mask)
+    return apply_method(model, picture, source, target, inverting, chosen, steps, guidance, shown).edited
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,18 @@ def apply_method(
     editor: Editor | Renderer,
     steps: int | None = None,
     guidance: float | None = None,
+    mask: Image.Image | None = None,
 ) -> MethodResult:
     """`run_method` with the reconstruction beside the edit."""
+    given = {}
+    if takes_mask(editor):
+        if mask is None:
+            raise UserError(
+                "mask_given: expected a mask with the picture, got none: add one, or leave it out"
+            )
+        given = {"mask": mask}
     if isinstance(editor, Renderer):
-        rendered = editor.render(model, picture, source, target, steps, guidance)
+        rendered = editor.render(model, picture, source, target, steps, guidance, **given)
         return MethodResult(*rendered) if isinstance(rendered, tuple) else MethodResult(rendered, None)
     inverting: Inversion = make("ddim", "inversion") if inversion is None else inversion
     encoded = Encoded.encode(model, picture)
@@ -80,6 +93,11 @@ def apply_method(
     scene = encoded.scene("" if editor.empty_source else source, target, w, steps)
     z = sample_edit(scene, inverting, editor)
     return MethodResult(encoded.decode(z[1:]), encoded.decode(z[:1]))
+
+
+def takes_mask(editor: Editor | Renderer) -> bool:
+    """Whether a method is given a mask of the subject."""
+    return bool(getattr(editor, "mask_given", False))
 
 
 def sample_edit(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, "2 c h w"]:
@@ -93,6 +111,12 @@ def load_picture(picture: Image.Image | str | Path) -> Image.Image:
     """A picture, or the one at a path, as pictures are read for tuning."""
     with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
         return open_picture(as_file(picture, Path(scratch), "picture")).image
+
+
+def load_mask(mask: Image.Image | str | Path) -> Image.Image:
+    """A mask, or the one at a path, as masks are read for tuning: grey, white on the subject."""
+    with tempfile.TemporaryDirectory(prefix="kvinv-") as scratch:
+        return open_mask(as_file(mask, Path(scratch), "mask")).image
 
 
 @dataclass(frozen=True, eq=False)

@@ -349,6 +349,31 @@ def test_a_bench_on_pictures_of_ones_own(tmp_path: Path) -> None:
     assert "same animal %" not in rows["ddim+plain"]["means"]
 
 
+def test_a_method_is_given_a_mask_where_it_asks_for_one_and_the_table_says_so(tmp_path: Path) -> None:
+    method = "kv_inversion(attention=masked, mask_given=True)"
+    answer = bench(tmp_path / "out", method, "ddim+plain@1", cases=1)
+    assert answer.code == 0, answer.err
+    rows = metrics(tmp_path / "out")
+    assert rows[method]["cases"]["1000000"]["mask given %"] == 100
+    assert rows["ddim+plain"]["cases"]["1000000"].get("mask given %") is None
+    assert (
+        "* mask given %: edits whose method was given a mask" in (tmp_path / "out" / "table.md").read_text()
+    )
+
+
+def test_a_method_that_asks_for_a_mask_and_gets_none_says_what_to_do(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "cat.png", (20, 16))
+    (tmp_path / "list.csv").write_text(f"image,source,targets\ncat.png,{fits.SOURCE},{fits.TARGET}\n")
+    given, not_given = (f"kv_inversion(attention=masked{more})" for more in (", mask_given=True", ""))
+    answer = bench(tmp_path / "out", given, not_given, data=tmp_path / "list.csv", cases=1)
+    assert answer.code == 1
+    assert "mask_given: expected a mask with the picture, got none: add one, or leave it out" in answer.err
+    assert (
+        "Masked needs a mask of the subject: give --mask (`kvinv mask` makes one), or mask_given"
+        in answer.err
+    )
+
+
 def _half(folder: Path) -> bytes:
     from PIL import Image
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Image.Image]:
-    """A mask of the picture's size, and its file."""
+def mask() -> Image.Image:
+    """A mask of the picture's size."""
     mask = Image.new("L", (16, 12))
     mask.paste(255, (3, 2, 11, 9))
-    file = tmp_path_factory.mktemp("mask") / "mask.png"
-    mask.save(file)
-    return str(file), mask
+    return mask
 
 
 def mapped(tensors: dict[str, Tensor], picture: Image.Image) -> Tensor:
@@ -171,14 +170,13 @@ def by_hand(
 
 
 def test_it_samples_with_the_word_and_the_object_of_the_picture(
-    published: dict[str, str], model: Any, picture: Image.Image, masked: tuple[str, Image.Image]
+    published: dict[str, str], model: Any, picture: Image.Image, mask: Image.Image
 ) -> None:
-    file, mask = masked
     found = {}
     before = copy.deepcopy(Encoded.encode(model, picture).denoiser.backbone.unet.state_dict())
     for strength in (0.8, 0.0):
-        method = make("elite", "whole", **published, mask=file, strength=strength)
-        found[strength] = run_method(model, picture, SOURCE, TARGET, editor=method)
+        method = make("elite", "whole", **published, mask_given=True, strength=strength)
+        found[strength] = run_method(model, picture, SOURCE, TARGET, editor=method, mask=mask)
         expected = by_hand(model, published, picture, mask, strength)
         assert found[strength].size == (16, 12) and fits.levels(found[strength], expected) < 1
     assert fits.levels(found[0.8], found[0.0]) > 0
@@ -187,22 +185,25 @@ def test_it_samples_with_the_word_and_the_object_of_the_picture(
 
 
 def test_without_a_mask_the_object_is_what_the_model_finds_by_its_word(
-    published: dict[str, str], model: Any, picture: Image.Image, masked: tuple[str, Image.Image]
+    published: dict[str, str], model: Any, picture: Image.Image, mask: Image.Image
 ) -> None:
-    file, _ = masked
-    made = [make("elite", "whole", **published, mask=each) for each in ("", file)]
-    found, given = (run_method(model, picture, SOURCE, TARGET, editor=method) for method in made)
-    assert found.size == (16, 12) and fits.levels(found, given) > 0
-    with pytest.raises(UserError, match="mask: expected one, or a source prompt, by whose word"):
+    method = make("elite", "whole", **published)
+    found = run_method(model, picture, SOURCE, TARGET, editor=method)
+    given = replace(method, mask_given=True)
+    assert found.size == (16, 12)
+    assert fits.levels(found, run_method(model, picture, SOURCE, TARGET, editor=given, mask=mask)) > 0
+    with pytest.raises(UserError, match="mask_given: expected a mask with the picture, got none"):
+        run_method(model, picture, SOURCE, TARGET, editor=given)
+    with pytest.raises(UserError, match="mask_given: expected one, or a source prompt, by whose word"):
         run_method(model, picture, "", TARGET, editor=make("elite", "whole", **published, word="cat"))
 
 
 def test_its_row_is_typed_with_its_files_and_has_the_published_defaults() -> None:
     row = Row.parse(
-        'elite(global_mapper="global_mapper.pt", local_mapper="local_mapper.pt", mask="m.png")@16'
+        'elite(global_mapper="global_mapper.pt", local_mapper="local_mapper.pt", mask_given=True)@16'
     )
     shown: Any = row.make_methods()[1]
-    assert (shown.global_mapper, shown.mask, shown.strength) == ("global_mapper.pt", "m.png", 0.8)
+    assert (shown.global_mapper, shown.mask_given, shown.strength) == ("global_mapper.pt", True, 0.8)
     assert (shown.guidance, shown.token) == (5.0, "S")
 
 
@@ -224,12 +225,9 @@ def test_without_its_weights_or_with_others_it_is_refused_in_one_line(
     torch.save(lacking, tmp_path / "lacking.pt")
     other = {**published, "global_mapper": str(tmp_path / "lacking.pt")}
     refused(r"fits another U-Net than this model has: .* Stable Diffusion 1\.4", other)
-    Image.new("L", (8, 8)).save(tmp_path / "small.png")
-    refused(
-        "mask: expected 16x12 pixels, as the picture has, got 8x8",
-        published,
-        mask=str(tmp_path / "small.png"),
-    )
+    with pytest.raises(UserError, match="mask: expected 16x12 pixels, as the picture has, got 8x8"):
+        method = make("elite", "whole", **published, mask_given=True)
+        run_method(model, picture, SOURCE, TARGET, editor=method, mask=Image.new("L", (8, 8)))
     refused("'dog' is not in the prompt", published, word="dog")
     with pytest.raises(UserError, match="strength: expected 0 or more, got -1"):
         make("elite", "whole", strength=-1)

@@ -113,6 +113,7 @@ class Given:
     kind: str = ""
     source: str = ""
     target: str = ""
+    mask: np.ndarray | None = None
     seen: list[str] = field(default_factory=list)
 
     def picture(self) -> Image.Image:

@@ -47,6 +47,11 @@ class Case(Protocol):
         """Where it may change, boolean (height, width); None: that is not known."""
         ...
 
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Where the subject is, like `editable`, for methods that are given a mask."""
+        ...
+
     def picture(self) -> Image.Image:
         """The source."""
         ...
@@ -126,6 +131,11 @@ class DrawnCase:
     def editable(self) -> np.ndarray | None:
         """Where the animal is or should be."""
         return np.logical_or(*self.drawn.animals(self.size))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Where the animal is in its own action."""
+        return self.drawn.animals(self.size)[1]
 
     def picture(self) -> Image.Image:
         """The animal as it is."""

@@ -40,6 +40,11 @@ class ImageCase:
                 raise UserError(f"{file} is {got}, its picture is {expected} pixels: make both the same size")
         return np.any([np.asarray(mask.convert("L")) >= 128 for mask in found], 0) if found else None
 
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Where the picture may be edited: benchmarks have no other mask."""
+        return self.editable
+
     def picture(self) -> Image.Image:
         """The source."""
         return open_picture(self.file).image

@@ -16,7 +16,6 @@ from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, sampl
 from kvinv_pl.api import KVInverter
 from kvinv_pl.bench.running import Encoded, load_picture
 from kvinv_pl.data.images.geometry import to_image, to_pixels
-from kvinv_pl.data.images.masks import open_mask
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.prompts import mask_from_word
 from kvinv_pl.models.published.elite import Elite
@@ -58,8 +57,8 @@ class EliteEdit:
         global_mapper: Its authors' global_mapper.pt, as a file or on the hub, where it is downloaded.
         local_mapper: Its authors' local_mapper.pt, likewise.
         clip: The weights of CLIP ViT-L/14, likewise (1.7 GB).
-        mask: A picture of the same size that is white where the object is; left out, the object is what the
-            model's cross-attention to its word finds.
+        mask_given: Whether it is given a mask of the object; otherwise that is what the model's
+            cross-attention to its word finds.
         word: The subject's word; default: the last that both prompts have before they differ.
         token: The word that is written in its place, whose vector is replaced.
         strength: lambda, how much of the patches is read; 0: the word alone.
@@ -70,7 +69,7 @@ class EliteEdit:
     global_mapper: str = "ELITE-library/ELITE/checkpoints/global_mapper.pt"
     local_mapper: str = "ELITE-library/ELITE/checkpoints/local_mapper.pt"
     clip: str = "openai/clip-vit-large-patch14/model.safetensors"
-    mask: str = ""
+    mask_given: bool = False
     word: str = ""
     token: str = "S"
     strength: float = 0.8
@@ -91,13 +90,17 @@ class EliteEdit:
         target: str,
         steps: int | None = None,
         guidance: float | None = None,
+        mask: Image.Image | None = None,
     ) -> Image.Image:
         """A picture of the target prompt with the subject, in the size that the picture came in."""
         image, encoded = load_picture(picture), Encoded.encode(model, picture)
         scene = encoded.scene(source, target, self.guidance if guidance is None else guidance, steps)
         word = subject(scene, self.word)
         scene.model.positions(target, word)  # a word that is not there is refused
-        mask = self._mask(encoded, image, source, word)
+        found = _word_mask(encoded, image, source, word) if mask is None else mask
+        if found.size != image.size:
+            wanted, got = ("{}x{}".format(*each.size) for each in (image, found))
+            raise UserError(f"mask: expected {wanted} pixels, as the picture has, got {got}")
         loaded = _loaded(self.global_mapper, self.local_mapper, self.clip, encoded.denoiser.device)
         paths, network = scene.model.cross_attentions, scene.model.weights
         worded = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", self.token, target, count=1)
@@ -105,24 +108,19 @@ class EliteEdit:
         scene = replace(scene, source=worded, target=worded)
         read = scene.model.embed_with(["", worded, worded], {self.token: loaded.word(image)})[1:]
         place = scene.model.positions(worded, self.token)[0]
-        local = LocalReading(scene, loaded, loaded.local(image, mask), place, self.strength)
+        local = LocalReading(scene, loaded, loaded.local(image, found), place, self.strength)
         start = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(self.seed))
         weights = loaded.network_weights(network, paths)
         read = read.to(scene.contexts)
         inverted = Inverted(scene, start.to(scene.z_0), weights=weights, read=read)
         return encoded.decode(sample(scene, inverted, local)[1:])
 
-    def _mask(self, encoded: Encoded, image: Image.Image, source: str, word: str) -> Image.Image:
-        """White where the object is, in the picture's size."""
-        if self.mask:
-            mask = open_mask(self.mask).image
-            if mask.size != image.size:
-                wanted, got = ("{}x{}".format(*each.size) for each in (image, mask))
-                raise UserError(f"mask: expected {wanted} pixels, as the picture has, got {got}: {self.mask}")
-            return mask
-        if not source:
-            raise UserError("mask: expected one, or a source prompt, by whose word the object can be found")
-        pixels = to_pixels(image, encoded.geometry).to(encoded.denoiser.device)
-        found = mask_from_word(encoded.denoiser.backbone, pixels, source, word)
-        enlarged = to_image(found.expand(3, -1, -1) * 2 - 1, encoded.geometry)
-        return enlarged.convert("L").point([0] * 128 + [255] * 128)
+
+def _word_mask(encoded: Encoded, image: Image.Image, source: str, word: str) -> Image.Image:
+    """White where the word's object is, in the picture's size."""
+    if not source:
+        raise UserError("mask_given: expected one, or a source prompt, by whose word the object can be found")
+    pixels = to_pixels(image, encoded.geometry).to(encoded.denoiser.device)
+    found = mask_from_word(encoded.denoiser.backbone, pixels, source, word)
+    enlarged = to_image(found.expand(3, -1, -1) * 2 - 1, encoded.geometry)
+    return enlarged.convert("L").point([0] * 128 + [255] * 128)

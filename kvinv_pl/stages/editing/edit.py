@@ -40,7 +40,8 @@ def check_edits(denoiser: Denoiser, image: SourceImage, settings: EditSettings) 
     variant = denoiser.cps[0]
     if variant.wants_mask and image.mask is None:
         raise UserError(
-            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one)"
+            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one), or "
+            "mask_given=True to a row of a bench"
         )
     follows = variant.follows or settings.background == "kept"
     if subject and not follows:
