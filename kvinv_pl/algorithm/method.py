@@ -133,7 +133,8 @@ class Renderer(Protocol):
     """A method that is no pair of inversion and edit: it has a picture rendered by means of its own.
 
     One with an attribute `mask_given` that is true is given `mask` besides, a grey picture of the same size,
-    white where the subject is.
+    white where the subject is. One with `prepare(model)` loads there what it needs, which a bench does not
+    count among its time.
     """
 
     def render(

@@ -141,6 +141,8 @@ class Bench:
         mask = None
         if takes_mask(editor) and case.mask is not None:
             mask = Image.fromarray(np.uint8(255) * case.mask.astype(np.uint8))
+        if (prepare := getattr(editor, "prepare", None)) is not None:
+            prepare(model)
         with measure_cost(encoded.denoiser.device) as cost:
             result = apply_method(
                 model, picture, case.source, case.target, inversion, editor, None, guidance, mask

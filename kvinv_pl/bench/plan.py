@@ -41,6 +41,8 @@ class Plan:
     clip: str | None = None
     dino: str | None = None
     lpips: str | None = None
+    ours: str | None = None
+    """A row that has to be there, as others are compared with it."""
 
     def bench(self, quiet: bool = False) -> Bench:
         """Everything that can be refused is refused here, before anything is computed."""
@@ -48,9 +50,11 @@ class Plan:
         names = [Row.parse(text) for text in rows]
         if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
             raise UserError(f"{min(twice)} is given twice with different numbers of cases: give it once")
-        return Bench(
-            self.setup, self.load_cases(), names, Records(self.out), Progress(quiet=quiet, counted="case")
-        )
+        data, records = self.load_cases(), Records(self.out)
+        there = dict.fromkeys([*data.references, *(row.text for row in names), *records.rows()])
+        if self.ours is not None and self.ours not in there:
+            raise UserError(f"ours: expected one of the rows, {'; '.join(there)}, got {self.ours}")
+        return Bench(self.setup, data, names, records, Progress(quiet=quiet, counted="case"))
 
     def load_cases(self) -> Cases:
         """The cases, with the figures that they are measured by."""
@@ -71,6 +75,13 @@ class Plan:
         return image_list(place, self.cases, metrics)
 
     @property
+    def _advice(self) -> str:
+        """Of pictures that the embedded model knows nothing of."""
+        if self.data == WORLD or self.setup.checkpoint != "menagerie":
+            return ""
+        return "the embedded model knows its own drawn animals alone: for photographs, give --checkpoint"
+
+    @property
     def _device(self) -> str:
         return "cuda" if self.setup.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
@@ -79,7 +90,7 @@ class Plan:
         if workers < 1:
             raise UserError(f"workers: expected 1 or more, got {workers}")
         bench = self.bench()
-        if advice := self.setup.advice:
+        for advice in filter(None, (self.setup.advice, self._advice)):
             bench.progress.note(advice)
         if workers == 1:
             bench.run()

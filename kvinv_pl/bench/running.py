@@ -47,8 +47,9 @@ def run_method(
         guidance: The scale of the target; left out, the published one of the edit or else of the inversion.
         mask: White where the subject is, or its path, for methods with the option `mask_given`.
     """
-    given = {} if mask is None else {"mask_given": True}
-    chosen = make(editor, "edit", "whole", **given) if isinstance(editor, str) else editor
+    chosen = make(editor, "edit", "whole") if isinstance(editor, str) else editor
+    if mask is not None and isinstance(editor, str) and hasattr(chosen, "mask_given"):
+        chosen = make(editor, "edit", "whole", mask_given=True)
     if isinstance(chosen, Renderer) and inversion is not None:
         raise UserError(f"inversion: expected none with {editor}, which inverts by itself, got {inversion}")
     inverting = make(inversion, "inversion") if isinstance(inversion, str) else inversion
@@ -77,13 +78,14 @@ def apply_method(
     mask: Image.Image | None = None,
 ) -> MethodResult:
     """`run_method` with the reconstruction beside the edit."""
-    given = {}
-    if takes_mask(editor):
-        if mask is None:
-            raise UserError(
-                "mask_given: expected a mask with the picture, got none: add one, or leave it out"
-            )
-        given = {"mask": mask}
+    if takes_mask(editor) and mask is None:
+        raise UserError("mask_given: expected a mask with the picture, got none: add one, or leave it out")
+    if mask is not None and not takes_mask(editor):
+        raise UserError(
+            f"mask: expected none with {type(editor).__name__}: leave it out, or make a method that takes "
+            "one with mask_given=True"
+        )
+    given = {} if mask is None else {"mask": mask}
     if isinstance(editor, Renderer):
         rendered = editor.render(model, picture, source, target, steps, guidance, **given)
         return MethodResult(*rendered) if isinstance(rendered, tuple) else MethodResult(rendered, None)
@@ -97,7 +99,7 @@ def apply_method(
 
 def takes_mask(editor: Editor | Renderer) -> bool:
     """Whether a method is given a mask of the subject."""
-    return bool(getattr(editor, "mask_given", False))
+    return isinstance(editor, Renderer) and bool(getattr(editor, "mask_given", False))
 
 
 def sample_edit(scene: Scene, inversion: Inversion, editor: Editor) -> Float[Tensor, "2 c h w"]:
@@ -131,16 +133,22 @@ class Encoded:
     @classmethod
     def encode(cls, model: KVInverter, picture: Image.Image | str | Path) -> Encoded:
         """Encode a picture; what CP-attn has in the U-Net is taken out first."""
-        image = load_picture(picture)
+        image, denoiser = load_picture(picture), cls.network(model)
+        backbone = denoiser.backbone
+        geometry = fit_geometry(image.size, backbone.sample_size, backbone.multiple, "keep")
+        pixels = to_pixels(image, geometry)[None].to(denoiser.device)
+        return cls(denoiser, model.model.steps, geometry, backbone.encode(pixels))
+
+    @staticmethod
+    def network(model: KVInverter) -> Denoiser:
+        """The model's network where it runs, without CP-attn."""
         trainer = model.trainer()
         backbone = model.model.load_backbone(trainer.settle_precision(model.model))
         denoiser = model.model.denoiser
         denoiser.release()
         denoiser.autocast = trainer.precision_plugin.forward_context
         backbone.to(trainer.strategy.root_device)
-        geometry = fit_geometry(image.size, backbone.sample_size, backbone.multiple, "keep")
-        pixels = to_pixels(image, geometry)[None].to(denoiser.device)
-        return cls(denoiser, model.model.steps, geometry, backbone.encode(pixels))
+        return denoiser
 
     def scene(self, source: str, target: str, guidance: float, steps: int | None = None) -> Scene:
         """What methods are given."""

@@ -24,7 +24,7 @@ from kvinv_pl.models.stable_diffusion import Backbone
 from kvinv_pl.models.text.prompt_syntax import PromptSyntax
 from kvinv_pl.optimizers import Renewal, needs_closure, reads_residuals
 from kvinv_pl.stages.curriculum import Curriculum, Pass
-from kvinv_pl.stages.editing.edit import edit_picture, note_existing
+from kvinv_pl.stages.editing.edit import edit_picture
 from kvinv_pl.stages.editing.search import Auto, Search, search_edits, without_auto
 from kvinv_pl.stages.invert import invert_picture, is_inverted
 from kvinv_pl.stages.progress import Observers
@@ -264,7 +264,6 @@ class KVInversion(LightningModule):
                 )
             elif isinstance(settings, EditSettings):
                 edited = edit_picture(self.denoiser, image, settings, observers, batch.overwrite)
-                note_existing(image, edited.existing, observers)
                 self.last_edits = edited.paths
             elif not is_inverted(self.denoiser, image, settings):
                 invert_picture(self.denoiser, image, settings, observers)

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import checkpoints
@@ -21,10 +22,13 @@ from kvinv_pl.bench.benchmarks.cases import Case, Metric
 from kvinv_pl.bench.costs import Cost
 from kvinv_pl.bench.plan import Plan
 from kvinv_pl.bench.records import Records, slug
+from kvinv_pl.bench.renderers.kv_inversion import KVInversionEdit
 from kvinv_pl.bench.reports.page import filled, page
 from kvinv_pl.bench.reports.results import write_results
 from kvinv_pl.bench.rows import Row
 from kvinv_pl.bench.tables.table import Report
+from kvinv_pl.cli.commands.bench import ALIKE, METHODS
+from kvinv_pl.cli.commands.bench import bench as command
 from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Progress
 
@@ -368,10 +372,8 @@ def test_a_method_that_asks_for_a_mask_and_gets_none_says_what_to_do(tmp_path: P
     answer = bench(tmp_path / "out", given, not_given, data=tmp_path / "list.csv", cases=1)
     assert answer.code == 1
     assert "mask_given: expected a mask with the picture, got none: add one, or leave it out" in answer.err
-    assert (
-        "Masked needs a mask of the subject: give --mask (`kvinv mask` makes one), or mask_given"
-        in answer.err
-    )
+    assert "Masked needs a mask of the subject: give --mask" in answer.err
+    assert "or mask_given=True in a row of a bench" in answer.err
 
 
 def _half(folder: Path) -> bytes:
@@ -389,11 +391,47 @@ def test_mistakes_are_refused_before_anything_is_computed(tmp_path: Path) -> Non
     refused(bench(tmp_path / "a", "plain", cases=0), "cases: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", workers=0), "workers: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is given twice")
+    refused(bench(tmp_path / "a", "plain", ours="direct+plain"), "ours: expected one of the rows, source; ")
     refused(bench(tmp_path / "a", "plain", data=tmp_path), "expected world, a folder of PIE-Bench")
     refused(bench(tmp_path / "a", "plain", clip=tmp_path), "has no config.json")
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError, match="has no setting"):
         Setup(str(fits.checkpoint()), settings={"stepz": 1}).load({})
+
+
+def test_the_default_rows_of_another_checkpoint_have_none_of_the_embedded_models_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = list[Plan]()
+
+    def run(plan: Plan, workers: int) -> None:
+        plans.append(plan)
+        raise UserError("enough")
+
+    monkeypatch.setattr(Plan, "run", run)
+    for checkpoint in ("menagerie", str(fits.checkpoint())):
+        with pytest.raises(UserError, match="enough"):
+            command(checkpoint=checkpoint, out=str(tmp_path))
+    assert [len(plan.methods) for plan in plans] == [len(METHODS), len(METHODS) - 1]
+    assert set(METHODS) - set(plans[1].methods) == {ALIKE} and plans[1].ours is None
+
+
+def test_what_a_method_loads_is_no_part_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = list[float]()
+    monkeypatch.setattr(
+        KVInversionEdit, "prepare", lambda *_: loaded.append(sleep(1.0) or 1.0), raising=False
+    )
+    monkeypatch.setattr(KVInversionEdit, "render", lambda self, model, picture, *_: picture)
+    setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
+    bench = Plan(("kv_inversion",), tmp_path, setup, cases=1).bench(quiet=True)
+    bench.run()
+    assert loaded and bench.report().rows["kv_inversion"]["1000000"]["seconds"] < 1
+
+
+def test_pictures_of_ones_own_and_the_embedded_model_are_told_apart(tmp_path: Path) -> None:
+    plan = Plan(("plain",), tmp_path, Setup(), data="list.csv")
+    assert "for photographs, give --checkpoint" in plan._advice
+    assert not replace(plan, data="world")._advice and not replace(plan, setup=Setup("sd15"))._advice
 
 
 def test_names_are_files_names_and_no_two_are_one() -> None:

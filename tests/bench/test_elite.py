@@ -194,7 +194,7 @@ def test_without_a_mask_the_object_is_what_the_model_finds_by_its_word(
     assert fits.levels(found, run_method(model, picture, SOURCE, TARGET, editor=given, mask=mask)) > 0
     with pytest.raises(UserError, match="mask_given: expected a mask with the picture, got none"):
         run_method(model, picture, SOURCE, TARGET, editor=given)
-    with pytest.raises(UserError, match="mask_given: expected one, or a source prompt, by whose word"):
+    with pytest.raises(UserError, match="source: expected a prompt, by whose word the object is found"):
         run_method(model, picture, "", TARGET, editor=make("elite", "whole", **published, word="cat"))
 
 
@@ -224,14 +224,46 @@ def test_without_its_weights_or_with_others_it_is_refused_in_one_line(
     lacking = {name: x for name, x in tensors.items() if not name.endswith("attn2_to_k.weight")}
     torch.save(lacking, tmp_path / "lacking.pt")
     other = {**published, "global_mapper": str(tmp_path / "lacking.pt")}
-    refused(r"fits another U-Net than this model has: .* Stable Diffusion 1\.4", other)
+    refused(r"has other cross-attentions than this model: .* Stable Diffusion 1\.4", other)
     with pytest.raises(UserError, match="mask: expected 16x12 pixels, as the picture has, got 8x8"):
         method = make("elite", "whole", **published, mask_given=True)
         run_method(model, picture, SOURCE, TARGET, editor=method, mask=Image.new("L", (8, 8)))
     refused("'dog' is not in the prompt", published, word="dog")
     with pytest.raises(UserError, match="strength: expected 0 or more, got -1"):
         make("elite", "whole", strength=-1)
+    cut = {name: x for name, x in tensors.items() if name != "mapping_4.6.bias"}
+    torch.save(cut, tmp_path / "cut.pt")
     with pytest.raises(UserError, match=r"is another network; expected ELITE's global_mapper\.pt"):
-        cut = {name: x for name, x in tensors.items() if name != "mapping_4.6.bias"}
-        names = {"global": "cut.pt", "local": "local.pt", "clip": "clip.bin"}
-        Elite(names, {"global": cut, "local": tensors, "clip": encoder().state_dict()})
+        Elite.load(str(tmp_path / "cut.pt"), published["local_mapper"], CPU)
+    with pytest.raises(UserError, match="token: expected a word of one token, got 'catdog'"):
+        run_method(model, picture, SOURCE, TARGET, editor=make("elite", "whole", **published, token="catdog"))
+
+
+def test_what_does_not_fit_the_model_is_told_before_clip_is_fetched(
+    published: dict[str, str], model: Any, tmp_path: Path
+) -> None:
+    tensors = torch.load(published["local_mapper"], weights_only=True)
+    torch.save({name: x for name, x in tensors.items() if "attn2" not in name}, tmp_path / "other.pt")
+    method = make(
+        "elite", "whole", **{**published, "local_mapper": str(tmp_path / "other.pt"), "clip": "none"}
+    )
+    with pytest.raises(UserError, match=r"other\.pt has other cross-attentions"):
+        method.prepare(model)
+    with pytest.raises(UserError, match="there is no file none; expected CLIP"):
+        replace(method, local_mapper=published["local_mapper"]).prepare(model)
+
+
+def test_the_word_may_be_written_with_other_capitals(
+    published: dict[str, str], model: Any, picture: Image.Image
+) -> None:
+    found = [
+        run_method(model, picture, SOURCE, TARGET, editor=make("elite", "whole", **published, word=word))
+        for word in ("cat", "Cat")
+    ]
+    assert fits.levels(*found) == 0
+
+
+def test_a_mask_is_for_methods_that_take_one(model: Any, picture: Image.Image, mask: Image.Image) -> None:
+    for editor in ("plain", "kv_inversion", make("kv_inversion", "whole")):
+        with pytest.raises(UserError, match=r"mask: expected none with|takes none"):
+            run_method(model, picture, SOURCE, TARGET, editor=editor, mask=mask)

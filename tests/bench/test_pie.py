@@ -18,7 +18,7 @@ from PIL import Image
 
 from kvinv_pl.bench.benchmarks.image_list import image_list
 from kvinv_pl.bench.benchmarks.metrics import UNEDITED, black_but, clip_score, lpips, unedited
-from kvinv_pl.bench.benchmarks.pie import KINDS, SIDE, is_pie_bench, mask_of, pie_bench
+from kvinv_pl.bench.benchmarks.pie import KINDS, SIDE, PieCase, is_pie_bench, mask_of, pie_bench
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.vision.clip import MEAN, STD, Clip
 from kvinv_pl.models.vision.lpips import Lpips, spread, squeezenet
@@ -78,6 +78,12 @@ def test_a_mask_is_runs_over_the_rows_within_a_frame() -> None:
         (4, 510),
     }
     assert not mask_of([])[1:-1, 1:-1].any()
+
+
+def test_a_method_is_given_the_mask_without_the_frame(tmp_path: Path) -> None:
+    case = PieCase("a", "a cat", "a dog", fits.picture(tmp_path / "a.png", (SIDE, SIDE)), runs=(5 * SIDE, 9))
+    assert case.editable is not None and case.editable[0].all() and case.editable.sum() > SIDE
+    assert np.argwhere(case.mask).tolist() == [[5, x] for x in range(9)]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ class PieCase(ImageCase):
         mask = Image.fromarray(mask_of(self.runs)).resize((width, height), Image.Resampling.NEAREST)
         return np.asarray(mask, bool)
 
+    @property
+    def mask(self) -> np.ndarray:
+        """The same without the picture's edges, which are in every mask."""
+        width, height = self.picture().size
+        mask = Image.fromarray(runs_of(self.runs)).resize((width, height), Image.Resampling.NEAREST)
+        return np.asarray(mask, bool)
+
 
 def is_pie_bench(folder: Path) -> bool:
     """Whether there is a mapping file in the folder, or in its folder data."""
@@ -85,10 +92,15 @@ def mask_of(runs: Sequence[int]) -> np.ndarray:
 
     A run ends with the picture at the latest. The outermost rows and columns are always in it.
     """
-    flat = np.zeros(SIDE * SIDE, bool)
-    for start, length in zip(runs[::2], runs[1::2], strict=False):
-        flat[start : start + length] = True
-    mask = flat.reshape(SIDE, SIDE)
+    mask = runs_of(runs)
     mask[[0, -1]] = True
     mask[:, [0, -1]] = True
     return mask
+
+
+def runs_of(runs: Sequence[int]) -> np.ndarray:
+    """The same without those rows and columns."""
+    flat = np.zeros(SIDE * SIDE, bool)
+    for start, length in zip(runs[::2], runs[1::2], strict=False):
+        flat[start : start + length] = True
+    return flat.reshape(SIDE, SIDE)

@@ -1,9 +1,11 @@
 """ELITE (Wei et al., 2023), among the methods."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +16,30 @@ from torch import Tensor
 from kvinv_pl.algorithm.learning_a_word import subject
 from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, sample
 from kvinv_pl.api import KVInverter
+from kvinv_pl.attention.cross_attention import cross_attentions
 from kvinv_pl.bench.running import Encoded, load_picture
 from kvinv_pl.data.images.geometry import to_image, to_pixels
 from kvinv_pl.errors import UserError
+from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import mask_from_word
-from kvinv_pl.models.published.elite import Elite
+from kvinv_pl.models.published.elite import Elite, load_encoder
 
-_loaded = lru_cache(maxsize=1)(Elite.load)  # of the row that is computed
+# of the row that is computed
+_mappers, _encoder = lru_cache(maxsize=1)(Elite.load), lru_cache(maxsize=1)(load_encoder)
 
 
 class LocalReading(Control):
     """Cross-attentions read the object's patches as well, where they attend to its word."""
 
     def __init__(
-        self, scene: Scene, loaded: Elite, local: Float[Tensor, "patches e"], place: int, strength: float
+        self,
+        scene: Scene,
+        weights: Mapping[str, Tensor],
+        local: Float[Tensor, "patches e"],
+        place: int,
+        strength: float,
     ) -> None:
         self.attentions, self.place, self.strength = scene.model.cross_attentions, place, strength
-        weights = loaded.local_weights(scene.model.weights, self.attentions)
         self._read = {name: F.linear(local, weight.to(local)) for name, weight in weights.items()}
 
     def attend(self, i: int, at: Attending) -> Float[Tensor, "branches 2 tokens dim"]:
@@ -81,6 +90,10 @@ class EliteEdit:
         if self.strength < 0:
             raise UserError(f"strength: expected 0 or more, got {self.strength}")
 
+    def prepare(self, model: KVInverter) -> None:
+        """Load, or fetch, what it needs; a UserError where the model is another one."""
+        self._load(Encoded.network(model))
+
     @torch.no_grad()
     def render(
         self,
@@ -101,26 +114,45 @@ class EliteEdit:
         if found.size != image.size:
             wanted, got = ("{}x{}".format(*each.size) for each in (image, found))
             raise UserError(f"mask: expected {wanted} pixels, as the picture has, got {got}")
-        loaded = _loaded(self.global_mapper, self.local_mapper, self.clip, encoded.denoiser.device)
-        paths, network = scene.model.cross_attentions, scene.model.weights
-        worded = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", self.token, target, count=1)
+        loaded, encoder = self._load(encoded.denoiser)
+        place = rf"(?<!\w){re.escape(word)}(?!\w)"
+        worded = re.sub(place, lambda _: self.token, target, count=1, flags=re.IGNORECASE)
         # both rows are of the target: one of them is shown
         scene = replace(scene, source=worded, target=worded)
-        read = scene.model.embed_with(["", worded, worded], {self.token: loaded.word(image)})[1:]
-        place = scene.model.positions(worded, self.token)[0]
-        local = LocalReading(scene, loaded, loaded.local(image, found), place, self.strength)
+        places = scene.model.positions(worded, self.token)
+        if len(scene.model.vectors(self.token)) != 1:
+            raise UserError(f"token: expected a word of one token, got {self.token!r}")
+        read = scene.model.embed_with(["", worded, worded], {self.token: loaded.word(encoder, image)})[1:]
+        paths, network = scene.model.cross_attentions, scene.model.weights
+        patches = loaded.local(encoder, image, found)
+        local = loaded.local_mapper.projections(network, paths)
         start = torch.randn(scene.z_0.shape, generator=torch.Generator().manual_seed(self.seed))
-        weights = loaded.network_weights(network, paths)
-        read = read.to(scene.contexts)
-        inverted = Inverted(scene, start.to(scene.z_0), weights=weights, read=read)
-        return encoded.decode(sample(scene, inverted, local)[1:])
+        inverted = Inverted(
+            scene,
+            start.to(scene.z_0),
+            weights=loaded.global_mapper.projections(network, paths),
+            read=read.to(scene.contexts),
+        )
+        control = LocalReading(scene, local, patches, places[0], self.strength)
+        return encoded.decode(sample(scene, inverted, control)[1:])
+
+    def _load(self, denoiser: Denoiser) -> tuple[Elite, Any]:
+        """The mapping networks, which fit the U-Net, and the encoder."""
+        unet, device = denoiser.backbone.unet, denoiser.device
+        found = _mappers(self.global_mapper, self.local_mapper, device)
+        for mapper in (found.global_mapper, found.local_mapper):
+            mapper.projections(dict(unet.named_parameters()), list(cross_attentions(unet)))
+        return found, _encoder(self.clip, device)
 
 
 def _word_mask(encoded: Encoded, image: Image.Image, source: str, word: str) -> Image.Image:
     """White where the word's object is, in the picture's size."""
     if not source:
-        raise UserError("mask_given: expected one, or a source prompt, by whose word the object can be found")
+        raise UserError(
+            "source: expected a prompt, by whose word the object is found, or a mask with mask_given=True"
+        )
     pixels = to_pixels(image, encoded.geometry).to(encoded.denoiser.device)
-    found = mask_from_word(encoded.denoiser.backbone, pixels, source, word)
+    with encoded.denoiser.autocast():
+        found = mask_from_word(encoded.denoiser.backbone, pixels, source, word)
     enlarged = to_image(found.expand(3, -1, -1) * 2 - 1, encoded.geometry)
     return enlarged.convert("L").point([0] * 128 + [255] * 128)

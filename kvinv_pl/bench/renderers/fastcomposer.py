@@ -60,6 +60,10 @@ class FastComposerEdit:
         if not 0 <= self.delay <= 1:
             raise UserError(f"delay: expected 0 to 1, got {self.delay}")
 
+    def prepare(self, model: KVInverter) -> None:
+        """Load, or fetch, its weights."""
+        _loaded(self.weights, Encoded.network(model).device)
+
     @torch.no_grad()
     def render(
         self,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from kvinv_pl.api import KVInverter
@@ -46,6 +47,10 @@ class InstructPix2Pix:
             raise UserError(f"steps, image_guidance: expected 1 or more, got {got}")
         self._prompt("", "")
 
+    def prepare(self, model: KVInverter) -> None:
+        """Load, or fetch, the checkpoint."""
+        self._load(model)
+
     def render(
         self,
         model: KVInverter,
@@ -56,10 +61,7 @@ class InstructPix2Pix:
         guidance: float | None = None,
     ) -> Image.Image:
         """The edited picture, in the size that it came in; the model says where and how precisely."""
-        image = load_picture(picture)
-        trainer = model.trainer()
-        device, dtype = trainer.strategy.root_device, trainer.settle_precision(model.model)
-        loaded = _loaded(self.checkpoint, device, dtype)
+        image, (loaded, device, dtype) = load_picture(picture), self._load(model)
         geometry = fit_geometry(image.size, loaded.sample_size, loaded.multiple, "keep")
         pixels = to_pixels(image, geometry)[None].to(device, dtype)
         w = self.guidance if guidance is None else guidance
@@ -67,6 +69,12 @@ class InstructPix2Pix:
             pixels, self._prompt(source, target), steps or self.steps, w, self.image_guidance, self.seed
         )
         return to_image(edited[0].cpu(), geometry)
+
+    def _load(self, model: KVInverter) -> tuple[InstructPix2PixModel, torch.device, torch.dtype]:
+        """The checkpoint where the model runs, in its precision."""
+        trainer = model.trainer()
+        device, dtype = trainer.strategy.root_device, trainer.settle_precision(model.model)
+        return _loaded(self.checkpoint, device, dtype), device, dtype
 
     def _prompt(self, source: str, target: str) -> str:
         try:

@@ -37,7 +37,9 @@ MEANINGS: Mapping[str, str] = {
         "and size; other work on the machine shifts both, and may bring it below 1"
     ),
     "memory +MiB": "memory at its peak, less that of sampling one picture by the same model",
-    "mask given %": "edits whose method was given a mask: of the subject, or of what may be edited",
+    "mask given %": (
+        "edits whose method was given a mask, of the subject or of what may be edited; empty where none was"
+    ),
     "PIE PSNR": (
         "PSNR of the unedited part against the source as PIE-Bench publishes it: both pictures are "
         "black where they may be edited, and the mean is over the whole frame"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,86 +49,81 @@ class _Mapping(nn.Module):
 
 
 class Elite:
-    """The two mapping networks, and the encoder whose hidden states they take.
+    """The two mapping networks, of their authors' two files.
 
     Of the global one, w_0 alone stands in the prompt, as in its authors' sampling: the others are there for
     what is not to be kept.
     """
 
-    def __init__(self, names: Mapping[str, str], files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """From the names and the tensors of the files: "global", "local" and "clip"."""
-        self.names, self.files = names, files
-        self._global = self._mapping("global", GLOBAL)
-        self._local = self._mapping("local", LOCAL)
-        self.encoder = vision_encoder(files["clip"], names["clip"], VISION)
+    def __init__(self, global_mapper: _Mapper, local_mapper: _Mapper) -> None:
+        self.global_mapper, self.local_mapper = global_mapper, local_mapper
 
     @classmethod
-    def load(cls, global_mapper: str, local_mapper: str, clip: str, device: torch.device) -> Elite:
-        """Load three files, or fetch them from the hub (owner/name/FILE).
+    def load(cls, global_mapper: str, local_mapper: str, device: torch.device) -> Elite:
+        """Load two files, or fetch them from the hub (owner/name/FILE).
 
         Of a pickle, tensors alone are read.
         """
-        names = {"global": global_mapper, "local": local_mapper, "clip": clip}
-        needed = {"global": GLOBAL, "local": LOCAL, "clip": VISION}
-        found = cls(names, {key: read_tensors(resolve_file(names[key], needed[key])) for key in names})
-        for net in (found._global, found._local, found.encoder):
-            net.to(device)
-        return found
-
-    def network_weights(self, weights: Mapping[str, Tensor], paths: Sequence[str]) -> dict[str, Tensor]:
-        """W^K and W^V of the global network for these cross-attentions, by the names of the U-Net's own."""
-        return self._projections("global", GLOBAL, weights, paths)
-
-    def local_weights(self, weights: Mapping[str, Tensor], paths: Sequence[str]) -> dict[str, Tensor]:
-        """The same of the local network."""
-        return self._projections("local", LOCAL, weights, paths)
+        files = (global_mapper, GLOBAL), (local_mapper, LOCAL)
+        return cls(*(_Mapper(read_tensors(resolve_file(*file)), *file, device) for file in files))
 
     @torch.no_grad()
-    def word(self, picture: Image.Image) -> Float[Tensor, "1 e"]:
-        """w_0, the vector of the word that stands for what the picture shows."""
-        return self._global(self._levels(picture))[0].mean(0, keepdim=True)
+    def word(self, encoder: Any, picture: Image.Image) -> Float[Tensor, "1 e"]:
+        """w_0, the vector of the word that stands for what the picture shows; the encoder is CLIP's."""
+        return self.global_mapper.mapping(_levels(encoder, picture))[0].mean(0, keepdim=True)
 
     @torch.no_grad()
-    def local(self, picture: Image.Image, mask: Image.Image) -> Float[Tensor, "patches e"]:
-        """What the patches of the object say: those outside the mask say nothing."""
-        white = mask.convert("L").point([0] + [255] * 255)
+    def local(self, encoder: Any, picture: Image.Image, mask: Image.Image) -> Float[Tensor, "patches e"]:
+        """What the patches of the object say, of which those outside the mask, cut at half, say nothing."""
+        white = mask.convert("L").point([0] * 128 + [255] * 128)
         shown = Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size), white)
-        found = self._local(self._levels(shown)).mean(0)
+        found = self.local_mapper.mapping(_levels(encoder, shown)).mean(0)
         inside = torch.from_numpy(np.array(white) / 255).float()[None, None]
         for side in (PUBLISHED_SIDE, round(len(found) ** 0.5)):
             inside = F.interpolate(inside, (side, side), mode="nearest")
         return found * inside.flatten()[:, None].to(found)
 
-    def _levels(self, picture: Image.Image) -> list[Float[Tensor, "tokens d"]]:
-        """CLIP's last hidden state, and those after a sixth, a third, half and two thirds of its layers."""
-        side = int(self.encoder.config.image_size)
-        square = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        out = self.encoder(normalized(square, self.encoder.device), output_hidden_states=True)
-        depth = len(out.hidden_states) - 1
-        among = [out.hidden_states[depth * share // 6][0] for share in range(1, LEVELS)]
-        return [out.last_hidden_state[0], *among]
 
-    def _mapping(self, which: str, needed: str) -> _Mapping:
-        tensors = {name: x for name, x in self.files[which].items() if name.startswith(MAPPING)}
-        first, last = (tensors.get(f"{MAPPING}0.{layer}.weight") for layer in (0, 6))
+def load_encoder(name: str, device: torch.device) -> Any:
+    """CLIP's encoder of pictures, by a file or from the hub (owner/name/FILE)."""
+    return vision_encoder(read_tensors(resolve_file(name, VISION)), name, VISION).to(device)
+
+
+class _Mapper:
+    """One file: a mapping, and W^K and W^V of every cross-attention."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, needed: str, device: torch.device) -> None:
+        self.name, self.needed = name, needed
+        layers = {key: x for key, x in tensors.items() if key.startswith(MAPPING)}
+        first, last = (layers.get(f"{MAPPING}0.{layer}.weight") for layer in (0, 6))
         if first is None or last is None:
-            raise UserError(f"{self.names[which]} has no weights {MAPPING}0.*; expected {needed}, give that")
+            raise UserError(f"{name} has no weights {MAPPING}0.*; expected {needed}, give that")
         net = _Mapping(first.shape[1], first.shape[0], last.shape[0])
-        return filled(net, tensors, self.names[which], needed)
+        self.mapping = filled(net, layers, name, needed).to(device)
+        self._projections = {key: x.to(device) for key, x in tensors.items() if key not in layers}
 
-    def _projections(
-        self, which: str, needed: str, weights: Mapping[str, Tensor], paths: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """What a file has for to_k and to_v of each path, whose dots are underscores there."""
+    def projections(self, weights: Mapping[str, Tensor], paths: Sequence[str]) -> dict[str, Tensor]:
+        """W^K and W^V for these cross-attentions of a U-Net, by the names of its own weights."""
         own = {
+            # the dots of a path are underscores in the file
             f"{path.replace('.', '_')}_{name}.weight": f"{path}.{name}.weight"
             for path in paths
             for name in ("to_k", "to_v")
         }
-        file = {name: x for name, x in self.files[which].items() if not name.startswith(MAPPING)}
-        if {name: x.shape for name, x in file.items()} != {name: weights[own[name]].shape for name in own}:
+        shapes = {key: x.shape for key, x in self._projections.items()}
+        if shapes != {key: weights[name].shape for key, name in own.items()}:
             raise UserError(
-                f"{self.names[which]} fits another U-Net than this model has: {needed} is for Stable "
-                "Diffusion 1.4; load that, or one that was fine-tuned from it"
+                f"{self.name} has other cross-attentions than this model: expected {self.needed}, and Stable "
+                "Diffusion 1.4 or one that was fine-tuned from it"
             )
-        return {own[name]: x for name, x in file.items()}
+        return {own[key]: x for key, x in self._projections.items()}
+
+
+def _levels(encoder: Any, picture: Image.Image) -> list[Float[Tensor, "tokens d"]]:
+    """CLIP's last hidden state, and those after a sixth, a third, half and two thirds of its layers."""
+    side = int(encoder.config.image_size)
+    square = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    out = encoder(normalized(square, encoder.device), output_hidden_states=True)
+    depth = len(out.hidden_states) - 1
+    among = [out.hidden_states[depth * share // 6][0] for share in range(1, LEVELS)]
+    return [out.last_hidden_state[0], *among]

@@ -40,8 +40,8 @@ def check_edits(denoiser: Denoiser, image: SourceImage, settings: EditSettings) 
     variant = denoiser.cps[0]
     if variant.wants_mask and image.mask is None:
         raise UserError(
-            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one), or "
-            "mask_given=True to a row of a bench"
+            f"{type(variant).__name__} needs a mask of the subject: give --mask (`kvinv mask` makes one), "
+            "mask= in Python, or mask_given=True in a row of a bench"
         )
     follows = variant.follows or settings.background == "kept"
     if subject and not follows:
@@ -70,10 +70,12 @@ def edit_picture(
     settings: EditSettings,
     observers: Observers,
     overwrite: bool = False,
+    quiet: bool = False,
 ) -> EditedPicture:
     """Stage 3 of one picture: a picture and a record for each target, and the sheet.
 
-    An edit that exists with the same settings is not rendered again, unless `overwrite`.
+    An edit that exists with the same settings is not rendered again, unless `overwrite`; the user is told,
+    unless `quiet`.
     """
     store, edits = image.store, Edits(image.store.folder)
     run = _tuned_run(denoiser, store, settings)
@@ -81,6 +83,8 @@ def edit_picture(
     existing = {} if overwrite else {target: edits.find(target, record) for target, record in records.items()}
     paths = {target: path for target, path in existing.items() if path is not None}
     reused = list(paths.values())
+    if not quiet:
+        note_existing(image, reused, observers)
     if targets := [target for target in records if target not in paths]:
         if (edited_at := settings.guide.source_scale) != (tuned_at := run["tuning"]["guidance"]):
             observers.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
