@@ -38,9 +38,9 @@ class Learning:
 
     def __post_init__(self) -> None:
         """Refuse to learn less than that."""
-        got = min((getattr(self, name) for name in self.counts), default=self.least)
-        if got < self.least:
-            raise UserError(f"{', '.join(self.counts)}: expected {self.least} or more, got {got}")
+        for name in self.counts:
+            if (got := getattr(self, name)) < self.least:
+                raise UserError(f"{name}: expected {self.least} or more, got {got}")
 
     def noise(self, scene: Scene, generator: torch.Generator | None = None) -> Float[Tensor, "1 c h w"]:
         """Where sampling begins: the seed's first draw, or the generator's next."""

@@ -15,6 +15,14 @@ from kvinv_pl.algorithm.inversion import Eps, invert
 from kvinv_pl.algorithm.network import Attending as Attending  # for authors of methods, who import from here
 from kvinv_pl.algorithm.network import Control, Model
 from kvinv_pl.algorithm.network import naming_grid as naming_grid
+from kvinv_pl.errors import UserError
+
+
+def require_shares(**shares: float) -> None:
+    """Refuse shares of the steps, by their options' names, that are not 0 to 1."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}: expected a share of the steps, 0 to 1, got {value}")
 
 
 @dataclass(eq=False)

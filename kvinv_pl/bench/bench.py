@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from kvinv_pl import api
+from kvinv_pl.algorithm.method import Editor, Renderer
 from kvinv_pl.bench.benchmarks.cases import THROUGH_VAE, Case, Cases, error_text, measure
 from kvinv_pl.bench.costs import Cost, measure_cost, plain_sampling
 from kvinv_pl.bench.records import Records
@@ -15,7 +16,7 @@ from kvinv_pl.bench.rows import Row
 from kvinv_pl.bench.running import Encoded, apply_method, takes_mask
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.data.images.geometry import as_pixels, psnr
-from kvinv_pl.errors import StopError
+from kvinv_pl.errors import StopError, UserError
 from kvinv_pl.stages.progress import Progress
 
 COSTS = ("reconstruction dB", "seconds", "time x", "memory +MiB", "mask given %")
@@ -46,6 +47,11 @@ class Setup:
         precision: Any = self.precision
         return api.load(self.checkpoint, accelerator=self.accelerator, precision=precision, **given)
 
+    def check(self, more: Mapping[str, Any]) -> None:
+        """Refuse settings that the model does not have or take; its weights are not read."""
+        given = {"steps": self.steps, "guidance": self.guidance, **self.settings, **more}
+        api.load_module(self.checkpoint, **given)
+
     @property
     def advice(self) -> str:
         """Of few steps, if they are."""
@@ -75,12 +81,15 @@ class Bench:
     records: Records
     progress: Progress = field(default_factory=lambda: Progress(counted="case"))
     _model: tuple[Mapping[str, Any], api.KVInverter] | None = field(default=None, init=False)
+    _unprepared: dict[str, UserError] = field(default_factory=dict, init=False)
     _plain: dict[tuple[str, tuple[int, int]], Cost] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Refuse a folder of another bench, before anything is computed."""
         models = {metric.name: metric.model for metric in self.data.metrics if metric.model}
+        cases = {case.name: case.fingerprint for case in self.data.cases}
         self.records.check_settings({"data": self.data.title, **self.setup.record(), **models})
+        self.records.check_cases(cases)
         self.records.add_rows({row.text: row.cases for row in self.rows})
 
     # ---- computing
@@ -141,8 +150,7 @@ class Bench:
         mask = None
         if takes_mask(editor) and case.mask is not None:
             mask = Image.fromarray(np.uint8(255) * case.mask.astype(np.uint8))
-        if (prepare := getattr(editor, "prepare", None)) is not None:
-            prepare(model)
+        self._prepare(row, editor, model)
         with measure_cost(encoded.denoiser.device) as cost:
             result = apply_method(
                 model, picture, case.source, case.target, inversion, editor, None, guidance, mask
@@ -153,6 +161,16 @@ class Bench:
         if result.reconstruction is not None:
             metrics["reconstruction dB"] = psnr(as_pixels(result.reconstruction), as_pixels(trip))
         self.records.save(row.text, case.name, result.edited, metrics)
+
+    def _prepare(self, row: Row, editor: Editor | Renderer, model: api.KVInverter) -> None:
+        """Have a method load what it needs; what it cannot, it is not asked for again in every case."""
+        if (why := self._unprepared.get(row.text)) is not None:
+            raise why
+        try:
+            getattr(editor, "prepare", lambda _: None)(model)
+        except UserError as error:
+            self._unprepared[row.text] = error
+            raise
 
     def _sampling(self, row: str, encoded: Encoded, target: str) -> Cost:
         """What plain sampling costs, once a row and size, as the load changes."""

@@ -50,9 +50,11 @@ class Plan:
         names = [Row.parse(text) for text in rows]
         if twice := {row.text for row in names if [other.text for other in names].count(row.text) > 1}:
             raise UserError(f"{min(twice)} is given twice with different numbers of cases: give it once")
+        for given in [{}, *(row.settings for row in names)]:
+            self.setup.check(given)
         data, records = self.load_cases(), Records(self.out)
         there = dict.fromkeys([*data.references, *(row.text for row in names), *records.rows()])
-        if self.ours is not None and self.ours not in there:
+        if self.ours is not None and Row.name_of(self.ours) not in there:
             raise UserError(f"ours: expected one of the rows, {'; '.join(there)}, got {self.ours}")
         return Bench(self.setup, data, names, records, Progress(quiet=quiet, counted="case"))
 

@@ -40,6 +40,19 @@ class Records:
         if known != {**known, **plain}:
             write_json(file, {**known, **plain})
 
+    def check_cases(self, fingerprints: Mapping[str, str]) -> None:
+        """Note the cases; raises UserError if the folder has others under their names."""
+        file = self.folder / "cases.json"
+        known = read_json(file) if file.exists() else {}
+        changed = [name for name, value in fingerprints.items() if known.get(name, value) != value]
+        if changed:
+            raise UserError(
+                f"{self.folder} has another picture, prompt or mask of the case {changed[0]}: choose another "
+                "folder with --out, or give the cases as they were; new ones may follow them"
+            )
+        if known != (both := {**known, **fingerprints}):
+            write_json(file, both)
+
     def add_rows(self, rows: Mapping[str, int | None]) -> None:
         """Note the rows that are asked for, each with its number of cases at most, behind those noted."""
         known = self.rows()

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvinv_pl.algorithm.method import Editor, Inversion, Renderer
 from kvinv_pl.bench.methods import Kind, make, methods
-from kvinv_pl.errors import UserError
+from kvinv_pl.errors import UserError, near
+from kvinv_pl.training.module import KVInversion
 
-EXPECTED = "expected EDIT, INVERSION+EDIT or METHOD, each with options in brackets if any, and @N for N cases"
+EXPECTED = (
+    "expected EDIT, INVERSION+EDIT or METHOD, each with options in brackets if any, and @N for N cases; "
+    'what is no word or number is in quotes, weights="a.bin"'
+)
+
+SETTINGS = tuple(inspect.signature(KVInversion).parameters)
+"""What a row may set of the model."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,27 @@ class Row:
             method_options = known[method].options if method in known else {}
             options[method] = {key: value for key, value in given.items() if key in method_options}
             settings |= {key: value for key, value in given.items() if key not in method_options}
+        if unknown := [key for key in settings if key not in SETTINGS]:
+            own = [option for method in options if method in known for option in known[method].options]
+            names = " nor ".join(method for method, _ in calls)
+            raise UserError(
+                f"{text}: neither {names} nor the model has {unknown[0]!r}"
+                f"{near(unknown[0], [*own, *SETTINGS])}; `kvinv methods NAME` lists options"
+            )
         (editor, _), *before = reversed(calls)
         inversion = before[0][0] if before else None
-        found = cls(name.strip(), editor, inversion, options, settings, int(count) if at else None)
+        written = "+".join(map(_written, parts))
+        found = cls(written, editor, inversion, options, settings, int(count) if at else None)
         found.make_methods()
         return found
+
+    @classmethod
+    def name_of(cls, text: str) -> str:
+        """The name under which a row stands in tables, as which it may be typed otherwise."""
+        try:
+            return cls.parse(text).text
+        except UserError:  # a row that no method makes
+            return text
 
     def make_methods(self) -> tuple[Inversion | None, Editor | Renderer]:
         """Its methods; raises UserError if there are none of these names, or they do not go together."""
@@ -73,6 +98,19 @@ def _call(part: ast.expr) -> tuple[str, dict[str, Any]]:
     if not (isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and not part.args):
         raise ValueError
     return part.func.id, {str(option.arg): _value(option.value) for option in part.keywords}
+
+
+def _written(part: ast.expr) -> str:
+    """A call as rows are named, however it was typed."""
+    if not isinstance(part, ast.Call):
+        return ast.unparse(part)
+    options = [f"{each.arg}={_value_written(each.value)}" for each in part.keywords]
+    return f"{ast.unparse(part.func)}({', '.join(options)})" if options else ast.unparse(part.func)
+
+
+def _value_written(node: ast.expr) -> str:
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return json.dumps(ast.literal_eval(node), ensure_ascii=False) if is_text else ast.unparse(node)
 
 
 def _value(node: ast.expr) -> Any:

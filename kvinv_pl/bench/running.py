@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvinv_pl.algorithm.method import Editor, Inversion, Renderer, Scene, sample
 from kvinv_pl.api import KVInverter, as_file
-from kvinv_pl.bench.methods import make
+from kvinv_pl.bench.methods import make, methods
 from kvinv_pl.bench.network import Network
 from kvinv_pl.data.images.geometry import Geometry, fit_geometry, to_image, to_pixels
 from kvinv_pl.data.images.masks import open_mask
@@ -82,8 +82,9 @@ def apply_method(
         raise UserError("mask_given: expected a mask with the picture, got none: add one, or leave it out")
     if mask is not None and not takes_mask(editor):
         raise UserError(
-            f"mask: expected none with {type(editor).__name__}: leave it out, or make a method that takes "
-            "one with mask_given=True"
+            f"mask: expected none with {type(editor).__name__}: leave it out, or take one of "
+            f"{', '.join(name for name, each in methods().items() if 'mask_given' in each.options)} with "
+            "mask_given=True"
         )
     given = {} if mask is None else {"mask": mask}
     if isinstance(editor, Renderer):

@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
             if masks is not None and not cp.takes_masks:
                 raise UserError(
                     f"a mask was given, but {type(cp).__name__} takes none: "
-                    "leave it out, or use a variant that does"
+                    "leave it out, or use a variant that does, such as masked"
                 )
             cp.bind(None if masks is None else masks.to(self.device))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, sample
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, require_shares, sample
 from kvinv_pl.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -50,7 +50,8 @@ class FlexiEdit:
     guidance: float | None = 7.5
 
     def __post_init__(self) -> None:
-        """Refuse a region without an inside."""
+        """Refuse a region without an inside, and what is no share."""
+        require_shares(reinversion=self.reinversion)
         if self.region is None:
             return
         left, top, right, bottom = self.region

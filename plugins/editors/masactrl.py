@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, naming_grid
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, naming_grid, require_shares
 from kvinv_pl.errors import UserError
 
 
@@ -42,7 +42,8 @@ class MasaCtrl:
     idle = {"start": 1.0}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        """Refuse masks by the words of an empty prompt."""
+        """Refuse masks by the words of an empty prompt, and a start that is no share."""
+        require_shares(start=self.start)
         if self.word is not None and self.empty_source:
             raise UserError(
                 "empty_source: expected false with a word, which is looked for in the source prompt"

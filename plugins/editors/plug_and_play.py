@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, require_shares
 from kvinv_pl.errors import UserError
 
 
@@ -36,6 +36,10 @@ class PlugAndPlay:
     guidance: float | None = 7.5
     properties = ("keeps equal prompts",)
     idle = {"features": 0.0, "self_attention": 0.0}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        require_shares(features=self.features, self_attention=self.self_attention)
 
     def control(self, scene: Scene, inverted: Inverted) -> Control:
         """Take over a convolution, and the self-attentions from there on."""

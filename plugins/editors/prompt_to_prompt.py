@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvinv_pl.algorithm.method import Attending, Control, Inverted, Model, Scene, naming_grid
+from kvinv_pl.algorithm.method import Attending, Control, Inverted, Model, Scene, naming_grid, require_shares
 from kvinv_pl.errors import UserError
 
 
@@ -55,7 +55,8 @@ class PromptToPrompt:
     idle = {"cross": 0.0, "self_attention": 0.0}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        """Refuse a weight of no word."""
+        """Refuse a weight of no word, and what is no share."""
+        require_shares(cross=self.cross, self_attention=self.self_attention, blend_start=self.blend_start)
         if self.kind not in ("auto", "replace", "refine"):
             raise UserError(f"kind: expected auto, replace or refine, got {self.kind!r}")
         if self.weight != 1 and self.words is None:

@@ -41,8 +41,9 @@ class NoiseRegularized:
 
     def __post_init__(self) -> None:
         """Refuse a negative number."""
-        if (fewest := min(self.rounds, self.shifts)) < 0:
-            raise UserError(f"rounds, shifts: expected 0 or more, got {fewest}")
+        for name, value in (("rounds", self.rounds), ("shifts", self.shifts)):
+            if value < 0:
+                raise UserError(f"{name}: expected 0 or more, got {value}")
 
     def invert(self, scene: Scene) -> Inverted:
         """Walk back, step by step."""

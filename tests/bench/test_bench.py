@@ -33,7 +33,7 @@ from kvinv_pl.errors import UserError
 from kvinv_pl.stages.progress import Progress
 
 QUICK = {"inner_steps": 1, "retries": 0, "required_psnr": 0.0}
-BROKEN = "plain(guidance=nonsense)@1"
+BROKEN = "direct+masactrl(layer=99)@1"
 
 
 def bench(out: Path, *methods: str, **others: Any) -> Answer:
@@ -77,12 +77,12 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
 ) -> None:
     out, answer = done
     assert answer.code == 1
-    assert "kvinv: plain(guidance=nonsense), 1000000: " in answer.err and "1 of " in answer.err
+    assert "kvinv: direct+masactrl(layer=99), 1000000: " in answer.err and "1 of " in answer.err
     assert "bench source: 2 cases in " in answer.err
     rows = metrics(out)
     assert list(rows) == [
         *("source", "truth through the VAE", "another animal of the same words, through the VAE"),
-        *("direct+plain", "plain(guidance=nonsense)", "kv_inversion"),
+        *("direct+plain", "direct+masactrl(layer=99)", "kv_inversion"),
     ]
     means = rows["kv_inversion"]["means"]
     for name in ("same animal %", "right action %", "body", "scene %", "animal dB", "PIE PSNR", "CLIP whole"):
@@ -91,7 +91,7 @@ def test_a_bench_has_its_references_and_every_figure_and_a_row_that_fails_says_s
     assert {"seconds", "time x"} <= means.keys() and "reconstruction dB" not in rows["source"]["cases"]
     assert rows["source"]["means"]["PIE PSNR"]["mean"] == 100
     assert rows["direct+plain"]["less ours"]["animal dB"]["count"] == 2
-    assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
+    assert rows["direct+masactrl(layer=99)"]["failed"].keys() == {"1000000"}
     table = (out / "table.md").read_text()
     assert f"{out / 'table.md'}; look at {out / 'page.html'}" in answer.out
     assert answer.out.splitlines()[2].split() == ["%", "%", "dB", "dB", "dB", "seconds"]
@@ -172,7 +172,7 @@ def test_what_is_done_is_not_computed_again_and_what_failed_is(copy: Path) -> No
     (copy / "pictures" / "direct+plain" / "1000001.json").unlink()  # as after a kill
     answer = bench(copy, "direct+plain", "kv_inversion", BROKEN, also="ddim+plain")
     after = times(copy)
-    assert answer.code == 1 and "plain(guidance=nonsense), 1000000" in answer.err
+    assert answer.code == 1 and "direct+masactrl(layer=99), 1000000" in answer.err
     changed = {name for name, time in before.items() if after[name] != time}
     assert changed == {"pictures/direct+plain/1000001.png"}
     assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
@@ -190,10 +190,10 @@ def test_rows_of_the_folder_stay_behind_those_that_are_asked_for_and_are_not_com
     assert after.keys() - before.keys() == {f"pictures/ddim+plain/100000{n}.png" for n in range(2)}
     assert all(after[name] == time for name, time in before.items())
     rows = metrics(copy)
-    assert list(rows)[3:] == ["ddim+plain", "direct+plain", "plain(guidance=nonsense)", "kv_inversion"]
+    assert list(rows)[3:] == ["ddim+plain", "direct+plain", "direct+masactrl(layer=99)", "kv_inversion"]
     assert rows["kv_inversion"]["cases"].keys() == had["kv_inversion"]["cases"].keys()
     assert rows["direct+plain"]["cases"].keys() == {"1000000"} and not rows["direct+plain"]["failed"]
-    assert rows["plain(guidance=nonsense)"]["failed"].keys() == {"1000000"}
+    assert rows["direct+masactrl(layer=99)"]["failed"].keys() == {"1000000"}
     assert "less ours" in rows["ddim+plain"]
     content = content_of((copy / "page.html").read_text())
     assert [row["name"] for row in content["rows"]] == list(rows)
@@ -376,6 +376,52 @@ def test_a_method_that_asks_for_a_mask_and_gets_none_says_what_to_do(tmp_path: P
     assert "or mask_given=True in a row of a bench" in answer.err
 
 
+def test_a_list_may_grow_and_is_refused_with_other_pictures_prompts_or_masks(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fits.picture(tmp_path / f"{name}.png", (20, 16), seed=len(name))
+    (tmp_path / "mask.png").write_bytes(_half(tmp_path))
+
+    def told(*rows: str) -> Answer:
+        (tmp_path / "list.csv").write_text("image,source,targets,mask\n" + "\n".join(rows))
+        return bench(tmp_path / "out", "ddim+plain", data=tmp_path / "list.csv", cases=9)
+
+    cat, dog = (f"{name}.png,{fits.SOURCE},{fits.TARGET}," for name in ("cat", "dog"))
+    assert told(cat).code == 0 and told(cat, dog).code == 0
+    before = times(tmp_path / "out")
+    changed = "another picture, prompt or mask of the case 0001-cat"
+    refused(told(cat.replace("running", "sitting"), dog), changed)
+    refused(told(f"{cat}mask.png", dog), changed)
+    fits.picture(tmp_path / "cat.png", (20, 16), seed=9)
+    refused(told(cat, dog), changed)
+    assert times(tmp_path / "out") == before
+
+
+def test_a_picture_that_is_missing_is_told_at_once_and_a_damaged_one_with_the_table(tmp_path: Path) -> None:
+    fits.picture(tmp_path / "cat.png", (20, 16))
+    row = f"{fits.SOURCE},{fits.TARGET}"
+    (tmp_path / "list.csv").write_text(f"image,source,targets\ncat.png,{row}\nnone.png,{row}\n")
+    options = {"data": tmp_path / "list.csv", "cases": 2}
+    refused(
+        bench(tmp_path / "out", "ddim+plain", **options), f"list.csv names {tmp_path / 'none.png'}, which is"
+    )
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    answer = bench(tmp_path / "out", "ddim+plain", **options)
+    assert answer.code == 1 and "ddim+plain, 0002-none: " in answer.err
+    assert "| ddim+plain | 1 (1 failed) |" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "sheets" / "0001-cat.png").exists()
+
+
+def test_one_row_has_one_name_however_it_is_typed() -> None:
+    names = {
+        Row.parse(text).text for text in ("masactrl( layer = 3,start=0.5)@4", "masactrl(layer=3, start=0.5)")
+    }
+    assert names == {"masactrl(layer=3, start=0.5)"}
+    quoted = Row.parse("""ddim + masactrl(word='cat', empty_source=False)""")
+    assert quoted.text == 'ddim+masactrl(word="cat", empty_source=False)' == Row.name_of(quoted.text)
+    assert Row.name_of("truth through the VAE") == "truth through the VAE"
+
+
 def _half(folder: Path) -> bytes:
     from PIL import Image
 
@@ -392,6 +438,18 @@ def test_mistakes_are_refused_before_anything_is_computed(tmp_path: Path) -> Non
     refused(bench(tmp_path / "a", "plain", workers=0), "workers: expected 1 or more, got 0")
     refused(bench(tmp_path / "a", "plain", "plain@1"), "plain is given twice")
     refused(bench(tmp_path / "a", "plain", ours="direct+plain"), "ours: expected one of the rows, source; ")
+    refused(
+        bench(tmp_path / "a", "masactrl(layr=3)"),
+        "neither masactrl nor the model has 'layr': did you mean layer",
+    )
+    refused(
+        bench(tmp_path / "a", "masactrl(layer=x)"),
+        "masactrl: layer: expected a whole number or None, got 'x'",
+    )
+    refused(bench(tmp_path / "a", "masactrl(start=4)"), "start: expected a share of the steps, 0 to 1, got 4")
+    refused(bench(tmp_path / "a", "kv_inversion(attention=maskd)"), "did you mean masked")
+    refused(bench(tmp_path / "a", "elite(clip=a.bin)"), 'is in quotes, weights="a.bin"')
+    refused(bench(tmp_path / "a", "plain", settings='{"inner_stps": 1}'), "did you mean inner_steps")
     refused(bench(tmp_path / "a", "plain", data=tmp_path), "expected world, a folder of PIE-Bench")
     refused(bench(tmp_path / "a", "plain", clip=tmp_path), "has no config.json")
     assert not (tmp_path / "a").exists()
@@ -426,6 +484,24 @@ def test_what_a_method_loads_is_no_part_of_its_time(tmp_path: Path, monkeypatch:
     bench = Plan(("kv_inversion",), tmp_path, setup, cases=1).bench(quiet=True)
     bench.run()
     assert loaded and bench.report().rows["kv_inversion"]["1000000"]["seconds"] < 1
+
+
+def test_weights_that_are_not_there_are_asked_for_once_and_named_by_their_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    def fetch(name: str, needed: str) -> Path:
+        asked.append(name)
+        raise UserError(f"no file {name} here")
+
+    monkeypatch.setattr("kvinv_pl.models.published.fastcomposer.resolve_file", fetch)
+    bench = Plan(("fastcomposer",), tmp_path, Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu"), cases=2)
+    computed = bench.bench(quiet=True)
+    computed.run()
+    reasons = computed.report().failed["fastcomposer"]
+    assert len(asked) == 1 and len(reasons) == 2
+    assert all('fastcomposer takes it as weights="..."' in why for why in reasons.values())
 
 
 def test_pictures_of_ones_own_and_the_embedded_model_are_told_apart(tmp_path: Path) -> None:

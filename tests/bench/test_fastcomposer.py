@@ -154,5 +154,5 @@ def test_without_its_weights_or_with_others_it_is_refused_in_one_line(
     with pytest.raises(UserError, match="'dog' is not in the prompt"):
         method = make("fastcomposer", "whole", weights=str(published), word="dog")
         run_method(model, picture, SOURCE, TARGET, editor=method)
-    with pytest.raises(UserError, match="delay: expected 0 to 1, got 2"):
+    with pytest.raises(UserError, match="delay: expected a share of the steps, 0 to 1, got 2"):
         make("fastcomposer", "whole", delay=2)

@@ -120,6 +120,7 @@ class Given:
     source: str = ""
     target: str = ""
     mask: np.ndarray | None = None
+    fingerprint: str = ""
     seen: list[str] = field(default_factory=list)
 
     def picture(self) -> Image.Image:

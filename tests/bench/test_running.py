@@ -335,9 +335,14 @@ def test_the_page_on_methods_shows_what_runs(tmp_path: Path, monkeypatch: pytest
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     fits.picture(tmp_path / "cat.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 12, 12))
+    mask.save(tmp_path / "mask.png")
     for code in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
         exec(code.replace('"menagerie"', f'{str(fits.checkpoint())!r}, accelerator="cpu", steps=3'), {})
-    assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "masactrl.png", "words.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("cat.png", "mask.png", "masactrl.png", "masked.png", "words.png")
+    }
     assert all(f"`{name}`" in page for name in FOUND)
     missed = page.partition("## Methods that are not included")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", missed, re.M) == sorted(UNSUPPORTED)
@@ -358,6 +363,8 @@ def test_what_is_asked_wrongly_is_answered_in_one_line(picture: Image.Image, enc
         run_method(loaded(), picture, SOURCE, TARGET, inversion="dirrect")
     with pytest.raises(UserError, match="no option 'layers'"):
         make("masactrl", "edit", layers=3)
+    with pytest.raises(UserError, match="masactrl: guidance: expected a number or None, got 'high'"):
+        make("masactrl", guidance="high")
     with pytest.raises(UserError, match="skip: expected 0 to less than 1, got 1"):
         make("edit_friendly", "inversion", skip=1)
     with pytest.raises(UserError, match="inner_steps: expected 1 or more, got 0"):

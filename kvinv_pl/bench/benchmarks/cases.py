@@ -48,6 +48,11 @@ class Case(Protocol):
         ...
 
     @property
+    def fingerprint(self) -> str:
+        """Of picture, prompts and masks, if these may change under the name; else empty."""
+        ...
+
+    @property
     def mask(self) -> np.ndarray | None:
         """Where the subject is, like `editable`, for methods that are given a mask."""
         ...
@@ -131,6 +136,11 @@ class DrawnCase:
     def editable(self) -> np.ndarray | None:
         """Where the animal is or should be."""
         return np.logical_or(*self.drawn.animals(self.size))
+
+    @property
+    def fingerprint(self) -> str:
+        """Nothing: the seed says all."""
+        return ""
 
     @property
     def mask(self) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ class ImageCase:
                 got, expected = ("{}x{}".format(*each) for each in (mask.size, size))
                 raise UserError(f"{file} is {got}, its picture is {expected} pixels: make both the same size")
         return np.any([np.asarray(mask.convert("L")) >= 128 for mask in found], 0) if found else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files and the prompts."""
+        found = blake2b(json.dumps([self.source, self.target, self._more]).encode(), digest_size=8)
+        for file in (self.file, *self.masks):
+            with explaining_os_errors("read", file):
+                found.update(file.read_bytes())
+        return found.hexdigest()
+
+    @property
+    def _more(self) -> Any:
+        """What else a case is made of."""
+        return None
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -78,6 +93,8 @@ def image_list(place: Path, count: int | None, metrics: Sequence[Metric]) -> Cas
     file = _find_list(place)
     cases = list[ImageCase]()
     for row in rows_of(file, "", [], None):
+        if missing := [path for path in (row.image, row.mask) if path is not None and not path.is_file()]:
+            raise UserError(f"{file} names {missing[0]}, which is not there: correct it or take it out")
         if not row.targets:
             raise UserError(f"{file}: {row.image.name} has no target: fill the column targets")
         for target in row.targets:

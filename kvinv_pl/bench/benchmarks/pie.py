@@ -38,6 +38,10 @@ class PieCase(ImageCase):
         return np.asarray(mask, bool)
 
     @property
+    def _more(self) -> Any:
+        return self.runs
+
+    @property
     def mask(self) -> np.ndarray:
         """The same without the picture's edges, which are in every mask."""
         width, height = self.picture().size

@@ -17,6 +17,7 @@ from kvinv_pl.algorithm.learning_a_word import subject
 from kvinv_pl.algorithm.method import Attending, Control, Inverted, Scene, sample
 from kvinv_pl.api import KVInverter
 from kvinv_pl.attention.cross_attention import cross_attentions
+from kvinv_pl.bench.methods import loading
 from kvinv_pl.bench.running import Encoded, load_picture
 from kvinv_pl.data.images.geometry import to_image, to_pixels
 from kvinv_pl.errors import UserError
@@ -139,10 +140,12 @@ class EliteEdit:
     def _load(self, denoiser: Denoiser) -> tuple[Elite, Any]:
         """The mapping networks, which fit the U-Net, and the encoder."""
         unet, device = denoiser.backbone.unet, denoiser.device
-        found = _mappers(self.global_mapper, self.local_mapper, device)
+        with loading("elite", "global_mapper", "local_mapper"):
+            found = _mappers(self.global_mapper, self.local_mapper, device)
         for mapper in (found.global_mapper, found.local_mapper):
             mapper.projections(dict(unet.named_parameters()), list(cross_attentions(unet)))
-        return found, _encoder(self.clip, device)
+        with loading("elite", "clip"):
+            return found, _encoder(self.clip, device)
 
 
 def _word_mask(encoded: Encoded, image: Image.Image, source: str, word: str) -> Image.Image:

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from kvinv_pl.algorithm.learning_a_word import subject
-from kvinv_pl.algorithm.method import Control, Inverted, sample
+from kvinv_pl.algorithm.method import Control, Inverted, require_shares, sample
 from kvinv_pl.api import KVInverter
+from kvinv_pl.bench.methods import loading
 from kvinv_pl.bench.running import Encoded, load_picture
-from kvinv_pl.errors import UserError
 from kvinv_pl.models.controllable import swapped_parameters
 from kvinv_pl.models.published.fastcomposer import FastComposer
 
@@ -57,12 +57,11 @@ class FastComposerEdit:
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        if not 0 <= self.delay <= 1:
-            raise UserError(f"delay: expected 0 to 1, got {self.delay}")
+        require_shares(delay=self.delay)
 
     def prepare(self, model: KVInverter) -> None:
         """Load, or fetch, its weights."""
-        _loaded(self.weights, Encoded.network(model).device)
+        self._load(Encoded.network(model).device)
 
     @torch.no_grad()
     def render(
@@ -78,7 +77,7 @@ class FastComposerEdit:
         encoded = Encoded.encode(model, picture)
         scene = encoded.scene(source, target, self.guidance if guidance is None else guidance, steps)
         place = scene.model.positions(target, subject(scene, self.word))[-1]
-        loaded = _loaded(self.weights, encoded.denoiser.device)
+        loaded = self._load(encoded.denoiser.device)
         network = loaded.weights("unet", scene.model.weights)
         text = encoded.denoiser.backbone.prompts.text_encoder
         with swapped_parameters(text, loaded.weights("text_encoder", dict(text.named_parameters()))):
@@ -90,3 +89,7 @@ class FastComposerEdit:
         until = round(self.delay * len(scene.table))
         inverted = DelayedConditioning(scene, start.to(scene.z_0), weights=network, read=read, until=until)
         return encoded.decode(sample(scene, inverted, Control())[1:])
+
+    def _load(self, device: torch.device) -> FastComposer:
+        with loading("fastcomposer", "weights"):
+            return _loaded(self.weights, device)

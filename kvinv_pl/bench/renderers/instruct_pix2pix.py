@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from kvinv_pl.api import KVInverter
+from kvinv_pl.bench.methods import loading
 from kvinv_pl.bench.running import load_picture
 from kvinv_pl.data.images.geometry import fit_geometry, to_image, to_pixels
 from kvinv_pl.errors import UserError
@@ -74,7 +75,8 @@ class InstructPix2Pix:
         """The checkpoint where the model runs, in its precision."""
         trainer = model.trainer()
         device, dtype = trainer.strategy.root_device, trainer.settle_precision(model.model)
-        return _loaded(self.checkpoint, device, dtype), device, dtype
+        with loading("instruct_pix2pix", "checkpoint"):
+            return _loaded(self.checkpoint, device, dtype), device, dtype
 
     def _prompt(self, source: str, target: str) -> str:
         try:

@@ -1,9 +1,11 @@
 """What a bench leaves to look at: tables, sheets of pictures, and one page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvinv_pl.bench.ablation import Ablation
 from kvinv_pl.bench.bench import Bench
+from kvinv_pl.bench.benchmarks.cases import Case
 from kvinv_pl.bench.records import Records
 from kvinv_pl.bench.reports.page import page
 from kvinv_pl.bench.reports.pareto import findings, pareto_table
@@ -12,6 +14,7 @@ from kvinv_pl.bench.tables.columns import format_value
 from kvinv_pl.bench.tables.table import Report
 from kvinv_pl.data.images.sheet import sheet
 from kvinv_pl.data.runs.files import write_png
+from kvinv_pl.errors import UserError
 
 CAPTION_METRICS = 2  # figures under a picture of a sheet
 
@@ -19,12 +22,13 @@ CAPTION_METRICS = 2  # figures under a picture of a sheet
 def write_results(bench: Bench, report: Report, shown: int) -> list[Path]:
     """Write everything, with so many cases shown as pictures; the paths, those to look at first."""
     data, records = bench.data, bench.records
+    cases = [case for case in data.cases[:shown] if _opens(case)]  # what of the others fails is in the table
     text = f"# {data.title}\n\n{report.markdown()}"
     if found := ranks(report):
         text += f"\n## Do the metrics order edits as the truth does?\n\n{as_markdown(found)}\n"
-    files = _written(records, report, text, page(data.title, data.cases[:shown], report, records.open))
+    files = _written(records, report, text, page(data.title, cases, report, records.open))
     files += [records.write("ranks.csv", as_csv(found))] if found else []
-    return [*files, *_sheets(bench, report, shown)]
+    return [*files, *_sheets(bench, report, cases)]
 
 
 def write_ablation(ablation: Ablation, report: Report, shown: int) -> tuple[list[str], list[Path]]:
@@ -50,9 +54,17 @@ def _written(records: Records, report: Report, text: str, html: str) -> list[Pat
     return [records.write(name, content) for name, content in contents.items()]
 
 
-def _sheets(bench: Bench, report: Report, shown: int) -> list[Path]:
+def _opens(case: Case) -> bool:
+    try:
+        case.picture()
+    except UserError:
+        return False
+    return True
+
+
+def _sheets(bench: Bench, report: Report, cases: Sequence[Case]) -> list[Path]:
     files = []
-    for case in bench.data.cases[:shown]:
+    for case in cases:
         pictures, captions = [case.picture()], [f"source: {case.source}\ntarget: {case.target}"]
         for row, scores in report.rows.items():
             if row == "source" or case.name not in scores:

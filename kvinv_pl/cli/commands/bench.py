@@ -55,7 +55,7 @@ def bench(
         guidance: Guidance scale of the target in every method; default: each method's published one, and for
             KV Inversion the checkpoint's default.
         settings: More settings of the model, as JSON, such as '{"inner_steps": 5}'.
-        ours: The row that the others are compared with, case by case, if it is there.
+        ours: The row that the others are compared with, case by case; if it is not there, none is by default.
         clip: A transformers CLIP folder, or menagerie, for CLIP scores.
         dino: A transformers folder of a DINO ViT, for the structure distance.
         lpips: The weights of torchvision's SqueezeNet 1.1 (squeezenet1_1-b8a52dc0.pth), for LPIPS.
@@ -67,6 +67,7 @@ def bench(
     from kvinv_pl.bench.bench import Setup
     from kvinv_pl.bench.plan import Plan
     from kvinv_pl.bench.reports.results import write_results
+    from kvinv_pl.bench.rows import Row
     from kvinv_pl.bench.tables.summary import summary
 
     setup = Setup(checkpoint, steps, guidance, settings, accelerator, precision)
@@ -76,7 +77,7 @@ def bench(
     known = None if ours == OURS else ours
     plan = Plan((*method, *also), folder, setup, data, cases, seed_base, clip, dino, lpips, known)
     found = plan.run(workers)
-    report = found.report(ours)
+    report = found.report(Row.name_of(ours))
     files = write_results(found, report, shown)
     print(summary(report, get_terminal_size().columns))
     print(f"all figures with their intervals, and what failed: {files[1]}; look at {files[0]}")

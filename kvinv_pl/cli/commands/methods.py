@@ -25,6 +25,9 @@ def methods(name: str | None = None) -> None:
         print(f"{'':<18}{method.error or method.summary}")
         if method.cls is not None and name is not None:
             print("\n".join(_details(method)))
+    print(
+        "\nA row of `kvinv bench`: INVERSION+EDIT or a whole, options in brackets, 'direct+masactrl(layer=3)'"
+    )
 
 
 def _details(method: registry.Method) -> list[str]:
@@ -32,6 +35,7 @@ def _details(method: registry.Method) -> list[str]:
     lines = [*textwrap.indent(rest, " " * 18).splitlines(), ""]
     texts = arguments_of(method.cls) if method.cls else {}
     for name, default in method.options.items():
-        lines.append(f"  {name} ({'must be given' if default is MISSING else f'default: {default}'})")
+        shown = "must be given" if default is MISSING else f"default: {default if default != '' else 'none'}"
+        lines.append(f"  {name} ({shown})")
         lines += textwrap.wrap(texts.get(name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines

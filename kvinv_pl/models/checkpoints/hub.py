@@ -96,7 +96,7 @@ def resolve_file(name: str, what: str) -> Path:
         return place / _pick_file(name, what, [file.name for file in place.iterdir() if file.is_file()])
     if (found := re.fullmatch(rf"({HUB_ID})(?:/(.+))?", name)) is None:
         raise UserError(
-            f"there is no file {name}; expected {what}: a .safetensors file or a hub id (owner/name)"
+            f"there is no file {name}; expected {what}: a file, or on the hub owner/name or owner/name/FILE"
         )
     repository, file = found.groups()
     with _from_hub(f"file {name}"):

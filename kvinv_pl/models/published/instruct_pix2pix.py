@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.checkpoint import sizes
+from kvinv_pl.models.checkpoints.hub import resolve_checkpoint
 from kvinv_pl.models.checkpoints.loading import find_checkpoint, quiet, try_read
 
 NEEDED = (
@@ -38,7 +39,7 @@ class InstructPix2PixModel:
         cls, checkpoint: str, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> InstructPix2PixModel:
         """Load a folder or hub id; a safety checker is left out."""
-        where = find_checkpoint(checkpoint, _refuse_menagerie, NEEDED) or Path(checkpoint)
+        where = find_checkpoint(checkpoint, _refuse_menagerie, NEEDED) or resolve_checkpoint(checkpoint)
         kind, nothing = StableDiffusionInstructPix2PixPipeline, None
         with quiet():
             pipeline: Any = try_read(
