@@ -477,13 +477,13 @@ def test_the_default_rows_of_another_checkpoint_have_none_of_the_embedded_models
 def test_what_a_method_loads_is_no_part_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = list[float]()
     monkeypatch.setattr(
-        KVInversionEdit, "prepare", lambda *_: loaded.append(sleep(1.0) or 1.0), raising=False
+        KVInversionEdit, "prepare", lambda *_: loaded.append(sleep(0.3) or 0.3), raising=False
     )
     monkeypatch.setattr(KVInversionEdit, "render", lambda self, model, picture, *_: picture)
     setup = Setup(str(fits.checkpoint()), 1, 2.0, QUICK, "cpu")
     bench = Plan(("kv_inversion",), tmp_path, setup, cases=1).bench(quiet=True)
     bench.run()
-    assert loaded and bench.report().rows["kv_inversion"]["1000000"]["seconds"] < 1
+    assert loaded and bench.report().rows["kv_inversion"]["1000000"]["seconds"] < 0.3
 
 
 def test_weights_that_are_not_there_are_asked_for_once_and_named_by_their_option(

@@ -59,7 +59,7 @@ CURRICULA: dict[str, dict[str, Any]] = {
     [
         ("carry", 1, 1, 1, "32-true"),
         ("no carry", 2, 2, 0, "32-true"),
-        ("pivot, no carry", 1, 1, 1, "32-true"),
+        ("pivot, no carry", 1, 1, 0, "32-true"),
         ("pivot", 2, 3, 0, "bf16-mixed"),
     ],
 )
