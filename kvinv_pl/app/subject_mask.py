@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from kvinv_pl.data.images.geometry import fit_geometry, to_image, to_pixels
+from kvinv_pl.data.images.geometry import fit_geometry, to_pixels
+from kvinv_pl.data.images.masks import enlarge_mask
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.load_options import DEFAULTS, LoadOptions
 from kvinv_pl.models.prompts import mask_from_word
@@ -26,8 +27,7 @@ def of_word(
     backbone = Backbone.load(checkpoint, options=options)
     geometry = fit_geometry(image.size, backbone.sample_size, backbone.multiple, "keep")
     mask = mask_from_word(backbone, to_pixels(image, geometry), source, word)
-    enlarged = to_image(mask.expand(3, -1, -1) * 2 - 1, geometry)
-    return _require_subject(enlarged.convert("L").point([0] * 128 + [255] * 128))
+    return _require_subject(enlarge_mask(mask, geometry))
 
 
 def _require_subject(mask: Image.Image) -> Image.Image:

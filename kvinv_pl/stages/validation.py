@@ -4,6 +4,7 @@ import math
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from kvinv_pl.algorithm.method import require_shares
 from kvinv_pl.errors import UserError
 
 KINDS: dict[Any, tuple[str, Any]] = {
@@ -50,8 +51,7 @@ def above_0(name: str, value: float) -> None:
 
 def share(name: str, value: float) -> None:
     """Refuse a share of the steps outside of 0 to 1."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{name}: expected a share of the steps, 0 to 1, got {value}")
+    require_shares(**{name: value})
 
 
 def mean_squared_error(name: str, value: float) -> None:

@@ -220,6 +220,9 @@ def test_without_its_weights_or_with_others_it_is_refused_in_one_line(
         r"has no weights mapping_0\.\*; expected ELITE's global", {**published, "global_mapper": none["clip"]}
     )
     refused("has no weights vision_model", {**published, "clip": published["local_mapper"]})
+    with pytest.raises(UserError, match="mask: expected white where the object is, got none"):
+        method = make("elite", "whole", **published, mask_given=True)
+        run_method(model, picture, SOURCE, TARGET, editor=method, mask=Image.new("L", (16, 12)))
     tensors = torch.load(published["global_mapper"], weights_only=True)
     lacking = {name: x for name, x in tensors.items() if not name.endswith("attn2_to_k.weight")}
     torch.save(lacking, tmp_path / "lacking.pt")

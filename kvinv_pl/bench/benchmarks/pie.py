@@ -33,9 +33,7 @@ class PieCase(ImageCase):
     @property
     def editable(self) -> np.ndarray | None:
         """The mask, in the picture's size."""
-        width, height = self.picture().size
-        mask = Image.fromarray(mask_of(self.runs)).resize((width, height), Image.Resampling.NEAREST)
-        return np.asarray(mask, bool)
+        return self._resized(mask_of(self.runs))
 
     @property
     def _more(self) -> Any:
@@ -44,9 +42,10 @@ class PieCase(ImageCase):
     @property
     def mask(self) -> np.ndarray:
         """The same without the picture's edges, which are in every mask."""
-        width, height = self.picture().size
-        mask = Image.fromarray(runs_of(self.runs)).resize((width, height), Image.Resampling.NEAREST)
-        return np.asarray(mask, bool)
+        return self._resized(runs_of(self.runs))
+
+    def _resized(self, mask: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(mask).resize(self.picture().size, Image.Resampling.NEAREST), bool)
 
 
 def is_pie_bench(folder: Path) -> bool:

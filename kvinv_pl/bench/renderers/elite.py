@@ -19,7 +19,8 @@ from kvinv_pl.api import KVInverter
 from kvinv_pl.attention.cross_attention import cross_attentions
 from kvinv_pl.bench.methods import loading
 from kvinv_pl.bench.running import Encoded, load_picture
-from kvinv_pl.data.images.geometry import to_image, to_pixels
+from kvinv_pl.data.images.geometry import to_pixels
+from kvinv_pl.data.images.masks import enlarge_mask
 from kvinv_pl.errors import UserError
 from kvinv_pl.models.denoiser import Denoiser
 from kvinv_pl.models.prompts import mask_from_word
@@ -115,6 +116,10 @@ class EliteEdit:
         if found.size != image.size:
             wanted, got = ("{}x{}".format(*each.size) for each in (image, found))
             raise UserError(f"mask: expected {wanted} pixels, as the picture has, got {got}")
+        if not any(found.convert("L").histogram()[128:]):
+            raise UserError(
+                "mask: expected white where the object is, got none: paint one, or take another word"
+            )
         loaded, encoder = self._load(encoded.denoiser)
         place = rf"(?<!\w){re.escape(word)}(?!\w)"
         worded = re.sub(place, lambda _: self.token, target, count=1, flags=re.IGNORECASE)
@@ -157,5 +162,4 @@ def _word_mask(encoded: Encoded, image: Image.Image, source: str, word: str) -> 
     pixels = to_pixels(image, encoded.geometry).to(encoded.denoiser.device)
     with encoded.denoiser.autocast():
         found = mask_from_word(encoded.denoiser.backbone, pixels, source, word)
-    enlarged = to_image(found.expand(3, -1, -1) * 2 - 1, encoded.geometry)
-    return enlarged.convert("L").point([0] * 128 + [255] * 128)
+    return enlarge_mask(found, encoded.geometry)

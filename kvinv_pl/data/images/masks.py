@@ -7,7 +7,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from kvinv_pl.data.images.geometry import Geometry, to_mask
+from kvinv_pl.data.images.geometry import Geometry, to_image, to_mask
 from kvinv_pl.data.images.pictures import Picture, read_picture
 from kvinv_pl.errors import UserError
 
@@ -65,6 +65,11 @@ def fit_mask(mask: Image.Image, geometry: Geometry, name: str) -> Float[Tensor, 
         got = "white everywhere" if darkest == 255 else f"only values from {darkest} of 255 up"
         raise UserError(f"{name} is full: expected black around the subject{crop}, got {got}: {REMEDY}")
     return pixels
+
+
+def enlarge_mask(mask: Float[Tensor, "h w"], geometry: Geometry) -> Image.Image:
+    """A mask of 0 to 1 in the model's size as one of the picture's, white from half on."""
+    return to_image(mask.expand(3, -1, -1) * 2 - 1, geometry).convert("L").point([0] * 128 + [255] * 128)
 
 
 def tint_subject(image: Image.Image, mask: Image.Image) -> Image.Image:

@@ -90,9 +90,8 @@ def edit_picture(
             observers.progress.note(f"{image.name}: tuned at guidance {tuned_at:g}, edited at {edited_at:g}")
         for target, (picture, rendering) in _render(denoiser, image, settings, targets, observers).items():
             paths[target] = edits.save(target, picture, {**records[target], **rendering})
-    store.save_picture(
-        "sheet", run_sheet(store)
-    )  # with nothing rendered too: after a kill it may be outdated
+    # where nothing was rendered, too: after a kill it may be outdated
+    store.save_picture("sheet", run_sheet(store))
     if lost := [target for target in targets if target not in paths]:
         advice = "use a lower guidance scale, or precision 32-true"
         raise UserError(f"the edit to {' and '.join(map(repr, lost))} is not finite: {advice}")

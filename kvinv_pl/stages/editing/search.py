@@ -95,7 +95,7 @@ def search_edits(
         f"{image.name}: {len(grid)} edits of each target, in different settings of {' and '.join(names)}, to "
         "choose from"
     )
-    tried = [(each, edit_picture(denoiser, image, each, observers, overwrite, True)) for each in grid]
+    tried = [(each, edit_picture(denoiser, image, each, observers, overwrite, quiet=True)) for each in grid]
     note_existing(image, [path for _, edited in tried for path in edited.existing], observers)
     chosen = list[Path]()
     tiles: list[tuple[Image.Image, str]] = []
